@@ -1,0 +1,24 @@
+"""peftkern: fused kernels for LoRA and other parameter-efficient fine-tuning.
+
+Importing this package starts no GPU, loads no Triton and no PEFT, and changes no other package.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from ._version import __version__
+from .autograd.lora_linear import lora_linear
+from .nn.lora import LoRALinear
+from .ops.dropout_mask import dropout_mask
+
+# Names that need HF PEFT are looked up at first use.
+_LAZY = {name: "peftkern.integrations.hf_peft" for name in ("accelerate", "restore", "Report")}
+
+__all__ = ["LoRALinear", "__version__", "dropout_mask", "lora_linear", *_LAZY]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'peftkern' has no attribute {name!r}")

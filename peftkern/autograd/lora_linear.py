@@ -1,0 +1,206 @@
+"""lora_linear as a differentiable function.
+
+Saved for backward: x itself (never a cast or a copy of it) if lora_A, delta_in_scale or base_in_scale trains; u, which is
+(M, R) in fp32, if lora_B, rank_scale or delta_out_scale trains; the base product, (M, N), only if base_out_scale
+trains; otherwise parameters and a seed. Dropout bits are drawn again from the seed in backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import accumulate_dtype
+from ..ops.dropout_mask import check_p, seed_tensor
+from ..ops.lora_linear import check_arguments
+
+_ops = torch.ops.peftkern
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).reshape(-1, t.shape[-1])
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """The op with its gradients. ``dtype``: what x and weight are cast to, inside, so that the originals are saved."""
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
+        rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, dtype,
+    ):  # fmt: skip
+        (need_x, _, need_A, need_B, need_bias, _, _, _,
+         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
+        y, u, h = _ops.lora_linear_fwd(
+            _rows(x, dtype), weight.to(dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
+        )  # fmt: skip
+        need_dx = need_x or need_base_in
+        ctx.save_for_backward(
+            x if need_A or need_delta_in or need_base_in else None,
+            weight if need_dx else None,
+            lora_A,
+            lora_B,
+            u if need_B or need_rank or need_delta_out else None,
+            h if need_base_out else None,
+            seed,
+            rank_scale,
+            base_in_scale,
+            delta_in_scale,
+            base_out_scale,
+            delta_out_scale,
+        )
+        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
+        (x, weight, lora_A, lora_B, u, h, seed,
+         rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale) = ctx.saved_tensors  # fmt: skip
+        (need_x, _, need_A, need_B, need_bias, _, _, _,
+         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
+        dy = dy.reshape(-1, dy.shape[-1])
+        rows = _rows(x, ctx.dtype) if x is not None else None
+        if u is None:
+            # Only its shape is used then; uninitialised memory costs nothing.
+            u = dy.new_empty((dy.shape[0], lora_A.shape[0]), dtype=accumulate_dtype(ctx.dtype))
+        du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = _ops.lora_linear_bwd_adapter(
+            dy, rows if need_A or need_delta_in else None, u, h, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed,
+            rank_scale, delta_in_scale, delta_out_scale,
+            need_A, need_B, need_bias, need_rank, need_delta_in, need_base_out, need_delta_out,
+        )  # fmt: skip
+        dx = dbase_in = None
+        if need_x or need_base_in:
+            dx, dbase_in = _ops.lora_linear_bwd_input(
+                dy, du, rows if need_base_in else None, weight.to(ctx.dtype), lora_A, ctx.dropout_p, seed,
+                base_in_scale, delta_in_scale, base_out_scale, need_base_in,
+            )  # fmt: skip
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None
+
+        def vector(grad: Tensor | None, need: bool, like: Tensor | None) -> Tensor | None:
+            return grad.to(like.dtype) if need else None
+
+        return (
+            dx,
+            None,
+            dA if need_A else None,
+            dB if need_B else None,
+            dbias.to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
+            None,
+            vector(drank, need_rank, rank_scale),
+            vector(dbase_in, need_base_in, base_in_scale),
+            vector(ddelta_in, need_delta_in, delta_in_scale),
+            vector(dbase_out, need_base_out, base_out_scale),
+            vector(ddelta_out, need_delta_out, delta_out_scale),
+            None,
+        )
+
+
+def _autocast_dtype(x) -> torch.dtype | None:
+    # What autocast makes of F.linear's arguments (fp64 it leaves alone), None where it does nothing.
+    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+        return None
+    device = x.device.type
+    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if active else None
+
+
+def _fold_scaling(scaling: Tensor, rank_scale: Tensor | None, R: int, x: Tensor) -> Tensor:
+    # A tensor of one element becomes part of d: O(R), differentiable, never read by the host.
+    if not scaling.is_floating_point():
+        raise TypeError(f"scaling must be a float or a floating point tensor, got dtype {scaling.dtype}")
+    if scaling.numel() != 1:
+        raise ValueError(f"scaling must have one element, got shape {tuple(scaling.shape)}")
+    if scaling.device != x.device:
+        raise ValueError(f"scaling is on {scaling.device}, expected {x.device} like x")
+    dtype = accumulate_dtype(x.dtype)
+    folded = scaling.to(dtype).reshape(1)
+    return folded.expand(R) if rank_scale is None else folded * rank_scale.to(dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+    rank_scale: Tensor | None = None,
+    base_in_scale: Tensor | None = None,
+    delta_in_scale: Tensor | None = None,
+    base_out_scale: Tensor | None = None,
+    delta_out_scale: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer plus a low-rank branch.
+
+        y = g_b * ((x * p_b) W^T) + s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
+
+    Matches LoRA (Hu et al. 2021) as HF PEFT computes it, and with the scale vectors AdaLoRA, VeRA, (IA)^3, SSF and
+    DoRA's scaled form.
+
+    Args:
+        x: (..., K) in fp32, bf16 or fp16 (fp64 through the reference).
+        weight: (N, K) in x's dtype. Frozen: it gets no gradient.
+        lora_A: (R, K). lora_B: (N, R). Both in fp32 or both in x's dtype.
+        bias: (N), added after all scales, never scaled.
+        scaling: s, a float or a one-element tensor on x's device (differentiable, not synchronised to the host).
+        dropout_p: drop probability of the branch's input, acts if ``training`` and > 0.
+        seed: int or one-element int64 tensor on x's device; the bits depend on (seed, flattened row, column) only and are
+            those of ``dropout_mask``. None draws one from torch's default generator, only if dropout acts.
+        rank_scale (R), base_in_scale (K), delta_in_scale (K), base_out_scale (N), delta_out_scale (N): d, p_b, p_d, g_b, g_d,
+            in fp32 or x's dtype.
+
+    Returns:
+        (..., N) in x's dtype, or in the autocast dtype under autocast (x and weight are cast as ``F.linear`` casts them,
+        fp32 adapters stay fp32). Each gradient has its input's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named in the message; a weight that requires grad while
+            grad mode is on.
+        RuntimeError: a second derivative, or use under a torch.func transform.
+    """
+    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        raise RuntimeError("lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+    vectors = dict(
+        rank_scale=rank_scale, base_in_scale=base_in_scale, delta_in_scale=delta_in_scale,
+        base_out_scale=base_out_scale, delta_out_scale=delta_out_scale,
+    )  # fmt: skip
+    tensor_scaling = isinstance(scaling, Tensor)
+    check_p(dropout_p)
+    dropout_p = float(dropout_p) if training else 0.0
+    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 and isinstance(x, Tensor) else None
+    number = 1.0 if tensor_scaling else scaling
+    dtype = _autocast_dtype(x)
+    casts = dtype is not None
+    check_arguments(x, weight, lora_A, lora_B, bias, number, dropout_p, seed, casts=casts, **vectors)
+    grad = torch.is_grad_enabled()
+    if grad and weight.requires_grad:
+        raise ValueError("weight requires grad, but lora_linear computes no gradient for it: freeze it (requires_grad_(False))")
+    if tensor_scaling:
+        vectors["rank_scale"] = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
+        scaling = 1.0
+    if casts:
+        kept = (torch.float32, dtype)
+        lora_A, lora_B, bias = (t if t is None or t.dtype in kept else t.to(dtype) for t in (lora_A, lora_B, bias))
+        vectors = {k: t if t is None or t.dtype in kept else t.float() for k, t in vectors.items()}
+    dtype = dtype or x.dtype
+    scaling = float(scaling)
+    inputs = (x, lora_A, lora_B, bias, *vectors.values())
+    if grad and any(t is not None and t.requires_grad for t in inputs):
+        return LoRALinearFunction.apply(
+            x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors.values(), dtype
+        )  # fmt: skip
+    y, _, _ = _ops.lora_linear_fwd(
+        _rows(x, dtype), weight.to(dtype), lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors.values(), False
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,42 @@
+"""Argument checks shared by the ops: every failure is a TypeError or ValueError that names the argument."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32: the dtype of sums, of ``u`` and of the gradients of vectors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """A plain strided tensor of one of ``dtypes``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor; pass its local tensor (to_local) with the right grad_placements")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}, expected {expected}")
+
+
+def check_fits(
+    name: str, value, shape: tuple[int, ...], meaning: str, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A tensor of this shape, device and one of these dtypes. ``meaning`` names the shape's letters in the message."""
+    check_tensor(name, value, dtypes=dtypes)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {meaning} = {tuple(shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected {device}")
+
+
+def check_number(name: str, value) -> None:
+    """A real Python number (not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")

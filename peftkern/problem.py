@@ -1,0 +1,45 @@
+"""A call reduced to what decides how it is run: printable, hashable, free of tensors."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+
+@functools.cache
+def device_arch(device_type: str, index: int | None) -> str:
+    """``sm_90`` and the like for CUDA, torch's own word (``AVX2``, ``AVX512``, ``DEFAULT``) for CPU, else the type."""
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"sm_{major}{minor}"
+    if device_type == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return device_type
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op. Sizes: M rows, K in_features, N out_features, R rank (0 where an op has no such size).
+
+    ``flags`` names the optional parts that are present (``bias``, ``dropout``, ``rank_scale``, ...).
+    """
+
+    op: str
+    device: str
+    arch: str
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype | None
+    M: int
+    N: int
+    K: int
+    R: int
+    flags: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        adapter = str(self.adapter_dtype).removeprefix("torch.")
+        flags = ",".join(sorted(self.flags)) or "-"
+        sizes = f"M={self.M} N={self.N} K={self.K} R={self.R}"
+        return f"{self.op}[{self.device}:{self.arch} {dtype} adapters={adapter} {sizes} {flags}]"
