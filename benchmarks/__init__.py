@@ -1,0 +1,1 @@
+"""Benchmarks of every op: registry, runner, verifier and report. Installed as ``peftkern.benchmarks``."""

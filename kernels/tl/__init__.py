@@ -1,0 +1,1 @@
+"""Triton kernels. Installed as ``peftkern.kernels``; they import torch, triton and each other, nothing else."""
