@@ -1,0 +1,1 @@
+"""The only files that import other PEFT libraries. Nothing here is imported until it is asked for."""
