@@ -73,6 +73,13 @@ def _plain_or_none(t: Any) -> bool:
     return t is None or type(t) in _PLAIN_TENSORS
 
 
+def _get(module: nn.Module, name: str) -> Any:
+    # nn.Module.__getattr__ costs more than the rest of the guard; it stays for weights that are plain
+    # attributes (FSDP's views, replicas of DataParallel).
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def _part_reason(part: Any, cls: type, name: str) -> str | None:
     # A part is bypassed only if calling it would run its class's forward and nothing else.
     if type(part) is not cls:
@@ -90,7 +97,7 @@ def _base(layer: Linear) -> tuple[Tensor, Tensor | None] | str:
     reason = _part_reason(base, Conv1D if conv1d else nn.Linear, "base_layer")
     if reason is not None:
         return reason
-    weight, bias = base.weight, base.bias
+    weight, bias = _get(base, "weight"), _get(base, "bias")
     if type(weight) not in _PLAIN_TENSORS or not _plain_or_none(bias):
         return f"the base weight is a {type(weight).__name__}, not a plain tensor"
     if weight.requires_grad:
@@ -108,22 +115,26 @@ def _branch(layer: Linear, name: str, N: int, K: int) -> Branch | str:
     dropout = modules["lora_dropout"]._modules.get(name)
     acts = type(dropout) is nn.Dropout
     reason = (
-        _part_reason(lora_A, nn.Linear, f"lora_A of {name!r}")
-        or _part_reason(lora_B, nn.Linear, f"lora_B of {name!r}")
-        or _part_reason(dropout, nn.Dropout if acts else nn.Identity, f"lora_dropout of {name!r}")
+        _part_reason(lora_A, nn.Linear, "lora_A")
+        or _part_reason(lora_B, nn.Linear, "lora_B")
+        or _part_reason(dropout, nn.Dropout if acts else nn.Identity, "lora_dropout")
     )
     if reason is not None:
-        return reason
-    A, B, bias, scaling = lora_A.weight, lora_B.weight, lora_B.bias, layer.scaling[name]
+        return f"{reason} (adapter {name!r})"
+    A, B, bias = _get(lora_A, "weight"), _get(lora_B, "weight"), _get(lora_B, "bias")
+    scaling = layer.scaling[name]
     if type(A) not in _PLAIN_TENSORS or type(B) not in _PLAIN_TENSORS or not _plain_or_none(bias):
         return f"a weight of {name!r} is not a plain tensor"
-    if lora_A.bias is not None:
+    if _get(lora_A, "bias") is not None:
         return f"lora_A of {name!r} has a bias"
-    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
-        return f"the shapes of {name!r} do not fit: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)}"
+    a, b = A.shape, B.shape
+    if len(a) != 2 or len(b) != 2 or a[1] != K or b[0] != N or a[0] != b[1]:
+        return f"the shapes of {name!r} do not fit: lora_A {tuple(a)}, lora_B {tuple(b)}"
     if A.dtype != B.dtype:
         return f"lora_A and lora_B of {name!r} differ in dtype"
-    if isinstance(scaling, Tensor):
+    if type(scaling) is float:
+        pass
+    elif isinstance(scaling, Tensor):
         if type(scaling) not in _PLAIN_TENSORS or scaling.numel() != 1 or not scaling.is_floating_point():
             return f"the scaling of {name!r} is not one number"
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
@@ -147,11 +158,12 @@ def layer_plan(layer: nn.Module) -> Plan | str:
     if isinstance(base, str):
         return base
     weight, bias = base
+    N, K = weight.shape
     present = layer._modules["lora_A"]._modules
     branches = []
     for name in layer.active_adapters:
         if name in present:
-            branch = _branch(layer, name, weight.shape[0], weight.shape[1])
+            branch = _branch(layer, name, N, K)
             if isinstance(branch, str):
                 return branch
             branches.append(branch)
@@ -215,9 +227,9 @@ def input_reason(layer: Linear, plan: Plan, x: Any) -> str | None:
     if plan.weight.device != device or not (plan.bias is None or plan.bias.device == device):
         return "the base layer is on another device than the input"
     for b in plan.branches:
-        tensors = (b.lora_A, b.lora_B, b.bias, b.scaling)
-        if any(isinstance(t, Tensor) and t.device != device for t in tensors):
-            return f"adapter {b.name!r} is on another device than the input"
+        for t in (b.lora_A, b.lora_B, b.bias, b.scaling):
+            if isinstance(t, Tensor) and t.device != device:
+                return f"adapter {b.name!r} is on another device than the input"
     return _dtype_reason(layer, plan, x)
 
 
