@@ -13,7 +13,7 @@ from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
 
 # Names that need HF PEFT are looked up at first use.
-_LAZY = {name: "peftkern.integrations.hf_peft" for name in ("accelerate", "restore", "Report")}
+_LAZY = dict.fromkeys(("accelerate", "restore", "Report"), "peftkern.integrations.hf_peft")
 
 __all__ = ["LoRALinear", "__version__", "dropout_mask", "lora_linear", *_LAZY]
 

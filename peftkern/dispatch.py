@@ -30,7 +30,7 @@ ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: ``describe`` checks the arguments and returns their Problem, ``reference`` defines the result."""
+    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result."""
 
     name: str
     reference: Callable

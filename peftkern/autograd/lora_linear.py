@@ -1,8 +1,8 @@
 """lora_linear as a differentiable function.
 
-Saved for backward: x itself (never a cast or a copy of it) if lora_A, delta_in_scale or base_in_scale trains; u, which is
-(M, R) in fp32, if lora_B, rank_scale or delta_out_scale trains; the base product, (M, N), only if base_out_scale
-trains; otherwise parameters and a seed. Dropout bits are drawn again from the seed in backward.
+Saved for backward: x itself (never a cast or a copy of it) if lora_A, delta_in_scale or base_in_scale trains; u,
+which is (M, R) in fp32, if lora_B, rank_scale or delta_out_scale trains; the base product, (M, N), only if
+base_out_scale trains; otherwise parameters and a seed. Dropout bits are drawn again from the seed in backward.
 """
 
 from __future__ import annotations
@@ -155,14 +155,14 @@ def lora_linear(
         bias: (N), added after all scales, never scaled.
         scaling: s, a float or a one-element tensor on x's device (differentiable, not synchronised to the host).
         dropout_p: drop probability of the branch's input, acts if ``training`` and > 0.
-        seed: int or one-element int64 tensor on x's device; the bits depend on (seed, flattened row, column) only and are
-            those of ``dropout_mask``. None draws one from torch's default generator, only if dropout acts.
-        rank_scale (R), base_in_scale (K), delta_in_scale (K), base_out_scale (N), delta_out_scale (N): d, p_b, p_d, g_b, g_d,
-            in fp32 or x's dtype.
+        seed: int or one-element int64 tensor on x's device; the bits depend on (seed, flattened row, column) only and
+            are those of ``dropout_mask``. None draws one from torch's default generator, only if dropout acts.
+        rank_scale (R), base_in_scale (K), delta_in_scale (K), base_out_scale (N), delta_out_scale (N): d, p_b, p_d,
+            g_b, g_d, in fp32 or x's dtype.
 
     Returns:
-        (..., N) in x's dtype, or in the autocast dtype under autocast (x and weight are cast as ``F.linear`` casts them,
-        fp32 adapters stay fp32). Each gradient has its input's dtype.
+        (..., N) in x's dtype, or in the autocast dtype under autocast (x and weight are cast as ``F.linear`` casts
+        them, fp32 adapters stay fp32). Each gradient has its input's dtype.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named in the message; a weight that requires grad while
@@ -170,7 +170,9 @@ def lora_linear(
         RuntimeError: a second derivative, or use under a torch.func transform.
     """
     if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
-        raise RuntimeError("lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+        raise RuntimeError(
+            "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
+        )
     vectors = dict(
         rank_scale=rank_scale, base_in_scale=base_in_scale, delta_in_scale=delta_in_scale,
         base_out_scale=base_out_scale, delta_out_scale=delta_out_scale,
@@ -185,7 +187,9 @@ def lora_linear(
     check_arguments(x, weight, lora_A, lora_B, bias, number, dropout_p, seed, casts=casts, **vectors)
     grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
-        raise ValueError("weight requires grad, but lora_linear computes no gradient for it: freeze it (requires_grad_(False))")
+        raise ValueError(
+            "weight requires grad, but lora_linear computes no gradient for it: freeze it (requires_grad_(False))"
+        )
     if tensor_scaling:
         vectors["rank_scale"] = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
         scaling = 1.0
@@ -201,6 +205,15 @@ def lora_linear(
             x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors.values(), dtype
         )  # fmt: skip
     y, _, _ = _ops.lora_linear_fwd(
-        _rows(x, dtype), weight.to(dtype), lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors.values(), False
+        _rows(x, dtype),
+        weight.to(dtype),
+        lora_A,
+        lora_B,
+        bias,
+        scaling,
+        dropout_p,
+        seed,
+        *vectors.values(),
+        False,
     )
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -66,7 +66,7 @@ class LoRALinear(nn.Module):
         train_bias: bool = False,
         lora_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
-        """A layer that shares ``linear``'s weight and bias (no copy) and freezes them. Arguments as in the constructor."""
+        """A layer that shares ``linear``'s weight and bias (no copy) and freezes them; other arguments as above."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         layer = cls.__new__(cls)
@@ -89,7 +89,12 @@ class LoRALinear(nn.Module):
         if lora_dtype not in (torch.float32, weight.dtype):
             raise TypeError(f"lora_dtype must be torch.float32 or the weight's {weight.dtype}, got {lora_dtype}")
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, float(lora_dropout), use_rslora
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = (
+            r,
+            lora_alpha,
+            float(lora_dropout),
+            use_rslora,
+        )
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.weight = weight.requires_grad_(False)
         if base.bias is None:
@@ -124,16 +129,16 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def _add(self, sign: float) -> None:
         delta = self.get_delta_weight()
-        self.weight.copy_(self.weight.to(delta.dtype).add_(delta, alpha=sign))
+        self.weight.copy_(self.weight.to(delta.dtype) + sign * delta)
 
     def merge(self) -> None:
-        """weight += s B A, in place, rounded once. A second call does nothing. Training while merged raises RuntimeError."""
+        """weight += s B A, in place, rounded once. A second call does nothing. Training while merged raises."""
         if not self._merged:
             self._add(1.0)
             self._merged = True
 
     def unmerge(self) -> None:
-        """weight -= s B A, in place: the weight of before, up to one rounding. Does nothing on a layer that is not merged."""
+        """weight -= s B A, in place: the weight of before, up to one rounding. Nothing on a layer that is not merged."""
         if self._merged:
             self._add(-1.0)
             self._merged = False
@@ -166,7 +171,7 @@ class LoRALinear(nn.Module):
 def _unmerged_state(module: LoRALinear, state: dict, prefix: str, local_metadata: dict) -> None:
     if module._merged:
         weight, delta = module.weight.detach(), module.get_delta_weight().detach()
-        state[prefix + "weight"] = weight.to(delta.dtype).sub_(delta).to(weight.dtype)
+        state[prefix + "weight"] = (weight.to(delta.dtype) - delta).to(weight.dtype)
 
 
 def _load_unmerged(module: LoRALinear, *args) -> None:

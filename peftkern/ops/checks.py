@@ -26,7 +26,12 @@ def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING
 
 
 def check_fits(
-    name: str, value, shape: tuple[int, ...], meaning: str, device: torch.device, dtypes: tuple[torch.dtype, ...]
+    name: str,
+    value,
+    shape: tuple[int, ...],
+    meaning: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """A tensor of this shape, device and one of these dtypes. ``meaning`` names the shape's letters in the message."""
     check_tensor(name, value, dtypes=dtypes)

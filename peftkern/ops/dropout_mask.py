@@ -54,7 +54,7 @@ def dropout_mask_ref(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tens
     columns = []
     for word in words:
         columns += [word, ((word << 16) & _LOW) | (word >> 16)]
-    z = torch.stack(columns, dim=-1).reshape(M, -1)[:, :K]
+    z = torch.stack(columns, dim=-1).flatten(1)[:, :K]
     return z >= threshold(p)
 
 
@@ -106,7 +106,7 @@ define(
 
 
 def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The one-element int64 tensor that the ops take. ``None`` draws one from torch's default generator of the device."""
+    """The one-element int64 tensor that the ops take. ``None`` draws one from the device's default generator."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
@@ -118,7 +118,9 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
     return torch.full((1,), signed, dtype=torch.int64, device=device)
 
 
-def dropout_mask(M: int, K: int, p: float, seed: int | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+def dropout_mask(
+    M: int, K: int, p: float, seed: int | torch.Tensor, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """The mask that ``lora_linear`` applies to an (M, K) input for this seed: bool (M, K), True = kept.
 
     Args:

@@ -145,7 +145,9 @@ def check_arguments(
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     N, K = weight.shape
     if x.shape[-1] != K:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K) with K = {K} as weight has {tuple(weight.shape)}")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (..., K) with K = {K} as weight has {tuple(weight.shape)}"
+        )
     check_fits("weight", weight, (N, K), "(N, K)", x.device, FLOATING if casts else (x.dtype,))
     _, R = _check_adapters(lora_A, lora_B, dtypes, x.device, N, K)
     if bias is not None:

@@ -32,7 +32,7 @@ _SMALLEST_ULP = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.floa
 
 @dataclass(frozen=True)
 class Row:
-    """One output or gradient: errors as (rms, max), and ``ratio``, the larger error over its bound (at most 1 passes)."""
+    """One output or gradient. Errors are (rms, max); ``ratio`` is the larger error over its bound: at most 1 passes."""
 
     output: str
     error: tuple[float, float]
@@ -83,7 +83,7 @@ def _scale(a: Tensor, vector: Tensor | None) -> Tensor:
 
 
 def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
-    """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; scales where VeRA and (IA)^3 have them."""
+    """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as VeRA and (IA)^3."""
     x = t["x"].reshape(-1, t["x"].shape[-1])
     base = _scale(_mm(_scale(x, t.get("base_in_scale")), t["weight"]), t.get("base_out_scale"))
     z = x.to(t["lora_A"].dtype)

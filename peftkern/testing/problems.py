@@ -88,7 +88,11 @@ def random_problem(
     M = 0 if rng.random() < 0.03 else size(1, max_M)
     K, N, R = size(1, max_KN), size(1, max_KN), size(1, max_R)
     while large and M * K * N <= LARGE:
-        M, K, N = rng.randint(max_M // 4, max_M), rng.randint(max_KN // 4, max_KN), rng.randint(max_KN // 4, max_KN)
+        M, K, N = (
+            rng.randint(max_M // 4, max_M),
+            rng.randint(max_KN // 4, max_KN),
+            rng.randint(max_KN // 4, max_KN),
+        )
     adapter_dtype = adapter_dtype or rng.choice((torch.float32, dtype))
     options = tuple(name for name in VECTORS if rng.random() < 0.5)
     trainable = ("x", "lora_A", "lora_B", *options)

@@ -1,0 +1,215 @@
+"""lora_linear as an op: accuracy on every back end that runs on CPU tensors, schema, shapes, choice, determinism."""
+
+import pytest
+import torch
+
+from peftkern import lora_linear
+from peftkern.dispatch import choose, load
+from peftkern.ops.lora_linear import _describe_fwd
+from peftkern.testing.accuracy import check
+from peftkern.testing.problems import random_problem
+
+ops = torch.ops.peftkern
+CPU_REASON = load("cpu").unavailable()
+BACKENDS = [
+    pytest.param(("reference", "auto"), id="reference"),
+    *(
+        pytest.param(
+            ("cpu", base),
+            id=f"cpu-{base}",
+            marks=pytest.mark.skipif(CPU_REASON is not None, reason=f"no native build: {CPU_REASON}"),
+        )
+        for base in ("auto", "vendor", "panels")
+    ),
+]
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    name, base = request.param
+    monkeypatch.setenv("PEFTKERN_BACKEND", name)
+    monkeypatch.setenv("PEFTKERN_CPU_BASE", base)
+    return request.param
+
+
+def assert_accurate(problem):
+    bad = [row for row in check(problem) if not row.ok]
+    assert not bad, f"{problem}\n" + "\n".join(f"{row.ratio:.2f} {row}" for row in bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_accuracy_of_random_problems(backend, dtype):
+    # The vendor's half-precision product is seconds per call on some CPUs: forced there, it gets small problems.
+    small = backend[1] == "vendor" and dtype in HALF
+    limits = dict(max_M=64, max_KN=200) if small else dict(max_M=700, max_KN=1200)
+    for seed in range(15):
+        assert_accurate(random_problem(1000 + seed, dtype, **limits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_accuracy_of_a_large_problem(backend, dtype):
+    if backend[1] == "vendor" and dtype in HALF:
+        pytest.skip("the vendor's half-precision product takes minutes at this size on CPUs without support for it")
+    problem = random_problem(77, dtype, large=True, max_M=1200, max_KN=2100)
+    assert problem.M * problem.K * problem.N > 2**31
+    assert_accurate(problem)
+
+
+def tensors(dtype=torch.float32, M=6, K=20, N=9, R=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*s):
+        return torch.randn(*s, generator=g).to(dtype)
+
+    return [normal(M, K), normal(N, K), normal(R, K), normal(N, R)]
+
+
+@pytest.mark.parametrize("empty", ["M", "R", "K", "N"])
+def test_empty_sizes(backend, empty):
+    sizes = dict(M=4, K=8, N=5, R=3) | {empty: 0}
+    x, w, a, b = tensors(**sizes)
+    bias = torch.randn(sizes["N"])
+    args = [t.requires_grad_() for t in (x, a, b)]
+    y = lora_linear(x, w, a, b, bias=bias, scaling=2.0, dropout_p=0.5, training=True, seed=1)
+    assert y.shape == (sizes["M"], sizes["N"])
+    y.sum().backward()
+    assert all(t.grad.shape == t.shape and torch.isfinite(t.grad).all() for t in args)
+    if empty in "RK":
+        torch.testing.assert_close(y.detach(), x.detach() @ w.t() + bias)
+
+
+def test_dropped_elements_contribute_exactly_zero(backend):
+    x, w, a, b = tensors(K=64)
+    keep = torch.ops.peftkern.dropout_mask(torch.tensor([9]), 6, 64, 0.5)
+    poisoned = x.masked_fill(~keep, float("nan"))
+    args = (a, b, None, 1.0, 0.5, torch.tensor([9]), None, None, None, None, None, False)
+    y, u, _ = ops.lora_linear_fwd(poisoned, torch.zeros_like(w).fill_(0), *args)
+    assert torch.isfinite(u).all()
+    assert torch.equal(u, ops.lora_linear_fwd(x, w, *args)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_inputs_same_bits_and_thread_counts(backend, dtype):
+    if backend[1] == "vendor" and dtype == torch.bfloat16:
+        pytest.skip("the branch is the same under every base product, the vendor's bf16 product is slow on some CPUs")
+    x, w, a, b = tensors(dtype, M=130, K=515, N=260, R=7)
+    dy = torch.randn(130, 260).to(dtype)
+    seed = torch.tensor([4])
+
+    def run():
+        _, u, _ = ops.lora_linear_fwd(x, w, a, b, None, 1.5, 0.3, seed, None, None, None, None, None, False)
+        out = ops.lora_linear_bwd_adapter(
+            dy,
+            x,
+            u,
+            None,
+            a,
+            b,
+            1.5,
+            0.3,
+            seed,
+            None,
+            None,
+            None,
+            True,
+            True,
+            True,
+            False,
+            False,
+            False,
+            False,
+        )
+        return [u, *out]
+
+    threads = torch.get_num_threads()
+    first = run()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            if backend[0] == "cpu" or n == threads:
+                assert all(torch.equal(p, q) for p, q in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_branch_bits_of_a_row_do_not_depend_on_the_batch(backend):
+    if backend[0] == "reference":
+        pytest.skip("the reference is the vendor's product, which chooses by M")
+    x, w, a, b = tensors(M=300, K=700, N=40, R=9)
+
+    def u(rows):
+        return ops.lora_linear_fwd(rows, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, False)[1]
+
+    whole = u(x)
+    for start, stop in [(0, 1), (5, 6), (17, 80), (100, 300)]:
+        assert torch.equal(u(x[start:stop].clone()), whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype, backend):
+    if backend[0] == "cpu" and dtype == torch.float64:
+        pytest.skip("fp64 belongs to the reference")
+    x, w, a, b = tensors(dtype)
+    seed, (M, K, N, R) = torch.tensor([2]), (6, 20, 9, 3)
+    v = {n: torch.randn(n, dtype=dtype) for n in (K, N, R)}
+    dy, u = torch.randn(M, N, dtype=dtype), torch.randn(M, R, dtype=dtype)
+    for p, s, (d, k, n) in [(0.0, None, (None,) * 3), (0.4, seed, (v[R], v[K], v[N]))]:
+        full = d is not None
+        torch.library.opcheck(ops.lora_linear_fwd, (x, w, a, b, n, 1.5, p, s, d, k, k, n, n, full))
+        torch.library.opcheck(
+            ops.lora_linear_bwd_adapter,
+            (
+                dy,
+                x,
+                u,
+                dy if full else None,
+                a,
+                b,
+                1.5,
+                p,
+                s,
+                d,
+                k,
+                n,
+                True,
+                True,
+                full,
+                full,
+                full,
+                full,
+                full,
+            ),
+        )
+        torch.library.opcheck(ops.lora_linear_bwd_input, (dy, u, x if full else None, w, a, p, s, k, k, n, full))
+
+
+def test_outputs_do_not_alias_inputs_or_each_other(backend):
+    x, w, a, b = tensors()
+    outs = list(ops.lora_linear_fwd(x, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, True))
+    dy = torch.randn(6, 9)
+    outs += ops.lora_linear_bwd_adapter(dy, x, outs[1], outs[2], a, b, 1.0, 0.0, None, None, None, None, *[True] * 7)
+    ins = [x, w, a, b, dy]
+    pointers = [t.untyped_storage().data_ptr() for t in (*outs, *ins)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_choice_falls_through_and_names_reasons(monkeypatch):
+    x, w, a, b = tensors(torch.float64)
+    problem = _describe_fwd(x, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, False)
+    name, declined = choose(problem)
+    assert name == "reference" and "cpu" in declined and "float64" in str(problem)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="PEFTKERN_BACKEND=cpu cannot take"):
+        lora_linear(x, w, a, b)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="PEFTKERN_BACKEND"):
+        lora_linear(x, w, a, b)
+
+
+def test_fake_and_meta_agree_with_real():
+    x, w, a, b = tensors()
+    args = (None, 1.0, 0.0, None, None, None, None, None, None, True)
+    real = ops.lora_linear_fwd(x, w, a, b, *args)
+    meta = ops.lora_linear_fwd(*(t.to("meta") for t in (x, w, a, b)), *args)
+    assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in meta]
