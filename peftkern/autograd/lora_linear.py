@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.checks import accumulate_dtype
+from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
-from ..ops.lora_linear import check_arguments
+from ..ops.lora_linear import check_base
 
 _ops = torch.ops.peftkern
 
@@ -104,9 +104,9 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def _autocast_dtype(x) -> torch.dtype | None:
     # What autocast makes of F.linear's arguments (fp64 it leaves alone), None where it does nothing.
-    if not isinstance(x, Tensor) or x.dtype == torch.float64:
-        return None
     device = x.device.type
+    if x.dtype == torch.float64:
+        return None
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if active else None
 
@@ -177,27 +177,30 @@ def lora_linear(
         rank_scale=rank_scale, base_in_scale=base_in_scale, delta_in_scale=delta_in_scale,
         base_out_scale=base_out_scale, delta_out_scale=delta_out_scale,
     )  # fmt: skip
-    tensor_scaling = isinstance(scaling, Tensor)
-    check_p(dropout_p)
-    dropout_p = float(dropout_p) if training else 0.0
-    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 and isinstance(x, Tensor) else None
-    number = 1.0 if tensor_scaling else scaling
-    dtype = _autocast_dtype(x)
-    casts = dtype is not None
-    check_arguments(x, weight, lora_A, lora_B, bias, number, dropout_p, seed, casts=casts, **vectors)
+    check_base(x, weight)
+    named = {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **vectors}
+    for name, value in named.items():
+        if value is not None or name in ("lora_A", "lora_B"):
+            check_tensor(name, value)
     grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
-        raise ValueError(
-            "weight requires grad, but lora_linear computes no gradient for it: freeze it (requires_grad_(False))"
-        )
-    if tensor_scaling:
+        raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
+    check_p(dropout_p)
+    dropout_p = float(dropout_p) if training else 0.0
+    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
+    if isinstance(scaling, Tensor):
         vectors["rank_scale"] = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
         scaling = 1.0
-    if casts:
+    check_number("scaling", scaling)
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        dtype = x.dtype
+        if weight.dtype != dtype:
+            raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
+    else:
         kept = (torch.float32, dtype)
         lora_A, lora_B, bias = (t if t is None or t.dtype in kept else t.to(dtype) for t in (lora_A, lora_B, bias))
         vectors = {k: t if t is None or t.dtype in kept else t.float() for k, t in vectors.items()}
-    dtype = dtype or x.dtype
     scaling = float(scaling)
     inputs = (x, lora_A, lora_B, bias, *vectors.values())
     if grad and any(t is not None and t.requires_grad for t in inputs):

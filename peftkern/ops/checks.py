@@ -14,10 +14,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     """A plain strided tensor of one of ``dtypes``."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor; pass its local tensor (to_local) with the right grad_placements")
+    kind = type(value)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {kind.__name__}")
+        if kind.__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor; pass its local tensor (to_local) with the right grad_placements")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
     if value.dtype not in dtypes:
@@ -35,7 +37,7 @@ def check_fits(
 ) -> None:
     """A tensor of this shape, device and one of these dtypes. ``meaning`` names the shape's letters in the message."""
     check_tensor(name, value, dtypes=dtypes)
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {meaning} = {tuple(shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected {device}")

@@ -23,7 +23,7 @@ import torch
 
 from ..dispatch import define
 from ..problem import Problem, device_arch
-from .checks import FLOATING, accumulate_dtype, check_fits, check_number, check_tensor
+from .checks import accumulate_dtype, check_fits, check_number, check_tensor
 from .dropout_mask import check_p, check_seed, dropout_mask_ref
 
 
@@ -129,15 +129,9 @@ def _check_dropout(dropout_p, seed, device: torch.device) -> None:
         check_seed(seed, device)
 
 
-def check_arguments(
-    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *, casts: bool = False, **vectors
-) -> tuple[int, int, int]:
-    """(N, K, R) if these fit together, else TypeError or ValueError naming the argument.
-
-    ``x`` may have any leading shape. ``casts``: autocast will make the dtypes agree, so any floating dtype passes.
-    """
+def check_base(x, weight) -> tuple[int, int]:
+    """(N, K) if x (..., K) and weight (N, K) are floating point tensors that fit, else TypeError or ValueError."""
     check_tensor("x", x)
-    dtypes = FLOATING if casts else _adapter_dtypes(x.dtype)
     if x.dim() < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K)")
     check_tensor("weight", weight)
@@ -148,14 +142,7 @@ def check_arguments(
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected (..., K) with K = {K} as weight has {tuple(weight.shape)}"
         )
-    check_fits("weight", weight, (N, K), "(N, K)", x.device, FLOATING if casts else (x.dtype,))
-    _, R = _check_adapters(lora_A, lora_B, dtypes, x.device, N, K)
-    if bias is not None:
-        check_fits("bias", bias, (N,), "(N,)", x.device, dtypes)
-    _check_vectors(dtypes, x.device, N, K, R, **vectors)
-    check_number("scaling", scaling)
-    _check_dropout(dropout_p, seed, x.device)
-    return N, K, R
+    return N, K
 
 
 def _check_rows(name: str, value, columns: int, letter: str) -> int:
@@ -180,7 +167,15 @@ def _describe_fwd(
         rank_scale=rank_scale, base_in_scale=base_in_scale, delta_in_scale=delta_in_scale,
         base_out_scale=base_out_scale, delta_out_scale=delta_out_scale,
     )  # fmt: skip
-    N, K, R = check_arguments(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, **vectors)
+    N, K = check_base(x, weight)
+    dtypes = _adapter_dtypes(x.dtype)
+    check_fits("weight", weight, (N, K), "(N, K)", x.device, (x.dtype,))
+    _, R = _check_adapters(lora_A, lora_B, dtypes, x.device, N, K)
+    if bias is not None:
+        check_fits("bias", bias, (N,), "(N,)", x.device, dtypes)
+    _check_vectors(dtypes, x.device, N, K, R, **vectors)
+    check_number("scaling", scaling)
+    _check_dropout(dropout_p, seed, x.device)
     M = _check_rows("x", x, K, "K")
     present = dict(vectors, bias=bias, dropout=dropout_p > 0.0, save_base=save_base)
     return _problem("lora_linear_fwd", x, lora_A, M, N, K, R, **present)
