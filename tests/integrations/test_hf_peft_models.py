@@ -1,0 +1,108 @@
+"""Whole models: accelerated PEFT against stock PEFT and against stock PEFT in fp64."""
+
+import pytest
+import torch
+
+import peftkern
+
+KINDS = {"llama": 12, "bert": 13, "gpt2": 8}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_every_gradient(zoo, fused, kind):
+    inputs = zoo.batch(kind)
+    stock = zoo.build(kind, bias="lora_only")
+    exact = zoo.loss_and_gradients(zoo.copy(stock).double(), inputs)
+    ours = zoo.copy(stock)
+    report = peftkern.accelerate(ours)
+    assert len(report.accelerated) == KINDS[kind] and not report.skipped
+    theirs, mine = zoo.loss_and_gradients(stock, inputs), zoo.loss_and_gradients(ours, inputs)
+    assert len(fused) == KINDS[kind]
+    zoo.as_accurate(mine[0], theirs[0], exact[0])
+    zoo.as_accurate(mine[1], theirs[1], exact[1])
+    assert mine[2].keys() == theirs[2].keys()
+    assert any("lora_A" in n for n in mine[2]) and any(n.endswith("base_layer.bias") for n in mine[2])
+    scale = max(g.abs().max().item() for g in exact[2].values())
+    for name in mine[2]:
+        zoo.as_accurate(mine[2][name], theirs[2][name], exact[2][name], scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimiser_steps(zoo, kind):
+    stock = zoo.build(kind)
+    ours = zoo.copy(stock)
+    peftkern.accelerate(ours)
+    losses = []
+    for model in (stock, ours):
+        optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        losses.append([])
+        for step in range(4):
+            loss = model(**zoo.batch(kind, seed=step)).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][0] - losses[0][-1] != 0.0
+    assert abs(losses[0][0] - losses[0][-1]) > 1e-3
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+    for (name, a), (_, b) in zip(stock.named_parameters(), ours.named_parameters()):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_qkv_save_their_input_once(zoo):
+    # Frozen base, no dropout: per layer input one saved tensor, however many projections read it.
+    model = zoo.build("llama")
+    inputs = zoo.batch("llama", rows=4, length=16)
+    x_bytes = 4 * 16 * 32 * 4
+
+    def saved(model):
+        seen = {}
+
+        def pack(t):
+            seen[t.untyped_storage().data_ptr()] = t  # keeps it alive: no address is used twice
+            return t
+
+        attention = model.base_model.model.model.layers[0].self_attn
+        x = torch.randn(4, 16, 32, requires_grad=True)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                getattr(attention, name)(x)
+        return {k: t for k, t in seen.items() if k not in parameters}, x
+
+    peftkern.accelerate(model)
+    for p in (0.0, 0.1):
+        for layer in zoo.lora_layers(model).values():
+            layer.lora_dropout["default"] = torch.nn.Dropout(p)
+        model.train()
+        tensors, x = saved(model)
+        sizes = sorted(t.untyped_storage().nbytes() for t in tensors.values())
+        assert x.untyped_storage().data_ptr() in tensors and sizes[-1] == x_bytes
+        # Beside x: u (M, R) in fp32 for each of the three, and a seed.
+        assert sum(sizes[:-1]) <= 3 * (4 * 64 * 4 + 8), sizes
+    del inputs
+
+
+def test_compiled_layer_and_model(zoo, fused):
+    model, layer = zoo.layer(lora_dropout=0.25)
+    x = torch.randn(6, 24)
+    peftkern.accelerate(model)
+    compiled = torch.compile(layer, fullgraph=True)
+    layer.eval()
+    expected = layer(x)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    layer.train()
+    torch.manual_seed(5)
+    compiled(x).sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().sum() > 0
+    # The graph watches what the guard read: restore, then a hook.
+    layer.eval()
+    peftkern.restore(model)
+    before = len(fused)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(fused) == before
+    bert = zoo.build("bert").eval()
+    inputs = zoo.batch("bert")
+    expected = bert(**inputs).logits
+    peftkern.accelerate(bert)
+    torch.testing.assert_close(torch.compile(bert, fullgraph=True)(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
