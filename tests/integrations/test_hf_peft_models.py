@@ -27,6 +27,36 @@ def test_forward_and_every_gradient(zoo, fused, kind):
         zoo.as_accurate(mine[2][name], theirs[2][name], exact[2][name], scale)
 
 
+@pytest.mark.parametrize(
+    "base, autocast", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str
+)
+def test_error_in_bf16_is_no_larger_than_stock(zoo, fused, base, autocast):
+    # Over all gradients of a model together: one gradient of a chaotic function may be off by luck.
+    inputs = zoo.batch("llama")
+    stock = zoo.build("llama", lora_bias=True)
+    for layer in zoo.lora_layers(stock).values():
+        layer.base_layer.to(base)
+    if not autocast:
+        for name, module in stock.named_modules():
+            if "lora_" not in name and not name.endswith("base_layer") and not list(module.children()):
+                module.to(base)
+    exact = zoo.loss_and_gradients(zoo.copy(stock).double(), inputs)
+    ours = zoo.copy(stock)
+    assert len(peftkern.accelerate(ours).accelerated) == 12
+    errors = {}
+    for name, model in (("stock", stock), ("ours", ours)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, logits, grads = zoo.loss_and_gradients(model, inputs)
+        assert grads.keys() == exact[2].keys()
+        assert all(
+            g.dtype == p.dtype for g, p in zip(grads.values(), (p for p in model.parameters() if p.requires_grad))
+        )
+        squares = [(grads[n].double() - exact[2][n]).square().sum() for n in grads]
+        errors[name] = (torch.stack(squares).sum().sqrt().item(), (logits.double() - exact[1]).norm().item())
+    assert len(fused) == 12
+    assert errors["ours"][0] <= 1.5 * errors["stock"][0] and errors["ours"][1] <= 1.5 * errors["stock"][1], errors
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimiser_steps(zoo, kind):
     stock = zoo.build(kind)
