@@ -1,0 +1,170 @@
+"""Launch configurations: pure functions of the sizes, the element size and the architecture.
+
+Nothing here looks at a device or a clock. ``arch`` is major * 10 + minor (90 for Hopper), 0 for the interpreter.
+What is reduced over never decides with the number of rows: see the modules of the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Two waves of a Hopper-sized chip. A constant, so that a result does not depend on which chip of a family ran it.
+TARGET_PROGRAMS = 264
+SMEM_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
+MAX_RANK = 128
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b)."""
+    return -(-a // b)
+
+
+def rank_block(R: int, limit: int = MAX_RANK) -> int:
+    """Columns of a low-rank tile: the power of two that holds R, at least 16 (a tensor core's depth), at most limit."""
+    return min(limit, max(16, 1 << max(R - 1, 0).bit_length()))
+
+
+def smem_bytes(arch: int) -> int:
+    """Shared memory that one program may use."""
+    return SMEM_BYTES.get(arch, 99 << 10)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """``block_m`` rows, ``block_c`` columns and ``block_k`` depth of a tile; ``rank`` columns of a low-rank tile.
+
+    ``tma``: operands through tensor descriptors. ``persistent``: one program per multiprocessor walks the tiles, 0 for
+    one program per tile, else their number.
+    """
+
+    block_m: int
+    block_c: int
+    block_k: int = 0
+    rank: int = 16
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    tma: bool = False
+    persistent: int = 0
+    flatten: bool = False
+
+    def invalid(self, itemsize: int, arch: int) -> str | None:
+        """Why no kernel can be started with this, or None. The one validity rule."""
+        blocks = [b for b in (self.block_m, self.block_c, self.block_k, self.rank) if b]
+        if any(b < 16 or b & (b - 1) for b in blocks):
+            return f"blocks must be powers of two of at least 16, got {blocks}"
+        if self.warps not in (1, 2, 4, 8, 16):
+            return f"warps must be a power of two up to 16, got {self.warps}"
+        if self.tma and arch < 90:
+            return f"tensor descriptors need sm_90, got sm_{arch}"
+        # A product keeps its accumulator in registers and `stages` copies of its operands in shared memory.
+        wide = self.block_c if self.block_k else self.rank
+        if arch < 100 and self.block_m * wide > 128 * 32 * self.warps:
+            return f"a ({self.block_m}, {wide}) accumulator does not fit the registers of {self.warps} warps"
+        depth = self.block_k or self.block_c
+        copies = (self.block_m + (self.block_c if self.block_k else 0)) * depth * itemsize * max(self.stages - 1, 1)
+        if arch and copies > smem_bytes(arch):
+            return f"{copies} bytes of operands exceed the shared memory of sm_{arch}"
+        return None
+
+
+def gemm(M: int, N: int, K: int, R: int, itemsize: int, arch: int, second: bool = False) -> LaunchConfig:
+    """K1 with its own product. ``second``: a second accumulator is live (a dropped term on top of a scaled base)."""
+    rank = rank_block(R, 64)
+    if itemsize == 4:
+        return LaunchConfig(64, 64, 32, min(rank, 32), warps=4, stages=3)
+    if arch >= 90:
+        wide = 128 if second or N <= 1024 else 256
+        return LaunchConfig(128, wide, 64, rank, warps=8, stages=3 if wide == 256 else 4, tma=True)
+    if arch in (80, 0):
+        return LaunchConfig(128, 128, 32, rank, warps=8 if second else 4, stages=4)
+    return LaunchConfig(128, 128, 32, min(rank, 32), warps=8, stages=3)
+
+
+def epilogue(M: int, N: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+    """K1 around a base that is read: bytes decide, so many small tiles."""
+    return LaunchConfig(32 if M <= 64 else 64, 128, 0, rank_block(R, 32), warps=4, stages=1)
+
+
+def shrink(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+    """u = x A^T. Never a function of M: the blocks of the sum over K must not be."""
+    rank = rank_block(R)
+    if itemsize == 4:
+        return LaunchConfig(64, min(rank, 64), 32, min(rank, 64), warps=4, stages=3)
+    depth = 256 if rank <= 32 else 128 if rank <= 64 else 64
+    if arch < 90:
+        depth = min(depth, 128)
+    return LaunchConfig(64, rank, depth, rank, warps=4, stages=3)
+
+
+def shrink_groups(M: int, K: int, R: int, config: LaunchConfig) -> int:
+    """Programs that share a row tile's blocks; 1: one program adds them all."""
+    programs = cdiv(M, config.block_m) * cdiv(R, config.rank)
+    blocks = cdiv(K, config.block_k)
+    return 1 if programs >= 96 else max(1, min(blocks, cdiv(TARGET_PROGRAMS, programs)))
+
+
+def adapter_grad(C: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+    """One pass over t (M, C). Never a function of M: ``parts`` is a sum over the columns of a block."""
+    rank = rank_block(R)
+    if itemsize == 4:
+        return LaunchConfig(32, 64, 0, min(rank, 64), warps=4, stages=2)
+    if arch >= 90:
+        return LaunchConfig(64, 128 if rank > 64 else 256, 0, rank, warps=8, stages=2 if rank >= 64 else 3)
+    return LaunchConfig(64, 64, 0, min(rank, 64), warps=4, stages=2)
+
+
+def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:
+    """(row ranges, rows of a range): enough programs for the chip, each of at least four tiles."""
+    columns = cdiv(C, config.block_c) * max(1, cdiv(R, config.rank))
+    wanted = max(1, min(cdiv(TARGET_PROGRAMS, max(columns, 1)), cdiv(M, 4 * config.block_m)))
+    rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
+    return cdiv(M, max(rows, 1)), rows
+
+
+BASES = ("fused", "epilogue", "addmm")
+
+
+def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invariant: bool) -> str:
+    """Who computes the base product.
+
+    ``fused``: K1 computes it. ``epilogue``: the vendor's, then one pass of ours. ``addmm``: the vendor's, with the
+    low-rank term added by a second vendor product (no dropped or scaled result, adapters in the dtype of x).
+    A vendor's product depends on M, so batch invariance takes ours.
+    """
+    if batch_invariant:
+        return "fused"
+    # One extra pass over the result costs more than the few percent by which a Triton product trails the vendor's,
+    # once there are tiles enough for every multiprocessor.
+    enough = cdiv(M, 128) * cdiv(N, 256) >= TARGET_PROGRAMS // 2
+    return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
+
+
+_overrides: dict[str, object] = {}
+
+
+@contextlib.contextmanager
+def override(**values: object) -> Iterator[None]:
+    """Replace answers inside the block, for tuning and tests: ``base="fused"``, ``gemm=LaunchConfig(...)``, ``shrink=``...
+
+    Process-wide: a backward pass runs on another thread. Raises ValueError for an unknown name or base.
+    """
+    unknown = set(values) - {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges"}
+    if unknown:
+        raise ValueError(f"nothing called {', '.join(sorted(unknown))} can be overridden")
+    if values.get("base", BASES[0]) not in BASES:
+        raise ValueError(f"base is {values['base']!r}, expected one of {', '.join(BASES)}")
+    before = dict(_overrides)
+    _overrides.update(values)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def pick(name: str, default: object) -> object:
+    """The overriding value of that name, or the default."""
+    return _overrides.get(name, default)

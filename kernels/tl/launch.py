@@ -1,0 +1,34 @@
+"""One kernel launch as a value: what the kernel gets, before anything runs.
+
+Every launcher of this package builds a ``Launch`` and hands it to ``submit``. The ahead-of-time tests replace
+``submit``, call the launchers with meta tensors, and so compile exactly the launches that a GPU would see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Launch:
+    """``args`` are the run-time arguments by name (tensor, descriptor, number or None), ``constants`` the constexprs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 1
+
+    @property
+    def name(self) -> str:
+        """The kernel's own name."""
+        return self.kernel.fn.__name__
+
+
+def submit(launch: Launch) -> None:
+    """Start the kernel on the current stream of the current device. An empty grid starts nothing."""
+    if 0 in launch.grid:
+        return
+    launch.kernel[launch.grid](**launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)

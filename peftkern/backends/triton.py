@@ -1,0 +1,126 @@
+"""Triton on CUDA devices, or on CPU tensors where ``TRITON_INTERPRET=1`` turns on Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+
+import torch
+
+from .. import settings
+from ..problem import Problem
+
+NAME = "triton"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIMIT = 2**31
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _old_devices() -> str | None:
+    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
+    return f"CUDA device {old[0]} is older than sm_80" if old else None
+
+
+def unavailable() -> str | None:
+    """Why no call can run here, None if some can."""
+    if not _installed():
+        return "the package triton is not installed"
+    if settings.triton_interpret():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device, and TRITON_INTERPRET is not set"
+    return _old_devices()
+
+
+def decline(problem: Problem) -> str | None:
+    """Why this call can't be taken, None if it can."""
+    wanted = "cpu" if settings.triton_interpret() else "cuda"
+    if problem.device != wanted:
+        return f"runs on {wanted} tensors here, got {problem.device}"
+    if problem.op == "dropout_mask":
+        return None
+    if problem.dtype not in _DTYPES:
+        return f"no kernel for {problem.dtype}"
+    if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
+        return "a size is 2^31 or more"
+    return None
+
+
+def _settings(t: torch.Tensor):
+    from ..kernels.lora_linear import Settings
+
+    arch = 0
+    if t.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(t.device)
+        arch = major * 10 + minor
+    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, settings.batch_invariant())
+
+
+def _on(t: torch.Tensor):
+    """Triton starts kernels on the current device's current stream."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+
+
+def lora_linear_fwd(
+    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
+    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
+):  # fmt: skip
+    """(y, u, h), see ``peftkern.ops.lora_linear``."""
+    from ..kernels import lora_linear as kernels
+
+    with _on(x):
+        return kernels.forward(
+            x, weight, lora_A, lora_B, bias, scaling, kernels.dropout(dropout_p, seed),
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, _settings(x),
+        )  # fmt: skip
+
+
+def lora_linear_bwd_adapter(
+    dy, x, u, h, lora_A, lora_B, scaling, dropout_p, seed, rank_scale, delta_in_scale, delta_out_scale,
+    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out,
+):  # fmt: skip
+    """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out), see ``peftkern.ops.lora_linear``."""
+    from ..kernels import lora_linear as kernels
+    from ..kernels.lora_linear_grad import Needs, backward_adapter
+
+    needs = Needs(need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out)
+    with _on(dy):
+        return backward_adapter(
+            dy, x, u, h, lora_A, lora_B, scaling, kernels.dropout(dropout_p, seed),
+            rank_scale, delta_in_scale, delta_out_scale, needs, _settings(dy),
+        )  # fmt: skip
+
+
+def lora_linear_bwd_input(
+    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in
+):
+    """(dx, dbase_in), see ``peftkern.ops.lora_linear``."""
+    from ..kernels import lora_linear as kernels
+
+    with _on(dy):
+        return kernels.backward_input(
+            dy, du, x, weight, lora_A, kernels.dropout(dropout_p, seed),
+            base_in_scale, delta_in_scale, base_out_scale, need_base_in, _settings(dy),
+        )  # fmt: skip
+
+
+def dropout_mask(seed, M, K, p):
+    """bool (M, K), see ``peftkern.ops.dropout_mask``."""
+    from ..kernels.dropout import dropout_mask as launch_mask
+
+    with _on(seed):
+        return launch_mask(seed, M, K, p)
+
+
+OPS = {
+    "lora_linear_fwd": lora_linear_fwd,
+    "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
+    "lora_linear_bwd_input": lora_linear_bwd_input,
+    "dropout_mask": dropout_mask,
+}
