@@ -21,6 +21,11 @@ def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).reshape(-1, t.shape[-1])
 
 
+def _as_shape(y: Tensor, x: Tensor) -> Tensor:
+    # Not a view for autograd: the output may be changed in place (nn.ReLU(inplace=True)), as F.linear's may.
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """The op with its gradients. ``dtype``: what x and weight are cast to, inside, so that the originals are saved."""
 
@@ -53,7 +58,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return _as_shape(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -219,4 +224,4 @@ def lora_linear(
         *vectors.values(),
         False,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _as_shape(y, x)
