@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 
 import torch
@@ -80,7 +81,10 @@ def main(strategy: str, store: str, rank: int) -> None:
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in ours.parameters() if p.requires_grad]
     result["weights"] = [p.double().sum().item() for p in full]
     print(json.dumps(result), flush=True)
+    dist.barrier()
     dist.destroy_process_group()
+    # At interpreter exit torch sometimes aborts on a thread of FSDP that is still joinable; nothing is left to do.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ CASES = {
     "subclass of nn.Linear": (_subclass, "base_layer is a"),
     "subclass of lora.Linear": (_lora_subclass, "layer type"),
     "DoRA": (functools.partial(_variant, use_dora=True), "Dora"),
-    "MiCA": (functools.partial(_variant, init_lora_weights="mica"), "MiCA"),
     "forward hook on base_layer": (
         _changed(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] + 1)),
         "base_layer carries a hook",
@@ -274,6 +273,15 @@ def test_a_plain_adapter_beside_a_variant(zoo, fused):
     assert "'dora' is a LoRA variant" in hf_peft.why_not(layer)
     layer(x)
     assert len(fused) == 1
+
+
+def test_a_variant_with_arguments_of_its_own(zoo, fused):
+    model = zoo.build("llama", alora_invocation_tokens=[1, 2]).eval()
+    inputs = {"input_ids": torch.tensor([[5, 1, 2, 7], [1, 2, 9, 8]])}
+    expected = model(**inputs).logits
+    report = peftkern.accelerate(model)
+    assert len(report.skipped) == 12 and all("ALora" in reason for reason in report.skipped.values())
+    assert torch.equal(model(**inputs).logits, expected) and not fused
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "0.22.0.dev0", "1.0", "strange"])

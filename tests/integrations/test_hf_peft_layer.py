@@ -198,3 +198,40 @@ def test_hotswap_with_tensor_scaling(zoo, fused, tmp_path):
     assert isinstance(layer.scaling["default"], torch.Tensor)
     torch.testing.assert_close(model(x), other(x), rtol=1e-5, atol=1e-5)
     assert len(fused) == 2
+
+
+def test_the_output_may_be_changed_in_place(zoo, fused):
+    model, layer = zoo.layer()
+    x = torch.randn(2, 5, 24)
+    results = []
+    for accelerated in (False, True):
+        if accelerated:
+            peftkern.accelerate(model)
+        layer.zero_grad()
+        y = layer(x).mul_(2.0).relu_()
+        y.square().sum().backward()
+        with torch.no_grad():
+            z = layer(x)
+        results.append(
+            (y.detach(), layer.lora_A["default"].weight.grad.clone(), z.add_(layer.lora_B["default"].weight[0, 0]))
+        )
+    assert len(fused) == 2
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_plain_attributes(zoo, fused):
+    # FSDP1 and DataParallel put a tensor where the Parameter was.
+    model, layer = zoo.layer(lora_bias=True)
+    leaves = []
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for name in [n for n, p in module._parameters.items() if p is not None]:
+            value = module._parameters.pop(name).detach().clone()
+            leaves.append(value.requires_grad_(module is not layer.base_layer))
+            setattr(module, name, value)
+    x = torch.randn(5, 24)
+    expected = torch.autograd.grad(layer(x).sum(), leaves[2:])
+    peftkern.accelerate(model)
+    for a, b in zip(torch.autograd.grad(layer(x).sum(), leaves[2:]), expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(fused) == 1

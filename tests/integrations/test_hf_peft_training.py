@@ -1,6 +1,7 @@
 """Trainers that people use, with an accelerated model: HF Trainer, DDP and FSDP2 on gloo; stock's losses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,11 @@ def test_trainer_with_accumulation_and_checkpointing(zoo, fused, tmp_path, preci
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_on_gloo(tmp_path, strategy):
     command = [sys.executable, str(WORKER), strategy, str(tmp_path / "store")]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         for rank in range(2)
     ]
     results = []
