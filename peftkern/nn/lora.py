@@ -138,7 +138,7 @@ class LoRALinear(nn.Module):
             self._merged = True
 
     def unmerge(self) -> None:
-        """weight -= s B A, in place: the weight of before, up to one rounding. Nothing on a layer that is not merged."""
+        """weight -= s B A, in place: the weight of before, up to one rounding. Nothing if it is not merged."""
         if self._merged:
             self._add(-1.0)
             self._merged = False
@@ -163,8 +163,8 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
-            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self._merged}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self._merged}"
         )
 
 

@@ -83,7 +83,7 @@ def _scale(a: Tensor, vector: Tensor | None) -> Tensor:
 
 
 def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
-    """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as VeRA and (IA)^3."""
+    """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
     x = t["x"].reshape(-1, t["x"].shape[-1])
     base = _scale(_mm(_scale(x, t.get("base_in_scale")), t["weight"]), t.get("base_out_scale"))
     z = x.to(t["lora_A"].dtype)
