@@ -1,0 +1,183 @@
+"""``peftkern doctor``: versions, processor, back ends that work or why they do not, and what runs the base product.
+
+Everything is asked of the modules that decide, so what is printed is what a call will do. No package besides torch is
+needed; none is imported to learn its version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import dispatch, settings
+from ._version import __version__
+
+PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
+# Instruction sets that decide which product is fast.
+FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "amx_fp16",
+)  # fmt: skip
+OTHER_VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_PROC_BIND", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES", "TORCH_LOGS",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Version of peftkern, Python and the packages that matter, None for those not installed."""
+    found: dict[str, str | None] = {"peftkern": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["torch"] = torch.__version__
+    return found
+
+
+def cpu() -> dict:
+    """Model name, the instruction sets of FEATURES that it has, torch's level and the one our kernels use."""
+    model, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        pairs = [line.partition(":") for line in info.read_text().splitlines()]
+        values = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+        model = values.get("model name", model)
+        flags = set(values.get("flags", values.get("Features", "")).split())
+    native = extension()
+    return {
+        "model": model,
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "features": [f for f in FEATURES if f in flags],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "peftkern_isa": native.isa() if native else None,
+    }
+
+
+def gpu() -> dict | None:
+    """Name, architecture, memory of the current GPU, or None."""
+    if not torch.cuda.is_available():
+        return None
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"name": p.name, "arch": f"sm_{p.major}{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
+
+
+def extension():
+    """The compiled module, or None where it was not built."""
+    try:
+        return importlib.import_module("peftkern._C")
+    except ImportError:
+        return None
+
+
+def build() -> dict:
+    """What was compiled: the C++ module, and CUDA kernels in it."""
+    native = extension()
+    return {
+        "extension": getattr(native, "__file__", None),
+        "cuda_kernels": bool(getattr(native, "cuda_built", False)),
+        "torch_cuda": torch.version.cuda,
+    }
+
+
+def backends() -> dict[str, dict]:
+    """For each back end: ``usable`` and, if not, ``reason``."""
+    found: dict[str, dict] = {"reference": {"usable": True, "reason": None}}
+    for name in dispatch.BACKENDS:
+        try:
+            reason = dispatch.load(name).unavailable()
+        except ImportError as error:
+            reason = f"cannot be imported: {error}"
+        found[name] = {"usable": reason is None, "reason": reason}
+    return found
+
+
+def base_products() -> dict[str, dict[str, str]]:
+    """Who computes the frozen product on this CPU: {dtype: {pass: words}}."""
+    return {}
+
+
+def settings_in_use() -> dict[str, str]:
+    """Environment variables that change what runs: ours with their values in force, others where they are set."""
+    ours = {
+        "PEFTKERN_BACKEND": settings.backend(),
+        "PEFTKERN_CPU_BASE": settings.cpu_base(),
+        "PEFTKERN_CPU_ISA": settings.cpu_isa(),
+        "PEFTKERN_BATCH_INVARIANT": str(int(settings.batch_invariant())),
+        "TRITON_INTERPRET": str(int(settings.triton_interpret())),
+    }
+    return ours | {name: os.environ[name] for name in OTHER_VARIABLES if name in os.environ}
+
+
+def report() -> dict:
+    """Everything, as one dictionary that json can write."""
+    return {
+        "versions": versions(),
+        "cpu": cpu(),
+        "gpu": gpu(),
+        "threads": torch.get_num_threads(),
+        "build": build(),
+        "backends": backends(),
+        "base_products": base_products(),
+        "settings": settings_in_use(),
+    }
+
+
+def text(found: dict) -> str:
+    """The report as readable lines."""
+    lines: list[str] = []
+
+    def section(title: str, items: dict) -> None:
+        lines.extend(["", title])
+        width = max((len(str(k)) for k in items), default=0)
+        lines.extend(f"  {k:<{width}}  {v}" for k, v in items.items())
+
+    section("versions", {k: v or "not installed" for k, v in found["versions"].items()})
+    c = dict(found["cpu"])
+    c["features"] = " ".join(c["features"]) or "none of " + " ".join(FEATURES)
+    c["peftkern_isa"] = c["peftkern_isa"] or "no compiled kernels"
+    section("processor", c | {"threads": found["threads"]})
+    section("GPU", found["gpu"] or {"none": "torch sees no CUDA device"})
+    b = found["build"]
+    section(
+        "build",
+        {
+            "C++ kernels": b["extension"] or "not built (no compiler at installation, or not installed)",
+            "CUDA kernels": "built" if b["cuda_kernels"] else "not built",
+            "torch's CUDA": b["torch_cuda"] or "none (CPU build)",
+        },
+    )
+    section("back ends", {k: "usable" if v["usable"] else f"no: {v['reason']}" for k, v in found["backends"].items()})
+    products = {
+        f"{dtype} {which}": words for dtype, passes in found["base_products"].items() for which, words in passes.items()
+    }
+    section("base product on CPU", products)
+    section("settings", found["settings"])
+    return "\n".join(lines[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 0: a report is no verdict."""
+    parser = argparse.ArgumentParser(prog="peftkern doctor", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to the terminal")
+    args = parser.parse_args(argv)
+    found = report()
+    if args.json is None:
+        print(text(found))
+    elif args.json == "-":
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+    return 0
