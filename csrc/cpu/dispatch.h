@@ -1,0 +1,44 @@
+// Choice of the instruction set level for functions that are compiled once per level.
+#pragma once
+
+namespace peftkern::cpu {
+
+enum class Level : int { plain = 0, avx2 = 1, avx512 = 2 };
+
+// The level in use (isa.cpp).
+Level level();
+
+}  // namespace peftkern::cpu
+
+// Declares peftkern::cpu::<level>::NAME for every level and defines peftkern::cpu::NAME, which calls the one
+// in use. To be used at global scope, in a file that is compiled once.
+#ifdef PEFTKERN_X86_LEVELS
+#define PEFTKERN_DISPATCH(NAME, ARGS)          \
+  namespace peftkern::cpu::plain {             \
+  void NAME(const ARGS&);                      \
+  }                                            \
+  namespace peftkern::cpu::avx2 {              \
+  void NAME(const ARGS&);                      \
+  }                                            \
+  namespace peftkern::cpu::avx512 {            \
+  void NAME(const ARGS&);                      \
+  }                                            \
+  void peftkern::cpu::NAME(const ARGS& args) { \
+    switch (level()) {                         \
+      case Level::avx512:                      \
+        return avx512::NAME(args);             \
+      case Level::avx2:                        \
+        return avx2::NAME(args);               \
+      default:                                 \
+        return plain::NAME(args);              \
+    }                                          \
+  }
+#else
+#define PEFTKERN_DISPATCH(NAME, ARGS)          \
+  namespace peftkern::cpu::plain {             \
+  void NAME(const ARGS&);                      \
+  }                                            \
+  void peftkern::cpu::NAME(const ARGS& args) { \
+    plain::NAME(args);                         \
+  }
+#endif

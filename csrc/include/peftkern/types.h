@@ -1,0 +1,41 @@
+// What native entry points share: dtype codes and plain views. No functions here: files that are compiled
+// once per instruction set must not share inline code.
+#pragma once
+
+#include <cstdint>
+
+namespace peftkern {
+
+// Codes that the bindings pass as int.
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Storage of the half precision types: bits only.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// A matrix in memory: rows `ld` elements apart, columns adjacent.
+struct ConstMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t ld = 0;
+};
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t ld = 0;
+};
+
+// Dropout of element (row0 + i, col0 + j): kept iff its Philox word is >= threshold. threshold 0 keeps
+// everything.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  int64_t row0 = 0;
+  int64_t col0 = 0;
+};
+
+}  // namespace peftkern
