@@ -1,0 +1,159 @@
+"""``peftkern bench``: time an op against its alternatives, print a table, write JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import machine
+from .case import DTYPES, Bench
+from .registry import OPS
+from .runner import Runner, Settings, blocks
+from .timing import copy_bandwidth
+
+SCHEMA = 1
+SECONDS = {"quick": 1.5, "full": 3.0}
+LIMITS = {"quick": 1.0, "full": 3.0}
+EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
+training step, fwd_bwd the whole step (gradients of x and the adapters). Provider names: {providers}.
+"""
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = tuple(int(p) for p in text.lower().replace("x", ",").split(","))
+    if len(parts) != 3 or min(parts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not M,K,N")
+    return parts
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    names = sorted({name for bench in OPS.values() for name in bench.providers})
+    p = argparse.ArgumentParser(
+        prog="peftkern bench", description=__doc__.strip(), epilog=EPILOG.format(providers=", ".join(names))
+    )
+    p.add_argument("--op", choices=sorted(OPS), default="lora_linear")
+    p.add_argument("--preset", choices=("quick", "full"), default="quick", help="quick: a minute; full: 15 minutes")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees one")
+    p.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="dtypes of x and weight")
+    p.add_argument("--shape", nargs="+", type=_shape, metavar="M,K,N", help="rows, in_features, out_features")
+    p.add_argument("--rank", nargs="+", type=int, metavar="R")
+    p.add_argument("--dropout", nargs="+", type=float, metavar="P")
+    p.add_argument("--adapter-dtype", nargs="+", choices=("same", *sorted(DTYPES)))
+    p.add_argument("--provider", nargs="+", choices=names, help="only these, for every case, beside the frozen linear")
+    p.add_argument("--seconds", type=float, help="time per shape, dtype and rank, all providers together")
+    p.add_argument("--repeats", type=int, default=5, help="at least so many rounds, whatever they take (default 5)")
+    p.add_argument("--limit", type=float, help="skip what takes longer than this many seconds a step")
+    p.add_argument("--threads", type=int, help="torch.set_num_threads")
+    p.add_argument("--memory", action="store_true", help="also measure the peak memory of a step")
+    p.add_argument("--no-gate", action="store_true", help="do not check peftkern's accuracy before timing it")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write header and rows; updated after every block")
+    p.add_argument("--plot", type=Path, metavar="DIR", help="write plots as PNG")
+    p.add_argument("--rerun", type=Path, metavar="FILE",
+                   help="time the rows of FILE that lose to addmm by over 5%% three times again, and add that to FILE")  # fmt: skip
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 1 if peftkern could not be measured somewhere (a failure or a wrong result)."""
+    args = parser().parse_args(argv)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if args.plot:
+        import matplotlib  # noqa: F401  (absent: say so now, not after the measurement)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.rerun:
+        from .rerun import rerun
+
+        return rerun(args.rerun, console, repeats=max(args.repeats, 7))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    bench = OPS[args.op]
+    cases = bench.cases(
+        args.preset, device, dtypes=args.dtype, shapes=args.shape, ranks=args.rank, dropouts=args.dropout,
+        adapters=args.adapter_dtype,
+    )  # fmt: skip
+    if not cases:
+        console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
+        return 2
+    bandwidth = copy_bandwidth(device)
+    result = {"schema": SCHEMA, "header": machine.header(device, bandwidth) | {"preset": args.preset, "op": args.op}}
+    result |= {"rows": [], "reruns": []}
+    settings = Settings(
+        preset=args.preset, seconds=args.seconds or SECONDS[args.preset], bandwidth=bandwidth,
+        limit=args.limit or LIMITS[args.preset], min_repeats=args.repeats, max_repeats=max(60, args.repeats),
+        cache=result["header"]["cache_bytes"], memory=args.memory, providers=tuple(args.provider or ()),
+        gate=not args.no_gate,
+    )  # fmt: skip
+    describe(result["header"], console)
+    started = time.perf_counter()
+    for rows in _progress(Runner(bench, settings), cases, console):
+        result["rows"] += rows
+        result["header"]["seconds"] = round(time.perf_counter() - started, 1)
+        if args.json:
+            write(args.json, result)
+    from .table import tables
+
+    for table in tables(result["rows"], bench):
+        console.print(table)
+    console.print(f"{len(result['rows'])} rows in {result['header']['seconds']:.0f} s")
+    if args.plot:
+        from .plots import plot
+
+        for file in plot(result, bench, args.plot):
+            console.print(f"wrote {file}")
+    return failures(result["rows"], bench, console)
+
+
+def _progress(runner: Runner, cases, console):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(blocks(cases)))
+        for rows in runner.run(cases, lambda text: progress.update(task, description=text)):
+            progress.advance(task)
+            yield rows
+
+
+def describe(header: dict, console) -> None:
+    """One line on what is measured on."""
+    versions, cpu = header["versions"], header["cpu"]
+    isa = header["gpu"]["arch"] if header["gpu"] else cpu["torch_isa"]
+    console.print(
+        f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, "
+        f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
+    )
+
+
+def failures(rows: list[dict], bench: Bench, console) -> int:
+    """1 if a provider broke or ours was wrong (a slow provider that was skipped is no failure), else 0."""
+    bad = {r["skipped"] for r in rows if r["skipped"] and not r["skipped"].startswith("hopelessly slow")}
+    bad -= {reason for p in bench.providers.values() if (reason := p.missing())}
+    for reason in sorted(bad):
+        console.print(f"not measured: {reason}", style="red")
+    return 1 if bad else 0
+
+
+def write(file: Path, result: dict) -> None:
+    """Write the JSON, one row a line so that a diff of two results is readable."""
+    head = {k: v for k, v in result.items() if k not in ("rows", "reruns")}
+    parts = [json.dumps(head, indent=1)[:-2]]
+    for name in ("rows", "reruns"):
+        lines = ",\n  ".join(json.dumps(row) for row in result[name])
+        parts.append(f' "{name}": [{chr(10) + "  " + lines + chr(10) + " " if lines else ""}]')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(",\n".join(parts) + "\n}\n")
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

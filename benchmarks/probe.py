@@ -1,0 +1,94 @@
+"""What is too slow to measure, found out at small shapes.
+
+On a CPU without support for a half-precision product one training step of a real layer can take minutes. Each
+provider is therefore timed once per dtype at M, K, N = 64, 256, 256, its fixed cost (measured at a tiny shape) taken
+off, and the rest extrapolated by FLOPs, forward and backward apart. Small shapes run below full speed, so before
+anything is skipped the estimate is made again at larger shapes, as long as those are quick themselves. What would
+exceed the limit even so is skipped, and the row says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+from .case import FP32_BASE, Bench, Case, short
+from .timing import timed_step
+
+TINY = (4, 16, 16)
+SHAPES = ((64, 256, 256), (256, 512, 512), (512, 1024, 1024))
+
+
+@dataclasses.dataclass
+class _Speed:
+    # Seconds of the fixed part, and seconds per FLOP, as (forward, backward); ``shape``: where it was measured.
+    fixed: tuple[float, float]
+    per_flop: tuple[float, float]
+    shape: int = 0
+
+
+class Probe:
+    """Predicts seconds of a provider's passes. ``limit``: the longest step worth timing."""
+
+    def __init__(self, bench: Bench, limit: float):
+        self.bench, self.limit = bench, limit
+        self._speeds: dict[tuple, _Speed] = {}
+
+    def predict(self, name: str, case: Case) -> tuple[float, float]:
+        """Expected seconds of the forward and of the backward part."""
+        speed = self._speed(name, case)
+        while sum(seconds := self._apply(speed, case)) > self.limit and speed.shape + 1 < len(SHAPES):
+            larger = self._at(case, SHAPES[speed.shape + 1])
+            if sum(self._apply(speed, larger)) > self.limit / 2 or sum(self._flops(larger)) > sum(self._flops(case)):
+                break
+            self._refine(name, larger, speed)
+        return seconds
+
+    def skips(self, name: str, case: Case) -> dict[str, str]:
+        """Reason for each pass that is not to be run."""
+        fwd, bwd = self.predict(name, case)
+        dtype = "fp32" if name == FP32_BASE else short(case.dtype)
+        measured = "x".join(map(str, SHAPES[self._speed(name, case).shape]))
+        why = f"hopelessly slow in {dtype} here: {{:.1f}} s a step expected from {measured}, limit {self.limit:g} s"
+        reasons = {"fwd": why.format(fwd)} if fwd > self.limit else {}
+        if fwd + bwd > self.limit:
+            reasons["fwd_bwd"] = why.format(fwd + bwd)
+        return reasons
+
+    def _speed(self, name: str, case: Case) -> _Speed:
+        key = (name, case.device, case.dtype, case.adapter_dtype)
+        if key not in self._speeds:
+            fixed = self._seconds(name, self._at(case, TINY))
+            self._speeds[key] = _Speed(fixed, (math.inf, math.inf))
+            self._refine(name, self._at(case, SHAPES[0]), self._speeds[key], 0)
+        return self._speeds[key]
+
+    def _refine(self, name: str, case: Case, speed: _Speed, step: int = 1) -> None:
+        # The fixed cost is noisy: at least a tenth of the time is taken to grow with the problem.
+        measured = zip(self._seconds(name, case), speed.fixed, self._flops(case), speed.per_flop)
+        speed.per_flop = tuple(min(best, max(t - fixed, t / 10) / flops) for t, fixed, flops, best in measured)
+        speed.shape += step
+
+    def _at(self, case: Case, shape: tuple[int, int, int]) -> Case:
+        M, K, N = shape
+        return dataclasses.replace(case, M=M, K=K, N=N, R=min(case.R, 16))
+
+    def _flops(self, case: Case) -> tuple[float, float]:
+        fwd, both = self.bench.floor(case, "fwd"), self.bench.floor(case, "fwd_bwd")
+        forward = fwd.base_flops + fwd.branch_flops
+        return forward, both.base_flops + both.branch_flops - forward
+
+    def _apply(self, speed: _Speed, case: Case) -> tuple[float, float]:
+        return tuple(f + p * n for f, p, n in zip(speed.fixed, speed.per_flop, self._flops(case)))
+
+    def _seconds(self, name: str, case: Case) -> tuple[float, float]:
+        provider = self.bench.providers[name]
+        step = self.bench.providers[provider.probe_as or name].build(case, self.bench.data(case, 1))
+        timed_step(step, 0, True)  # whatever is loaded at first use
+        # The best of a few: another process may hold the cores for longer than the step takes.
+        start, runs = time.perf_counter(), []
+        while not runs or (len(runs) < 9 and time.perf_counter() - start < self.limit / 10):
+            runs.append(timed_step(step, 0, True))
+        fwd, both = (min(t) for t in zip(*runs))
+        return fwd, max(both - fwd, 0.0)

@@ -1,0 +1,10 @@
+"""The ops that have a benchmark. A new op is a file with a ``BENCH`` and a line here."""
+
+from __future__ import annotations
+
+from . import lora_linear
+from .case import Bench
+
+OPS: dict[str, Bench] = {
+    "lora_linear": lora_linear.BENCH,
+}

@@ -1,0 +1,208 @@
+"""Runs the cases of a bench block by block and turns the times into rows.
+
+A block is one shape, dtype and rank: the frozen linear and every provider of every case in it take turns in one run.
+``R`` of a frozen linear's row tells which block it was timed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .case import BASE, FP32_BASE, PASSES, Bench, Case, Provider, short
+from .floor import bytes_bound_fraction, floor_ratio
+from .memory import peak_bytes, saved_bytes
+from .probe import Probe
+from .timing import Entry, interleave
+
+PEFTKERN = "peftkern"
+
+
+@dataclass
+class Settings:
+    """How long to measure. ``seconds``: time for a block, exceeded where ``min_repeats`` take longer.
+    ``limit``: the longest step worth timing. ``bandwidth``: of copies, bytes per second. ``cache``: last cache's bytes."""
+
+    preset: str
+    seconds: float
+    bandwidth: float
+    limit: float = 3.0
+    min_repeats: int = 5
+    max_repeats: int = 60
+    cache: int = 32 << 20
+    memory: bool = False
+    providers: tuple[str, ...] = ()
+    gate: bool = True
+
+
+def blocks(cases: list[Case]) -> list[list[Case]]:
+    """Cases that are timed in one interleaved run, in order."""
+    return [list(group) for _, group in itertools.groupby(cases, key=lambda c: c.block)]
+
+
+@dataclass
+class _Slot:
+    # One provider of one case, or a frozen linear (case of the block's first, shown without adapter and dropout).
+    provider: Provider
+    case: Case
+    skipped: dict[str, str]
+    entry: Entry | None = None
+    saved: int | None = None
+    peak: int | None = None
+
+    @property
+    def is_base(self) -> bool:
+        return self.provider.name in (BASE, FP32_BASE)
+
+    def median(self, which: str) -> float | None:
+        times = self.entry.seconds[which] if self.entry else []
+        return statistics.median(times) if times and which not in self.skipped else None
+
+
+class Runner:
+    """Rows of a list of cases; ``run`` yields them block by block."""
+
+    def __init__(self, bench: Bench, settings: Settings):
+        self.bench, self.settings = bench, settings
+        self.probe = Probe(bench, settings.limit)
+        self._gates: dict[tuple, str | None] = {}
+        self._fp32: dict[tuple, dict[str, float | None]] = {}
+
+    def run(self, cases: list[Case], announce: Callable[[str], None] = lambda text: None) -> Iterator[list[dict]]:
+        """The rows of each block in turn. ``announce`` is told what is being measured."""
+        for block in blocks(cases):
+            announce(f"{short(block[0].dtype)} {'x'.join(map(str, block[0].shape))} R={block[0].R}")
+            yield self._block(block)
+
+    def _block(self, block: list[Case]) -> list[dict]:
+        s, copies = self.settings, self.bench.copies(block[0], self.settings.cache)
+        data = self.bench.data(block[0], copies)
+        slots = self._slots(block)
+        for slot in slots:
+            self._warm(slot, data)
+        running = [slot.entry for slot in slots if slot.entry]
+        if running:
+            interleave(
+                running, copies, seconds=s.seconds, min_repeats=s.min_repeats, max_repeats=s.max_repeats, often=(BASE,)
+            )
+        if s.memory:
+            for slot in slots:
+                if slot.entry and slot.entry.backward:
+                    slot.peak = peak_bytes(slot.entry.step)
+        for slot in slots:
+            for which, took in (slot.entry.stopped if slot.entry else {}).items():
+                slot.skipped[which] = f"hopelessly slow here: one step took {took:.1f} s, limit {s.limit:g} s"
+        reference = {slot.provider.name: slot for slot in slots if slot.is_base}
+        return [self._row(slot, reference, which, copies) for slot in slots for which in PASSES]
+
+    def _slots(self, block: list[Case]) -> list[_Slot]:
+        first, asked = block[0], self.settings.providers
+        slots = [self._slot(BASE, first)]
+        # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is all there is to compare with.
+        needed = bool(slots[0].skipped) or (first.shape, first.device) not in self._fp32
+        if first.dtype != torch.float32 and needed:
+            slots.append(self._slot(FP32_BASE, first))
+        for case in block:
+            for name in asked or self.bench.plan(case, self.settings.preset):
+                if name not in (BASE, FP32_BASE):
+                    slots.append(self._slot(name, case))
+        return slots
+
+    def _slot(self, name: str, case: Case) -> _Slot:
+        provider = self.bench.providers[name]
+        reason = provider.missing()
+        if reason is None and name == PEFTKERN and self.settings.gate:
+            key = (case.dtype, case.adapter_dtype, case.R, case.dropout, case.M > 64)
+            if key not in self._gates:
+                self._gates[key] = self._failure(lambda: self.bench.gate(case))
+            reason = self._gates[key]
+        skipped: dict[str, str] = {}
+        reason = reason or self._failure(lambda: skipped.update(self.probe.skips(name, case)))
+        return _Slot(provider, case, dict.fromkeys(PASSES, reason) if reason else skipped)
+
+    @staticmethod
+    def _failure(call: Callable[[], str | None]) -> str | None:
+        # What the call says, or its exception in one line: one provider that fails must not end a long run.
+        try:
+            return call()
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1].name
+            return f"{type(error).__name__} in {where}: {(str(error).splitlines() or [''])[0]}"
+
+    def _warm(self, slot: _Slot, data) -> None:
+        if "fwd" in slot.skipped:
+            return
+        reason = self._failure(lambda: self._start(slot, data))
+        if reason:
+            slot.skipped.update(dict.fromkeys(PASSES, reason))
+
+    def _start(self, slot: _Slot, data) -> None:
+        # The first forward also counts what is saved; full steps on top only where they are cheap or have to compile.
+        provider = slot.provider
+        step = provider.build(slot.case, data)
+        slot.saved = saved_bytes(step)
+        entry = Entry(provider.name, step, "fwd_bwd" not in slot.skipped)
+        cheap = sum(self.probe.predict(provider.name, slot.case)) < 0.2
+        for _ in range(provider.warm_steps or int(cheap)):
+            entry.warm()
+        entry.limit = self.settings.limit
+        slot.entry = entry
+
+    def _row(self, slot: _Slot, reference: dict[str, _Slot], which: str, copies: int) -> dict:
+        case, median = slot.case, slot.median(which)
+        base = reference[BASE].median(which)
+        fp32 = self._fp32_median(case, reference, which, base)
+        floor, bandwidth = self.bench.floor(case, which), self.settings.bandwidth
+        row = dict(
+            op=case.op, device=case.device, dtype=short(case.dtype), M=case.M, N=case.N, K=case.K, R=case.R,
+            adapter_dtype=None if slot.is_base else short(case.adapter_dtype),
+            dropout=None if slot.is_base else case.dropout, provider=slot.provider.name,
+        )  # fmt: skip
+        row["pass"] = which
+        row["median_ms"] = _ms(median)
+        times = sorted(slot.entry.seconds[which]) if median is not None else []
+        quarters = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        row.update(
+            min_ms=_ms(times[0]) if times else None,
+            p25_ms=_ms(quarters[0]) if times else None,
+            p75_ms=_ms(quarters[2]) if times else None,
+            repeats=len(times),
+            copies=copies,
+            ratio_to_base=_ratio(median, base),
+            ratio_to_fp32_base=_ratio(median, fp32),
+        )
+        yardstick = base or fp32
+        over = "base" if base else "base_fp32"
+        row["floor_ratio"] = round(floor_ratio(floor, yardstick, bandwidth), 4) if yardstick else None
+        row["floor_over"] = over if yardstick else None
+        if slot.is_base:
+            row["floor_ratio"], floor = 1.0, dataclasses.replace(floor, branch_flops=0.0, branch_bytes=0.0)
+        row["bytes_bound_fraction"] = round(bytes_bound_fraction(floor, median, bandwidth), 4) if median else None
+        row["saved_bytes"] = slot.saved if which == "fwd_bwd" else None
+        row["peak_bytes"] = slot.peak if which == "fwd_bwd" else None
+        row["skipped"] = slot.skipped.get(which)
+        if row["ratio_to_base"] is None and row["skipped"] is None:
+            row["no_base"] = reference[BASE].skipped.get(which)
+        return row
+
+    def _fp32_median(self, case: Case, reference: dict[str, _Slot], which: str, base: float | None) -> float | None:
+        if case.dtype == torch.float32:
+            return base
+        key = (case.shape, case.device)
+        if FP32_BASE in reference:
+            self._fp32.setdefault(key, {})[which] = reference[FP32_BASE].median(which)
+        return self._fp32.get(key, {}).get(which)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 5)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else round(a / b, 4)
