@@ -71,7 +71,7 @@ def oracle(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p:
     delta = scaling * ((u * t.get("rank_scale", one)) @ t["lora_B"].T)
     base = (x * t.get("base_in_scale", one)) @ t["weight"].T
     y = base * t.get("base_out_scale", one) + delta * t.get("delta_out_scale", one) + t.get("bias", 0.0)
-    return y.reshape(*t["x"].shape[:-1], -1)
+    return y.unflatten(0, t["x"].shape[:-1])
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: 
     delta = _scale(_mm(u, t["lora_B"]) * scaling, t.get("delta_out_scale"))
     if "bias" in t:
         base = (base + t["bias"]).to(base.dtype)
-    return (base + delta).to(x.dtype).reshape(*t["x"].shape[:-1], -1)
+    return (base + delta).to(x.dtype).unflatten(0, t["x"].shape[:-1])
 
 
 def _run(function: Callable[[dict[str, Tensor]], Tensor], t: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
