@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 import peft
+from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -81,7 +82,7 @@ def restore(model: nn.Module) -> None:
     _check_model(model)
     with _forward.switch.lock:
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, Linear):
                 _forward.clear_mark(module)
         _forward.uninstall_if_unused()
 

@@ -233,17 +233,6 @@ def input_reason(layer: Linear, plan: Plan, x: Any) -> str | None:
     return _dtype_reason(layer, plan, x)
 
 
-def static_reason(layer: nn.Module) -> str | None:
-    """Why this layer, as it is now, would run PEFT's own code whatever its input, or None."""
-    plan = layer_plan(layer)
-    if isinstance(plan, str):
-        return plan
-    device = plan.weight.device.type
-    if device not in ("cpu", "cuda"):
-        return f"device type {device} is not covered"
-    return process_reason()
-
-
 def call_plan(layer: nn.Module, x: Any) -> Plan | str:
     """The plan of this call, or the reason why it runs PEFT's own code."""
     reason = process_reason()
@@ -254,3 +243,11 @@ def call_plan(layer: nn.Module, x: Any) -> Plan | str:
         return plan
     reason = input_reason(layer, plan, x)
     return plan if reason is None else reason
+
+
+def static_reason(layer: nn.Module) -> str | None:
+    """Why this layer, as it is now, would run PEFT's own code for an input of its own dtype and device, or None."""
+    plan = layer_plan(layer)
+    if isinstance(plan, str):
+        return plan
+    return input_reason(layer, plan, plan.weight.new_empty((0, plan.weight.shape[1]))) or process_reason()

@@ -116,6 +116,10 @@ CASES = {
         _changed(lambda m: m.scaling.update(default=torch.ones(20))),
         "scaling of 'default'",
     ),
+    "adapter narrower than the base": (
+        _changed(lambda m: (m.lora_A.bfloat16(), m.lora_B.bfloat16())),
+        "adapter 'default' is torch.bfloat16, the input is torch.float32",
+    ),
     "disabled": (_changed(lambda m: m.enable_adapters(False)), "disabled"),
     "merged": (_changed(lambda m: m.merge()), "merged"),
     "no active adapter": (_changed(lambda m: m.set_adapter([])), "no active adapter"),
@@ -257,6 +261,11 @@ def test_other_layers_are_listed_and_left_alone(zoo, fused):
     assert name.endswith("embed_tokens")
     assert report.skipped[name] == "layer type peft.tuners.lora.layer.Embedding is not covered"
     assert len(report.accelerated) == 1
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 2), nn.MultiheadAttention(8, 2))
+    report = peftkern.accelerate(zoo.peft.get_peft_model(mixed, zoo.peft.LoraConfig(target_modules=["0", "1"])))
+    assert not report.accelerated
+    assert "Conv2d is not covered" in report.skipped["base_model.model.0"]
+    assert "MultiheadAttention is not covered" in report.skipped["base_model.model.1"]
     ia3 = zoo.peft.IA3Config(target_modules=["0"], feedforward_modules=[])
     report = peftkern.accelerate(zoo.peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), ia3))
     assert not report.accelerated and "ia3" in report.skipped["base_model.model.0"]

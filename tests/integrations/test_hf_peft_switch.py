@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from packaging.version import Version
 
 import peftkern
 from peftkern.integrations import hf_peft, hf_peft_forward
@@ -62,6 +63,22 @@ def test_part_of_a_model(zoo, fused):
     assert report.accelerated == ["q_proj", "k_proj", "v_proj", "o_proj"]
     model(**zoo.batch("llama"))
     assert len(fused) == 4
+
+
+def test_adapters_of_a_transformers_model(zoo, fused):
+    # transformers' own add_adapter: no PeftModel around it.
+    if Version(zoo.peft.__version__) < Version("0.20"):
+        pytest.skip("transformers' add_adapter needs PEFT 0.20")
+    model = zoo.build("llama").unload()
+    model.add_adapter(zoo.peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "mine")
+    inputs = zoo.batch("llama")
+    expected = model(**inputs).logits
+    report = peftkern.accelerate(model)
+    assert report.accelerated == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    model.disable_adapters()
+    model(**inputs)
+    assert len(fused) == 2
 
 
 def test_patch_takes_models_made_before_and_after(zoo, fused):
