@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .tiles import narrow, split_dot
+from .tiles import dot, narrow, split_dot
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_program", "threshold"])
@@ -47,6 +47,7 @@ def adapter_grad_kernel(
     total = tl.zeros((BLOCK_C, RANK), tl.float32)
     column_sum = tl.zeros((BLOCK_C,), tl.float32)
     column_product = tl.zeros((BLOCK_C,), tl.float32)
+    ones = tl.full((BLOCK_M, 16), 1.0, t.dtype.element_ty)
     for first in tl.range(start, stop, BLOCK_M):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = (row < stop)[:, None] & inside_c[None, :]
@@ -55,7 +56,7 @@ def adapter_grad_kernel(
             tile = tl.where(keep_tile(seed, row, block * BLOCK_C, threshold, BLOCK_C), tile, 0.0)
         inside_v = (row < stop)[:, None] & inside_r[None, :]
         if parts is not None:
-            product = split_dot(tile, bt, B_T_TERMS, B_TERMS, PRECISION)
+            product = split_dot(tile, bt, None, B_T_TERMS, B_TERMS, PRECISION)
             at = (tl.cast(block, tl.int64) * M + row[:, None]) * R + rank[None, :]
             tl.store(parts + at, product, mask=inside_v)
         if grad is not None:
@@ -64,9 +65,13 @@ def adapter_grad_kernel(
                 vt = vt * scale[None, :]
             if T_TERMS == 0:
                 vt = narrow(vt, t.dtype.element_ty)
-            total += split_dot(tl.trans(tile), vt, T_TERMS, V_TERMS, PRECISION)
+            total += split_dot(tl.trans(tile), vt, None, T_TERMS, V_TERMS, PRECISION)
         if sums is not None:
-            column_sum += tl.sum(tile.to(tl.float32), axis=0)
+            if t.dtype.element_ty == tl.float32:
+                column_sum += tl.sum(tile, axis=0)
+            else:
+                # The matrix unit adds a column faster than threads exchange it; sixteen equal copies come back.
+                column_sum += tl.max(dot(tl.trans(tile), ones, None, PRECISION), axis=1)
         if products is not None:
             ht = tl.load(h + row[:, None] * stride_h + col[None, :], mask=inside, other=0.0)
             column_product += tl.sum(tile.to(tl.float32) * ht.to(tl.float32), axis=0)
@@ -89,7 +94,7 @@ def finish_kernel(
     """S = factor * (grad[0] + grad[1] + ...); out = scale[:, None] * S and dots = rowdot(other, S). Grid (C blocks,)."""
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = col < C
-    dot = tl.zeros((BLOCK_C,), tl.float32)
+    row_dot = tl.zeros((BLOCK_C,), tl.float32)
     for first in tl.range(0, R, RANK, num_stages=1):
         rank = first + tl.arange(0, RANK)
         inside = inside_c[:, None] & (rank < R)[None, :]
@@ -100,14 +105,14 @@ def finish_kernel(
         total = total * factor
         if dots is not None:
             address = other + col[:, None].to(tl.int64) * stride_other_col + rank[None, :] * stride_other_rank
-            dot += tl.sum(total * tl.load(address, mask=inside, other=0.0).to(tl.float32), axis=1)
+            row_dot += tl.sum(total * tl.load(address, mask=inside, other=0.0).to(tl.float32), axis=1)
         if out is not None:
             if scale is not None:
                 total = total * tl.load(scale + col, mask=inside_c, other=0.0).to(tl.float32)[:, None]
             address = out + col[:, None].to(tl.int64) * stride_out_col + rank[None, :].to(tl.int64) * stride_out_rank
             tl.store(address, narrow(total, out.dtype.element_ty), mask=inside)
     if dots is not None:
-        tl.store(dots + col, dot, mask=inside_c)
+        tl.store(dots + col, row_dot, mask=inside_c)
 
 
 @triton.jit(do_not_specialize=["ranges"])

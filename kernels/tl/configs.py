@@ -70,22 +70,28 @@ class LaunchConfig:
         return None
 
 
-def gemm(M: int, N: int, K: int, R: int, itemsize: int, arch: int, second: bool = False) -> LaunchConfig:
-    """K1 with its own product. ``second``: a second accumulator is live (a dropped term on top of a scaled base)."""
-    rank = rank_block(R, 64)
+def gemm(
+    M: int, N: int, K: int, R: int, itemsize: int, arch: int, *, drop: bool = False, extra: bool = False
+) -> LaunchConfig:
+    """K1 with its own product. ``drop``: the low-rank term is dropped. ``extra``: the base is scaled, saved or reduced.
+
+    Both cost registers, so they take smaller tiles.
+    """
+    rank = rank_block(R, 32)
     if itemsize == 4:
-        return LaunchConfig(64, 64, 32, min(rank, 32), warps=4, stages=3)
+        return LaunchConfig(64, 64, 32, rank, warps=4, stages=3)
     if arch >= 90:
-        wide = 128 if second or N <= 1024 else 256
-        return LaunchConfig(128, wide, 64, rank, warps=8, stages=3 if wide == 256 else 4, tma=True)
-    if arch in (80, 0):
-        return LaunchConfig(128, 128, 32, rank, warps=8 if second else 4, stages=4)
-    return LaunchConfig(128, 128, 32, min(rank, 32), warps=8, stages=3)
+        if drop and extra:
+            return LaunchConfig(128, 64, 64, rank, warps=8, stages=4, tma=True)
+        if drop or extra or N <= 1024:
+            return LaunchConfig(128, 128, 64, rank, warps=8, stages=3, tma=True)
+        return LaunchConfig(128, 256, 64, rank, warps=8, stages=3, tma=True)
+    return LaunchConfig(128, 64 if drop and extra else 128, 32, rank, warps=8, stages=4 if arch == 80 else 3)
 
 
 def epilogue(M: int, N: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     """K1 around a base that is read: bytes decide, so many small tiles."""
-    return LaunchConfig(32 if M <= 64 else 64, 128, 0, rank_block(R, 32), warps=4, stages=1)
+    return LaunchConfig(32 if M <= 64 else 64, 128, 0, rank_block(R, 32), warps=8, stages=1)
 
 
 def shrink(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -93,10 +99,8 @@ def shrink(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     rank = rank_block(R)
     if itemsize == 4:
         return LaunchConfig(64, min(rank, 64), 32, min(rank, 64), warps=4, stages=3)
-    depth = 256 if rank <= 32 else 128 if rank <= 64 else 64
-    if arch < 90:
-        depth = min(depth, 128)
-    return LaunchConfig(64, rank, depth, rank, warps=4, stages=3)
+    warps, stages = (4, 4) if rank <= 64 else (8, 3)
+    return LaunchConfig(64, rank, 128 if rank <= 32 else 64, rank, warps=warps, stages=stages)
 
 
 def shrink_groups(M: int, K: int, R: int, config: LaunchConfig) -> int:
@@ -106,13 +110,19 @@ def shrink_groups(M: int, K: int, R: int, config: LaunchConfig) -> int:
     return 1 if programs >= 96 else max(1, min(blocks, cdiv(TARGET_PROGRAMS, programs)))
 
 
-def adapter_grad(C: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+def fuse_down(R: int) -> bool:
+    """Whether du comes out of the pass that makes dB. Its partial sums cost R * 4 bytes for 2 * block_c of dy, twice."""
+    return R <= 32
+
+
+def adapter_grad(C: int, R: int, itemsize: int, arch: int, products: bool = False) -> LaunchConfig:
     """One pass over t (M, C). Never a function of M: ``parts`` is a sum over the columns of a block."""
     rank = rank_block(R)
     if itemsize == 4:
         return LaunchConfig(32, 64, 0, min(rank, 64), warps=4, stages=2)
     if arch >= 90:
-        return LaunchConfig(64, 128 if rank > 64 else 256, 0, rank, warps=8, stages=2 if rank >= 64 else 3)
+        wide = 128 if rank > 64 or products else 256
+        return LaunchConfig(64, wide, 0, rank, warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 64), warps=4, stages=2)
 
 

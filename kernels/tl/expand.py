@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .tiles import dot, fresh_dot, grouped, narrow, split_dot
+from .tiles import dot, grouped, narrow, split_dot
 
 
 @triton.jit
 def _low_rank_chunk(
-    v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+    acc, v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
     RANK: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Scales that are constant along a sum are folded into the small operands, in fp32 and before any rounding.
@@ -37,25 +37,23 @@ def _low_rank_chunk(
         bt = narrow(scaled, bt.dtype) if V_TERMS == 0 else scaled
     if V_TERMS == 0:
         vt = narrow(vt, bt.dtype)
-    return split_dot(vt, bt, V_TERMS, B_TERMS, PRECISION)
+    return split_dot(vt, bt, acc, V_TERMS, B_TERMS, PRECISION)
 
 
 @triton.jit
 def _low_rank(
-    v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr,
-    V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+    RANK: tl.constexpr, CHUNKS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if CHUNKS == 1:
         acc = _low_rank_chunk(
-            v, b, rank_scale, column_scale, row, col, 0, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+            acc, v, b, rank_scale, column_scale, row, col, 0, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
             RANK, V_TERMS, B_TERMS, PRECISION,
         )  # fmt: skip
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, R, RANK, num_stages=1):
-            acc += _low_rank_chunk(
-                v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+            acc = _low_rank_chunk(
+                acc, v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                 RANK, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
     return acc
@@ -107,7 +105,7 @@ def _product(
         if RUNNING:
             acc = dot(xt, wt, acc, PRECISION)
         else:
-            acc += fresh_dot(xt, wt, PRECISION)
+            acc += dot(xt, wt, None, PRECISION)
     return acc
 
 
@@ -140,15 +138,14 @@ def expand_kernel(
         col = col0 + tl.arange(0, BLOCK_N)
         inside = (rows < M)[:, None] & (col < N)[None, :]
 
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if LOW_RANK_FIRST:
             acc = _low_rank(
-                v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
-                BLOCK_M, BLOCK_N, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
+                acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+                RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
             if seed is not None:
                 acc = tl.where(keep_tile(seed, rows, col0, threshold, BLOCK_N), acc * inverse_keep, 0.0)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
         if GEMM:
             acc = _product(
@@ -169,13 +166,17 @@ def expand_kernel(
             acc = acc * tl.load(out_scale + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
 
         if LOW_RANK_LAST:
-            delta = _low_rank(
-                v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
-                BLOCK_M, BLOCK_N, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
-            )  # fmt: skip
-            if seed is not None:
-                delta = tl.where(keep_tile(seed, rows, col0, threshold, BLOCK_N), delta * inverse_keep, 0.0)
-            acc += delta
+            if seed is None:
+                acc = _low_rank(
+                    acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+                    RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
+                )  # fmt: skip
+            else:
+                delta = _low_rank(
+                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32), v, b, rank_scale, column_scale, row, col, N, R,
+                    stride_v, stride_b_col, stride_b_rank, scaling, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
+                )  # fmt: skip
+                acc += tl.where(keep_tile(seed, rows, col0, threshold, BLOCK_N), delta * inverse_keep, 0.0)
         if bias is not None:
             acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         tl.store(out + row[:, None] * stride_out + col[None, :], narrow(acc, out.dtype.element_ty), mask=inside)

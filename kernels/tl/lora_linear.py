@@ -75,58 +75,60 @@ def vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def terms(tile: torch.dtype, adapter: torch.dtype, computed: bool, tf32: bool, full: int = 3) -> tuple[int, int]:
+def terms(tile: torch.dtype, adapter: torch.dtype, computed: bool, tf32: bool) -> tuple[int, int]:
     """bf16 terms of (an activation tile, an operand made from an adapter); (0, 0) is native.
 
-    ``computed``: the operand is an fp32 value (a rank vector, or an adapter times a scale), not the adapter itself.
-    ``full``: terms that exactness takes, 3 where the result is kept in fp32, 2 where it is rounded to half precision.
+    ``computed``: the operand is an fp32 value (a rank vector, or an adapter times a scale), not the adapter itself. It
+    takes three terms where the sum is kept in fp32, two where an adapter in half precision rounds it anyway.
     """
+    if tile == torch.float32 or (adapter == tile and not computed):
+        return 0, 0
+    return (1 if tile == torch.bfloat16 else 2), (2 if tf32 or adapter != torch.float32 else 3)
+
+
+def expand_terms(tile: torch.dtype, adapter: torch.dtype, computed: bool) -> tuple[int, int]:
+    """bf16 terms of (rank vector, adapter) where the sum is rounded to ``tile``: two hold twice its precision."""
     if tile == torch.float32:
         return 0, 0
-    if adapter == tile and (tile == torch.bfloat16 or not computed):
-        return 0, 0
-    if adapter != torch.float32 or tf32:
-        full = 2
-    return (1 if tile == torch.bfloat16 else 2), full
+    return 2, 1 if adapter == torch.bfloat16 and not computed else 2
 
 
-def expand_terms(tile: torch.dtype, adapter: torch.dtype) -> tuple[int, int]:
-    """bf16 terms of (rank vector, adapter) where the sum is rounded to ``tile``: two hold twice its precision."""
-    native = tile == torch.float32 or adapter == tile == torch.bfloat16
-    return (0, 0) if native else (2, 2)
-
-
-def shrink(x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, s: Settings) -> Tensor:
-    """u = (drop(x) * scale) A^T, fp32 (M, R)."""
+def shrink(
+    x: Tensor, A: Tensor, in_scale: Tensor | None, drop: Dropout, s: Settings, factor: float = 1.0,
+    rank_scale: Tensor | None = None, u: Tensor | None = None, partial: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """rank_scale * factor * (drop(x) * in_scale) A^T, fp32 (M, R); ``u`` and ``partial``: see ``add_blocks``."""
     (M, K), R = x.shape, A.shape[0]
-    u = torch.empty((M, R), dtype=torch.float32, device=x.device)
+    out = torch.empty((M, R), dtype=torch.float32, device=x.device)
     if M == 0 or R == 0:
-        return u
+        return out
     if K == 0:
-        return u.zero_()
+        return out.zero_()
     config = configs.pick("shrink", configs.shrink(K, R, x.element_size(), s.arch))
     blocks = cdiv(K, config.block_k)
     groups = configs.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
     per = cdiv(blocks, groups)
-    partial = per < blocks
-    into = torch.empty((blocks, M, R), dtype=torch.float32, device=x.device) if partial else u
-    x_terms, a_terms = terms(x.dtype, A.dtype, scale is not None, s.allow_tf32)
+    several = per < blocks or rank_scale is not None or partial is not None
+    into = torch.empty((blocks, M, R), dtype=torch.float32, device=x.device) if several else out
+    x_terms, a_terms = terms(x.dtype, A.dtype, in_scale is not None, s.allow_tf32)
+    drop_args = drop.args
+    factor *= drop_args.pop("inverse_keep")
     args = dict(
-        u=into, x=x, a=A, in_scale=scale, M=M, K=K, R=R, stride_x=row_stride(x), stride_a_rank=A.stride(0),
-        stride_a_k=A.stride(1), blocks_per_program=per, **drop.args,
+        u=into, x=x, a=A, in_scale=in_scale, M=M, K=K, R=R, stride_x=row_stride(x), stride_a_rank=A.stride(0),
+        stride_a_k=A.stride(1), blocks_per_program=per, factor=factor, **drop_args,
     )  # fmt: skip
     constants = dict(
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, RANK=config.rank, PARTIAL=partial,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, RANK=config.rank, PARTIAL=several,
         X_TERMS=x_terms, A_TERMS=a_terms, PRECISION=s.precision,
     )  # fmt: skip
     grid = (cdiv(M, config.block_m), cdiv(blocks, per), cdiv(R, config.rank))
     launch.submit(launch.Launch(shrink_kernel, grid, args, constants, config.warps, config.stages))
-    if partial:
-        add_blocks(u, into, None, None, None, drop.args["inverse_keep"])
-    return u
+    if several:
+        add_blocks(out, into, rank_scale, u, partial, factor)
+    return out
 
 
-_ADD_ROWS = 64
+ADD_ROWS = 64
 
 
 def add_blocks(out: Tensor, parts: Tensor, rank_scale, u, partial, factor: float) -> None:
@@ -134,8 +136,8 @@ def add_blocks(out: Tensor, parts: Tensor, rank_scale, u, partial, factor: float
     blocks, M, R = parts.shape
     rank = configs.rank_block(R)
     args = dict(out=out, parts=parts, rank_scale=rank_scale, u=u, partial=partial, M=M, R=R, blocks=blocks)
-    grid = (cdiv(M, _ADD_ROWS), cdiv(R, rank))
-    constants = dict(BLOCK_M=_ADD_ROWS, RANK=rank)
+    grid = (cdiv(M, ADD_ROWS), cdiv(R, rank))
+    constants = dict(BLOCK_M=ADD_ROWS, RANK=rank)
     launch.submit(launch.Launch(add_blocks_kernel, grid, dict(args, factor=factor), constants, 4, 2))
 
 
@@ -184,9 +186,9 @@ def expand(
     fused, K = x is not None, 0 if x is None else x.shape[1]
     size = out.element_size()
     base_first = out_scale is not None or save_base or factor is not None or not fused
-    second = base_first and low.drop.seed is not None and R > 0
+    drop, extra = low.drop.seed is not None and R > 0, base_first or in_scale is not None
     if fused:
-        config: LaunchConfig = configs.pick("gemm", configs.gemm(M, N, K, R, size, s.arch, second))
+        config: LaunchConfig = configs.pick("gemm", configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra))
         block_k = config.block_k
         tma = config.tma and TensorDescriptor is not None and _describable(x) and _describable(w)
     else:
@@ -194,7 +196,7 @@ def expand(
         block_k, tma = 16, False
     tiles = cdiv(M, config.block_m), cdiv(N, config.block_c)
     partial = torch.empty((tiles[0], N), dtype=torch.float32, device=out.device) if factor is not None else None
-    v_terms, b_terms = expand_terms(out.dtype, low.b.dtype)
+    v_terms, b_terms = expand_terms(out.dtype, low.b.dtype, low.column_scale is not None)
     strides = dict(
         stride_out=row_stride(out), stride_base=row_stride(base) if base is not None else 0,
         stride_x=row_stride(x) if fused else 0, stride_w=row_stride(w) if fused else 0, stride_v=row_stride(low.v),

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import configs, launch
 from .adapter_grad import adapter_grad_kernel, finish_kernel
 from .configs import cdiv
-from .lora_linear import Dropout, Settings, add_blocks, add_rows, row_stride, rows_of, terms, vector
+from .lora_linear import ADD_ROWS, Dropout, Settings, add_blocks, add_rows, row_stride, rows_of, shrink, terms, vector
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _one_pass(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     M, C = t.shape
-    config = configs.pick("adapter_grad", configs.adapter_grad(C, R, t.element_size(), s.arch))
+    config = configs.pick("adapter_grad", configs.adapter_grad(C, R, t.element_size(), s.arch, h is not None))
     ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
     def buffer(wanted: bool, *shape: int) -> Tensor | None:
@@ -98,31 +98,35 @@ def backward_adapter(
     def zeros(wanted: bool, size: int) -> Tensor:
         return torch.zeros(size if wanted else 0, dtype=torch.float32, device=dy.device)
 
-    du = torch.empty((M, R), dtype=torch.float32, device=dy.device)
     dA = torch.zeros((R, K), dtype=lora_A.dtype, device=dy.device) if need.A else lora_A.new_empty(0)
     dB = torch.zeros((N, R), dtype=lora_B.dtype, device=dy.device) if need.B else lora_B.new_empty(0)
     dbias, dbase_out = zeros(need.bias, N), zeros(need.base_out, N)
     drank, ddelta_in, ddelta_out = zeros(need.rank_scale, R), zeros(need.delta_in, K), zeros(need.delta_out, N)
+    du = torch.zeros((M, R), dtype=torch.float32, device=dy.device) if N == 0 or M == 0 or R == 0 else None
     if M == 0:
         return du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out
-    if N == 0:
-        du.zero_()
-    else:
-        branch = R > 0
+
+    partial = None
+    if du is None and need.rank_scale:
+        partial = torch.empty((cdiv(M, ADD_ROWS), R), dtype=torch.float32, device=dy.device)
+    fused = du is None and configs.fuse_down(R)
+    wants_G = du is None and wants_B
+    if N > 0 and (fused or wants_G or need.bias or need.base_out):
         grad, parts, sums, products = _one_pass(
-            dy, R, s, grad=wants_B and branch, v=u, v_scale=rank_scale, down=branch, b=lora_B, b_scale=out_scale,
+            dy, R, s, grad=wants_G, v=u, v_scale=rank_scale, down=fused, b=lora_B, b_scale=out_scale,
             sums=need.bias, h=rows_of(h) if need.base_out else None, drop=Dropout(), adapter=lora_B.dtype,
         )  # fmt: skip
-        if parts is not None:
-            tiles = cdiv(M, 64)
-            partial = torch.empty((tiles, R), dtype=torch.float32, device=dy.device) if need.rank_scale else None
+        if fused:
+            du = torch.empty((M, R), dtype=torch.float32, device=dy.device)
             add_blocks(du, parts, rank_scale, u, partial, scaling)
-            drank = add_rows(partial) if need.rank_scale else drank
-        if grad is not None:
+        if wants_G:
             dots = _finish(grad, dB if need.B else None, True, lora_B, out_scale, scaling, need.delta_out)
             ddelta_out = dots if need.delta_out else ddelta_out
         dbias = add_rows(sums) if need.bias else dbias
         dbase_out = add_rows(products) if need.base_out else dbase_out
+    if du is None:
+        du = shrink(dy, lora_B.t(), out_scale, Dropout(), s, scaling, rank_scale, u, partial)
+    drank = add_rows(partial) if partial is not None else drank
     if wants_A and R > 0 and K > 0:
         grad, _, _, _ = _one_pass(rows_of(x), R, s, grad=True, v=du, drop=drop, adapter=lora_A.dtype)
         factor = drop.args["inverse_keep"]

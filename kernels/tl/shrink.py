@@ -17,11 +17,11 @@ from .tiles import narrow, split_dot
 @triton.jit(do_not_specialize=["M", "blocks_per_program", "threshold"])
 def shrink_kernel(
     u, x, a, in_scale, seed, M, K, R, stride_x, stride_a_rank, stride_a_k,
-    blocks_per_program, threshold, inverse_keep,
+    blocks_per_program, threshold, factor,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PARTIAL: tl.constexpr,
     X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, groups of blocks, rank chunks). PARTIAL: ``u`` is (blocks, M, R) and holds one block each."""
+    """u = factor * sum. Grid (row tiles, groups of blocks, rank chunks). PARTIAL: ``u`` (blocks, M, R), unscaled."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(rows, M - 1)
     rank = tl.program_id(2) * RANK + tl.arange(0, RANK)
@@ -42,13 +42,13 @@ def shrink_kernel(
             scale = tl.load(in_scale + k, mask=k < K, other=0.0).to(tl.float32)
             scaled = at_tile.to(tl.float32) * scale[:, None]
             at_tile = narrow(scaled, at_tile.dtype) if X_TERMS == 0 else scaled
-        product = split_dot(xt, at_tile, X_TERMS, A_TERMS, PRECISION)
+        product = split_dot(xt, at_tile, None, X_TERMS, A_TERMS, PRECISION)
         if PARTIAL:
             tl.store(u + tl.cast(block, tl.int64) * M * R + at, product, mask=inside)
         else:
             total += product
     if not PARTIAL:
-        tl.store(u + at, total * inverse_keep, mask=inside)
+        tl.store(u + at, total * factor, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "blocks"])

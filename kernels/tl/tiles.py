@@ -3,7 +3,7 @@
 An fp32 operand meets the tensor cores as a sum of bf16 terms: a = a0 + a1 + a2, each the rounding of what is left.
 Three terms hold all 24 significant bits, two hold 16; a bf16 tile is one term and an fp16 tile is exactly two. fp16
 terms are never used: lora_B is tiny early in training and would fall below their range. Of the products a_i b_j those
-with i + j below the larger number of terms are kept, smallest first.
+with i + j below the larger number of terms are kept, smallest first; an ``a`` has at most two terms.
 
 ``terms == 0`` stands for "native": both operands enter as they are, in one dtype.
 
@@ -42,64 +42,49 @@ def narrow(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b with an fp32 accumulator that runs through the products."""
-    if INTERPRETED:
-        result = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        result = tl.dot(a, b, acc, input_precision=PRECISION)
-    return result
+    """acc + a b in fp32. With acc None a fresh product, which stays fresh when the caller adds it to a total.
 
-
-@triton.jit
-def fresh_dot(a, b, PRECISION: tl.constexpr):
-    """a b alone. A caller's ``total + fresh_dot(...)`` stays an addition, so sums proceed in blocks of one tile."""
+    (A sum of block products rounds less than one accumulator that runs through all of them.)
+    """
     if INTERPRETED:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        if acc is not None:
+            result = acc + result
     else:
-        # Otherwise the compiler turns the addition into this product's accumulator. The limit has no other
-        # effect for operands wider than 8 bits.
-        result = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=32)
+        if acc is None:
+            # Without the limit the compiler turns the caller's addition into this product's accumulator. It has no
+            # other effect for operands wider than 8 bits.
+            result = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=32)
+        else:
+            result = tl.dot(a, b, acc, input_precision=PRECISION)
     return result
 
 
 @triton.jit
-def split_dot(a, b, A_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """a b, fresh, of tiles split into bf16 terms; A_TERMS == 1 takes a bf16 ``a`` as it is. 0 is native."""
+def split_dot(a, b, acc, A_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b (acc None: fresh) of tiles split into bf16 terms; A_TERMS == 1 takes a bf16 ``a`` as it is."""
     if A_TERMS == 0:
-        return fresh_dot(a, b, PRECISION)
-    b0 = bf16_term(b.to(tl.float32))
-    b1 = b0
-    b2 = b0
-    if B_TERMS > 1:
-        rest = b.to(tl.float32) - b0.to(tl.float32)
-        b1 = bf16_term(rest)
+        acc = dot(a, b, acc, PRECISION)
+    else:
+        b0 = bf16_term(b.to(tl.float32))
+        if B_TERMS > 1:
+            b_rest = b.to(tl.float32) - b0.to(tl.float32)
+            b1 = bf16_term(b_rest)
+        if A_TERMS == 1:
+            a0 = a
+        else:
+            a0 = bf16_term(a.to(tl.float32))
+            a1 = bf16_term(a.to(tl.float32) - a0.to(tl.float32))
         if B_TERMS > 2:
-            b2 = bf16_term(rest - b1.to(tl.float32))
-    if A_TERMS == 1:
-        a0 = a
-        a1 = a0
-        a2 = a0
-    else:
-        a0 = bf16_term(a.to(tl.float32))
-        left = a.to(tl.float32) - a0.to(tl.float32)
-        a1 = bf16_term(left)
-        a2 = a1
-        if A_TERMS > 2:
-            a2 = bf16_term(left - a1.to(tl.float32))
-    if B_TERMS > 2:
-        acc = fresh_dot(a0, b2, PRECISION)
-        if A_TERMS > 2:
-            acc = dot(a2, b0, acc, PRECISION)
+            acc = dot(a0, bf16_term(b_rest - b1.to(tl.float32)), acc, PRECISION)
+            if A_TERMS > 1:
+                acc = dot(a1, b1, acc, PRECISION)
+        if B_TERMS > 1:
+            acc = dot(a0, b1, acc, PRECISION)
         if A_TERMS > 1:
-            acc = dot(a1, b1, acc, PRECISION)
-        acc = dot(a0, b1, acc, PRECISION)
-    elif B_TERMS > 1:
-        acc = fresh_dot(a0, b1, PRECISION)
-    else:
-        return fresh_dot(a0, b0, PRECISION)
-    if A_TERMS > 1:
-        acc = dot(a1, b0, acc, PRECISION)
-    return dot(a0, b0, acc, PRECISION)
+            acc = dot(a1, b0, acc, PRECISION)
+        acc = dot(a0, b0, acc, PRECISION)
+    return acc
 
 
 @triton.jit
