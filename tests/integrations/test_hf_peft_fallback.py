@@ -234,9 +234,15 @@ def test_functional_transforms_forward_mode_tracing_and_export(zoo, fused):
     assert not fused
 
 
-@pytest.mark.parametrize(
-    "x", [torch.randn(3, 23), torch.randn(()), torch.ones(3, 24, dtype=torch.int64), None], ids=str
-)
+BAD_INPUT = {
+    "columns": torch.ones(3, 23),
+    "no dimension": torch.ones(()),
+    "integers": torch.ones(3, 24, dtype=torch.int64),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("x", BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_raises_what_stock_raises(zoo, x):
     model, layer = zoo.layer()
     errors = []
