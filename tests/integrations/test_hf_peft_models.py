@@ -79,38 +79,40 @@ def test_optimiser_steps(zoo, kind):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_qkv_save_their_input_once(zoo):
-    # Frozen base, no dropout: per layer input one saved tensor, however many projections read it.
-    model = zoo.build("llama")
-    inputs = zoo.batch("llama", rows=4, length=16)
-    x_bytes = 4 * 16 * 32 * 4
-
-    def saved(model):
-        seen = {}
-
-        def pack(t):
-            seen[t.untyped_storage().data_ptr()] = t  # keeps it alive: no address is used twice
-            return t
-
-        attention = model.base_model.model.model.layers[0].self_attn
-        x = torch.randn(4, 16, 32, requires_grad=True)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            for name in ("q_proj", "k_proj", "v_proj"):
-                getattr(attention, name)(x)
-        return {k: t for k, t in seen.items() if k not in parameters}, x
-
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype, autocast", [("float32", False), ("bfloat16", False), ("float32", True)], ids=str)
+def test_qkv_save_their_input_once(zoo, p, dtype, autocast):
+    # One saved tensor however many projections read it: x itself, no mask, no cast of it; adapters are fp32.
+    model = zoo.build("llama", lora_dropout=p).train()
     peftkern.accelerate(model)
-    for p in (0.0, 0.1):
-        for layer in zoo.lora_layers(model).values():
-            layer.lora_dropout["default"] = torch.nn.Dropout(p)
-        model.train()
-        tensors, x = saved(model)
-        sizes = sorted(t.untyped_storage().nbytes() for t in tensors.values())
-        assert x.untyped_storage().data_ptr() in tensors and sizes[-1] == x_bytes
-        # Beside x: u (M, R) in fp32 for each of the three, and a seed.
-        assert sum(sizes[:-1]) <= 3 * (4 * 64 * 4 + 8), sizes
-    del inputs
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(4, 16, 32, dtype=getattr(torch, dtype), requires_grad=True)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    for layer in projections:
+        layer.base_layer.to(x.dtype)
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t  # keeps it alive: no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=autocast):
+        outputs = [layer(x) for layer in projections]
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {k: t.untyped_storage().nbytes() for k, t in seen.items() if k not in parameters}
+    assert saved.pop(x.untyped_storage().data_ptr()) == x.numel() * x.element_size()
+    # Beside x: u (M, R) in fp32 for each of the three, and a seed.
+    assert sum(saved.values()) <= 3 * (4 * 64 * 4 + 8), saved
+    assert all(y.dtype == (torch.bfloat16 if autocast else x.dtype) for y in outputs)
+
+
+def test_generation(zoo, fused):
+    model = zoo.build("llama").eval()
+    prompt = {"input_ids": torch.tensor([[1, 5, 9]]), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**prompt)
+    peftkern.accelerate(model)
+    assert torch.equal(model.generate(**prompt), expected)
+    assert len(fused) >= 5 * 12
 
 
 def test_compiled_layer_and_model(zoo, fused):
