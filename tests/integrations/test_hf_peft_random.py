@@ -46,9 +46,8 @@ class Twins:
                 model.base_model.delete_adapter(name)
 
     def activate(self):
-        chosen = self.random.sample(
-            self.present(), self.random.randint(self.random.random() < 0.8, len(self.present()))
-        )
+        least = int(self.random.random() < 0.8)
+        chosen = self.random.sample(self.present(), self.random.randint(least, len(self.present())))
         for layer in self.layers:
             layer.set_adapter(chosen)
 
@@ -105,21 +104,8 @@ class Twins:
 
     # What ends a state comes more often than what begins it, or nothing would run fused for long.
     STEPS = (
-        add,
-        delete,
-        activate,
-        merge,
-        unmerge,
-        unmerge,
-        unmerge,
-        toggle,
-        scale,
-        hook,
-        freeze,
-        narrow,
-        again,
-        reload,
-    )
+        add, delete, activate, merge, unmerge, unmerge, unmerge, toggle, scale, hook, freeze, narrow, again, reload,
+    )  # fmt: skip
 
     def outcomes(self):
         """[(y, dx, gradients by name)] of the two."""
@@ -134,10 +120,10 @@ class Twins:
         return results
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_sequences(zoo, fused, seed):
     twins = Twins(zoo, seed)
-    for step in range(60):
+    for step in range(40):
         action = twins.random.choice(Twins.STEPS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,4 +137,4 @@ def test_random_sequences(zoo, fused, seed):
             scale = a.abs().max().item() + 1e-3
             assert a.dtype == b.dtype and (a - b).abs().max().item() <= 2e-5 * scale, message
         assert len(fused) - before == (hf_peft.why_not(twins.layers[1]) is None), message
-    assert 10 < len(fused) < 60
+    assert 5 < len(fused) < 40
