@@ -1,0 +1,32 @@
+// What this CPU has that decides between the vendor's matrix product and ours.
+#include "cpu/dispatch.h"
+#include "peftkern/launchers.h"
+
+#ifdef PEFTKERN_X86_LEVELS
+#include <cpuid.h>
+#endif
+
+namespace peftkern::cpu {
+
+unsigned features() {
+  unsigned found = 0;
+#ifdef PEFTKERN_X86_LEVELS
+  found |= kX86;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  // "GenuineIntel" in the order ebx, edx, ecx.
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547u && d == 0x49656e69u && c == 0x6c65746eu)
+    found |= kIntel;
+  // AVX-512 as a whole (and that the operating system saves its registers) is the level's question.
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22))) found |= kAmxBf16;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    if (a & (1u << 5)) found |= kAvx512Bf16;
+    if (a & (1u << 21)) found |= kAmxFp16;
+  }
+#endif
+  return found;
+}
+
+}  // namespace peftkern::cpu
+
+PEFTKERN_DISPATCH(base_gemm, BaseArgs)
+PEFTKERN_DISPATCH(base_few, BaseArgs)
