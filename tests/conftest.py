@@ -7,14 +7,15 @@ import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Under pytest-xdist each worker gets one thread: two workers on two cores. Set before torch starts OpenMP.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Before torch starts OpenMP: an idle thread sleeps. Where other processes share the cores, spinning costs minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
 import torch
 
+# Under pytest-xdist each worker gets one thread: two workers on two cores.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 @pytest.fixture(autouse=True)
 def seeds_and_threads():
