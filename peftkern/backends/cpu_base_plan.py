@@ -1,0 +1,168 @@
+"""Who computes the base product on CPU, and in which blocks: pure functions of sizes, dtype, CPU features and settings.
+
+- ``vendor``: torch's own matrix product, written in the output's dtype.
+- ``panels``: ours (csrc/cpu/base_gemm.cpp). Half precision is widened while packing, the product is fp32, and the
+  epilogue rounds once. A row's bits depend on (C, dtype) alone, so this is also the batch-invariant product.
+- ``few``: ours for few rows (csrc/cpu/base_few.cpp), one pass over W.
+
+Nothing here times anything: a noisy measurement would change bits from run to run. The thresholds are the outcome of
+measurements on 2 cores of an AMD EPYC (Zen 5), as it is and held to AVX2 by ``ATEN_CPU_CAPABILITY=avx2
+ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 PEFTKERN_CPU_ISA=avx2``; each is explained where it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .. import settings
+from .cpu_native import _C
+
+# Whatever the layer, the scratch of one product stays under this.
+SCRATCH_BYTES = 64 << 20
+# Elements of an fp32 panel of the output: 4 MB stay in a last-level cache, and a call per panel is not felt.
+_PANEL = 1 << 20
+_PANEL_COLS = 1024
+# What one thread computes at a time. Packing is repeated for every block, so it is about 1 % per 1,024 columns (for a)
+# and 3 % per 1,024 rows (for W, which is transposed); larger blocks leave threads idle at the end.
+_BLOCK_ROWS, _BLOCK_COLS = 1024, 512
+_ALIGN = 32  # columns; a multiple of every level's tile, and of what the branch kernel needs
+_FEW_SCRATCH = 4 << 20  # floats of fp32 copies of a
+
+
+class Plan(NamedTuple):
+    """How a product is computed. ``rows`` x ``cols`` is the panel that the epilogue gets at a time."""
+
+    kind: str
+    rows: int
+    cols: int
+    block_rows: int = 1
+    block_cols: int = 1
+    scratch: int = 0  # floats, without the panel
+    panel: int = 0  # floats
+
+    @property
+    def bytes(self) -> int:
+        """All scratch of the product."""
+        return 4 * (self.scratch + self.panel)
+
+
+class Cpu(NamedTuple):
+    """What the choice depends on besides the problem: C++ level in use and features beyond it."""
+
+    isa: str
+    features: frozenset[str]
+
+
+@functools.cache
+def _features() -> frozenset[str]:
+    return frozenset(_C.features())
+
+
+def cpu() -> Cpu:
+    """This CPU, held to ``PEFTKERN_CPU_ISA``."""
+    isa, found = _C.isa(), _features()
+    if isa != "avx512" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        found = found & {"x86", "intel"}
+    return Cpu(isa, found)
+
+
+def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
+    """Whether torch's product of many rows beats ours."""
+    if "x86" not in on.features:
+        return True  # not measured: leave it to torch
+    if dtype == torch.float32:
+        # MKL takes its best path on Intel alone: 170 GFLOP/s here on AVX-512, ours 400.
+        return "intel" in on.features or on.isa == "plain"
+    if dtype == torch.bfloat16:
+        return bool(on.features & {"avx512_bf16", "amx_bf16"})
+    # torch's fp16: 33 GFLOP/s forward and 1 backward on AVX-512 without AMX-FP16.
+    return "amx_fp16" in on.features
+
+
+def few_rows(dtype: torch.dtype, transpose: bool, on: Cpu) -> int:
+    """Most rows for which one pass over W beats the alternatives."""
+    if "x86" not in on.features or on.isa == "plain":
+        return 0 if dtype == torch.float32 or "x86" not in on.features else 8
+    if vendor_is_fast(dtype, on):
+        return 4 if dtype != torch.float32 else 16
+    return 32
+
+
+def choose(
+    dtype: torch.dtype, transpose: bool, M: int, D: int, C: int, unit_stride: bool, on: Cpu, setting: str,
+    invariant: bool,
+) -> str:  # fmt: skip
+    """``vendor``, ``panels`` or ``few`` for a (M, C) x (C, D) product; ``unit_stride``: W is adjacent along C or D."""
+    if invariant:
+        return "panels"
+    if setting == "vendor":
+        return "vendor"
+    if unit_stride and few_rows(dtype, transpose, on) >= M and M * (C + _ALIGN) <= _FEW_SCRATCH:
+        return "few"
+    if setting == "panels" or not vendor_is_fast(dtype, on):
+        return "panels"
+    return "vendor"
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _even(n: int, most: int, multiple: int) -> int:
+    """Size of the parts if n is cut into as few as ``most`` allows, all alike."""
+    return _up(-(-n // -(-n // most)), multiple)
+
+
+@functools.lru_cache(maxsize=4096)
+def blocks(kind: str, M: int, D: int, C: int, threads: int) -> Plan:
+    """The plan of ``kind``; M, D, C >= 1. ``Plan.bytes`` never exceeds SCRATCH_BYTES."""
+    if kind == "vendor":
+        return Plan(kind, M, D)
+    # More threads need more to share out.
+    elements = _PANEL * min(max(threads // 2, 1), 4)
+    rows = _even(M, _BLOCK_ROWS, 1)
+    cols = min(_up(D, _ALIGN), _even(D, max(_PANEL_COLS, elements // rows), _ALIGN))
+    panel = rows * (cols + 16)
+    if kind == "few":
+        return Plan(kind, rows, cols, scratch=M * (C + _ALIGN), panel=panel)
+    block_rows, block_cols = min(rows, _BLOCK_ROWS), min(cols, _BLOCK_COLS)
+    while _uneven(rows, cols, block_rows, block_cols, threads) and block_rows * block_cols > 64 * 128:
+        if block_cols > 128 and (block_cols >= block_rows or block_rows <= 64):
+            block_cols = _up(block_cols // 2, _ALIGN)
+        else:
+            block_rows = -(-block_rows // 2)
+    while 4 * (threads * _per_thread(block_rows, block_cols) + panel) > SCRATCH_BYTES:
+        if block_cols > block_rows:
+            block_cols = _up(block_cols // 2, _ALIGN)
+        else:
+            block_rows = -(-block_rows // 2)
+    return Plan(kind, rows, cols, block_rows, block_cols, threads * _per_thread(block_rows, block_cols), panel)
+
+
+def _per_thread(block_rows: int, block_cols: int) -> int:
+    return block_rows * _C.base_row + (block_cols + _C.base_tile_cols) * _C.base_block
+
+
+def _uneven(rows: int, cols: int, block_rows: int, block_cols: int, threads: int) -> bool:
+    """Whether threads would wait for each other for more than a fifth of the time."""
+    count = -(-rows // block_rows) * -(-cols // block_cols)
+    return -(-count // threads) * threads > 1.2 * count
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """For the doctor: {dtype: {"forward" | "input gradient": what computes it on this CPU}}."""
+    on, setting, invariant = cpu(), settings.cpu_base(), settings.batch_invariant()
+    words = {"vendor": "torch's product", "panels": "peftkern, fp32 panels", "few": "peftkern, one pass over W"}
+    found: dict[str, dict[str, str]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        passes = found[str(dtype).removeprefix("torch.")] = {}
+        for name, transpose in (("forward", True), ("input gradient", False)):
+            kinds = [choose(dtype, transpose, m, 4096, 4096, True, on, setting, invariant) for m in (1, 4096)]
+            text = words[kinds[1]]
+            if kinds[0] == "few":
+                text = f"up to {few_rows(dtype, transpose, on)} rows {words['few']}; else {text}"
+            passes[name] = text
+    return found
