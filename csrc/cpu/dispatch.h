@@ -10,35 +10,42 @@ Level level();
 
 }  // namespace peftkern::cpu
 
-// Declares peftkern::cpu::<level>::NAME for every level and defines peftkern::cpu::NAME, which calls the one
-// in use. To be used at global scope, in a file that is compiled once.
+// PEFTKERN_DISPATCH declares peftkern::cpu::<level>::NAME for every level and defines peftkern::cpu::NAME,
+// which calls the one in use; PEFTKERN_DISPATCH_LOCAL defines it for this file alone. At global scope of a
+// file compiled once.
 #ifdef PEFTKERN_X86_LEVELS
-#define PEFTKERN_DISPATCH(NAME, ARGS)          \
-  namespace peftkern::cpu::plain {             \
-  void NAME(const ARGS&);                      \
-  }                                            \
-  namespace peftkern::cpu::avx2 {              \
-  void NAME(const ARGS&);                      \
-  }                                            \
-  namespace peftkern::cpu::avx512 {            \
-  void NAME(const ARGS&);                      \
-  }                                            \
-  void peftkern::cpu::NAME(const ARGS& args) { \
-    switch (level()) {                         \
-      case Level::avx512:                      \
-        return avx512::NAME(args);             \
-      case Level::avx2:                        \
-        return avx2::NAME(args);               \
-      default:                                 \
-        return plain::NAME(args);              \
-    }                                          \
+#define PEFTKERN_DISPATCH_AS(LINKAGE, NAME, ARGS) \
+  namespace peftkern::cpu::plain {                \
+  void NAME(const ARGS&);                         \
+  }                                               \
+  namespace peftkern::cpu::avx2 {                 \
+  void NAME(const ARGS&);                         \
+  }                                               \
+  namespace peftkern::cpu::avx512 {               \
+  void NAME(const ARGS&);                         \
+  }                                               \
+  namespace peftkern::cpu {                       \
+  LINKAGE void NAME(const ARGS& args) {           \
+    switch (level()) {                            \
+      case Level::avx512:                         \
+        return avx512::NAME(args);                \
+      case Level::avx2:                           \
+        return avx2::NAME(args);                  \
+      default:                                    \
+        return plain::NAME(args);                 \
+    }                                             \
+  }                                               \
   }
 #else
-#define PEFTKERN_DISPATCH(NAME, ARGS)          \
-  namespace peftkern::cpu::plain {             \
-  void NAME(const ARGS&);                      \
-  }                                            \
-  void peftkern::cpu::NAME(const ARGS& args) { \
-    plain::NAME(args);                         \
+#define PEFTKERN_DISPATCH_AS(LINKAGE, NAME, ARGS) \
+  namespace peftkern::cpu::plain {                \
+  void NAME(const ARGS&);                         \
+  }                                               \
+  namespace peftkern::cpu {                       \
+  LINKAGE void NAME(const ARGS& args) {           \
+    plain::NAME(args);                            \
+  }                                               \
   }
 #endif
+#define PEFTKERN_DISPATCH(NAME, ARGS) PEFTKERN_DISPATCH_AS(, NAME, ARGS)
+#define PEFTKERN_DISPATCH_LOCAL(NAME, ARGS) PEFTKERN_DISPATCH_AS(static, NAME, ARGS)

@@ -61,5 +61,3 @@ bool set_isa(const char* name) {
 }
 
 }  // namespace peftkern::cpu
-
-PEFTKERN_DISPATCH(dropout_mask, DropoutMaskArgs)

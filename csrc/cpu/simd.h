@@ -48,10 +48,15 @@ PEFTKERN_INLINE vf splat(float x) {
 PEFTKERN_INLINE vu splat_u(uint32_t x) {
   return x - vu{};
 }
-PEFTKERN_INLINE vi lane() {
-  vi v{};
-  for (int i = 0; i < W; ++i) v[i] = i;
-  return v;
+// a * b + c, rounded once where the level can.
+PEFTKERN_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
 // fp32 bits from half precision bits, one element.
@@ -130,7 +135,8 @@ PEFTKERN_INLINE vf from_bf16_bits(vh h) {
 
 PEFTKERN_INLINE vf from_f16_bits(vh h) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h));
+  // The plain intrinsic draws a false warning about an uninitialised vector from GCC 12.
+  return _mm512_maskz_cvtph_ps(static_cast<__mmask16>(-1), reinterpret_cast<__m256i>(h));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h));
 #else

@@ -17,16 +17,16 @@ struct f16 {
   uint16_t bits;
 };
 
-// A matrix in memory: rows `ld` elements apart, columns adjacent.
+// A matrix in memory, element (i, j) at data + i * row + j * col.
 struct ConstMatrix {
   const void* data = nullptr;
   DType dtype = DType::f32;
-  int64_t ld = 0;
+  int64_t row = 0, col = 1;
 };
 struct Matrix {
   void* data = nullptr;
   DType dtype = DType::f32;
-  int64_t ld = 0;
+  int64_t row = 0, col = 1;
 };
 
 // Dropout of element (row0 + i, col0 + j): kept iff its Philox word is >= threshold. threshold 0 keeps

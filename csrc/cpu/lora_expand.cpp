@@ -1,0 +1,108 @@
+// The low-rank update of an output, rounded once:
+//
+//   out[i, c] = round( base_scale[c] * src[i, c] + drop'(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
+//
+// src may be out itself, another matrix (a panel of fp32 products, for one) or absent (zero). drop' zeroes
+// what dropout dropped. Every element is computed on its own, so panels and threads never change bits.
+#include "cpu/tile.h"
+#include "peftkern/launchers.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+namespace {
+
+constexpr int64_t kRowBlock = 48;
+
+// One row of n columns: delta (padded, scratch), everything else as in the equation.
+template <class TO, class TS>
+void finish_row(const float* delta, float alpha, const uint8_t* bits, const TS* src, const float* base_scale,
+                const float* bias, int64_t n, TO* out) {
+  const auto element = [&](int64_t c, vf s, vf scale, vf b) {
+    const vf base = base_scale != nullptr ? s * scale : s;
+    const vf y = fma(splat(alpha), select_if(bits, c, load(delta + c)), base);
+    return bias != nullptr ? y + b : y;
+  };
+  int64_t c = 0;
+  for (; c + W <= n; c += W) {
+    const vf s = src != nullptr ? load(src + c) : zero();
+    const vf scale = base_scale != nullptr ? load(base_scale + c) : zero();
+    store(out + c, element(c, s, scale, bias != nullptr ? load(bias + c) : zero()));
+  }
+  if (c < n) {
+    const int k = static_cast<int>(n - c);
+    const vf s = src != nullptr ? load_n(src + c, k) : zero();
+    const vf scale = base_scale != nullptr ? load_n(base_scale + c, k) : zero();
+    store_n(out + c, element(c, s, scale, bias != nullptr ? load_n(bias + c, k) : zero()), k);
+  }
+}
+
+// Without a branch there is no delta to add: not even a zero, which would turn -0 into 0.
+template <class TO, class TS>
+void finish_row_base(const TS* src, const float* base_scale, const float* bias, int64_t n, TO* out) {
+  for (int64_t c = 0; c < n; c += W) {
+    const int k = static_cast<int>(min64(W, n - c));
+    vf y = src != nullptr ? load_n(src + c, k) : zero();
+    if (base_scale != nullptr) y *= load_n(base_scale + c, k);
+    if (bias != nullptr) y += load_n(bias + c, k);
+    store_n(out + c, y, k);
+  }
+}
+
+template <class TO, class TS>
+void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, int64_t n) {
+  alignas(64) float delta[kCombineRows * kTileLd];
+  uint8_t bits[keep_bits_room(kTileCols)];
+  const float* base_scale = a.base_scale != nullptr ? a.base_scale + c0 : nullptr;
+  const float* bias = a.bias != nullptr ? a.bias + c0 : nullptr;
+  const bool drop = a.dropout.threshold != 0;
+  for (int64_t i = i0; i < i1;) {
+    // combine takes 1, 2 or kCombineRows rows: three and more at the end are computed along with rows before
+    // them.
+    const int64_t left = min64(kCombineRows, i1 - i);
+    const int64_t take = left > 2 && i + left < kCombineRows ? 2 : left;
+    const int64_t back = take > 2 ? kCombineRows - take : 0;
+    if (a.R > 0) {
+      combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, a.p + c0, a.ldp, round_up(n, kPad), delta,
+              kTileLd);
+    }
+    for (int64_t m = 0; m < take; ++m) {
+      TO* out = static_cast<TO*>(a.out.data) + (i + m) * a.out.row + c0;
+      const TS* src =
+          a.src.data != nullptr ? static_cast<const TS*>(a.src.data) + (i + m) * a.src.row + c0 : nullptr;
+      if (a.R == 0) {
+        finish_row_base<TO, TS>(src, base_scale, bias, n, out);
+        continue;
+      }
+      if (drop) keep_bits(a.dropout, i + m, c0, n, bits);
+      finish_row<TO, TS>(delta + (back + m) * kTileLd, a.alpha, drop ? bits : nullptr, src, base_scale, bias,
+                         n, out);
+    }
+    i += take;
+  }
+}
+
+template <class TO, class TS>
+void expand(const LoraExpandArgs& a) {
+  const int64_t panels = (a.C + kTileCols - 1) / kTileCols;
+  const int64_t blocks = (a.M + kRowBlock - 1) / kRowBlock;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+  for (int64_t t = 0; t < blocks * panels; ++t) {
+    const int64_t i0 = t / panels * kRowBlock, c0 = t % panels * kTileCols;
+    expand_block<TO, TS>(a, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
+  }
+}
+
+}  // namespace
+
+void lora_expand(const LoraExpandArgs& a) {
+  const bool wide = a.src.dtype == DType::f32;
+  switch (a.out.dtype) {
+    case DType::f32:
+      return expand<float, float>(a);
+    case DType::bf16:
+      return wide ? expand<bf16, float>(a) : expand<bf16, bf16>(a);
+    case DType::f16:
+      return wide ? expand<f16, float>(a) : expand<f16, f16>(a);
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -1,0 +1,69 @@
+// Blocks of an activation as fp32 tiles in cache: converted once, dropout applied once, used by every rank.
+#pragma once
+
+#include "cpu/micro.h"
+#include "cpu/philox.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+constexpr int64_t kTileRows = 24;
+constexpr int64_t kTileCols = 512;
+// One cache line more than a power of two, or the rows of a tile would share a few cache sets.
+constexpr int64_t kTileLd = kTileCols + 16;
+
+PEFTKERN_INLINE int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+struct alignas(64) Tile {
+  // dot reads whole row blocks: rows past the last are never used, but must be readable.
+  float data[(kTileRows + kDotRows) * kTileLd];
+};
+
+// x where kept, else exactly 0, for the W columns from c; bits may be null.
+PEFTKERN_INLINE vf select_if(const uint8_t* bits, int64_t c, vf x) {
+  return bits != nullptr ? select(bits, c, x) : x;
+}
+
+template <class T>
+static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
+  int64_t c = 0;
+  for (; c + W <= n; c += W) store(out + c, select_if(bits, c, load(in + c)));
+  if (c < n) store(out + c, select_if(bits, c, load_n(in + c, static_cast<int>(n - c))));
+  for (c = round_up(n, W); c < round_up(n, kPad); c += W) store(out + c, zero());
+}
+
+template <class T>
+static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
+                       const Dropout& drop, float* tile) {
+  uint8_t bits[keep_bits_room(kTileCols)];
+  T gathered[kTileCols];
+  for (int64_t i = 0; i < rows; ++i) {
+    if (drop.threshold != 0) keep_bits(drop, i0 + i, c0, cols, bits);
+    const T* row = static_cast<const T*>(in.data) + (i0 + i) * in.row + c0 * in.col;
+    if (in.col != 1) {
+      for (int64_t c = 0; c < cols; ++c) gathered[c] = row[c * in.col];
+      row = gathered;
+    }
+    widen_row(row, cols, drop.threshold != 0 ? bits : nullptr, tile + i * kTileLd);
+  }
+}
+
+// tile[i, c] = f(in[i0 + i, c0 + c]), dropped elements and the padding up to a multiple of kPad columns
+// exactly 0.
+static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
+                       const Dropout& drop, Tile& tile) {
+  switch (in.dtype) {
+    case DType::f32:
+      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile.data);
+    case DType::bf16:
+      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile.data);
+    case DType::f16:
+      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile.data);
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
