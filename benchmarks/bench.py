@@ -55,8 +55,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-gate", action="store_true", help="do not check peftkern's accuracy before timing it")
     p.add_argument("--json", type=Path, metavar="FILE", help="write header and rows; updated after every block")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write plots as PNG")
-    p.add_argument("--rerun", type=Path, metavar="FILE",
-                   help="time the rows of FILE that lose to addmm by over 5%% three times again, and add that to FILE")  # fmt: skip
+    p.add_argument(
+        "--rerun", type=Path, metavar="FILE",
+        help="time the rows of FILE that lose to addmm by over 5%% three times again, and add that to FILE",
+    )  # fmt: skip
     return p
 
 
@@ -131,6 +133,8 @@ def describe(header: dict, console) -> None:
         f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, "
         f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
     )
+    if header["load"] is not None and header["load"] > 0.5:
+        console.print(f"this machine is busy (load {header['load']:.1f}): the times will be poor", style="yellow")
 
 
 def failures(rows: list[dict], bench: Bench, console) -> int:

@@ -60,7 +60,8 @@ def slow_half(rows: list[dict], dtype: str) -> bool:
     """Whether the vendor's own product is slow in this dtype."""
     if dtype == "fp32":
         return False
-    base = [r for r in rows if r["dtype"] == dtype and r["provider"] == BASE and r["pass"] == "fwd_bwd" and r["M"] >= 64]
+    many = [r for r in rows if r["dtype"] == dtype and r["pass"] == "fwd_bwd" and r["M"] >= 64]
+    base = [r for r in many if r["provider"] == BASE]
     ratios = [r["ratio_to_fp32_base"] for r in base if r["ratio_to_fp32_base"] is not None]
     return len(ratios) < len(base) or (geomean(ratios) or 0.0) > 1.0
 
@@ -75,9 +76,7 @@ def figures(result: dict) -> list[Figure]:
 
 
 def _core(row: dict) -> bool:
-    return (
-        row["adapter_dtype"] == "fp32" and row["pass"] == "fwd_bwd" and row["M"] >= 512 and row["R"] in (8, 16)
-    )
+    return row["adapter_dtype"] == "fp32" and row["pass"] == "fwd_bwd" and row["M"] >= 512 and row["R"] in (8, 16)
 
 
 def _mean(rows: list[dict], field: str, dropout: float | None = None, chosen: Callable[[dict], bool] = _core):
@@ -136,6 +135,7 @@ def _slow(rows: list[dict], dtype: str) -> list[Figure]:
     def small(row: dict) -> bool:
         return (row["M"], row["K"], row["N"]) == (192, 768, 1024) and row["adapter_dtype"] == "fp32"
 
+    slow = f"{dtype} (slow here)"
     fwd = [r for r in rows if r["pass"] == "fwd"]
     base = {(r["M"], r["K"], r["N"], r["R"]): r["median_ms"] for r in fwd if r["provider"] == BASE and r["median_ms"]}
     few = [
@@ -145,12 +145,13 @@ def _slow(rows: list[dict], dtype: str) -> list[Figure]:
     bandwidth = [r["bytes_bound_fraction"] for r in fwd if r["provider"] == OURS and r["M"] <= 4 and r["median_ms"]]
     mean, count = _speed_up(rows, lambda r: small(r) and r["pass"] == "fwd_bwd")
     return [
-        *_over(rows, "ratio_to_fp32_base", f"{dtype} (slow here): over a frozen fp32 linear", 1.20),
-        _least(f"{dtype} (slow here): faster than PEFT at (192, 768, 1024)", mean, 30.0, f"{count} rows"),
-        _least(f"{dtype} (slow here): forward at M = 16, torch's own linear over ours", geomean(few), 5.0, f"{len(few)} rows"),
-        _least(f"{dtype} (slow here): forward at M <= 4, share of copy bandwidth", geomean(bandwidth), 0.7,
-               f"{len(bandwidth)} rows"),
-    ]  # fmt: skip
+        *_over(rows, "ratio_to_fp32_base", f"{slow}: over a frozen fp32 linear", 1.20),
+        _least(f"{slow}: faster than PEFT at (192, 768, 1024)", mean, 30.0, f"{count} rows"),
+        _least(f"{slow}: forward at M = 16, torch's own linear over ours", geomean(few), 5.0, f"{len(few)} rows"),
+        _least(
+            f"{slow}: forward at M <= 4, share of copy bandwidth", geomean(bandwidth), 0.7, f"{len(bandwidth)} rows"
+        ),
+    ]
 
 
 def _addmm(result: dict) -> list[Figure]:

@@ -80,10 +80,10 @@ def make_data(case: Case, copies: int) -> Data:
 
 def copies(case: Case, cache_bytes: int) -> int:
     """With few rows the time is that of reading W, and in a real model each layer's W comes from memory, not from a
-    cache: take turns over enough copies to exceed the last cache twice. With many rows one copy."""
-    if case.M > 64:
-        return 1
-    return max(1, min(8, -(-2 * cache_bytes // (case.K * case.N * case.dtype.itemsize))))
+    cache: take turns over enough copies to exceed the last cache twice (eight at most). With many rows, or a W that
+    is small itself, one copy."""
+    weight = case.K * case.N * case.dtype.itemsize
+    return 1 if case.M > 64 or weight < 1 << 20 else max(1, min(8, -(-2 * cache_bytes // weight)))
 
 
 def _frozen_linear(weight: Tensor) -> nn.Linear:

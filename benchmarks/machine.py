@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def commit() -> str | None:
         return None
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -47,6 +49,7 @@ def header(device: str, bandwidth: float) -> dict:
         "settings": doctor.settings_in_use(),
         "base_products": doctor.base_products(),
         "cache_bytes": cache_bytes(device),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

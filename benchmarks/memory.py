@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import re
 
@@ -38,7 +37,6 @@ def saved_bytes(step: Step, i: int = 0) -> int:
 
 def peak_bytes(step: Step, i: int = 0) -> int | None:
     """Most memory that one step takes beyond what was in use before; None where that cannot be measured."""
-    gc.collect()
     if step.dy[i].is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

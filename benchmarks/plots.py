@@ -85,7 +85,8 @@ def _bars(rows: list[dict], bench: Bench, key: str, ylabel: str, title: str, fil
 def _finish(ax, ylabel: str, title: str) -> None:
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_yscale("log")
-    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 8, 16, 32) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]]
+    low, high = ax.get_ylim()
+    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 8, 16, 32) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
     ax.set_ylabel(ylabel)

@@ -37,38 +37,44 @@ class Probe:
 
     def predict(self, name: str, case: Case) -> tuple[float, float]:
         """Expected seconds of the forward and of the backward part."""
+        if sum(self._flops(case)) <= sum(self._flops(self._at(case, SHAPES[0]))):
+            return 0.0, 0.0  # nothing is hopeless there
         speed = self._speed(name, case)
         while sum(seconds := self._apply(speed, case)) > self.limit and speed.shape + 1 < len(SHAPES):
             larger = self._at(case, SHAPES[speed.shape + 1])
-            if sum(self._apply(speed, larger)) > self.limit / 2 or sum(self._flops(larger)) > sum(self._flops(case)):
+            fwd, bwd = self._apply(speed, larger)
+            if sum(self._flops(larger)) > sum(self._flops(case)) or fwd > self.limit / 2:
                 break
-            self._refine(name, larger, speed)
+            both = fwd + bwd <= self.limit / 2
+            if not both and seconds[0] <= self.limit:
+                break  # only the backward part is in question, and it is too slow to ask again
+            self._refine(name, larger, speed, both)
+            speed.shape += 1
         return seconds
 
     def skips(self, name: str, case: Case) -> dict[str, str]:
         """Reason for each pass that is not to be run."""
         fwd, bwd = self.predict(name, case)
+        if fwd + bwd <= self.limit:
+            return {}
         dtype = "fp32" if name == FP32_BASE else short(case.dtype)
         measured = "x".join(map(str, SHAPES[self._speed(name, case).shape]))
         why = f"hopelessly slow in {dtype} here: {{:.1f}} s a step expected from {measured}, limit {self.limit:g} s"
-        reasons = {"fwd": why.format(fwd)} if fwd > self.limit else {}
-        if fwd + bwd > self.limit:
-            reasons["fwd_bwd"] = why.format(fwd + bwd)
-        return reasons
+        reasons = {"fwd_bwd": why.format(fwd + bwd)}
+        return reasons | {"fwd": why.format(fwd)} if fwd > self.limit else reasons
 
     def _speed(self, name: str, case: Case) -> _Speed:
         key = (name, case.device, case.dtype, case.adapter_dtype)
         if key not in self._speeds:
             fixed = self._seconds(name, self._at(case, TINY))
             self._speeds[key] = _Speed(fixed, (math.inf, math.inf))
-            self._refine(name, self._at(case, SHAPES[0]), self._speeds[key], 0)
+            self._refine(name, self._at(case, SHAPES[0]), self._speeds[key], True)
         return self._speeds[key]
 
-    def _refine(self, name: str, case: Case, speed: _Speed, step: int = 1) -> None:
+    def _refine(self, name: str, case: Case, speed: _Speed, backward: bool) -> None:
         # The fixed cost is noisy: at least a tenth of the time is taken to grow with the problem.
-        measured = zip(self._seconds(name, case), speed.fixed, self._flops(case), speed.per_flop)
+        measured = zip(self._seconds(name, case, backward), speed.fixed, self._flops(case), speed.per_flop)
         speed.per_flop = tuple(min(best, max(t - fixed, t / 10) / flops) for t, fixed, flops, best in measured)
-        speed.shape += step
 
     def _at(self, case: Case, shape: tuple[int, int, int]) -> Case:
         M, K, N = shape
@@ -82,13 +88,13 @@ class Probe:
     def _apply(self, speed: _Speed, case: Case) -> tuple[float, float]:
         return tuple(f + p * n for f, p, n in zip(speed.fixed, speed.per_flop, self._flops(case)))
 
-    def _seconds(self, name: str, case: Case) -> tuple[float, float]:
+    def _seconds(self, name: str, case: Case, backward: bool = True) -> tuple[float, float]:
         provider = self.bench.providers[name]
         step = self.bench.providers[provider.probe_as or name].build(case, self.bench.data(case, 1))
-        timed_step(step, 0, True)  # whatever is loaded at first use
+        timed_step(step, 0, backward)  # whatever is loaded at first use
         # The best of a few: another process may hold the cores for longer than the step takes.
         start, runs = time.perf_counter(), []
         while not runs or (len(runs) < 9 and time.perf_counter() - start < self.limit / 10):
-            runs.append(timed_step(step, 0, True))
+            runs.append(timed_step(step, 0, backward))
         fwd, both = (min(t) for t in zip(*runs))
-        return fwd, max(both - fwd, 0.0)
+        return fwd, max(both - fwd, 0.0) if backward else math.inf

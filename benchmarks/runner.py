@@ -26,8 +26,9 @@ PEFTKERN = "peftkern"
 
 @dataclass
 class Settings:
-    """How long to measure. ``seconds``: time for a block, exceeded where ``min_repeats`` take longer.
-    ``limit``: the longest step worth timing. ``bandwidth``: of copies, bytes per second. ``cache``: last cache's bytes."""
+    """How long to measure, and on what. ``seconds``: time for a block, exceeded where ``min_repeats`` take longer.
+    ``limit``: seconds of the longest step worth timing. ``bandwidth``: of copies, bytes per second. ``cache``: size of
+    the last cache. ``providers``: instead of the bench's plan. ``gate``: check our accuracy before timing it."""
 
     preset: str
     seconds: float
@@ -104,8 +105,8 @@ class Runner:
     def _slots(self, block: list[Case]) -> list[_Slot]:
         first, asked = block[0], self.settings.providers
         slots = [self._slot(BASE, first)]
-        # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is all there is to compare with.
-        needed = bool(slots[0].skipped) or (first.shape, first.device) not in self._fp32
+        # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is what to compare with.
+        needed = self._slow(slots[0]) or (first.shape, first.device) not in self._fp32
         if first.dtype != torch.float32 and needed:
             slots.append(self._slot(FP32_BASE, first))
         for case in block:
@@ -113,6 +114,12 @@ class Runner:
                 if name not in (BASE, FP32_BASE):
                     slots.append(self._slot(name, case))
         return slots
+
+    def _slow(self, base: _Slot) -> bool:
+        if base.skipped:
+            return True
+        own, fp32 = (sum(self.probe.predict(name, base.case)) for name in (BASE, FP32_BASE))
+        return own > fp32
 
     def _slot(self, name: str, case: Case) -> _Slot:
         provider = self.bench.providers[name]

@@ -94,8 +94,9 @@ def quiet():
 
 
 def interleave(
-    entries: list[Entry], copies: int, *, seconds: float, min_repeats: int, max_repeats: int, often: tuple[str, ...] = ()
-) -> int:
+    entries: list[Entry], copies: int, *,
+    seconds: float, min_repeats: int, max_repeats: int, often: tuple[str, ...] = (),
+) -> int:  # fmt: skip
     """Run all entries in turn until ``seconds`` have passed and each has ``min_repeats``; returns the rounds.
 
     Entries named in ``often`` (what the others are compared with) run twice a round, half a round apart.

@@ -1,0 +1,143 @@
+"""Tables in README from committed results, and the verdict on a result.
+
+    python -m peftkern.benchmarks.report            write the tables between the markers in README.md
+    python -m peftkern.benchmarks.report --check    exit code 1 if README.md is not what the results say
+    python -m peftkern.benchmarks.report --judge FILE
+
+A table stands between ``<!-- benchmarks:OP -->`` and ``<!-- /benchmarks:OP -->``; everything between is generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .case import BASE, FP32_BASE
+from .judge import Figure, figures, geomean, slow_half
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+MARKERS = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.S)
+COLUMNS = (
+    ("PEFT", "peft", "fp32"),
+    ("PEFT compiled", "peft_compile", "fp32"),
+    ("`addmm_` function", "addmm", "fp32"),
+    ("**peftkern**", "peftkern", "fp32"),
+)
+RANKS = (8, 16)
+
+
+def load(folder: Path = RESULTS) -> list[dict]:
+    """Results of the benchmark in file-name order (other JSON files are left out)."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [r for r in found if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})]
+
+
+def tables(op: str, results: list[dict]) -> str:
+    """Markdown for every machine that ``op`` was measured on."""
+    return "\n".join(_machine(r) for r in results if r["header"]["op"] == op) or "No results yet.\n"
+
+
+def _machine(result: dict) -> str:
+    header, rows = result["header"], result["rows"]
+    isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
+    versions = header["versions"]
+    lines = [
+        f"**{header['device']}** ({isa}), {header['threads']} threads, torch {versions['torch']}, "
+        f"PEFT {versions['peft']}, {header['date'][:10]}, commit {(header['commit'] or 'unknown')[:10]}",
+        "",
+    ]
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        lines += _table([r for r in rows if r["dtype"] == dtype], dtype)
+    return "\n".join(lines)
+
+
+def _isa(cpu: dict) -> str:
+    extra = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu["features"]]
+    return ", ".join([cpu["torch_isa"], *extra[:1]])
+
+
+def _table(rows: list[dict], dtype: str) -> list[str]:
+    slow = slow_half(rows, dtype)
+    field = "ratio_to_fp32_base" if slow else "ratio_to_base"
+    over = "a frozen fp32 linear (torch's own product is slow in this dtype here)" if slow else "a frozen linear"
+    rows = [r for r in rows if r["pass"] == "fwd_bwd" and (r["R"] in RANKS or r["provider"] in (BASE, FP32_BASE))]
+    columns = [c for c in COLUMNS if any(r["provider"] == c[1] for r in rows)]
+    lines = [
+        f"{dtype}, forward + backward, R = 8 and 16, fp32 adapters: time over {over}",
+        "",
+        "| M x K x N | dropout | frozen linear, ms | " + " | ".join(c[0] for c in columns) + " | floor |",
+        "|---|---|---|" + "---|" * (len(columns) + 1),
+    ]
+    shapes = dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows)
+    for shape in shapes:
+        own = [r for r in rows if (r["M"], r["K"], r["N"]) == shape]
+        base = [r["median_ms"] for r in own if r["provider"] == (FP32_BASE if slow else BASE) and r["median_ms"]]
+        for dropout in sorted({r["dropout"] for r in own if r["dropout"] is not None}):
+            cells = [_cell(own, provider, adapter, dropout, field) for _, provider, adapter in columns]
+            floor = [r["floor_ratio"] for r in own if r["dropout"] == dropout and r["floor_ratio"]]
+            ms = f"{geomean(base):.2f}" if base else "slow"
+            name = "x".join(map(str, shape))
+            lines.append(f"| {name} | {dropout:g} | {ms} | {' | '.join(cells)} | {geomean(floor) or 0:.3f} |")
+    return [*lines, ""]
+
+
+def _cell(rows: list[dict], provider: str, adapter: str, dropout: float, field: str) -> str:
+    mine = [r for r in rows if (r["provider"], r["adapter_dtype"], r["dropout"]) == (provider, adapter, dropout)]
+    if not mine:
+        return ""
+    values = [r[field] for r in mine if r[field] is not None]
+    return f"{geomean(values):.2f}" if values else "too slow to time"
+
+
+def render(text: str, results: list[dict]) -> str:
+    """``text`` with every marked part replaced."""
+    return MARKERS.sub(lambda m: m[1] + tables(m[2], results) + m[3], text)
+
+
+def verdict(found: list[Figure]) -> tuple[str, int]:
+    """Lines to print and the exit code: 1 if a limit is missed."""
+    words = {True: "ok", False: "MISSED", None: "-"}
+    lines = [
+        f"{words[f.ok]:<6}  {'n/a' if f.value is None else format(f.value, '.3f'):>7}  {f.limit:<8}  {f.name}"
+        + (f"  ({f.note})" if f.note else "")
+        for f in found
+    ]
+    return "\n".join(lines), int(any(f.ok is False for f in found))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peftkern.benchmarks.report", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if README is stale")
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="the figures of this result against the limits")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if args.judge:
+        lines, code = verdict(figures(json.loads(args.judge.read_text())))
+        print(lines)
+        return code
+    old = args.readme.read_text()
+    if not MARKERS.search(old):
+        print(f"{args.readme} has no <!-- benchmarks:OP --> ... <!-- /benchmarks:OP -->", file=sys.stderr)
+        return 1
+    new = render(old, load(args.results))
+    if args.check:
+        if new != old:
+            print(f"{args.readme} is stale: run python -m peftkern.benchmarks.report", file=sys.stderr)
+        return int(new != old)
+    args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

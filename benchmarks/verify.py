@@ -1,0 +1,228 @@
+"""``peftkern verify``: random problems against fp64, on every back end that this machine has.
+
+An output or gradient passes if its error is at most 1.5 times that of eager PyTorch on the same problem, or below the
+rounding floor (peftkern/testing/accuracy.py says exactly). ``ratio`` in the table is the error over that bound. Each
+problem has a name, ``DTYPE:SEED`` or ``DTYPE:SEED:large``, and ``--problem NAME`` runs that one again.
+
+The ``cpu`` back end runs once with each base product (``--cpu-base``). Triton without a GPU runs in its interpreter,
+on fewer and smaller problems, without bf16, which the interpreter gets wrong by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .case import DTYPES, short
+
+# Every LARGE_EVERY-th problem of a dtype has M K N above 2^31.
+LARGE_EVERY = 12
+INTERPRETED = dict(max_M=96, max_KN=160, max_R=40)
+INTERPRETED_SHARE = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A back end with its settings. ``interpreted``: Triton on CPU tensors."""
+
+    name: str
+    environment: dict[str, str]
+    interpreted: bool = False
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The settings in force inside."""
+        before = {k: os.environ.get(k) for k in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for k, v in before.items():
+                os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+
+    def reason(self) -> str | None:
+        """Why this target can't run here."""
+        from peftkern import dispatch
+
+        name = self.environment["PEFTKERN_BACKEND"]
+        if name == "reference":
+            return None
+        if self.interpreted and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton was imported without TRITON_INTERPRET=1; set it in the environment"
+        with self.active():
+            try:
+                return dispatch.load(name).unavailable()
+            except ImportError as error:
+                return str(error)
+
+
+def targets(backend: str, cpu_base: str | None) -> list[Target]:
+    """What ``--backend`` and ``--cpu-base`` ask for."""
+    found = []
+    if backend in ("reference", "all"):
+        found.append(Target("reference", {"PEFTKERN_BACKEND": "reference"}))
+    if backend in ("cpu", "all"):
+        for base in (cpu_base,) if cpu_base else ("vendor", "panels"):
+            found.append(Target(f"cpu, {base}", {"PEFTKERN_BACKEND": "cpu", "PEFTKERN_CPU_BASE": base}))
+    if backend in ("triton", "all"):
+        environment = {"PEFTKERN_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+        found.append(Target("triton, interpreted", environment, interpreted=True))
+    return found
+
+
+def named(name: str, **limits):
+    """The problem of that name."""
+    from peftkern.testing.problems import random_problem
+
+    dtype, seed, *rest = [*name.split(":"), ""] if ":" not in name else name.split(":")
+    if dtype not in DTYPES or not seed.isdigit() or rest not in ([], ["large"]):
+        raise ValueError(f"{name!r} is not DTYPE:SEED or DTYPE:SEED:large")
+    return random_problem(int(seed), DTYPES[dtype], large=bool(rest), **limits)
+
+
+def names(count: int, dtypes: Sequence[str], seed: int, *, large: bool) -> list[str]:
+    """Names of ``count`` problems, dtypes in turn."""
+    found = []
+    for i in range(count):
+        big = large and (i // len(dtypes)) % LARGE_EVERY == LARGE_EVERY - 1
+        found.append(f"{dtypes[i % len(dtypes)]}:{seed + i}{':large' if big else ''}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="peftkern verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--problems", type=int, default=60, metavar="N", help="how many, over all dtypes (default 60)")
+    p.add_argument("--backend", choices=("cpu", "reference", "triton", "all"), default="all")
+    p.add_argument("--cpu-base", choices=("vendor", "panels", "auto"), help="only this base product (default: each)")
+    p.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16", "fp16"])
+    p.add_argument("--seed", type=int, default=0, help="of the first problem; the i-th has seed + i")
+    p.add_argument("--problem", nargs="+", metavar="NAME", help="these problems only, as named by a failure")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write every row")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable."""
+    args = _parser().parse_args(argv)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    started, rows, failed, unusable = time.perf_counter(), [], 0, False
+    for target in targets(args.backend, args.cpu_base):
+        reason = target.reason()
+        if reason:
+            console.print(f"{target.name}: not usable: {reason}", style="yellow")
+            unusable |= args.backend != "all"
+            continue
+        with target.active():
+            own = _run(target, _chosen(args, target), args, console)
+        failed += len({r["problem"] for r in own if not r["ok"]})
+        rows += own
+    seconds = time.perf_counter() - started
+    console.print(_table(rows))
+    large = len({r["problem"] for r in rows if r["problem"].endswith(":large")})
+    console.print(
+        f"{len({r['problem'] for r in rows})} problems ({large} with M K N above 2^31), {len(rows)} results, "
+        f"{failed} failures, {seconds:.0f} s"
+    )
+    if args.json:
+        from peftkern import doctor
+
+        header = doctor.report() | {"seconds": round(seconds, 1), "command": vars(args) | {"json": str(args.json)}}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
+    return 1 if failed or unusable or not rows else 0
+
+
+def _chosen(args, target: Target) -> list[str]:
+    if args.problem:
+        return args.problem
+    dtypes = [d for d in args.dtype if not (target.interpreted and d == "bf16")]
+    count = math.ceil(args.problems / INTERPRETED_SHARE) if target.interpreted else args.problems
+    return names(count, dtypes, args.seed, large=not target.interpreted) if dtypes else []
+
+
+def _run(target: Target, chosen: list[str], args, console) -> list[dict]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[dict] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for name in chosen:
+            progress.update(task, description=f"{target.name} {name}")
+            own = check_one(target, name)
+            bad = [r for r in own if not r["ok"]]
+            if bad:
+                console.print(_failure(target, name, bad), style="red")
+            rows += own
+            progress.advance(task)
+    return rows
+
+
+def check_one(target: Target, name: str) -> list[dict]:
+    """The rows of one problem on one target, whose settings must be active. An exception is a row that fails."""
+    from peftkern.testing.accuracy import check
+
+    limits = INTERPRETED if target.interpreted else {}
+    problem = named(name, **limits)
+    head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
+    try:
+        results = check(problem)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        return [head | dict(output="call", ratio=None, ok=False, error=f"{type(error).__name__}: {line}")]
+    return [
+        head | dict(output=r.output, ratio=r.ratio if math.isfinite(r.ratio) else None, ok=bool(r.ok), error=None)
+        for r in results
+    ]
+
+
+def _failure(target: Target, name: str, bad: list[dict]) -> str:
+    settings = " ".join(f"{k}={v}" for k, v in target.environment.items())
+    what = ", ".join(r["error"] or f"{r['output']} {'not finite' if r['ratio'] is None else format(r['ratio'], '.2f')}"
+                     for r in bad)  # fmt: skip
+    backend, *base = target.name.split(", ")
+    again = f"peftkern verify --problem {name} --backend {backend}"
+    again += f" --cpu-base {base[0]}" if backend == "cpu" else ""
+    limits = INTERPRETED if target.interpreted else {}
+    return f"FAILED {name} [{settings}]: {what}\n  {named(name, **limits)}\n  again: {again}"
+
+
+def _table(rows: list[dict]):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    outputs = list(dict.fromkeys(r["output"] for r in rows))
+    table = Table(
+        title="worst error over its bound (1 is the limit)", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    table.add_column("back end", no_wrap=True)
+    for column in ("dtype", "prob-\nlems", *(o.replace("_", "\n") for o in outputs)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for backend in dict.fromkeys(r["backend"] for r in rows):
+        for dtype in dict.fromkeys(r["dtype"] for r in rows if r["backend"] == backend):
+            own = [r for r in rows if r["backend"] == backend and r["dtype"] == dtype]
+            cells = []
+            for output in outputs:
+                mine = [r for r in own if r["output"] == output]
+                worst = max((math.inf if r["ratio"] is None else r["ratio"] for r in mine), default=None)
+                good = all(r["ok"] for r in mine)
+                cells.append(Text("" if worst is None else f"{worst:.2f}", style="" if good else "bold red"))
+            table.add_row(backend, dtype, str(len({r["problem"] for r in own})), *cells)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
