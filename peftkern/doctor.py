@@ -104,8 +104,12 @@ def backends() -> dict[str, dict]:
 
 
 def base_products() -> dict[str, dict[str, str]]:
-    """Who computes the frozen product on this CPU: {dtype: {pass: words}}."""
-    return {}
+    """Who computes the frozen product on this CPU, {dtype: {pass: words}}; empty where the CPU back end can't run."""
+    if backends()["cpu"]["reason"]:
+        return {}
+    plan = importlib.import_module("peftkern.backends.cpu_base_plan")
+    importlib.import_module("peftkern.backends.cpu_native").use_isa()
+    return plan.describe()
 
 
 def settings_in_use() -> dict[str, str]:
@@ -162,7 +166,7 @@ def text(found: dict) -> str:
     products = {
         f"{dtype} {which}": words for dtype, passes in found["base_products"].items() for which, words in passes.items()
     }
-    section("base product on CPU", products)
+    section("base product on CPU", products or {"all": "torch's product, after a cast to fp32 (reference)"})
     section("settings", found["settings"])
     return "\n".join(lines[1:])
 

@@ -56,10 +56,26 @@ def test_absent_packages_are_none(monkeypatch):
 def test_base_products_cover_dtypes_and_passes():
     found = doctor.base_products()
     if not dispatch.load("cpu").unavailable():
-        assert set(found) == {"fp32", "bf16", "fp16"}
+        assert set(found) == {"float32", "bfloat16", "float16"}
         assert all(set(passes) == {"forward", "input gradient"} for passes in found.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_is_named():
     assert doctor.gpu()["arch"].startswith("sm_")
+
+
+def test_base_products_follow_the_settings(monkeypatch):
+    if dispatch.load("cpu").unavailable():
+        pytest.skip("the C++ extension is not built")
+    found = {}
+    for base in ("vendor", "panels"):
+        monkeypatch.setenv("PEFTKERN_CPU_BASE", base)
+        found[base] = doctor.base_products()["bfloat16"]["forward"]
+    assert "torch" in found["vendor"] and "peftkern" in found["panels"]
+
+
+def test_without_the_cpu_back_end(monkeypatch):
+    monkeypatch.setattr(dispatch.load("cpu"), "unavailable", lambda: "for this test")
+    assert doctor.base_products() == {}
+    assert "reference" in doctor.text(doctor.report())
