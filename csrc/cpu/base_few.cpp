@@ -16,7 +16,7 @@ constexpr int kDotRows = 6, kDotCols = 4;  // 24 accumulators + 4 + 1 of 32 regi
 constexpr int kDotRows = 4, kDotCols = 3;  // 12 accumulators + 3 + 1 of 16 registers
 #endif
 // A lane sums at most this many terms before the lanes are added: a longer chain in fp32 loses accuracy.
-constexpr int64_t kDotBlock = 256 * W;
+constexpr int64_t kDotBlock = kBaseChain * W;
 
 PEFTKERN_INLINE float sum_lanes(vf x) {
 #pragma GCC unroll 4
@@ -164,8 +164,8 @@ PEFTKERN_INLINE void add_rows(int64_t rows, const float* a, int64_t lda, const T
 template <class T>
 void strip(const BaseArgs& g, const float* a, int64_t lda, int64_t col, int64_t cols, int64_t ld) {
   alignas(64) float sums[kStripFloats];
-  for (int64_t k0 = 0; k0 < g.inner; k0 += kBaseBlock) {
-    const int64_t end = smaller(g.inner, k0 + kBaseBlock);
+  for (int64_t k0 = 0; k0 < g.inner; k0 += kBaseChain) {
+    const int64_t end = smaller(g.inner, k0 + kBaseChain);
     for (int64_t i = 0; i < g.rows * ld; i += W) store(sums + i, zero());
     int64_t k = k0;
     for (; k + kSteps <= end; k += kSteps) {

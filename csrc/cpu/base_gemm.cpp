@@ -2,7 +2,7 @@
 // dimension. Per block, both operands are packed as fp32 (base_pack.h), then tiles of kTileRows x kTileCols
 // are accumulated in registers and added to out.
 //
-// An element's sum is a chain of fused multiply-adds over at most kBaseBlock terms, the blocks added in
+// An element's sum is a chain of fused multiply-adds over at most kBaseChain terms, the chains added in
 // order. It depends on the inner dimension alone, so a row has the same bits in any batch, with any number of
 // threads.
 #include "cpu/base_pack.h"
@@ -35,27 +35,30 @@ int thread_number() {
 
 template <int ROWS>
 void tile(int depth, const float* a, const float* b, float* out, int64_t ld, bool first) {
-  vf acc[ROWS][2];
-#pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) {
-    acc[i][0] = acc[i][1] = zero();
     __builtin_prefetch(out + i * ld, 1);
     __builtin_prefetch(out + i * ld + W, 1);
   }
-  for (int k = 0; k < depth; ++k, ++a, b += kTileCols) {
-    const vf b0 = load(b), b1 = load(b + W);
+  for (; depth > 0; depth -= kBaseChain, first = false) {
+    vf acc[ROWS][2];
+#pragma GCC unroll 14
+    for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = zero();
+    const float* end = a + smaller(depth, kBaseChain);
+    for (; a < end; ++a, b += kTileCols) {
+      const vf b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 14
+      for (int i = 0; i < ROWS; ++i) {
+        const vf x = splat(a[i * kRow]);
+        acc[i][0] = fma(x, b0, acc[i][0]);
+        acc[i][1] = fma(x, b1, acc[i][1]);
+      }
+    }
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
-      const vf x = splat(a[i * kRow]);
-      acc[i][0] = fma(x, b0, acc[i][0]);
-      acc[i][1] = fma(x, b1, acc[i][1]);
+      float* o = out + i * ld;
+      store(o, first ? acc[i][0] : load(o) + acc[i][0]);
+      store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
     }
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < ROWS; ++i) {
-    float* o = out + i * ld;
-    store(o, first ? acc[i][0] : load(o) + acc[i][0]);
-    store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
   }
 }
 
@@ -76,12 +79,12 @@ void compute(int rows, int cols, int depth, const float* a, const float* b, floa
     return;
   }
   alignas(64) float edge[kTileRows * kTileCols];
-  kTiles[rows - 1](depth, a, b, edge, kTileCols, true);
+  if (!first)
+    for (int i = 0; i < rows; ++i)
+      for (int c = 0; c < cols; ++c) edge[i * kTileCols + c] = out[i * ld + c];
+  kTiles[rows - 1](depth, a, b, edge, kTileCols, first);
   for (int i = 0; i < rows; ++i)
-    for (int c = 0; c < cols; ++c) {
-      const float x = edge[i * kTileCols + c];
-      out[i * ld + c] = first ? x : out[i * ld + c] + x;
-    }
+    for (int c = 0; c < cols; ++c) out[i * ld + c] = edge[i * kTileCols + c];
 }
 
 // out[row0 .. +rows, col0 .. +cols], by one thread: nothing is shared, so there is nothing to wait for.
