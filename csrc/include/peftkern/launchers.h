@@ -112,6 +112,8 @@ struct BaseArgs {
   float* scratch;
   int threads;
 };
+// Terms of one chain of multiply-adds in fp32: longer chains lose accuracy against torch's product.
+constexpr int64_t kBaseChain = 128;
 // Terms per block of the inner dimension; floats per packed row of a; columns per packed tile of B, at most.
 constexpr int64_t kBaseBlock = 256, kBaseRow = kBaseBlock + 16, kBaseTileCols = 32;
 // Rows that base_few takes, at most.
