@@ -19,7 +19,7 @@ from .timing import copy_bandwidth
 
 SCHEMA = 1
 SECONDS = {"quick": 1.5, "full": 3.0}
-LIMITS = {"quick": 1.0, "full": 3.0}
+LIMITS = {"quick": 2.0, "full": 4.0}
 EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
 training step, fwd_bwd the whole step (gradients of x and the adapters). Provider names: {providers}.
 """

@@ -33,7 +33,7 @@ class Settings:
     preset: str
     seconds: float
     bandwidth: float
-    limit: float = 3.0
+    limit: float = 4.0
     min_repeats: int = 5
     max_repeats: int = 60
     cache: int = 32 << 20
@@ -116,10 +116,8 @@ class Runner:
         return slots
 
     def _slow(self, base: _Slot) -> bool:
-        if base.skipped:
-            return True
         own, fp32 = (sum(self.probe.predict(name, base.case)) for name in (BASE, FP32_BASE))
-        return own > fp32
+        return bool(base.skipped) or own > fp32
 
     def _slot(self, name: str, case: Case) -> _Slot:
         provider = self.bench.providers[name]
