@@ -25,7 +25,11 @@ def plot(result: dict, bench: Bench, folder: Path) -> list[Path]:
         rows = [r for r in rows if r[key] is not None]
         if not rows:
             continue
-        title = f"{bench.name} {dtype}, forward + backward\n{result['header']['device']}"
+        # One rank and one dropout: not every provider is timed on all, and means over different cases mislead.
+        R = min({r["R"] for r in rows}, key=lambda R: abs(R - 16))
+        dropout = max(r["dropout"] for r in rows)
+        rows = [r for r in rows if (r["R"], r["dropout"]) == (R, dropout)]
+        title = f"{bench.name} {dtype}, forward + backward, R = {R}, dropout {dropout:g}\n{result['header']['device']}"
         for name, draw in (("rows", _against_rows), ("shapes", _bars)):
             file = folder / f"{bench.name}-{dtype}-{name}.png"
             draw(rows, bench, key, f"time / {over}", title, file)

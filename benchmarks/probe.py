@@ -59,7 +59,9 @@ class Probe:
         return seconds
 
     def skips(self, name: str, case: Case) -> dict[str, str]:
-        """Reason for each pass that is not to be run."""
+        """Reason for each pass that is not to be run. fp32 is hopeless nowhere."""
+        if case.dtype == torch.float32:
+            return {}
         fwd, bwd = self.predict(name, case)
         if fwd + bwd <= self.limit:
             return {}

@@ -14,7 +14,7 @@ from peftkern.benchmarks.probe import SHAPES, Probe
 from peftkern.benchmarks.runner import Runner, Settings
 from peftkern.benchmarks.timing import Entry, interleave
 
-CASE = Case("lora_linear", "cpu", torch.float32, torch.float32, 64, 32, 32, 4, 0.0)
+CASE = Case("lora_linear", "cpu", torch.bfloat16, torch.float32, 64, 32, 32, 4, 0.0)
 MEDIUM = dataclasses.replace(CASE, M=128, K=512, N=512)  # 67 MFLOP forward
 SETTINGS = Settings(preset="quick", seconds=0.02, bandwidth=1e10, min_repeats=5, providers=("addmm", "peftkern"))
 
@@ -62,9 +62,22 @@ def test_a_hopeless_provider_is_skipped_with_a_reason_and_never_run():
     probe = Probe(_bench(build=_sleepy(1e-9)), limit=0.5)
     reasons = probe.skips("addmm", case)
     assert set(reasons) == {"fwd", "fwd_bwd"}
-    assert "hopelessly slow in fp32 here" in reasons["fwd"] and "limit 0.5 s" in reasons["fwd"]
+    assert "hopelessly slow in bf16 here" in reasons["fwd"] and "limit 0.5 s" in reasons["fwd"]
     assert probe.predict("addmm", case)[0] == pytest.approx(8.6, rel=0.5)
     assert all(r < 0.5 for r in probe.predict("addmm", MEDIUM))
+
+
+def test_fp32_is_never_condemned_by_a_probe():
+    case = dataclasses.replace(CASE, dtype=torch.float32, M=1024, K=2048, N=2048)
+    assert Probe(_bench(build=None), limit=0.01).skips("addmm", case) == {}
+
+
+def test_what_is_as_slow_as_fp32_is_not_hopeless():
+    case = dataclasses.replace(CASE, M=1024, K=2048, N=2048)
+    slow = dataclasses.replace(lora_linear.PROVIDERS["base_fp32"], build=_sleepy(1e-9))
+    bench = _bench(build=_sleepy(2e-9))
+    bench = dataclasses.replace(bench, providers=bench.providers | {"base_fp32": slow})
+    assert Probe(bench, limit=0.5).skips("addmm", case) == {}
 
 
 def test_a_hopeless_backward_leaves_the_forward():
