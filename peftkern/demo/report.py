@@ -90,6 +90,7 @@ def plot(results: list[Result], path: Path) -> None:
             if side.losses:
                 axis.plot(range(1, len(side.losses) + 1), side.losses, "o-", ms=3, color=colors[name], label=name)
         axis.set(title=f"{result.dtype}: contrastive loss", xlabel="step", ylim=(0, None))
+        axis.locator_params(axis="x", integer=True)
         axis.legend()
 
     timed = [r for r in results if r.timed is not None]
@@ -108,5 +109,6 @@ def _bars(axis, rows: list[tuple[str, float, float]], colors: dict[str, str]) ->
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
         bars.set_label(name)
     axis.set_xticks([k + 0.2 for k in range(len(rows))], [r[0] for r in rows])
+    axis.margins(y=0.3)  # room for the legend
     if rows:
         axis.legend()

@@ -1,0 +1,203 @@
+"""The shape of the source tree: layers, cycles, includes, completeness of every op, file sizes, paths in documents."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"peftkern": ROOT / "peftkern", "peftkern.kernels": ROOT / "kernels/tl", "peftkern.benchmarks": ROOT / "benchmarks"}
+SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".hpp", ".inc", ".cu", ".cuh"}
+
+# Height of each layer: a module imports from its own or from lower layers. The longest matching prefix counts.
+HEIGHT = {
+    "peftkern": 11,  # the package itself: public names, gathered from below
+    "peftkern.cli": 10,
+    "peftkern.__main__": 11,
+    "peftkern.demo": 9,
+    "peftkern.benchmarks": 9,
+    "peftkern.doctor": 9,
+    "peftkern.testing": 8,
+    "peftkern.integrations": 8,
+    "peftkern.nn": 7,
+    "peftkern.autograd": 6,
+    "peftkern.ops": 5,
+    "peftkern.dispatch": 4,
+    "peftkern.backends": 3,
+    "peftkern.kernels": 2,
+    "peftkern._C": 2,
+    "peftkern.problem": 1,
+    "peftkern.settings": 1,
+    "peftkern._version": 0,
+}
+# Third-party packages beside torch and numpy, and the only layers that may import them.
+THIRD_PARTY = {
+    "peft": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
+    "transformers": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
+    "triton": ("peftkern.kernels", "peftkern.backends.triton", "peftkern.doctor", "peftkern.benchmarks"),
+    "packaging": ("peftkern.integrations",),
+    "rich": ("peftkern.demo", "peftkern.benchmarks", "peftkern.doctor"),
+    "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
+    "psutil": ("peftkern.benchmarks",),
+}
+# Ops without a benchmark of their own, and why.
+NO_BENCHMARK = {"dropout_mask": "shows bits that lora_linear makes for itself; not on any hot path"}
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository: those git knows and those it would add."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for line in done.stdout.split("\n") if line and (path := ROOT / line).is_file()]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((package, *parts))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Absolute dotted names of what a module imports anywhere, functions included; modules of ours by full name."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                found.add(full if full in MODULES or full == "peftkern._C" else source)
+    return found
+
+
+def height(name: str) -> int:
+    while name not in HEIGHT:
+        name, _, last = name.rpartition(".")
+        assert name and name != "peftkern", f"{last}: a new layer; give it a place in HEIGHT"
+    return HEIGHT[name]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_go_downward(name):
+    for target in imports(name):
+        if target.startswith("peftkern") and target != "peftkern":
+            assert height(target) <= height(name), f"{name} imports {target}, which is in a higher layer"
+        elif target == "peftkern":
+            assert height(name) >= HEIGHT["peftkern.testing"], f"{name} imports the whole package from below"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_third_party_imports_have_a_home(name):
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "peftkern", "__future__"}
+    for target in imports(name):
+        top = target.partition(".")[0]
+        homes = THIRD_PARTY.get(top, ())
+        assert top in allowed or name.startswith(homes or ("-",)), f"{name} imports {target}"
+
+
+def test_kernels_import_torch_triton_and_siblings_only():
+    for name in MODULES:
+        if name.startswith("peftkern.kernels"):
+            for target in imports(name):
+                ours = target.startswith("peftkern.kernels")
+                standard = target.partition(".")[0] in sys.stdlib_module_names
+                assert ours or standard or target.partition(".")[0] in ("torch", "triton"), f"{name} imports {target}"
+
+
+def test_no_import_cycles():
+    graph = {name: {t for t in imports(name) if t in MODULES and t != name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in path, "cycle: " + " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+
+
+def test_native_sources_know_no_torch_and_bind_in_one_file():
+    sources = [path for path in tracked("csrc") if path.suffix in SOURCE_SUFFIXES]
+    assert sources
+    for path in sources:
+        for header in re.findall(r'^\s*#\s*include\s*[<"]([^">]+)[">]', path.read_text(), re.M):
+            assert not re.match(r"torch/|ATen/|c10/|caffe2/|Python\.h", header), f"{path} includes {header}"
+            assert "pybind11" not in header or path.name == "bindings.cpp", f"{path} includes {header}"
+
+
+def op_files() -> list[Path]:
+    """Files of peftkern/ops that register an op."""
+    return [p for p in sorted((ROOT / "peftkern/ops").glob("*.py")) if re.search(r"^define\(", p.read_text(), re.M)]
+
+
+def test_every_op_has_reference_test_and_benchmark():
+    from peftkern import dispatch
+    from peftkern.benchmarks import registry
+
+    stems = [path.stem for path in op_files()]
+    assert {"lora_linear", "dropout_mask"} <= set(stems)
+    for stem in stems:
+        text = (ROOT / f"peftkern/ops/{stem}.py").read_text()
+        assert re.search(rf"^def {stem}\w*_ref\(", text, re.M), f"{stem}: no reference"
+        assert (ROOT / f"tests/ops/test_{stem}.py").is_file(), f"{stem}: no test"
+        if (ROOT / f"peftkern/autograd/{stem}.py").is_file():
+            assert (ROOT / f"tests/autograd/test_{stem}.py").is_file(), f"{stem}: its autograd function has no test"
+        assert stem in registry.OPS or stem in NO_BENCHMARK, f"{stem}: no benchmark"
+    for name, op in dispatch.OPS.items():
+        assert any(name.startswith(stem) for stem in stems), f"{name}: registered outside peftkern/ops"
+        assert callable(op.reference)
+
+
+def test_every_module_says_what_it_is():
+    for path in tracked("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_files_are_small():
+    lengths = {p: p.read_text().count("\n") for p in tracked() if p.suffix in SOURCE_SUFFIXES}
+    long = {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > 450}
+    assert not long, f"one concept a file: {long}"
+    assert statistics.median(lengths.values()) < 180
+
+
+def test_listed_packages_are_the_folders():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(config["packages"]) == folders
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_paths_in_documents_exist():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *tracked("docs/*.md")]
+    for document in documents:
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+        named = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|txt|cpp|h))`", text)
+        linked = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
+        for path in named:
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+        for path in linked:
+            assert (document.parent / path).exists(), f"{document.name} links to {path}"
