@@ -31,10 +31,11 @@ def required(name: str) -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that CMake will use: $CXX or the first of the usual names."""
+    """The C++ compiler that CMake will use: $CXX or the first of the usual names. None if it does not run."""
     named = os.environ.get("CXX")
     for name in [named.split()[0]] if named else ["c++", "g++", "clang++"]:
-        if path := tool(name):
+        path = tool(name)
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
             return path
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from . import machine
 from .case import DTYPES, Bench
 from .registry import OPS
+from .result import write
 from .runner import Runner, Settings, blocks
 from .timing import copy_bandwidth
 
@@ -144,19 +144,6 @@ def failures(rows: list[dict], bench: Bench, console) -> int:
     for reason in sorted(bad):
         console.print(f"not measured: {reason}", style="red")
     return 1 if bad else 0
-
-
-def write(file: Path, result: dict) -> None:
-    """Write the JSON, one row a line so that a diff of two results is readable."""
-    head = {k: v for k, v in result.items() if k not in ("rows", "reruns")}
-    parts = [json.dumps(head, indent=1)[:-2]]
-    for name in ("rows", "reruns"):
-        lines = ",\n  ".join(json.dumps(row) for row in result[name])
-        parts.append(f' "{name}": [{chr(10) + "  " + lines + chr(10) + " " if lines else ""}]')
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(",\n".join(parts) + "\n}\n")
-    temporary.replace(file)
 
 
 if __name__ == "__main__":

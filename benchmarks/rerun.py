@@ -13,6 +13,7 @@ from pathlib import Path
 from .case import DTYPES, Case
 from .judge import ADDMM, KEY, OURS, RERUN_ABOVE, against_addmm
 from .registry import OPS
+from .result import write
 from .runner import Runner, Settings
 
 TIMES = 3
@@ -20,8 +21,6 @@ TIMES = 3
 
 def rerun(file: Path, console, *, repeats: int) -> int:
     """Rerun, print and write. Exit code 1 if a median still is above 1.05."""
-    from .bench import write
-
     result = json.loads(file.read_text())
     header = result["header"]
     settings = Settings(
