@@ -8,22 +8,28 @@ accumulates in fp32, at fp32 speed on every CPU.
 An output passes if its error is at most ``FACTOR`` times eager's, both as root mean square and as maximum, or below a
 floor: 4 ulp in fp32, half an ulp in half precision, plus half an fp32 ulp of the same result computed with absolute
 values (what cancellation makes unavoidable).
+
+The errors of an output with a handful of elements are a handful of random numbers, eager's as much as ours: their ratio
+says little. Where such an output is over its bound, the same problem is drawn again with other values until ``FEW``
+elements are there (at most ``DRAWS`` draws), and all of them together, the first included, are held to the same bound.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..autograd.lora_linear import lora_linear
-from ..ops.dropout_mask import dropout_mask
+from ..ops.dropout_mask import dropout_mask_ref
 from .problems import LoRALinearProblem
 
 FACTOR = 1.5
+FEW, DRAWS = 256, 64
 DROPOUT_SEED = 0x5EED_0F_D20B_0075
 
 _SIGNIFICANT_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
@@ -35,6 +41,7 @@ class Row:
     """One output or gradient. Errors are (rms, max); ``ratio`` is the larger error over its bound: at most 1 passes."""
 
     output: str
+    elements: int
     error: tuple[float, float]
     eager: tuple[float, float]
     floor: tuple[float, float]
@@ -96,14 +103,16 @@ def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: 
     return (base + delta).to(x.dtype).unflatten(0, t["x"].shape[:-1])
 
 
-def _run(function: Callable[[dict[str, Tensor]], Tensor], t: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def _run(
+    function: Callable[[dict[str, Tensor]], Tensor], t: dict[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
     leaves = {k: v.detach().requires_grad_(k in names) for k, v in t.items() if k != "dy"}
     y = function(leaves)
     grads = torch.autograd.grad(y, [leaves[n] for n in names], t["dy"].to(y.dtype)) if names else ()
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, grads, strict=True)}}
 
 
-def run_ours(problem: LoRALinearProblem, t: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def run_ours(problem: LoRALinearProblem, t: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """y and the gradients of ``names`` from ``peftkern.lora_linear``."""
 
     def call(leaves: dict[str, Tensor]) -> Tensor:
@@ -116,21 +125,49 @@ def run_ours(problem: LoRALinearProblem, t: dict[str, Tensor], names: list[str])
     return _run(call, t, names)
 
 
-def check(problem: LoRALinearProblem) -> list[Row]:
-    """One row for y and one for each gradient, with the back end that the settings choose."""
-    t = problem.tensors()
-    names = [n for n in t if n not in ("weight", "dy") and n not in problem.frozen]
-    keep = dropout_mask(problem.M, problem.K, problem.dropout_p, DROPOUT_SEED) if problem.dropout_p else None
-    rest = (problem.scaling, keep, problem.dropout_p)
-    ours = run_ours(problem, t, names)
-    theirs = _run(lambda leaves: eager(leaves, *rest), t, names)
-    exact = _run(lambda leaves: oracle(leaves, *rest), {k: v.double() for k, v in t.items()}, names)
-    absolute = _run(
-        lambda leaves: oracle(leaves, abs(problem.scaling), keep, problem.dropout_p),
-        {k: v.double().abs() for k, v in t.items()},
-        names,
+@functools.lru_cache(maxsize=1)
+def _expected(problem: LoRALinearProblem, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
+    # (eager, exact, the exact result of absolute values). Kept, since several back ends are held against one problem.
+    t, p = problem.tensors(), problem.dropout_p
+    keep = dropout_mask_ref(torch.tensor([DROPOUT_SEED]), problem.M, problem.K, p) if p else None
+    double = {k: v.double() for k, v in t.items()}
+    absolute = {k: v.abs() for k, v in double.items()}
+    return (
+        _run(lambda leaves: eager(leaves, problem.scaling, keep, p), t, names),
+        _run(lambda leaves: oracle(leaves, problem.scaling, keep, p), double, names),
+        _run(lambda leaves: oracle(leaves, abs(problem.scaling), keep, p), absolute, names),
     )
+
+
+def compare(problem: LoRALinearProblem) -> list[Row]:
+    """One row for y and one for each gradient, with the back end that the settings choose: one draw."""
+    t = problem.tensors()
+    names = tuple(n for n in t if n not in ("weight", "dy") and n not in problem.frozen)
+    ours = run_ours(problem, t, names)
+    theirs, exact, absolute = _expected(problem, names)
     return [_row(name, ours[name], theirs[name], exact[name], absolute[name]) for name in exact]
+
+
+def check(problem: LoRALinearProblem) -> list[Row]:
+    """As ``compare``; an output of few elements that is over its bound is judged on more draws."""
+    rows = {row.output: row for row in compare(problem)}
+    few = {name for name, row in rows.items() if not row.ok and 0 < row.elements < FEW and math.isfinite(row.ratio)}
+    draw = 0
+    while any(rows[name].elements < FEW for name in few) and draw < DRAWS:
+        draw += 1
+        for row in compare(replace(problem, seed=problem.seed + draw * 1_000_003)):
+            if row.output in few:
+                rows[row.output] = _pooled(rows[row.output], row)
+    return list(rows.values())
+
+
+def _pooled(a: Row, b: Row) -> Row:
+    def both(p: tuple[float, float], q: tuple[float, float]) -> tuple[float, float]:
+        square = (p[0] ** 2 * a.elements + q[0] ** 2 * b.elements) / (a.elements + b.elements)
+        return math.sqrt(square), max(p[1], q[1])
+
+    pairs = ((a.error, b.error), (a.eager, b.eager), (a.floor, b.floor))
+    return Row(a.output, a.elements + b.elements, *(both(p, q) for p, q in pairs))
 
 
 def _norms(error: Tensor) -> tuple[float, float]:
@@ -144,4 +181,5 @@ def _row(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, absolute: Tenso
         raise AssertionError(f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {theirs.dtype} {tuple(exact.shape)}")
     dtype = ours.dtype
     floor = ulp(exact, dtype) * (4.0 if dtype == torch.float32 else 0.5) + 0.5 * ulp(absolute, torch.float32)
-    return Row(name, _norms(ours.double() - exact), _norms(theirs.double() - exact), _norms(floor))
+    errors = ours.double() - exact, theirs.double() - exact, floor
+    return Row(name, exact.numel(), *(_norms(e) for e in errors))
