@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python -m peftkern demo --png demo.png
 
 test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 10 $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check -q .
