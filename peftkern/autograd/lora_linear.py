@@ -18,7 +18,8 @@ _ops = torch.ops.peftkern
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype).reshape(-1, t.shape[-1])
+    # Not -1: with no columns torch could not tell the number of rows.
+    return t.to(dtype).reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _as_shape(y: Tensor, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class LoRALinearFunction(torch.autograd.Function):
          rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale) = ctx.saved_tensors  # fmt: skip
         (need_x, _, need_A, need_B, need_bias, _, _, _,
          need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = _rows(dy, dy.dtype)
         rows = _rows(x, ctx.dtype) if x is not None else None
         if u is None:
             # Only its shape is used then; uninitialised memory costs nothing.
