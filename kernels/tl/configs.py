@@ -7,6 +7,7 @@ What is reduced over never decides with the number of rows: see the modules of t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,16 +58,14 @@ class LaunchConfig:
             return f"blocks must be powers of two of at least 16, got {blocks}"
         if self.warps not in (1, 2, 4, 8, 16):
             return f"warps must be a power of two up to 16, got {self.warps}"
-        if self.tma and arch < 90:
+        if self.tma and 0 < arch < 90:
             return f"tensor descriptors need sm_90, got sm_{arch}"
-        # A product keeps its accumulator in registers and `stages` copies of its operands in shared memory.
-        wide = self.block_c if self.block_k else self.rank
-        if arch < 100 and self.block_m * wide > 128 * 32 * self.warps:
-            return f"a ({self.block_m}, {wide}) accumulator does not fit the registers of {self.warps} warps"
-        depth = self.block_k or self.block_c
-        copies = (self.block_m + (self.block_c if self.block_k else 0)) * depth * itemsize * max(self.stages - 1, 1)
-        if arch and copies > smem_bytes(arch):
-            return f"{copies} bytes of operands exceed the shared memory of sm_{arch}"
+        tile = max(self.block_m, self.rank) * self.block_c
+        if tile > 128 * 32 * self.warps:
+            return f"a tile of {tile} fp32 values does not fit the registers of {self.warps} warps"
+        operands = (self.block_m + self.block_c) * self.block_k or self.block_m * self.block_c
+        if arch and operands * itemsize * self.stages > smem_bytes(arch):
+            return f"{operands * itemsize * self.stages} bytes of operands exceed the shared memory of sm_{arch}"
         return None
 
 
@@ -83,10 +82,12 @@ def gemm(
     if arch >= 90:
         if drop and extra:
             return LaunchConfig(128, 64, 64, rank, warps=8, stages=4, tma=True)
-        if drop or extra or N <= 1024:
+        # On sm_100 accumulators live in 512 columns of tensor memory, and two of 256 leave nothing for operands.
+        if drop or extra or N <= 1024 or arch >= 100:
             return LaunchConfig(128, 128, 64, rank, warps=8, stages=3, tma=True)
         return LaunchConfig(128, 256, 64, rank, warps=8, stages=3, tma=True)
-    return LaunchConfig(128, 64 if drop and extra else 128, 32, rank, warps=8, stages=4 if arch == 80 else 3)
+    # Without wgmma the low-rank operands sit in registers too.
+    return LaunchConfig(128, 64 if drop and extra else 128, 32, 16, warps=8, stages=4 if arch == 80 else 3)
 
 
 def epilogue(M: int, N: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -99,6 +100,8 @@ def shrink(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     rank = rank_block(R)
     if itemsize == 4:
         return LaunchConfig(64, min(rank, 64), 32, min(rank, 64), warps=4, stages=3)
+    if arch < 90:
+        return LaunchConfig(64, min(rank, 32), 64, min(rank, 32), warps=4, stages=4)
     warps, stages = (4, 4) if rank <= 64 else (8, 3)
     return LaunchConfig(64, rank, 128 if rank <= 32 else 64, rank, warps=warps, stages=stages)
 
@@ -123,7 +126,7 @@ def adapter_grad(C: int, R: int, itemsize: int, arch: int, products: bool = Fals
     if arch >= 90:
         wide = 128 if rank > 64 or products else 256
         return LaunchConfig(64, wide, 0, rank, warps=8, stages=3)
-    return LaunchConfig(64, 64, 0, min(rank, 64), warps=4, stages=2)
+    return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 
 
 def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:
@@ -178,3 +181,17 @@ def override(**values: object) -> Iterator[None]:
 def pick(name: str, default: object) -> object:
     """The overriding value of that name, or the default."""
     return _overrides.get(name, default)
+
+
+@functools.cache
+def _reason(config: LaunchConfig, itemsize: int, arch: int) -> str | None:
+    return config.invalid(itemsize, arch)
+
+
+def pick_config(name: str, default: LaunchConfig, itemsize: int, arch: int) -> LaunchConfig:
+    """``pick`` for a launch configuration. Raises ValueError if it is invalid here."""
+    config = pick(name, default)
+    reason = _reason(config, itemsize, arch)
+    if reason is not None:
+        raise ValueError(f"{name}={config} cannot be used: {reason}")
+    return config

@@ -22,6 +22,16 @@ class Launch:
     stages: int = 1
 
     @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options.
+
+        The register limit is what the block may have anyway. Saying so keeps the assembler from aiming lower for
+        occupancy and spilling on the way.
+        """
+        limit = min(255, 65536 // (32 * self.warps))
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=limit)
+
+    @property
     def name(self) -> str:
         """The kernel's own name."""
         return self.kernel.fn.__name__
@@ -31,4 +41,4 @@ def submit(launch: Launch) -> None:
     """Start the kernel on the current stream of the current device. An empty grid starts nothing."""
     if 0 in launch.grid:
         return
-    launch.kernel[launch.grid](**launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)
+    launch.kernel[launch.grid](**launch.args, **launch.constants, **launch.options)

@@ -104,7 +104,8 @@ def shrink(
         return out
     if K == 0:
         return out.zero_()
-    config = configs.pick("shrink", configs.shrink(K, R, x.element_size(), s.arch))
+    config = configs.shrink(K, R, x.element_size(), s.arch)
+    config = configs.pick_config("shrink", config, x.element_size(), s.arch)
     blocks = cdiv(K, config.block_k)
     groups = configs.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
     per = cdiv(blocks, groups)
@@ -188,11 +189,12 @@ def expand(
     base_first = out_scale is not None or save_base or factor is not None or not fused
     drop, extra = low.drop.seed is not None and R > 0, base_first or in_scale is not None
     if fused:
-        config: LaunchConfig = configs.pick("gemm", configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra))
+        config = configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra)
+        config = configs.pick_config("gemm", config, size, s.arch)
         block_k = config.block_k
         tma = config.tma and TensorDescriptor is not None and _describable(x) and _describable(w)
     else:
-        config = configs.pick("epilogue", configs.epilogue(M, N, R, size, s.arch))
+        config = configs.pick_config("epilogue", configs.epilogue(M, N, R, size, s.arch), size, s.arch)
         block_k, tma = 16, False
     tiles = cdiv(M, config.block_m), cdiv(N, config.block_c)
     partial = torch.empty((tiles[0], N), dtype=torch.float32, device=out.device) if factor is not None else None

@@ -37,7 +37,8 @@ def _one_pass(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     M, C = t.shape
-    config = configs.pick("adapter_grad", configs.adapter_grad(C, R, t.element_size(), s.arch, h is not None))
+    config = configs.adapter_grad(C, R, t.element_size(), s.arch, h is not None)
+    config = configs.pick_config("adapter_grad", config, t.element_size(), s.arch)
     ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
     def buffer(wanted: bool, *shape: int) -> Tensor | None:
@@ -79,7 +80,7 @@ def _finish(
         stride_out_col=strides[0], stride_out_rank=strides[1],
         stride_other_col=other.stride(0), stride_other_rank=other.stride(1), ranges=ranges, factor=factor,
     )  # fmt: skip
-    constants = dict(BLOCK_C=32, RANK=configs.rank_block(R, 64))
+    constants = dict(BLOCK_C=32, RANK=configs.rank_block(R, 32))
     launch.submit(launch.Launch(finish_kernel, (cdiv(C, 32),), args, constants, 4, 2))
     return dot
 
