@@ -17,6 +17,7 @@ import torch
 # Under pytest-xdist each worker gets one thread: two workers on two cores.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
+
 @pytest.fixture(autouse=True)
 def seeds_and_threads():
     """Every test starts from the same random state and the same number of threads, whatever ran before it."""

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"peftkern": ROOT / "peftkern", "peftkern.kernels": ROOT / "kernels/tl", "peftkern.benchmarks": ROOT / "benchmarks"}
+PACKAGES = {
+    "peftkern": ROOT / "peftkern",
+    "peftkern.kernels": ROOT / "kernels/tl",
+    "peftkern.benchmarks": ROOT / "benchmarks",
+}
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".hpp", ".inc", ".cu", ".cuh"}
 
 # Height of each layer: a module imports from its own or from lower layers. The longest matching prefix counts.

@@ -94,6 +94,6 @@ def _members(prefix: str, node: ast.AST) -> Iterator[Pair]:
         name = f"{prefix}.{child.name}"
         text = " ".join(inspect.cleandoc(ast.get_docstring(child) or "").partition("\n\n")[0].split())
         if len(text) >= _MIN_CHARS:
-            yield Pair(name, text[:_MAX_CHARS])
+            yield Pair(name, text[:_MAX_CHARS].rstrip())
         if isinstance(child, ast.ClassDef):
             yield from _members(name, child)

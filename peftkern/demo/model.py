@@ -76,9 +76,7 @@ class Tokenizer:
 
     def __call__(self, texts: list[str], max_tokens: int = 48) -> Tokens:
         """``input_ids``, ``token_type_ids`` and ``attention_mask``, each (len(texts), longest)."""
-        return dict(
-            self._tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-        )
+        return dict(self._tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"))
 
 
 def embed(model: torch.nn.Module, tokens: Tokens) -> Tensor:
