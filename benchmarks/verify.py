@@ -117,17 +117,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    started, rows, failed, unusable = time.perf_counter(), [], 0, False
+    started, usable = time.perf_counter(), []
     for target in targets(args.backend, args.cpu_base):
         reason = target.reason()
         if reason:
             console.print(f"{target.name}: not usable: {reason}", style="yellow")
-            unusable |= args.backend != "all"
-            continue
-        with target.active():
-            own = _run(target, _chosen(args, target), args, console)
-        failed += len({r["problem"] for r in own if not r["ok"]})
-        rows += own
+        else:
+            usable.append(target)
+    unusable = not usable if args.backend == "all" else len(usable) < len(targets(args.backend, args.cpu_base))
+    work = [(t, name) for t in usable if t.interpreted for name in _chosen(args, t)]
+    # One problem after the other on every back end: what it is held against is computed once.
+    native = [t for t in usable if not t.interpreted]
+    work += [(t, name) for name in (_chosen(args, native[0]) if native else ()) for t in native]
+    rows = _run(work, console)
+    failed = len({(r["backend"], r["problem"]) for r in rows if not r["ok"]})
     seconds = time.perf_counter() - started
     console.print(_table(rows))
     large = len({r["problem"] for r in rows if r["problem"].endswith(":large")})
@@ -152,16 +155,17 @@ def _chosen(args, target: Target) -> list[str]:
     return names(count, dtypes, args.seed, large=not target.interpreted) if dtypes else []
 
 
-def _run(target: Target, chosen: list[str], args, console) -> list[dict]:
+def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[dict] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for name in chosen:
-            progress.update(task, description=f"{target.name} {name}")
-            own = check_one(target, name)
+        task = progress.add_task("", total=len(work))
+        for target, name in work:
+            progress.update(task, description=f"{name} {target.name}")
+            with target.active():
+                own = check_one(target, name)
             bad = [r for r in own if not r["ok"]]
             if bad:
                 console.print(_failure(target, name, bad), style="red")
