@@ -86,13 +86,32 @@ PEFTKERN_INLINE float widen_scalar(float x) {
   return x;
 }
 
+// Adding 0x7fff, or 0x8000 after an odd upper half, rounds to nearest even; infinities and overflow come out
+// right. A NaN could overflow into the sign, so it takes its upper half with the quiet bit set instead.
 PEFTKERN_INLINE vh bf16_bits(vf x) {
+#if defined(__AVX512F__)
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return reinterpret_cast<vh>(_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+#elif defined(__AVX2__)
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return reinterpret_cast<vh>(
+      _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
+#else
   const vu u = reinterpret_cast<vu&>(x);
-  const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const vu quiet = u | 0x400000u;
-  const vi nan = x != x;
-  const vu kept = (rounded & ~reinterpret_cast<const vu&>(nan)) | (quiet & reinterpret_cast<const vu&>(nan));
-  return __builtin_convertvector(kept >> 16, vh);
+  const vu rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet = u | 0x400000u;
+  const vi unordered = x != x;
+  const vu nan = reinterpret_cast<const vu&>(unordered);
+  return __builtin_convertvector(((rounded & ~nan) | (quiet & nan)) >> 16, vh);
+#endif
 }
 
 #if !defined(__F16C__) && !defined(__AVX512F__)
@@ -129,8 +148,14 @@ PEFTKERN_INLINE vh f16_bits(vf x) {
 }
 
 PEFTKERN_INLINE vf from_bf16_bits(vh h) {
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#elif defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)), 16));
+#else
   const vu u = __builtin_convertvector(h, vu) << 16;
   return reinterpret_cast<const vf&>(u);
+#endif
 }
 
 PEFTKERN_INLINE vf from_f16_bits(vh h) {
