@@ -85,6 +85,8 @@ def named(name: str, **limits):
     dtype, seed, *rest = [*name.split(":"), ""] if ":" not in name else name.split(":")
     if dtype not in DTYPES or not seed.isdigit() or rest not in ([], ["large"]):
         raise ValueError(f"{name!r} is not DTYPE:SEED or DTYPE:SEED:large")
+    if rest and limits:
+        raise ValueError(f"{name!r}: no large problem is within the limits of an interpreted back end")
     return random_problem(int(seed), DTYPES[dtype], large=bool(rest), **limits)
 
 
@@ -149,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chosen(args, target: Target) -> list[str]:
     if args.problem:
-        return args.problem
+        fits = lambda name: not (target.interpreted and (name.startswith("bf16") or name.endswith(":large")))  # noqa: E731
+        return [name for name in args.problem if fits(name)]
     dtypes = [d for d in args.dtype if not (target.interpreted and d == "bf16")]
     count = math.ceil(args.problems / INTERPRETED_SHARE) if target.interpreted else args.problems
     return names(count, dtypes, args.seed, large=not target.interpreted) if dtypes else []

@@ -89,6 +89,14 @@ def test_large_problems_are_large():
     assert problem.M * problem.K * problem.N > 2**31 and problem.dtype == torch.bfloat16
 
 
+def test_the_interpreter_gets_no_large_problem_and_no_bf16():
+    args = verify._parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
+    triton = verify.targets("triton", None)[0]
+    assert verify._chosen(args, triton) == ["fp16:3"]
+    with pytest.raises(ValueError, match="large"):
+        verify.named("fp32:1:large", **verify.INTERPRETED)
+
+
 @pytest.mark.parametrize("name", ["fp32", "fp33:1", "fp32:x", "fp32:1:huge"])
 def test_bad_names(name):
     with pytest.raises(ValueError, match="DTYPE:SEED"):
