@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/pip --disable-pip-version-check -qq
 
 # Two test processes with one torch thread each (tests/conftest.py) finish sooner than one process with two.
 WORKERS ?= 2

@@ -74,7 +74,7 @@ def compare(
     tokenizer: Tokenizer,
     size: int,
     steps: int,
-    say: Callable[[str], None] = lambda what: None,
+    say: Callable[..., None] = lambda what, detail="": None,
 ) -> Result:
     """Train both models for ``steps`` steps of ``size`` pairs, within the time limits above, and measure.
 
@@ -86,8 +86,10 @@ def compare(
 
     stock = Trainer(stock_model, STOCK_SECONDS[name])
     fused = Trainer(fused_model, FUSED_SECONDS)
+    phase = f"{name}: training, stock and accelerated in turn"
+    say(phase)
     for k in train_in_turn(stock, fused, data):
-        say(f"{name}: step {k + 1} of {steps}, stock and accelerated in turn")
+        say(phase, f", step {k + 1} of {steps}")
 
     say(f"{name}: held-out accuracy")
     judge = lora_model(torch.float32)

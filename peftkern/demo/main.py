@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading the standard library")
 
-        def say(what: str) -> None:
-            progress.update(task, description=what)
-            if not console.is_terminal:
+        def say(what: str, detail: str = "") -> None:
+            progress.update(task, description=f"{what}{detail}")
+            # A log gets a line for each phase, a terminal the step within it as well.
+            if not console.is_terminal and not detail:
                 console.print(f"  {time.perf_counter() - start:5.0f} s  {what}")
 
         corpus = collect(*((256, 64) if args.quick else (4096, 320)))

@@ -83,6 +83,8 @@ class Trainer:
             self._optimizer.zero_grad()
             self.seconds_left = 0.0
             return False
+        finally:
+            self._deadline = float("inf")  # the model is used after its training
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.losses.append(loss.item())
@@ -111,9 +113,11 @@ def _watch(model: nn.Module, check: Callable[[], None]) -> None:
 def train_in_turn(first: Trainer, second: Trainer, data: list[Batch]) -> Iterator[int]:
     """Give both the same batches and seeds, step by step, swapping who begins; yields the step's number.
 
-    A trainer whose time is over sits out, the other goes on.
+    A trainer whose time is over sits out, the other goes on; it ends early when both are out of time.
     """
     for k, batch in enumerate(data):
+        if first.seconds_left <= 0 and second.seconds_left <= 0:
+            return
         for trainer in (first, second) if k % 2 == 0 else (second, first):
             if trainer.seconds_left > 0:
                 trainer.step(batch, seed=k)
