@@ -51,25 +51,28 @@ def lora_layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.layer.Linear)}
 
 
-def randomise(model, seed=1):
+def randomise(model, seed=1, scale=0.3):
     """Every adapter weight (and bias) drawn anew, lora_B included: a zero B hides bugs."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+                p.copy_(torch.randn(p.shape, generator=g) * scale)
     return model
 
 
 def build(kind, **options):
-    """A tiny PEFT model of this kind with random adapters; the same weights for the same options."""
+    """A tiny PEFT model of this kind with random adapters; the same weights for the same options.
+
+    The adapters are small enough that rounding errors do not explode on their way through the layers.
+    """
     torch.manual_seed(0)
     base, targets = MODELS[kind]()
     task = {"bert": "SEQ_CLS"}.get(kind, "CAUSAL_LM")
     settings = dict(ADAPTER, target_modules=targets, task_type=task, **options)
     if kind == "gpt2":
         settings["fan_in_fan_out"] = True
-    return randomise(peft.get_peft_model(base, peft.LoraConfig(**settings)))
+    return randomise(peft.get_peft_model(base, peft.LoraConfig(**settings)), scale=0.1)
 
 
 def batch(kind, seed=3, rows=3, length=7):
@@ -94,11 +97,13 @@ def gradients(model):
 
 
 def loss_and_gradients(model, inputs):
-    """(loss, logits, {name: gradient}) of one forward and backward."""
+    """(loss, logits, {name: gradient}); the loss is a fixed random sum of the logits, taken in fp64 in every model."""
     model.zero_grad()
-    out = model(**inputs)
-    out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), gradients(model)
+    logits = model(**inputs).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(17), dtype=torch.float64)
+    loss = (logits.double() * weights).mean()
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(model)
 
 
 def as_accurate(ours, stock, exact, scale=None):
@@ -116,7 +121,7 @@ def as_accurate(ours, stock, exact, scale=None):
 
 @pytest.fixture
 def zoo():
-    """The helpers of this file."""
+    """What the tests of this folder share."""
     return SimpleNamespace(
         peft=peft, transformers=transformers, build=build, batch=batch, layer=layer, lora_layers=lora_layers,
         randomise=randomise, gradients=gradients, loss_and_gradients=loss_and_gradients, as_accurate=as_accurate,

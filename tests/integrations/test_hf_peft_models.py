@@ -1,5 +1,7 @@
 """Whole models: accelerated PEFT against stock PEFT and against stock PEFT in fp64."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -10,29 +12,28 @@ KINDS = {"llama": 12, "bert": 13, "gpt2": 8}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_every_gradient(zoo, fused, kind):
-    inputs = zoo.batch(kind)
     stock = zoo.build(kind, bias="lora_only")
-    exact = zoo.loss_and_gradients(zoo.copy(stock).double(), inputs)
     ours = zoo.copy(stock)
     report = peftkern.accelerate(ours)
     assert len(report.accelerated) == KINDS[kind] and not report.skipped
-    theirs, mine = zoo.loss_and_gradients(stock, inputs), zoo.loss_and_gradients(ours, inputs)
-    assert len(fused) == KINDS[kind]
-    zoo.as_accurate(mine[0], theirs[0], exact[0])
-    zoo.as_accurate(mine[1], theirs[1], exact[1])
-    assert mine[2].keys() == theirs[2].keys()
-    assert any("lora_A" in n for n in mine[2]) and any(n.endswith("base_layer.bias") for n in mine[2])
-    # Errors of the layers below run through those above: all gradients together are judged by stock's error,
-    # one alone by four times that, or 4 ulp of the largest gradient (some are zero but for rounding).
-    floor = 4.0 * 2.0**-24 * max(g.abs().max().item() for g in exact[2].values())
-    total = {"ours": 0.0, "stock": 0.0}
-    for name, reference in exact[2].items():
-        error = (mine[2][name].double() - reference).norm().item()
-        other = (theirs[2][name].double() - reference).norm().item()
-        assert error <= max(4.0 * other, floor * reference.numel() ** 0.5), f"{name}: {error:.3g}, stock {other:.3g}"
-        total["ours"] += error**2
-        total["stock"] += other**2
-    assert total["ours"] ** 0.5 <= 1.5 * total["stock"] ** 0.5, total
+    ratios = []
+    for seed in range(9):
+        inputs = zoo.batch(kind, seed=seed)
+        exact = zoo.loss_and_gradients(zoo.copy(stock).double(), inputs)
+        theirs, mine = zoo.loss_and_gradients(stock, inputs), zoo.loss_and_gradients(ours, inputs)
+        torch.testing.assert_close(mine[1].double(), exact[1], rtol=1e-5, atol=1e-5)
+        assert mine[2].keys() == theirs[2].keys()
+        assert any("lora_A" in n for n in mine[2]) and any(n.endswith("base_layer.bias") for n in mine[2])
+        # A single gradient may be zero but for rounding (BERT's key bias is): 4 ulp of the largest one pass.
+        floor = 4.0 * 2.0**-24 * max(g.abs().max().item() for g in exact[2].values())
+        for name, g in exact[2].items():
+            torch.testing.assert_close(mine[2][name].double(), g, rtol=1e-4, atol=floor + 1e-5 * g.abs().max().item())
+        errors = [[(m[2][n].double() - exact[2][n]).norm() for n in exact[2]] for m in (mine, theirs)]
+        ratios.append((torch.stack(errors[0]).norm() / torch.stack(errors[1]).norm()).item())
+    assert len(fused) == 9 * KINDS[kind]
+    # Rounding errors run through all layers, so they are judged together, and in the median: a single batch may
+    # amplify the errors of either side by luck.
+    assert statistics.median(ratios) <= 1.5, ratios
 
 
 @pytest.mark.parametrize(
