@@ -136,7 +136,7 @@ def _slow(rows: list[dict], dtype: str) -> list[Figure]:
         return (row["M"], row["K"], row["N"]) == (192, 768, 1024) and row["adapter_dtype"] == "fp32"
 
     slow = f"{dtype} (slow here)"
-    fwd = [r for r in rows if r["pass"] == "fwd"]
+    fwd = [r for r in rows if r["pass"] == "fwd" and r["adapter_dtype"] in ("fp32", None)]
     base = {(r["M"], r["K"], r["N"], r["R"]): r["median_ms"] for r in fwd if r["provider"] == BASE and r["median_ms"]}
     few = [
         base[k] / r["median_ms"] for r in fwd

@@ -3,10 +3,10 @@
 On a CPU without support for a half-precision product one training step of a real layer can take minutes. Each
 provider is therefore timed once per dtype at M, K, N = 64, 256, 256, its fixed cost (measured at a tiny shape) taken
 off, and the rest extrapolated by FLOPs, forward and backward apart. Small shapes run below full speed, so before
-anything is skipped the estimate is made again at larger shapes, as long as those are quick themselves. What would
-exceed the limit even so, and is several times slower than the frozen fp32 linear measured in the same way (on a busy
-machine everything is slow), is skipped, and the row says why. A step that turns out to exceed the limit when it is
-run is not run again (timing.py).
+anything is skipped the estimate is made again at larger shapes, as long as those are quick themselves. What is
+several times slower than the frozen fp32 linear measured in the same way (on a busy machine everything is slow) and
+would take more than ``PATIENCE`` seconds a step even so is skipped, and the row says why. A step that turns out to
+exceed the limit when it is run is not run again (timing.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .timing import timed_step
 
 # How much slower than fp32 is hopeless.
 HOPELESS = 4.0
+# Longest step, in seconds, of what is hopeless: enough for one figure at a small layer, not for a whole preset.
+PATIENCE = 1.5
 TINY = (4, 16, 16)
 SHAPES = ((64, 256, 256), (256, 512, 512), (512, 1024, 1024))
 
@@ -35,10 +37,10 @@ class _Speed:
 
 
 class Probe:
-    """Predicts seconds of a provider's passes. ``limit``: the longest step worth timing."""
+    """Predicts seconds of a provider's passes. ``limit``: the longest step worth timing, PATIENCE at most."""
 
     def __init__(self, bench: Bench, limit: float):
-        self.bench, self.limit = bench, limit
+        self.bench, self.limit = bench, min(limit, PATIENCE)
         self._speeds: dict[tuple, _Speed] = {}
 
     def predict(self, name: str, case: Case) -> tuple[float, float]:
