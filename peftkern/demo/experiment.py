@@ -17,10 +17,10 @@ from .model import Tokenizer, lora_model
 from .train import Batch, Trainer, batches, step_times, train_in_turn
 
 # Seconds of training that one run may take. Stock bf16 needs minutes per step on a CPU without bf16 instructions.
-FUSED_SECONDS = 45.0
-STOCK_SECONDS = {"fp32": 45.0, "bf16": 15.0}
-SMALL_BATCH, SMALL_STEPS, SMALL_SECONDS = 2, 5, 20.0
-EQUAL_STEPS = 6
+FUSED_SECONDS = 35.0
+STOCK_SECONDS = {"fp32": 35.0, "bf16": 12.0}
+SMALL_BATCH, SMALL_STEPS, SMALL_SECONDS = 2, 5, 15.0
+EQUAL_STEPS = 4
 RELOADED_TEXTS = 32
 
 
