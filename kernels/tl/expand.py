@@ -122,7 +122,8 @@ def expand_kernel(
     """One (BLOCK_M, BLOCK_N) tile of ``out`` per step; programs walk tiles ``program_id, + num_programs, ...``.
 
     CHUNKS: chunks of RANK that the rank needs, 0 without a low-rank term. ``base``: read if not GEMM, written if
-    SAVE_BASE. BASE_FIRST: the base product is wanted by itself, or read. ``partial`` (row tiles, N): column sums of base * factor, one row per tile. x and w are tensor
+    SAVE_BASE. BASE_FIRST: the base product is wanted by itself, or read. ``partial`` (row tiles, N): column sums
+    of base * factor, one row per tile. x and w are tensor
     descriptors with TMA, else pointers to rows of unit stride. inverse_keep and threshold act if ``seed`` is given.
     """
     LOW_RANK_FIRST: tl.constexpr = (CHUNKS > 0) and (not BASE_FIRST)

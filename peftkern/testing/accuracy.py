@@ -71,7 +71,7 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def oracle(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
     """The equation in the tensors' own dtype (fp64)."""
-    x = t["x"].reshape(-1, t["x"].shape[-1])
+    x = t["x"].flatten(0, -2)
     dropped = x if keep is None else torch.where(keep, x / (1 - dropout_p), torch.zeros_like(x))
     one = torch.ones((), dtype=x.dtype)
     u = (dropped * t.get("delta_in_scale", one)) @ t["lora_A"].T
@@ -91,7 +91,7 @@ def _scale(a: Tensor, vector: Tensor | None) -> Tensor:
 
 def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
     """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
-    x = t["x"].reshape(-1, t["x"].shape[-1])
+    x = t["x"].flatten(0, -2)
     base = _scale(_mm(_scale(x, t.get("base_in_scale")), t["weight"]), t.get("base_out_scale"))
     z = x.to(t["lora_A"].dtype)
     if keep is not None:
