@@ -39,8 +39,8 @@ def load(folder: Path = RESULTS) -> list[dict]:
 
 
 def tables(op: str, results: list[dict]) -> str:
-    """Markdown for every machine that ``op`` was measured on, empty if there is none."""
-    return "\n".join(_machine(r) for r in results if r["header"]["op"] == op)
+    """Markdown for every machine that ``op`` was measured on."""
+    return "\n".join(_machine(r) for r in results if r["header"]["op"] == op) or "No results yet.\n"
 
 
 def _machine(result: dict) -> str:
