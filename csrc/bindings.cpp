@@ -207,8 +207,8 @@ PYBIND11_MODULE(_C, m) {
     return found;
   });
   m.def("base_product", &base_product, nogil, "few"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
-        "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a,
-        "block_rows"_a, "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);
+        "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "block_rows"_a,
+        "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);
   // --- end of base product ---
   m.def("lora_reduce", &lora_reduce, nogil, "in"_a, "dtype"_a, "row"_a, "col"_a, "M"_a, "C"_a, "R"_a,
         "seed"_a, "threshold"_a, "p"_a, "ldp"_a, "out"_a, "alpha_dot"_a, "v"_a, "alpha_outer"_a, "g"_a,
