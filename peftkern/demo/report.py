@@ -83,12 +83,14 @@ def plot(results: list[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = {"stock": "#888888", "peftkern": "#1f77b4"}
+    colors = {"stock": "#bbbbbb", "peftkern": "#1f77b4"}
     figure, axes = plt.subplots(1, len(results) + 2, figsize=(4 * (len(results) + 2), 3.6), layout="constrained")
     for axis, result in zip(axes, results):
-        for name, side in (("stock", result.stock), ("peftkern", result.fused)):
+        # Stock is drawn wide: where the curves agree, it shows as a rim around the other.
+        for name, side, width in (("stock", result.stock, 6), ("peftkern", result.fused, 1.5)):
             if side.losses:
-                axis.plot(range(1, len(side.losses) + 1), side.losses, "o-", ms=3, color=colors[name], label=name)
+                steps = range(1, len(side.losses) + 1)
+                axis.plot(steps, side.losses, "o-", ms=width, lw=width, color=colors[name], label=name)
         axis.set(title=f"{result.dtype}: contrastive loss", xlabel="step", ylim=(0, None))
         axis.locator_params(axis="x", integer=True)
         axis.legend()
