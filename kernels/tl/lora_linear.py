@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import configs, launch
-from .adapter_grad import adapter_grad_kernel, add_rows_kernel, finish_kernel
-from .configs import LaunchConfig, cdiv
+from .adapter_grad import add_rows_kernel
+from .configs import cdiv
 from .dropout import threshold
 from .expand import expand_kernel
 from .shrink import add_blocks_kernel, shrink_kernel

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftkern.backends import cpu_native
 
+
 def _levels() -> list[str]:
     """Names of the levels that this CPU and build can run, lowest first."""
     if cpu_native._C is None:

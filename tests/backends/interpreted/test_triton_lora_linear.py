@@ -100,7 +100,7 @@ def test_every_kind_of_adapter_gradient(config, ranges):
 def test_empty_sizes(empty, base):
     with configs.override(base=base):
         for options in ((), VECTORS):
-            assert_accurate(everything(**{size: 0 for size in empty}, options=options, layout="contiguous"))
+            assert_accurate(everything(**dict.fromkeys(empty, 0), options=options, layout="contiguous"))
 
 
 def test_transposed_weight_is_used_as_it_lies():
