@@ -68,6 +68,7 @@ void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, i
       TO* out = static_cast<TO*>(a.out.data) + (i + m) * a.out.row + c0;
       const TS* src =
           a.src.data != nullptr ? static_cast<const TS*>(a.src.data) + (i + m) * a.src.row + c0 : nullptr;
+      if (src != nullptr) prefetch(src + kCombineRows * a.src.row, n * static_cast<int64_t>(sizeof(TS)));
       if (a.R == 0) {
         finish_row_base<TO, TS>(src, base_scale, bias, n, out);
         continue;

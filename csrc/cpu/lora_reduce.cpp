@@ -46,7 +46,8 @@ void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, i
     if (out != nullptr) zero_rows(out, a.ldo, rows, a.R);
     for (int64_t c = c0; c < c1; c += kTileCols) {
       const int64_t cols = min64(kTileCols, c1 - c), n = round_up(cols, kPad);
-      widen_tile(a.in, i, rows, c, cols, a.dropout, tile);
+      const int64_t ahead = c + kTileCols < c1 ? kTileCols : kTileRows * a.in.row - (c - c0);
+      widen_tile(a.in, i, rows, c, cols, a.dropout, ahead, tile);
       if (out != nullptr) dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out, a.ldo);
       if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, Cpad);
       if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
