@@ -19,8 +19,8 @@ void column_dot_run(const ColumnDotTask& a) {
       std::memset(sums, 0, sizeof(float) * n);
       for (int64_t i = min64(a.M, s * rows); i < i1; i += kTileRows) {
         const int64_t tile = min64(kTileRows, i1 - i);
-        widen_tile(a.a, i, tile, c0, cols, Dropout{}, kTileRows * a.a.row, left);
-        widen_tile(a.b, i, tile, c0, cols, Dropout{}, kTileRows * a.b.row, right);
+        widen_tile(a.a, i, tile, c0, cols, Dropout{}, left.data);
+        widen_tile(a.b, i, tile, c0, cols, Dropout{}, right.data);
         for (int64_t c = 0; c < n; c += W) {
           vf acc = zero();
           for (int64_t m = 0; m < tile; ++m) {

@@ -48,11 +48,11 @@ void finish_row_base(const TS* src, const float* base_scale, const float* bias, 
 }
 
 template <class TO, class TS>
-void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, int64_t n) {
-  alignas(64) float delta[kCombineRows * kTileLd];
-  uint8_t bits[keep_bits_room(kTileCols)];
-  const float* base_scale = a.base_scale != nullptr ? a.base_scale + c0 : nullptr;
-  const float* bias = a.bias != nullptr ? a.bias + c0 : nullptr;
+void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, int64_t cols) {
+  // Few enough columns for delta to be read back before it has left the store queue's reach.
+  constexpr int64_t kStep = kCombineVectors * W, kBitsRow = round_up(keep_bits_room(kTileCols), 64);
+  alignas(64) float delta[kCombineRows * kStep];
+  alignas(64) uint8_t bits[kCombineRows * kBitsRow];
   const bool drop = a.dropout.threshold != 0;
   for (int64_t i = i0; i < i1;) {
     // combine takes 1, 2 or kCombineRows rows: three and more at the end are computed along with rows before
@@ -60,22 +60,29 @@ void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, i
     const int64_t left = min64(kCombineRows, i1 - i);
     const int64_t take = left > 2 && i + left < kCombineRows ? 2 : left;
     const int64_t back = take > 2 ? kCombineRows - take : 0;
-    if (a.R > 0) {
-      combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, a.p + c0, a.ldp, round_up(n, kPad), delta,
-              kTileLd);
-    }
-    for (int64_t m = 0; m < take; ++m) {
-      TO* out = static_cast<TO*>(a.out.data) + (i + m) * a.out.row + c0;
-      const TS* src =
-          a.src.data != nullptr ? static_cast<const TS*>(a.src.data) + (i + m) * a.src.row + c0 : nullptr;
-      if (src != nullptr) prefetch(src + kCombineRows * a.src.row, n * static_cast<int64_t>(sizeof(TS)));
-      if (a.R == 0) {
-        finish_row_base<TO, TS>(src, base_scale, bias, n, out);
-        continue;
+    for (int64_t m = 0; drop && m < take; ++m) keep_bits(a.dropout, i + m, c0, cols, bits + m * kBitsRow);
+    for (int64_t c = 0; c < cols; c += kStep) {
+      const int64_t n = min64(kStep, cols - c), column = c0 + c;
+      if (a.R > 0) {
+        combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, a.p + column, a.ldp, round_up(n, W), delta,
+                kStep);
       }
-      if (drop) keep_bits(a.dropout, i + m, c0, n, bits);
-      finish_row<TO, TS>(delta + (back + m) * kTileLd, a.alpha, drop ? bits : nullptr, src, base_scale, bias,
-                         n, out);
+      const float* base_scale = a.base_scale != nullptr ? a.base_scale + column : nullptr;
+      const float* bias = a.bias != nullptr ? a.bias + column : nullptr;
+      for (int64_t m = 0; m < take; ++m) {
+        TO* out = static_cast<TO*>(a.out.data) + (i + m) * a.out.row + column;
+        const TS* src = static_cast<const TS*>(a.src.data);
+        if (src != nullptr) {
+          src += (i + m) * a.src.row + column;
+          prefetch(src + kCombineRows * a.src.row, n * static_cast<int64_t>(sizeof(TS)));
+        }
+        if (a.R == 0) {
+          finish_row_base<TO, TS>(src, base_scale, bias, n, out);
+        } else {
+          finish_row<TO, TS>(delta + (back + m) * kStep, a.alpha,
+                             drop ? bits + m * kBitsRow + c / 8 : nullptr, src, base_scale, bias, n, out);
+        }
+      }
     }
     i += take;
   }

@@ -46,10 +46,21 @@ void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, i
     if (out != nullptr) zero_rows(out, a.ldo, rows, a.R);
     for (int64_t c = c0; c < c1; c += kTileCols) {
       const int64_t cols = min64(kTileCols, c1 - c), n = round_up(cols, kPad);
-      const int64_t ahead = c + kTileCols < c1 ? kTileCols : kTileRows * a.in.row - (c - c0);
-      widen_tile(a.in, i, rows, c, cols, a.dropout, ahead, tile);
-      if (out != nullptr) dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out, a.ldo);
-      if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, Cpad);
+      const bool right = c + kTileCols < c1;
+      const int64_t next_i = right ? i : i + kTileRows, next_c = right ? c + kTileCols : c0;
+      for (int64_t m = 0; m < rows; m += kDotRows) {
+        const int64_t take = min64(kDotRows, rows - m);
+        float* x = tile.data + m * kTileLd;
+        widen_tile(a.in, i + m, take, c, cols, a.dropout, x);
+        if (out == nullptr) continue;
+        prefetch(a.in, next_i + m, take, next_c, kTileCols);
+        dot(x, kTileLd, take, a.p + c, a.ldp, n, a.R, out + m * a.ldo, a.ldo);
+      }
+      for (int64_t r = 0; a.v != nullptr && r < a.R; r += kOuterRanks) {
+        if (out == nullptr && r < kTileRows) prefetch(a.in, next_i + r, kOuterRanks, next_c, kTileCols);
+        outer(tile.data, kTileLd, rows, a.v + i * a.ldv + r, a.ldv, min64(kOuterRanks, a.R - r), n,
+              sums + r * Cpad + c, Cpad);
+      }
       if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
     }
     if (out != nullptr) scale_rows(out, a.ldo, rows, a.R, a.alpha_dot);

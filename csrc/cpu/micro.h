@@ -1,9 +1,9 @@
 // Register-blocked fp32 kernels of the low-rank branch. All operands are fp32, columns padded to a multiple
 // of kPad.
 //
-//   dot      out[m, r] += sum_c x[m, c] * p[r, c]         lanes over c, reduced once per call in a fixed
-//   order combine  out[m, c]  = sum_r v[m, r] * p[r, c]         lanes over c outer    out[r, c] += sum_m v[m,
-//   r] * x[m, c]         lanes over c, summed over m in registers first
+//   dot      out[m, r] += sum_c x[m, c] * p[r, c]     lanes over c, reduced once per call in a fixed order
+//   combine  out[m, c]  = sum_r v[m, r] * p[r, c]     lanes over c
+//   outer    out[r, c] += sum_m v[m, r] * x[m, c]     lanes over c, summed over m in registers first
 //
 // Every element of a result is computed by one chain of operations that does not depend on the block it is
 // part of, so block shapes never change bits.
@@ -26,19 +26,29 @@ constexpr int kDotRows = 3, kDotRanks = 4, kCombineRows = 6, kCombineVectors = 2
 
 // out[0..3] += the sums of the lanes of a, b, c, d (the first n of them).
 PEFTKERN_INLINE void add_lane_sums(vf a, vf b, vf c, vf d, int n, float* out) {
-  float sums[4];
 #if defined(__AVX2__)
+  // Two rounds of interleave and add leave (a, b, c, d) in each 128-bit lane.
 #if defined(__AVX512F__)
-  const auto half = [](vf v) {
-    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  };
-  const __m256 a8 = half(a), b8 = half(b), c8 = half(c), d8 = half(d);
+  const auto pairs = [](vf x, vf y) { return _mm512_unpacklo_ps(x, y) + _mm512_unpackhi_ps(x, y); };
+  const __m512d ab = _mm512_castps_pd(pairs(a, b)), cd = _mm512_castps_pd(pairs(c, d));
+  const __m512 lanes =
+      _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  const __m256 half = _mm512_castps512_ps256(lanes) + _mm512_extractf32x8_ps(lanes, 1);
 #else
-  const __m256 a8 = a, b8 = b, c8 = c, d8 = d;
+  const auto pairs = [](vf x, vf y) { return _mm256_unpacklo_ps(x, y) + _mm256_unpackhi_ps(x, y); };
+  const __m256d ab = _mm256_castps_pd(pairs(a, b)), cd = _mm256_castps_pd(pairs(c, d));
+  const __m256 half =
+      _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
 #endif
-  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  const __m128 sum = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  if (n == 4) {
+    _mm_storeu_ps(out, _mm_loadu_ps(out) + sum);
+    return;
+  }
+  float sums[4];
+  _mm_storeu_ps(sums, sum);
 #else
+  float sums[4];
   const vf v[4] = {a, b, c, d};
   for (int k = 0; k < 4; ++k) sums[k] = (v[k][0] + v[k][1]) + (v[k][2] + v[k][3]);
 #endif

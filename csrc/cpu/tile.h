@@ -7,14 +7,14 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 constexpr int64_t kTileRows = 24;
-constexpr int64_t kTileCols = 512;
+constexpr int64_t kTileCols = 256;
 // One cache line more than a power of two, or the rows of a tile would share a few cache sets.
 constexpr int64_t kTileLd = kTileCols + 16;
 
 PEFTKERN_INLINE int64_t min64(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t to) {
+PEFTKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
@@ -30,8 +30,16 @@ PEFTKERN_INLINE vf select_if(const uint8_t* bits, int64_t c, vf x) {
 
 // Asks for n bytes that will be read soon. Tiles read rows in short pieces, which defeats the hardware's
 // guesses; an address that is never read, or not there at all, does no harm.
-static inline void prefetch(const void* p, int64_t bytes) {
+PEFTKERN_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, 2);
+}
+
+// Asks for a block of `in`. A few rows at a time, between computations: the CPU tracks a few dozen requests.
+PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols) {
+  if (in.col != 1) return;
+  const int64_t size = in.dtype == DType::f32 ? 4 : 2;
+  const char* p = static_cast<const char*>(in.data) + (i0 * in.row + c0) * size;
+  for (int64_t i = 0; i < rows; ++i) prefetch(p + i * in.row * size, cols * size);
 }
 
 template <class T>
@@ -44,15 +52,13 @@ static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
 
 template <class T>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, int64_t ahead, float* tile) {
+                       const Dropout& drop, float* tile) {
   uint8_t bits[keep_bits_room(kTileCols)];
   T gathered[kTileCols];
   for (int64_t i = 0; i < rows; ++i) {
     if (drop.threshold != 0) keep_bits(drop, i0 + i, c0, cols, bits);
     const T* row = static_cast<const T*>(in.data) + (i0 + i) * in.row + c0 * in.col;
-    if (in.col == 1) {
-      prefetch(row + ahead, cols * static_cast<int64_t>(sizeof(T)));
-    } else {
+    if (in.col != 1) {
       for (int64_t c = 0; c < cols; ++c) gathered[c] = row[c * in.col];
       row = gathered;
     }
@@ -63,14 +69,14 @@ static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t 
 // tile[i, c] = f(in[i0 + i, c0 + c]), dropped elements and the padding up to a multiple of kPad columns
 // exactly 0.
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, int64_t ahead, Tile& tile) {
+                       const Dropout& drop, float* tile) {
   switch (in.dtype) {
     case DType::f32:
-      return widen_tile<float>(in, i0, rows, c0, cols, drop, ahead, tile.data);
+      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile);
     case DType::bf16:
-      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, ahead, tile.data);
+      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile);
     case DType::f16:
-      return widen_tile<f16>(in, i0, rows, c0, cols, drop, ahead, tile.data);
+      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile);
   }
 }
 
