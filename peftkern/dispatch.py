@@ -6,7 +6,6 @@ which asks the back ends of the device in order and ends at the reference. Autog
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -30,7 +29,10 @@ ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result."""
+    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.
+
+    ``describe`` may look at dtypes, shapes, devices and Python values, never at a tensor's values: its outcome is kept.
+    """
 
     name: str
     reference: Callable
@@ -82,8 +84,30 @@ def _log_once(problem: Problem, name: str, declined: tuple[tuple[str, str], ...]
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined))
 
 
+_problems: dict[tuple, Problem] = {}
+
+
+def _signature(value):
+    # All of a tensor that checks and problems may depend on: never its values, strides or address.
+    if isinstance(value, torch.Tensor):
+        return type(value), value.shape, value.dtype, value.device, value.layout
+    return type(value), value
+
+
+def _describe(op: Op, args) -> Problem:
+    # The checks cost as much as a kernel of a small layer, and their outcome repeats from step to step.
+    key = (op.name, *map(_signature, args))
+    problem = _problems.get(key)
+    if problem is None:
+        problem = op.describe(*args)
+        if len(_problems) >= 4096:
+            _problems.clear()
+        _problems[key] = problem
+    return problem
+
+
 def _run(op: Op, *args):
-    problem = op.describe(*args)
+    problem = _describe(op, args)
     name, declined = choose(problem)
     if log.isEnabledFor(logging.DEBUG):
         _log_once(problem, name, tuple(declined.items()))
@@ -91,5 +115,8 @@ def _run(op: Op, *args):
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
     device = problem.device
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return function(*args)
+    with torch.no_grad():
+        if not autocast:
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)

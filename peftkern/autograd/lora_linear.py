@@ -15,16 +15,24 @@ from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
 
 _ops = torch.ops.peftkern
+_REQUIRED = ("lora_A", "lora_B")
+_VECTORS = ("rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
+_TENSORS = (*_REQUIRED, "bias", *_VECTORS)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     # Not -1: with no columns torch could not tell the number of rows.
-    return t.to(dtype).reshape(t.shape[:-1].numel(), t.shape[-1])
+    t = _cast(t, dtype)
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _as_shape(y: Tensor, x: Tensor) -> Tensor:
     # Not a view for autograd: the output may be changed in place (nn.ReLU(inplace=True)), as F.linear's may.
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -38,7 +46,7 @@ class LoRALinearFunction(torch.autograd.Function):
         (need_x, _, need_A, need_B, need_bias, _, _, _,
          need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
         y, u, h = _ops.lora_linear_fwd(
-            _rows(x, dtype), weight.to(dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
+            _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
             rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
         )  # fmt: skip
         need_dx = need_x or need_base_in
@@ -82,10 +90,10 @@ class LoRALinearFunction(torch.autograd.Function):
         dx = dbase_in = None
         if need_x or need_base_in:
             dx, dbase_in = _ops.lora_linear_bwd_input(
-                dy, du, rows if need_base_in else None, weight.to(ctx.dtype), lora_A, ctx.dropout_p, seed,
+                dy, du, rows if need_base_in else None, _cast(weight, ctx.dtype), lora_A, ctx.dropout_p, seed,
                 base_in_scale, delta_in_scale, base_out_scale, need_base_in,
             )  # fmt: skip
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype) if need_x else None
+            dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
 
         def vector(grad: Tensor | None, need: bool, like: Tensor | None) -> Tensor | None:
             return grad.to(like.dtype) if need else None
@@ -179,14 +187,13 @@ def lora_linear(
         raise RuntimeError(
             "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
         )
-    vectors = dict(
-        rank_scale=rank_scale, base_in_scale=base_in_scale, delta_in_scale=delta_in_scale,
-        base_out_scale=base_out_scale, delta_out_scale=delta_out_scale,
-    )  # fmt: skip
     check_base(x, weight)
-    named = {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **vectors}
-    for name, value in named.items():
-        if value is not None or name in ("lora_A", "lora_B"):
+    named = zip(
+        _TENSORS, (lora_A, lora_B, bias, rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)
+    )
+    for name, value in named:
+        # Shapes, dtypes and devices are checked by the op; what is read of a tensor here needs a tensor.
+        if not isinstance(value, Tensor) and (value is not None or name in _REQUIRED):
             check_tensor(name, value)
     grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
@@ -195,9 +202,11 @@ def lora_linear(
     dropout_p = float(dropout_p) if training else 0.0
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     if isinstance(scaling, Tensor):
-        vectors["rank_scale"] = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
+        rank_scale = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
         scaling = 1.0
     check_number("scaling", scaling)
+    scaling = float(scaling)
+    vectors = (rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)
     dtype = _autocast_dtype(x)
     if dtype is None:
         dtype = x.dtype
@@ -206,23 +215,12 @@ def lora_linear(
     else:
         kept = (torch.float32, dtype)
         lora_A, lora_B, bias = (t if t is None or t.dtype in kept else t.to(dtype) for t in (lora_A, lora_B, bias))
-        vectors = {k: t if t is None or t.dtype in kept else t.float() for k, t in vectors.items()}
-    scaling = float(scaling)
-    inputs = (x, lora_A, lora_B, bias, *vectors.values())
-    if grad and any(t is not None and t.requires_grad for t in inputs):
+        vectors = tuple(t if t is None or t.dtype in kept else t.float() for t in vectors)
+    if grad and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, *vectors)):
         return LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors.values(), dtype
+            x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, dtype
         )  # fmt: skip
     y, _, _ = _ops.lora_linear_fwd(
-        _rows(x, dtype),
-        weight.to(dtype),
-        lora_A,
-        lora_B,
-        bias,
-        scaling,
-        dropout_p,
-        seed,
-        *vectors.values(),
-        False,
+        _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, False
     )
     return _as_shape(y, x)
