@@ -88,7 +88,7 @@ def scale_copy(
     rows, cols = src.shape
     _C.scale_copy(
         src.data_ptr(), CODES[src.dtype], *src.stride(), out.data_ptr(), CODES[out.dtype], *out.stride(),
-        rows, cols, pad, alpha, pointer(row_scale), pointer(col_scale), threads(rows * cols),
+        rows, cols, pad, alpha, pointer(row_scale), pointer(col_scale), threads(4 * rows * cols),
     )  # fmt: skip
 
 
