@@ -119,8 +119,8 @@ static void dot(const float* x, int64_t ldx, int64_t rows, const float* p, int64
 template <int ROWS, int VECTORS>
 static void combine_block(const float* v, int64_t ldv, int64_t R, const float* p, int64_t ldp, float* out,
                           int64_t ldo) {
-  // Chains of at most 256 products, then a sum of chains.
-  constexpr int64_t kChain = 256;
+  // Chains of at most 64 products, then a sum of chains.
+  constexpr int64_t kChain = 64;
   for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += kChain) {
     const int64_t r1 = R - r0 < kChain ? R : r0 + kChain;
     vf acc[ROWS][VECTORS];

@@ -47,6 +47,11 @@ def test_accuracy_of_random_problems(backend, dtype):
         assert_accurate(random_problem(1000 + seed, dtype, **limits))
 
 
+@pytest.mark.parametrize("seed", [51, 84], ids=["narrow input gradient", "one output of rank 290"])
+def test_accuracy_of_problems_that_once_failed(backend, seed):
+    assert_accurate(random_problem(seed, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_accuracy_of_a_large_problem(backend, dtype):
     if backend[1] == "vendor" and dtype in HALF:
