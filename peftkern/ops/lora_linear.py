@@ -52,8 +52,8 @@ def lora_linear_fwd_ref(
     acc = accumulate_dtype(x.dtype)
     xf = x.to(acc)
     h = _mm(_times(xf, base_in_scale), weight.to(acc).t())
-    u = _times(_drop(xf, dropout_p, seed), delta_in_scale) @ lora_A.to(acc).t()
-    delta = (_times(u, rank_scale) * scaling) @ lora_B.to(acc).t()
+    u = _mm(_times(_drop(xf, dropout_p, seed), delta_in_scale), lora_A.to(acc).t())
+    delta = _mm(_times(u, rank_scale) * scaling, lora_B.to(acc).t())
     y = _times(h, base_out_scale) + _times(delta, delta_out_scale)
     if bias is not None:
         y = y + bias.to(acc)
@@ -71,17 +71,17 @@ def lora_linear_bwd_adapter_ref(
         return u.new_empty(0)
 
     dyf = dy.to(acc)
-    dv = _times(dyf, delta_out_scale) @ lora_B.to(acc) * scaling
+    dv = _mm(_times(dyf, delta_out_scale), lora_B.to(acc)) * scaling
     du = _times(dv, rank_scale)
     dA, ddelta_in, dB, ddelta_out = lora_A.new_empty(0), empty(), lora_B.new_empty(0), empty()
     if need_A or need_delta_in:
-        G = du.t() @ _drop(x.to(acc), dropout_p, seed)
+        G = _mm(du.t(), _drop(x.to(acc), dropout_p, seed))
         if need_A:
             dA = _times(G, delta_in_scale).to(lora_A.dtype)
         if need_delta_in:
             ddelta_in = (lora_A.to(acc) * G).sum(0)
     if need_B or need_delta_out:
-        H = dyf.t() @ _times(u, rank_scale) * scaling
+        H = _mm(dyf.t(), _times(u, rank_scale)) * scaling
         if need_B:
             dB = _times(H.t(), delta_out_scale).t().to(lora_B.dtype).contiguous()
         if need_delta_out:
@@ -98,7 +98,7 @@ def lora_linear_bwd_input_ref(
     """(dx in dy.dtype, dbase_in in fp32 or empty)."""
     acc = accumulate_dtype(dy.dtype)
     base = _mm(_times(dy.to(acc), base_out_scale), weight.to(acc))
-    delta = _drop(_times(du @ lora_A.to(acc), delta_in_scale), dropout_p, seed)
+    delta = _drop(_times(_mm(du, lora_A.to(acc)), delta_in_scale), dropout_p, seed)
     dbase_in = (base * x.to(acc)).sum(0) if need_base_in else du.new_empty(0)
     return (_times(base, base_in_scale) + delta).to(dy.dtype), dbase_in
 
