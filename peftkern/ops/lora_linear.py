@@ -40,8 +40,10 @@ def _drop(t: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # MKL sums a narrow product in chains up to six times less accurate than those of its transpose.
-    return a @ b if b.shape[1] >= 16 else (b.t() @ a.t()).t().contiguous()
+    # BLAS libraries sum narrow products in one long chain, far less accurately than wide ones: not in a definition.
+    if min(a.shape[0], b.shape[1]) >= 16 or a.shape[1] <= 64:
+        return a @ b
+    return torch.stack([p @ q for p, q in zip(a.split(64, dim=1), b.split(64), strict=True)]).sum(0)
 
 
 def lora_linear_fwd_ref(
