@@ -91,6 +91,8 @@ def _signature(value):
     # All of a tensor that checks and problems may depend on: never its values, strides or address.
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype, value.device, value.layout
+    if isinstance(value, list):
+        return tuple(map(_signature, value))
     return type(value), value
 
 

@@ -44,11 +44,16 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 def dropout_mask_ref(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     """bool (M, K), True = kept, on ``seed.device``. ``seed``: one int64 element."""
+    return dropout_rows_ref(seed, torch.arange(M, device=seed.device), K, p)
+
+
+def dropout_rows_ref(seed: torch.Tensor, rows: torch.Tensor, K: int, p: float) -> torch.Tensor:
+    """The rows of the mask that ``rows`` lists, bool (len(rows), K)."""
     device = seed.device
     seed = seed.reshape(())
     group = torch.arange((K + 7) // 8, device=device, dtype=torch.int64)[None, :]
-    row = torch.arange(M, device=device, dtype=torch.int64)[:, None]
-    zero = torch.zeros((M, group.shape[1]), device=device, dtype=torch.int64)
+    row = rows.to(torch.int64)[:, None]
+    zero = torch.zeros((rows.numel(), group.shape[1]), device=device, dtype=torch.int64)
     counter = ((group & _LOW) + zero, (group >> 32) + zero, (row & _LOW) + zero, (row >> 32) + zero)
     words = _philox(*counter, seed & _LOW, (seed >> 32) & _LOW)
     columns = []
