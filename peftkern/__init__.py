@@ -8,14 +8,18 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
+from .adapter_bank import AdapterBank
 from .autograd.lora_linear import lora_linear
+from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
 
 # Names that need HF PEFT are looked up at first use.
 _LAZY = dict.fromkeys(("accelerate", "restore", "Report"), "peftkern.integrations.hf_peft")
 
-__all__ = ["LoRALinear", "__version__", "dropout_mask", "lora_linear", *_LAZY]
+__all__ = [
+    "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *_LAZY,
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -1,0 +1,231 @@
+"""multi_lora_linear and sgmv as differentiable functions.
+
+Saved for backward: x itself if any lora_A trains, u (M, max_rank) in fp32 if any lora_B trains, parameters, the route
+and a seed. A bank's weights get no gradient; what they were in forward stays readable until backward is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..adapter_bank import AdapterBank
+from ..adapter_table import AdapterTable, probabilities, table_of
+from ..ops.checks import accumulate_dtype, check_tensor
+from ..ops.dropout_mask import check_p, seed_tensor
+from ..ops.lora_linear import check_base
+from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
+
+_ops = torch.ops.peftkern
+# adapter_ids -> (version, table, order, starts): the layers of a model share the route of a batch.
+_routes = WeakIdKeyDictionary()
+
+
+class MultiLoRALinearFunction(torch.autograd.Function):
+    """The op with its gradients. ``state``: the AdapterTable, whose weights come again, flat, as the last arguments."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, order, starts, dropout_p, seed, dtype, *weights):
+        need = ctx.needs_input_grad
+        needs = list(need[9:])
+        y, u = _ops.multi_lora_linear_fwd(
+            _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
+            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x if any(needs[::2]) else None, weight if need[0] else None, u if any(needs) else None,
+            state.table, state.scaling, order, starts, dropout_p, seed, *weights,
+        )  # fmt: skip
+        # Held, so that the memory of a bank's removed adapters is not used again before backward.
+        ctx.state, ctx.needs, ctx.dtype = state, needs, dtype
+        ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
+        return _as_shape(y, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
+        x, weight, u, table, scaling, order, starts, dropout_p, seed, *weights = ctx.saved_tensors
+        need_x, _, need_bias = ctx.needs_input_grad[:3]
+        dy = _rows(dy, dy.dtype)
+        if u is None:
+            u = dy.new_empty((dy.shape[0], ctx.state.max_rank), dtype=accumulate_dtype(ctx.dtype))
+        du, dbias, grads = _ops.multi_lora_linear_bwd_adapter(
+            dy, None if x is None else _rows(x, ctx.dtype), u, weights, table, scaling, order, starts, dropout_p, seed,
+            ctx.needs, need_bias,
+        )  # fmt: skip
+        dx = None
+        if need_x:
+            dx = _ops.multi_lora_linear_bwd_input(
+                dy, du, None if weight is None else _cast(weight, ctx.dtype), ctx.state.in_features, weights, table,
+                order, starts, dropout_p, seed,
+            )  # fmt: skip
+            dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype)
+        grads = [g if n else None for g, n in zip(grads, ctx.needs, strict=True)]
+        return dx, None, _cast(dbias, ctx.bias_dtype) if need_bias else None, *[None] * 6, *grads
+
+
+def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
+    if not isinstance(adapters, AdapterBank):
+        return table_of(adapters, x, dtype)
+    if adapters.device != x.device:
+        raise ValueError(f"adapters is a bank on {adapters.device}, expected {x.device} like x")
+    if adapters.in_features != x.shape[-1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {adapters.in_features}) as the bank has")
+    if adapters.dtype not in (dtype, accumulate_dtype(dtype)):
+        raise TypeError(f"adapters is a bank of {adapters.dtype}, expected {dtype} or {accumulate_dtype(dtype)}")
+    return adapters.snapshot()
+
+
+def _route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids must be a tensor, got {type(adapter_ids).__name__}")
+    if adapter_ids.device != x.device:
+        raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected {x.device} like x")
+    rows = x.shape[:-1].numel()
+    remembered = not torch.compiler.is_compiling() and not adapter_ids.is_inference()
+    if remembered:
+        known = _routes.get(adapter_ids)
+        if known is not None and known[:3] == (adapter_ids._version, id(state.table), rows):
+            return known[4:]
+    if adapter_ids.numel() == rows:
+        ids = adapter_ids.reshape(rows)
+    elif adapter_ids.shape == x.shape[:1]:
+        ids = adapter_ids.repeat_interleave(rows // max(x.shape[0], 1))
+    else:
+        raise ValueError(
+            f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected one id per row ({rows}) or per leading index"
+            f" ({tuple(x.shape[:1])})"
+        )
+    route = _ops.multi_lora_linear_route(ids, state.table, state.mask)
+    if remembered:
+        # The table is kept with the route, so that its id is not another table's.
+        _routes[adapter_ids] = (adapter_ids._version, id(state.table), rows, state.table, *route)
+    return route
+
+
+def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) -> Tensor | None:
+    """fp64 (slots,), or None if nothing is dropped."""
+    each = list(dropout_p) if isinstance(dropout_p, Sequence) else [dropout_p] * slots
+    if len(each) != slots:
+        raise ValueError(f"dropout_p has {len(each)} entries, expected one per adapter ({slots})")
+    for p in each:
+        check_p(p)
+    if not training or not any(each):
+        return None
+    return probabilities(tuple(map(float, each)), device)
+
+
+def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dtype) -> Tensor:
+    order, starts = _route(adapter_ids, x, state)
+    seed = seed_tensor(seed, x.device) if dropout_p is not None else None
+    inputs = (x, bias, *state.weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return MultiLoRALinearFunction.apply(
+            x, weight, bias, state, order, starts, dropout_p, seed, dtype, *state.weights
+        )  # fmt: skip
+    y, _ = _ops.multi_lora_linear_fwd(
+        _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
+        list(state.weights), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+    )  # fmt: skip
+    return _as_shape(y, x)
+
+
+def _no_transforms(name: str) -> None:
+    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[tuple[Tensor, Tensor, float]] | AdapterBank,
+    adapter_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer plus, for every row, the low-rank branch of that row's adapter.
+
+        y_t = W x_t + s[a_t] B[a_t] A[a_t] drop(x_t) + bias
+
+    Serves what punica's SGMV and HF PEFT's ``adapter_names`` serve, for any mix of ranks, and trains.
+
+    Args:
+        x: (..., K) in fp32, bf16 or fp16 (fp64 through the reference).
+        weight: (N, K) in x's dtype. Frozen: it gets no gradient.
+        adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` each, ranks of any mix, in fp32 or x's dtype (all alike, or
+            they are taken in fp32); or an AdapterBank, whose weights get no gradient.
+        adapter_ids: int32 or int64 on x's device: one per row of the flattened x, or one per leading index. -1 takes the
+            base alone. A list's ids are its positions, a bank's come from ``bank.ids``.
+        bias: (N).
+        dropout_p: drop probability of the branch's input, one for all adapters or one each; acts if ``training``.
+        seed: as in ``lora_linear``: bits depend on (seed, flattened row, column) alone.
+
+    Returns:
+        (..., N) in x's dtype, or the autocast dtype. A row's branch has the same bits whatever else is in the batch.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named in the message; on CPU an id that no adapter has.
+            On a GPU the row of such an id is NaN.
+        RuntimeError: a second derivative, or use under a torch.func transform.
+    """
+    _no_transforms("multi_lora_linear")
+    check_base(x, weight)
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
+    if bias is not None:
+        check_tensor("bias", bias)
+    dtype = _autocast_dtype(x) or x.dtype
+    if dtype == x.dtype and weight.dtype != dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    state = _state(adapters, x, dtype)
+    if weight.shape[0] != state.out_features:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K) with N = {state.out_features}")
+    p = _probabilities(dropout_p, training, state.table.shape[0], x.device)
+    return _call(x, weight, bias, state, adapter_ids, p, seed, dtype)
+
+
+def sgmv(
+    x: Tensor,
+    adapters: Sequence[tuple[Tensor, Tensor, float]] | AdapterBank,
+    adapter_ids: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The branch alone, scaling included: ``y_t = s[a_t] B[a_t] A[a_t] x_t``; rows with id -1 are zero.
+
+    Arguments as in ``multi_lora_linear``. With ``out`` (..., N), in x's dtype, the branch is added to it in place
+    (one rounding) and it is returned; base-only rows keep their bits.
+
+    Raises:
+        ValueError, TypeError: as in ``multi_lora_linear``, and an ``out`` of another shape, dtype or device.
+        RuntimeError: ``out`` where a gradient is required.
+    """
+    _no_transforms("sgmv")
+    check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K)")
+    dtype = x.dtype if out is not None else _autocast_dtype(x) or x.dtype
+    state = _state(adapters, x, dtype)
+    if out is None:
+        return _call(x, None, None, state, adapter_ids, None, None, dtype)
+    check_tensor("out", out)
+    shape = (*x.shape[:-1], state.out_features)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != x.device:
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on {x.device}"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights)):
+        raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
+    order, starts = _route(adapter_ids, x, state)
+    rows = out.view(-1, state.out_features) if out.dim() != 2 else out
+    _ops.sgmv_add(rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    return out
