@@ -169,7 +169,8 @@ class AdapterBank:
         R, columns_A, columns_B = A.shape[0], _padded(self.in_features), _padded(self.out_features)
         new = self._chunks.take(R * (columns_A + columns_B))
         with torch.inference_mode(False), torch.no_grad():
-            memory = self._chunks.tensors[new.chunk][new.offset : new.offset + R * (columns_A + columns_B)]
+            # data: a write here is no change to calls that wait for their backward, which read other ranges.
+            memory = self._chunks.tensors[new.chunk].data[new.offset : new.offset + R * (columns_A + columns_B)]
             for part, source, columns in (
                 (memory[: R * columns_A], A, columns_A),
                 (memory[R * columns_A :], B.t(), columns_B),
@@ -192,8 +193,8 @@ class AdapterBank:
             table[slot] = torch.tensor(row, dtype=torch.int64)
             scalings[slot] = scaling
         self._state = self._snapshot(table, scalings)
-        if freed:
-            self._chunks.retire(freed, before, self._idle)
+        # Nothing freed is an entry too: ranges that later changes free may be seen by this snapshot.
+        self._chunks.retire(freed, before, self._idle)
 
     def _idle(self) -> bool:
         # Before memory is used again, not when it is given up: kernels of any stream, and replayed graphs, may still

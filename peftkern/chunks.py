@@ -71,7 +71,10 @@ class Chunks:
         self._free = merged
 
     def retire(self, ranges: list[Range], snapshot: object, idle: Callable[[], bool] = lambda: True) -> None:
-        """The ranges are free once ``snapshot`` and all retired before it are gone, and ``idle()`` is true."""
+        """The ranges are free once ``snapshot`` and all retired before it are gone, and ``idle()`` is true.
+
+        Every snapshot must be retired when the next one takes its place, in that order, even with no ranges.
+        """
         ref = weakref.ref(snapshot)
         self._retired.append((lambda: ref() is None and idle(), ranges))
 

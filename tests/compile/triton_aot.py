@@ -81,14 +81,25 @@ def capture(case: Case) -> list[launch.Launch]:
     try:
         with configs.override(base=case.base):
             forward(
-                x, weight, A, B, empty(N), 2.0, drop, vector(R), vector(K), vector(K), vector(N), vector(N), full, settings
+                x,
+                weight,
+                A,
+                B,
+                empty(N),
+                2.0,
+                drop,
+                vector(R),
+                vector(K),
+                vector(K),
+                vector(N),
+                vector(N),
+                full,
+                settings,
             )
             needs = Needs(True, True, full, full, full, full, full)
             h = dy if full else None
             backward_adapter(dy, x, u, h, A, B, 2.0, drop, vector(R), vector(K), vector(N), needs, settings)
-            backward_input(
-                dy, u, x if full else None, weight, A, drop, vector(K), vector(K), vector(N), full, settings
-            )
+            backward_input(dy, u, x if full else None, weight, A, drop, vector(K), vector(K), vector(N), full, settings)
         dropout_mask(seed, M, K, 0.1)
     finally:
         launch.submit = before
@@ -196,13 +207,21 @@ def standard_cases(arch: int) -> list[Case]:
 def more_cases(arch: int) -> list[Case]:
     """Few rows, no dropout, a larger rank, every optional argument."""
     few = Case(arch, M=16, base="epilogue")
-    return [few, Case(arch, p=0.0), Case(arch, R=64), Case(arch, everything=True), Case(arch, everything=True, base="epilogue")]
+    return [
+        few,
+        Case(arch, p=0.0),
+        Case(arch, R=64),
+        Case(arch, everything=True),
+        Case(arch, everything=True, base="epilogue"),
+    ]
 
 
 def case_id(case: Case) -> str:
     """Short name of a parameter."""
     adapter = NAMES[case.adapter_dtype]
-    return f"sm_{case.arch}-{case.M}x{case.K}x{case.N}-r{case.R}-{adapter}-p{case.p}-{case.base}{'-all' * case.everything}"
+    return (
+        f"sm_{case.arch}-{case.M}x{case.K}x{case.N}-r{case.R}-{adapter}-p{case.p}-{case.base}{'-all' * case.everything}"
+    )
 
 
 CASES = [

@@ -32,7 +32,9 @@ def assert_same(ours, reference):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=7)), ids=lambda n: "".join("01"[v] for v in n))
+@pytest.mark.parametrize(
+    "needs", list(itertools.product([False, True], repeat=7)), ids=lambda n: "".join("01"[v] for v in n)
+)
 def test_every_subset_of_adapter_gradients(needs):
     need_A, _, _, _, need_delta_in, need_base_out, _ = needs
     x = X if need_A or need_delta_in else None
@@ -85,7 +87,10 @@ def test_arguments_are_left_alone():
 
 
 def test_an_invalid_configuration_is_refused_before_anything_runs():
-    with configs.override(base="fused", gemm=LaunchConfig(48, 64, 32)), pytest.raises(ValueError, match="powers of two"):
+    with (
+        configs.override(base="fused", gemm=LaunchConfig(48, 64, 32)),
+        pytest.raises(ValueError, match="powers of two"),
+    ):
         ops.lora_linear_fwd(X, W, A, B, None, 1.0, 0.0, None, None, None, None, None, None, False)
     with pytest.raises(ValueError, match="base is 'mine'"), configs.override(base="mine"):
         pass
@@ -95,7 +100,15 @@ def test_an_invalid_configuration_is_refused_before_anything_runs():
 
 def problem(**changes) -> Problem:
     values = dict(
-        op="lora_linear_fwd", device="cpu", arch="", dtype=torch.float32, adapter_dtype=torch.float32, M=4, N=4, K=4, R=4
+        op="lora_linear_fwd",
+        device="cpu",
+        arch="",
+        dtype=torch.float32,
+        adapter_dtype=torch.float32,
+        M=4,
+        N=4,
+        K=4,
+        R=4,
     )
     return Problem(**(values | changes))
 

@@ -78,14 +78,18 @@ def test_every_kind_of_fused_launch(name, options):
             assert_accurate(everything(options=options, dtype=torch.float32, **size))
 
 
-@pytest.mark.parametrize("config", [LaunchConfig(16, 16, 32, 16), LaunchConfig(32, 32, 64, 32), LaunchConfig(64, 64, 128, 64)])
+@pytest.mark.parametrize(
+    "config", [LaunchConfig(16, 16, 32, 16), LaunchConfig(32, 32, 64, 32), LaunchConfig(64, 64, 128, 64)]
+)
 @pytest.mark.parametrize("groups", [1, 2, 100])
 def test_every_kind_of_shrink(config, groups):
     with configs.override(shrink=config, shrink_groups=groups):
         assert_accurate(everything(R=40, options=("delta_in_scale", "rank_scale")))
 
 
-@pytest.mark.parametrize("config", [LaunchConfig(16, 32, 0, 16), LaunchConfig(64, 128, 0, 32), LaunchConfig(32, 64, 0, 64)])
+@pytest.mark.parametrize(
+    "config", [LaunchConfig(16, 32, 0, 16), LaunchConfig(64, 128, 0, 32), LaunchConfig(32, 64, 0, 64)]
+)
 @pytest.mark.parametrize("ranges", [(1, 80), (2, 48), (5, 16)])
 def test_every_kind_of_adapter_gradient(config, ranges):
     ranges, rows = ranges
