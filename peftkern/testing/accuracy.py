@@ -1,9 +1,7 @@
 """Error against an fp64 oracle, judged by the error that eager PyTorch makes.
 
-Two independent statements of the equation live here, both in plain torch with autograd, neither taken from the ops:
-the oracle in fp64, and eager, which is the order of operations of HF PEFT in the dtypes of the call. A product of
-half-precision matrices is written as product of their fp32 values, rounded: the same result as a native one that
-accumulates in fp32, at fp32 speed on every CPU.
+A problem (peftkern/testing/problems.py) brings two independent statements of its equation, in plain torch with
+autograd: the oracle, which runs in fp64, and eager, which is HF PEFT's order of operations in the dtypes of the call.
 
 An output passes if its error is at most ``FACTOR`` times eager's, both as root mean square and as maximum, or below a
 floor: 4 ulp in fp32, half an ulp in half precision, plus half an fp32 ulp of the same result computed with absolute
@@ -20,20 +18,32 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..autograd.lora_linear import lora_linear
-from ..ops.dropout_mask import dropout_mask_ref
-from .problems import LoRALinearProblem
-
 FACTOR = 1.5
 FEW, DRAWS = 256, 64
-DROPOUT_SEED = 0x5EED_0F_D20B_0075
 
 _SIGNIFICANT_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 _SMALLEST_ULP = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+class Problem(Protocol):
+    """What is judged: a frozen record with a ``seed``, that makes its tensors and runs them three ways.
+
+    Each way takes the dictionary of ``tensors()`` (without ``dy``) and returns the output. ``absolute``: with absolute
+    values of numbers that are no tensors.
+    """
+
+    seed: int
+    frozen: frozenset[str]
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def ours(self, t: dict[str, Tensor]) -> Tensor: ...
+    def eager(self, t: dict[str, Tensor]) -> Tensor: ...
+    def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,40 +79,6 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     return size.clamp_min(_SMALLEST_ULP[dtype])
 
 
-def oracle(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
-    """The equation in the tensors' own dtype (fp64)."""
-    x = t["x"].flatten(0, -2)
-    dropped = x if keep is None else torch.where(keep, x / (1 - dropout_p), torch.zeros_like(x))
-    one = torch.ones((), dtype=x.dtype)
-    u = (dropped * t.get("delta_in_scale", one)) @ t["lora_A"].T
-    delta = scaling * ((u * t.get("rank_scale", one)) @ t["lora_B"].T)
-    base = (x * t.get("base_in_scale", one)) @ t["weight"].T
-    y = base * t.get("base_out_scale", one) + delta * t.get("delta_out_scale", one) + t.get("bias", 0.0)
-    return y.unflatten(0, t["x"].shape[:-1])
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() @ b.float().T).to(a.dtype)
-
-
-def _scale(a: Tensor, vector: Tensor | None) -> Tensor:
-    return a if vector is None else (a.float() * vector.float()).to(a.dtype)
-
-
-def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
-    """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
-    x = t["x"].flatten(0, -2)
-    base = _scale(_mm(_scale(x, t.get("base_in_scale")), t["weight"]), t.get("base_out_scale"))
-    z = x.to(t["lora_A"].dtype)
-    if keep is not None:
-        z = torch.where(keep, z / (1 - dropout_p), torch.zeros((), dtype=z.dtype))
-    u = _scale(_mm(_scale(z, t.get("delta_in_scale")), t["lora_A"]), t.get("rank_scale"))
-    delta = _scale(_mm(u, t["lora_B"]) * scaling, t.get("delta_out_scale"))
-    if "bias" in t:
-        base = (base + t["bias"]).to(base.dtype)
-    return (base + delta).to(x.dtype).unflatten(0, t["x"].shape[:-1])
-
-
 def _run(
     function: Callable[[dict[str, Tensor]], Tensor], t: dict[str, Tensor], names: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -112,34 +88,25 @@ def _run(
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, grads, strict=True)}}
 
 
-def run_ours(problem: LoRALinearProblem, t: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """y and the gradients of ``names`` from ``peftkern.lora_linear``."""
-
-    def call(leaves: dict[str, Tensor]) -> Tensor:
-        leaves = dict(leaves)
-        args = [leaves.pop(k) for k in ("x", "weight", "lora_A", "lora_B")]
-        return lora_linear(
-            *args, scaling=problem.scaling, dropout_p=problem.dropout_p, training=True, seed=DROPOUT_SEED, **leaves
-        )  # fmt: skip
-
-    return _run(call, t, names)
+def run_ours(problem: Problem, t: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The output and the gradients of ``names`` from peftkern."""
+    return _run(problem.ours, t, names)
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(problem: LoRALinearProblem, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
+def _expected(problem: Problem, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
     # (eager, exact, the exact result of absolute values). Kept, since several back ends are held against one problem.
-    t, p = problem.tensors(), problem.dropout_p
-    keep = dropout_mask_ref(torch.tensor([DROPOUT_SEED]), problem.M, problem.K, p) if p else None
+    t = problem.tensors()
     double = {k: v.double() for k, v in t.items()}
     absolute = {k: v.abs() for k, v in double.items()}
     return (
-        _run(lambda leaves: eager(leaves, problem.scaling, keep, p), t, names),
-        _run(lambda leaves: oracle(leaves, problem.scaling, keep, p), double, names),
-        _run(lambda leaves: oracle(leaves, abs(problem.scaling), keep, p), absolute, names),
+        _run(problem.eager, t, names),
+        _run(problem.oracle, double, names),
+        _run(lambda leaves: problem.oracle(leaves, absolute=True), absolute, names),
     )
 
 
-def compare(problem: LoRALinearProblem) -> list[Row]:
+def compare(problem: Problem) -> list[Row]:
     """One row for y and one for each gradient, with the back end that the settings choose: one draw."""
     t = problem.tensors()
     names = tuple(n for n in t if n not in ("weight", "dy") and n not in problem.frozen)
@@ -148,7 +115,7 @@ def compare(problem: LoRALinearProblem) -> list[Row]:
     return [_row(name, ours[name], theirs[name], exact[name], absolute[name]) for name in exact]
 
 
-def check(problem: LoRALinearProblem) -> list[Row]:
+def check(problem: Problem) -> list[Row]:
     """As ``compare``; an output of few elements that is over its bound is judged on more draws."""
     rows = {row.output: row for row in compare(problem)}
     few = {name for name, row in rows.items() if not row.ok and 0 < row.elements < FEW and math.isfinite(row.ratio)}

@@ -11,10 +11,29 @@ import random
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import Tensor
 
+from ..autograd.lora_linear import lora_linear
+from ..ops.dropout_mask import dropout_mask_ref
+from . import equations
+
+DROPOUT_SEED = 0x5EED_0F_D20B_0075
 VECTORS = ("bias", "rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
 LAYOUTS = ("contiguous", "row_stride", "transposed", "nd")
 LARGE = 2**31
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (M, K) in one of LAYOUTS."""
+    M, K = x.shape
+    if layout == "row_stride":
+        return torch.cat([x, torch.full((M, 3), math.nan, dtype=x.dtype)], dim=1)[:, :K]
+    if layout == "transposed":
+        return x.t().contiguous().t()
+    if layout == "nd":
+        first = next((d for d in (7, 5, 3, 2) if M % d == 0), 1) if M else 2
+        return x.reshape(first, M // first, K)
+    return x
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class LoRALinearProblem:
 
         M, K, N, R = self.M, self.K, self.N, self.R
         out = {
-            "x": self._layout(normal(M, K)),
+            "x": laid_out(normal(M, K), self.layout),
             "weight": normal(N, K, scale=0.0 if self.zero_weight else 1 / math.sqrt(max(K, 1))),
             "lora_A": normal(R, K, scale=1 / math.sqrt(max(K, 1)), dtype=self.adapter_dtype),
             "lora_B": normal(N, R, scale=self.b_scale / math.sqrt(max(R, 1)), dtype=self.adapter_dtype),
@@ -63,16 +82,24 @@ class LoRALinearProblem:
             out[name] = normal(sizes[name], dtype=self.vector_dtype)
         return out
 
-    def _layout(self, x: torch.Tensor) -> torch.Tensor:
-        M, K = x.shape
-        if self.layout == "row_stride":
-            return torch.cat([x, torch.full((M, 3), math.nan, dtype=x.dtype)], dim=1)[:, :K]
-        if self.layout == "transposed":
-            return x.t().contiguous().t()
-        if self.layout == "nd":
-            first = next((d for d in (7, 5, 3, 2) if M % d == 0), 1) if M else 2
-            return x.reshape(first, M // first, K)
-        return x
+    def ours(self, t: dict[str, Tensor]) -> Tensor:
+        """y from ``peftkern.lora_linear``."""
+        t = dict(t)
+        args = [t.pop(k) for k in ("x", "weight", "lora_A", "lora_B")]
+        return lora_linear(*args, scaling=self.scaling, dropout_p=self.dropout_p, training=True, seed=DROPOUT_SEED, **t)
+
+    def eager(self, t: dict[str, Tensor]) -> Tensor:
+        """y in PEFT's order of operations."""
+        return equations.eager(t, self.scaling, self._keep(), self.dropout_p)
+
+    def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor:
+        """y as the equation says, in the dtype of ``t``."""
+        return equations.oracle(t, abs(self.scaling) if absolute else self.scaling, self._keep(), self.dropout_p)
+
+    def _keep(self) -> Tensor | None:
+        if not self.dropout_p:
+            return None
+        return dropout_mask_ref(torch.tensor([DROPOUT_SEED]), self.M, self.K, self.dropout_p)
 
 
 def random_problem(

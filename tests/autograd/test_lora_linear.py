@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from peftkern import dropout_mask, lora_linear
-from peftkern.testing.accuracy import oracle
+from peftkern.testing.equations import oracle
 
 M, K, N, R = 12, 34, 21, 5
 SIZES = dict(bias=N, rank_scale=R, base_in_scale=K, delta_in_scale=K, base_out_scale=N, delta_out_scale=N)
