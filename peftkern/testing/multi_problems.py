@@ -1,0 +1,157 @@
+"""Random multi_lora_linear problems: ids in any order, adapters without rows, mixed ranks, list or bank."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapter_bank import AdapterBank
+from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ..ops.dropout_mask import dropout_mask_ref
+from . import equations
+from .problems import DROPOUT_SEED, LAYOUTS, laid_out
+
+# How rows choose their adapters.
+MIXES = ("uniform", "sorted", "one", "skewed", "base")
+
+
+@dataclass(frozen=True)
+class MultiLoRALinearProblem:
+    """Sizes, ranks, dtypes and options of one call; ``seed`` makes its values and ids. ``frozen``: what has no grad.
+
+    ``mix``: see MIXES (``one``: all rows take one adapter; ``base``: none takes any). ``base_share``: of rows that take
+    the base alone. ``bank``: the adapters lie in an AdapterBank. ``branch``: sgmv instead, without W.
+    """
+
+    seed: int
+    M: int
+    K: int
+    N: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    scalings: tuple[float, ...]
+    dropout_p: tuple[float, ...]
+    mix: str = "uniform"
+    base_share: float = 0.0
+    bias: bool = False
+    layout: str = "contiguous"
+    zero_weight: bool = False
+    bank: bool = False
+    branch: bool = False
+    frozen: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        parts = asdict(self) | {"frozen": ",".join(sorted(self.frozen)) or "-"}
+        return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in parts.items())
+
+    def ids(self) -> Tensor:
+        """One id per row."""
+        gen, count = torch.Generator().manual_seed(self.seed + 1), len(self.ranks)
+        ids = torch.randint(count, (self.M,), generator=gen)
+        if self.mix == "one":
+            ids[:] = self.seed % count
+        elif self.mix == "skewed":
+            ids = torch.where(torch.rand(self.M, generator=gen) < 0.9, 0, ids)
+        ids[torch.rand(self.M, generator=gen) < self.base_share] = -1
+        if self.mix == "base":
+            ids[:] = -1
+        return ids.sort().values if self.mix == "sorted" else ids
+
+    def tensors(self) -> dict[str, Tensor]:
+        """x, weight, dy, bias if there is one, A0, B0, A1, ... on CPU, without grad."""
+        gen = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
+            return (torch.randn(*shape, generator=gen) * scale).to(dtype)
+
+        M, K, N = self.M, self.K, self.N
+        out = {"x": laid_out(normal(M, K), self.layout)}
+        if not self.branch:
+            out["weight"] = normal(N, K, scale=0.0 if self.zero_weight else 1 / math.sqrt(K))
+            if self.bias:
+                out["bias"] = normal(N)
+        out["dy"] = normal(*out["x"].shape[:-1], N)
+        for i, R in enumerate(self.ranks):
+            out[f"A{i}"] = normal(R, K, scale=1 / math.sqrt(K), dtype=self.adapter_dtype)
+            out[f"B{i}"] = normal(N, R, scale=1 / math.sqrt(R), dtype=self.adapter_dtype)
+        return out
+
+    def ours(self, t: dict[str, Tensor]) -> Tensor:
+        """y from ``multi_lora_linear`` or ``sgmv``."""
+        ids, adapters = self.ids(), [(t[f"A{i}"], t[f"B{i}"], s) for i, s in enumerate(self.scalings)]
+        if self.bank:
+            bank = AdapterBank(
+                self.K, self.N, max_adapters=len(adapters), max_rank=max(self.ranks), dtype=self.adapter_dtype
+            )  # fmt: skip
+            numbers = torch.tensor([*(bank.add(str(i), *a) for i, a in enumerate(adapters)), -1])
+            adapters, ids = bank, numbers[ids]
+        ids = ids.reshape(t["x"].shape[:-1])
+        if self.branch:
+            return sgmv(t["x"], adapters, ids)
+        return multi_lora_linear(
+            t["x"], t["weight"], adapters, ids, bias=t.get("bias"), dropout_p=self.dropout_p, training=True,
+            seed=DROPOUT_SEED,
+        )  # fmt: skip
+
+    def eager(self, t: dict[str, Tensor]) -> Tensor:
+        """PEFT's order: the base for all rows, then for each adapter its rows' branch, added in their dtype."""
+        return self._each(t, equations.eager, self.scalings)
+
+    def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor:
+        """y as the equation says, in the dtype of ``t``."""
+        return self._each(t, equations.oracle, [abs(s) if absolute else s for s in self.scalings])
+
+    def _each(self, t: dict[str, Tensor], equation, scalings) -> Tensor:
+        # Every row through the single-adapter equation of its adapter; base rows through that of rank 0.
+        x, ids = t["x"].flatten(0, -2), self.ids()
+        weight = t["weight"] if "weight" in t else x.new_zeros(self.N, self.K)
+        y = x.new_zeros(self.M, self.N)
+        for i in range(-1, len(self.ranks)):
+            rows = (ids == i).nonzero()[:, 0]
+            if i >= 0:
+                A, B, s, p = t[f"A{i}"], t[f"B{i}"], scalings[i], self.dropout_p[i]
+            else:
+                A, B, s, p = t["A0"][:0].detach(), t["B0"][:, :0].detach(), 1.0, 0.0
+            keep = dropout_mask_ref(torch.tensor([DROPOUT_SEED]), self.M, self.K, p)[rows] if p else None
+            single = {"x": x[rows], "weight": weight, "lora_A": A, "lora_B": B}
+            if "bias" in t:
+                single["bias"] = t["bias"]
+            y = y.index_put((rows,), equation(single, s, keep, p))
+        return y.unflatten(0, t["x"].shape[:-1])
+
+
+def random_multi_problem(
+    seed: int, dtype: torch.dtype, *, max_M: int = 2048, max_KN: int = 3000, max_R: int = 512, max_adapters: int = 12
+) -> MultiLoRALinearProblem:
+    """The problem number ``seed``."""
+    rng = random.Random(seed)
+
+    def size(low: int, high: int) -> int:
+        return min(high, round(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
+
+    count = size(1, max_adapters)
+    M, bank, branch = 0 if rng.random() < 0.03 else size(1, max_M), rng.random() < 0.3, rng.random() < 0.25
+    drops = not branch and rng.random() < 0.4
+    names = ["x", "bias", *(f"{m}{i}" for i in range(count) for m in "AB")]
+    frozen = {n for n in names if rng.random() < 0.15} | (set(names[2:]) if bank else set())
+    return MultiLoRALinearProblem(
+        seed=seed, M=M, K=size(1, max_KN), N=size(1, max_KN),
+        ranks=tuple(size(1, max_R) for _ in range(count)),
+        dtype=dtype,
+        adapter_dtype=rng.choice((torch.float32, dtype)),
+        scalings=tuple(rng.choice((1.0, 2.0, 0.37, -1.5)) for _ in range(count)),
+        dropout_p=tuple(rng.choice((0.0, 0.1, 0.5)) if drops else 0.0 for _ in range(count)),
+        mix=rng.choice(MIXES),
+        base_share=rng.choice((0.0, 0.2, 0.5)),
+        bias=rng.random() < 0.5,
+        layout=rng.choice(LAYOUTS),
+        zero_weight=rng.random() < 0.15,
+        bank=bank,
+        branch=branch,
+        frozen=frozenset(frozen),
+    )  # fmt: skip
