@@ -6,10 +6,7 @@
 // order. It depends on the inner dimension alone, so a row has the same bits in any batch, with any number of
 // threads.
 #include "cpu/base_pack.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "cpu/thread.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
@@ -24,14 +21,6 @@ constexpr int kTileRows = 6;
 // a constant, or a tile's row addresses would not fit the registers.
 constexpr int kRow = kBaseRow;
 static_assert(kTileCols <= kBaseTileCols, "scratch is sized for the widest level");
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 template <int ROWS>
 void tile(int depth, const float* a, const float* b, float* out, int64_t ld, bool first) {

@@ -18,6 +18,11 @@ PEFTKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
+// Row i of a task that works on the rows `list` names, or on all (null).
+PEFTKERN_INLINE int64_t listed(const int32_t* list, int64_t i) {
+  return list != nullptr ? list[i] : i;
+}
+
 struct alignas(64) Tile {
   // dot reads whole row blocks: rows past the last are never used, but must be readable.
   float data[(kTileRows + kDotRows) * kTileLd];
@@ -35,11 +40,12 @@ PEFTKERN_INLINE void prefetch(const void* p, int64_t bytes) {
 }
 
 // Asks for a block of `in`. A few rows at a time, between computations: the CPU tracks a few dozen requests.
-PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols) {
+PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
+                              const int32_t* list = nullptr) {
   if (in.col != 1) return;
   const int64_t size = in.dtype == DType::f32 ? 4 : 2;
-  const char* p = static_cast<const char*>(in.data) + (i0 * in.row + c0) * size;
-  for (int64_t i = 0; i < rows; ++i) prefetch(p + i * in.row * size, cols * size);
+  const char* p = static_cast<const char*>(in.data) + c0 * size;
+  for (int64_t i = i0; i < i0 + rows; ++i) prefetch(p + listed(list, i) * in.row * size, cols * size);
 }
 
 template <class T>
@@ -52,12 +58,13 @@ static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
 
 template <class T>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, float* tile) {
+                       const Dropout& drop, float* tile, const int32_t* list) {
   uint8_t bits[keep_bits_room(kTileCols)];
   T gathered[kTileCols];
   for (int64_t i = 0; i < rows; ++i) {
-    if (drop.threshold != 0) keep_bits(drop, i0 + i, c0, cols, bits);
-    const T* row = static_cast<const T*>(in.data) + (i0 + i) * in.row + c0 * in.col;
+    const int64_t from = listed(list, i0 + i);
+    if (drop.threshold != 0) keep_bits(drop, from, c0, cols, bits);
+    const T* row = static_cast<const T*>(in.data) + from * in.row + c0 * in.col;
     if (in.col != 1) {
       for (int64_t c = 0; c < cols; ++c) gathered[c] = row[c * in.col];
       row = gathered;
@@ -67,16 +74,16 @@ static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t 
 }
 
 // tile[i, c] = f(in[i0 + i, c0 + c]), dropped elements and the padding up to a multiple of kPad columns
-// exactly 0.
+// exactly 0. With a list, row list[i0 + i] takes the place of row i0 + i.
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, float* tile) {
+                       const Dropout& drop, float* tile, const int32_t* list = nullptr) {
   switch (in.dtype) {
     case DType::f32:
-      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile);
+      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile, list);
     case DType::bf16:
-      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile);
+      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile, list);
     case DType::f16:
-      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile);
+      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile, list);
   }
 }
 

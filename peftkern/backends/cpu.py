@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from . import cpu_multi
 from . import cpu_native as native
 from .cpu_base import base_product
 from .cpu_native import Dropout, column_dot, expand, panel, reduce, scale_copy, vector
@@ -22,6 +23,9 @@ NAME = "cpu"
 # copies fit, too few to occupy the threads, so dy is read twice: by rows for du, by columns for the gradient of B.
 _FUSED_ELEMENTS = 1 << 20
 
+# Ops whose problem has no activation.
+_ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")
+
 
 def unavailable() -> str | None:
     """Why no call can be taken, or None."""
@@ -30,7 +34,7 @@ def unavailable() -> str | None:
 
 def decline(problem: Problem) -> str | None:
     """Why this problem cannot be taken, or None."""
-    if problem.op != "dropout_mask" and problem.dtype not in native.CODES:
+    if problem.op not in _ANY_DTYPE and problem.dtype not in native.CODES:
         return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"
     return None
 
@@ -160,4 +164,5 @@ OPS = {
     "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
     "lora_linear_bwd_input": lora_linear_bwd_input,
     "dropout_mask": native.dropout_mask,
+    **cpu_multi.OPS,
 }

@@ -50,10 +50,11 @@ void lora_reduce(const LoraReduceArgs& args);
 
 // out[i, c] = round( base_scale[c] * src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
 // src: out itself (in place), another matrix in out's dtype or fp32, or null (zero). base_scale, bias may be
-// null.
+// null. With `rows`, row i of the task is row rows[i] - dropout.row0 of out and src (v has the task's rows).
 struct LoraExpandArgs {
   Matrix out;
   ConstMatrix src;
+  const int32_t* rows;
   int64_t M, C, R;
   const float* v;
   int64_t ldv;

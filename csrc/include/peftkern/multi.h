@@ -1,0 +1,90 @@
+// Native entry points of multi_lora_linear: a batch whose rows take different adapters.
+//
+// Both directions of the op are the same two kernels seen from the two sides of an adapter. A side's panel
+// is p (R, C): A with C = in_features, or B^T with C = out_features.
+//
+//   reduce   dot[i, r] = alpha * sum_c drop(in)[i, c] * p[r, c]      u from x and A, du from dy and B^T
+//            grad[r, c] = alpha * sum_i v[i, r] * drop(in)[i, c]     dA from du and x, dB^T from u and dy
+//   expand   out[i, c] = round(src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c])
+//
+// i runs over the rows that take the adapter. alpha is the adapter's scaling on side B, and 1 / (1 - p) on
+// side A, where dropout acts.
+#pragma once
+
+#include <vector>
+
+#include "peftkern/types.h"
+
+namespace peftkern::cpu {
+
+// Columns of a table row, as in peftkern/ops/multi_lora_linear.py.
+enum MultiColumn : int { kId, kRank, kATensor, kAOffset, kARow, kBTensor, kBOffset, kBN, kBR, kPadded };
+constexpr int64_t kMultiColumns = 10;
+
+enum class Side { A, B };
+
+// The rows that take one adapter (or none: R = 0).
+struct MultiGroup {
+  const int32_t* rows;  // ascending
+  int64_t count;
+  int64_t R;
+  ConstMatrix panel[2];  // by side: A and B^T
+  int tensor[2];         // which of `weights` they lie in, and where
+  int64_t offset[2];
+  bool padded;
+  float scaling;
+  float keep_scale;  // 1 / (1 - p)
+  uint32_t threshold;
+};
+
+// What the arrays of a call say. Throws std::invalid_argument if following them would leave memory.
+struct MultiBatch {
+  // weights: first addresses; table: slots x kMultiColumns; order: M rows; starts: slots + 3 (see the op).
+  // scaling, dropout_p (one per slot) may be null. `order` must outlive the batch.
+  MultiBatch(std::vector<uintptr_t> weights, DType dtype, const int64_t* table, int64_t slots,
+             const int32_t* order, const int32_t* starts, int64_t M, int64_t max_rank, const float* scaling,
+             const double* dropout_p, uint64_t seed);
+
+  std::vector<uintptr_t> weights;
+  DType dtype;
+  int64_t M, max_rank;
+  uint64_t seed;
+  std::vector<MultiGroup> groups;  // those with rows; rows without an adapter last
+};
+
+// in (M x C, any strides). dot, if given, is written whole: M x ld, zero right of a row's rank. v (M x ld)
+// and grads (an address per tensor of weights, 0 = not wanted) go together; groups' gradients are written,
+// nothing else of the tensors.
+struct MultiReduceArgs {
+  Side side;
+  ConstMatrix in;
+  int64_t C;
+  float* dot;
+  const float* v;
+  int64_t ld;
+  const std::vector<uintptr_t>* grads;
+  int threads;
+};
+void multi_reduce(const MultiBatch& batch, const MultiReduceArgs& args);
+
+// Rows [row0, row0 + rows) and columns [col0, col0 + cols) of the output; out and src are that block. src:
+// out itself, another block in fp32 or out's dtype, or null (zero). v (M x ld), bias (C, may be null) are
+// whole.
+struct MultiExpandArgs {
+  Side side;
+  Matrix out;
+  ConstMatrix src;
+  int64_t row0, rows, col0, cols;
+  const float* v;
+  int64_t ld;
+  const float* bias;
+  int threads;
+};
+void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args);
+
+// The route of M ids (see the op): fills order (M) and starts (slots + 3). Returns the first row whose id no
+// slot answers to, or -1.
+int64_t multi_route(const void* ids, bool wide, int64_t M, const int64_t* table, int64_t slots, int64_t mask,
+                    int32_t* order, int32_t* starts);
+
+}  // namespace peftkern::cpu
