@@ -42,10 +42,15 @@ void dropout_mask(uint64_t seed, uint32_t threshold, int64_t M, int64_t K, uintp
 }
 
 // --- base product ---
-void base_product(bool few, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w, int64_t w_out,
-                  int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld, int64_t rows,
-                  int64_t cols, int64_t inner, int64_t block_rows, int64_t block_cols, uintptr_t scratch,
-                  int64_t scratch_floats, int threads) {
+void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
+                  int64_t w_out, int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld,
+                  int64_t rows, int64_t cols, int64_t inner, int64_t block_rows, int64_t block_cols,
+                  uintptr_t scratch, int64_t scratch_floats, int threads) {
+  const bool few = kind == "few", pairs = kind == "bf16";
+  require(few || pairs || kind == "panels", "unknown kind");
+  require(!pairs || (dtype == static_cast<int>(DType::bf16) && scale == 0),
+          "kind bf16: wrong dtype, or a scale");
+  require(!pairs || cpu::base_gemm_bf16_usable(), "kind bf16: not on this CPU");
   check_block("a", a, rows, inner);
   check_block("w", w, inner, cols);
   check_block("out", out, rows, cols);
@@ -76,7 +81,7 @@ void base_product(bool few, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t
                            block_cols,
                            pointer<float>(scratch),
                            check_threads(threads)};
-  few ? cpu::base_few(args) : cpu::base_gemm(args);
+  few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
 }
 // --- end of base product ---
 
@@ -272,7 +277,9 @@ PYBIND11_MODULE(_C, m) {
     if (bits & cpu::kAmxFp16) found.add("amx_fp16");
     return found;
   });
-  m.def("base_product", &base_product, nogil, "few"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
+  m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
+        "Whether base_product takes kind bf16 here, at the level in use.");
+  m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
         "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "block_rows"_a,
         "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);
   // --- end of base product ---

@@ -26,6 +26,25 @@ unsigned features() {
   return found;
 }
 
+bool base_gemm_bf16_usable() {
+#ifdef PEFTKERN_HAVE_AVX512BF16
+  return level() == Level::avx512 && (features() & kAvx512Bf16) != 0;
+#else
+  return false;
+#endif
+}
+
+#ifdef PEFTKERN_HAVE_AVX512BF16
+namespace avx512_bf16 {
+void base_gemm_bf16(const BaseArgs&);
+}
+void base_gemm_bf16(const BaseArgs& args) {
+  avx512_bf16::base_gemm_bf16(args);
+}
+#else
+void base_gemm_bf16(const BaseArgs&) {}
+#endif
+
 }  // namespace peftkern::cpu
 
 PEFTKERN_DISPATCH(base_gemm, BaseArgs)

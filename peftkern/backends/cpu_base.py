@@ -64,7 +64,8 @@ def base_product(
         return
     b = weight.t() if transpose else weight
     kind = plans.choose(
-        a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), settings.cpu_base(), settings.batch_invariant()
+        a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), settings.cpu_base(), settings.batch_invariant(),
+        scaled=in_scale is not None,
     )  # fmt: skip
     if kind == "vendor":
         _vendor(a, b, in_scale, out)
@@ -107,7 +108,7 @@ def _ours(kind: str, a: Tensor, b: Tensor, in_scale: Tensor | None, epilogue: Ep
         for r0 in range(0, M, plan.rows):
             r1 = min(M, r0 + plan.rows)
             _C.base_product(
-                kind == "few", a.data_ptr() + r0 * a.stride(0) * size, *a.stride(),
+                kind, a.data_ptr() + r0 * a.stride(0) * size, *a.stride(),
                 b.data_ptr() + c0 * b.stride(1) * size, b.stride(1), b.stride(0), code, scale,
                 panel.data_ptr(), ld, r1 - r0, c1 - c0, C, plan.block_rows, plan.block_cols,
                 buffer.data_ptr() + 4 * plan.panel, plan.scratch, threads,

@@ -284,6 +284,10 @@ def test_choice_follows_features_and_settings():
     assert choice(bf16, 4, {"x86"}, invariant=True) == "panels"
     assert choice(bf16, 512, {"x86"}, setting="vendor") == "vendor"
     assert choice(bf16, 512, {"x86", "amx_bf16"}, setting="panels") == "panels"
+    # Our kernel on AVX512-BF16: for large layers, and wherever ours is asked for.
+    pairs = {"x86", "avx512_bf16", "bf16_kernel"}
+    assert choice(bf16, 512, pairs) == "bf16" and choice(bf16, 256, pairs) == "vendor"
+    assert choice(bf16, 512, pairs | {"intel"}) == "vendor" and choice(bf16, 512, pairs, invariant=True) == "bf16"
     # Not measured: torch's.
     assert choice(bf16, 4, set(), isa="plain") == "vendor"
 
@@ -301,13 +305,13 @@ def test_features_honour_the_instruction_set_setting(monkeypatch):
 
 def test_native_entry_refuses_bad_arguments():
     good = dict(
-        few=False, a=8, a_row=4, a_col=1, w=8, w_out=4, w_in=1, dtype=0, scale=0, out=8, ld=3, rows=2, cols=3, inner=4,
+        kind="panels", a=8, a_row=4, a_col=1, w=8, w_out=4, w_in=1, dtype=0, scale=0, out=8, ld=3, rows=2, cols=3, inner=4,
         block_rows=2, block_cols=32, scratch=8, scratch_floats=1 << 20, threads=1,
     )  # fmt: skip
     bad = (
         dict(a=0), dict(w=0), dict(out=0), dict(ld=2), dict(rows=-1), dict(dtype=3), dict(scratch=0), dict(inner=0),
-        dict(scratch_floats=100), dict(threads=0), dict(block_rows=0), dict(few=True, rows=65),
-        dict(few=True, w_out=4, w_in=2),
+        dict(scratch_floats=100), dict(threads=0), dict(block_rows=0), dict(kind="few", rows=65),
+        dict(kind="few", w_out=4, w_in=2), dict(kind="bf16", dtype=0), dict(kind="bf16", dtype=1, scale=8), dict(kind=""),
     )  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError):

@@ -125,6 +125,10 @@ constexpr int64_t kBaseFewRows = 64;
 }
 // Any size.
 void base_gemm(const BaseArgs& args);
+// bf16 without a scale, on CPUs with AVX512-BF16 only: base_gemm_bf16_usable says whether this one and this
+// build have it, at the level in use.
+bool base_gemm_bf16_usable();
+void base_gemm_bf16(const BaseArgs& args);
 // rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
 void base_few(const BaseArgs& args);
 // --- end of base product ---
