@@ -206,15 +206,17 @@ cpu::MultiBatch multi_batch(std::vector<uintptr_t> weights, int dtype, uintptr_t
 
 void multi_reduce(const cpu::MultiBatch& batch, bool side_b, uintptr_t in, int dtype, int64_t row,
                   int64_t col, int64_t C, uintptr_t dot, uintptr_t v, const std::vector<uintptr_t>& grads,
-                  int threads) {
+                  uintptr_t colsum, int threads) {
   check_block("in", in, batch.M, C);
   require(grads.empty() || grads.size() == batch.weights.size(), "grads: one address per tensor of weights");
+  require(colsum == 0 || (dot != 0 || batch.M * batch.max_rank == 0), "colsum goes with dot");
   if (!grads.empty()) check_block("v", v, batch.M, batch.max_rank);
   cpu::MultiReduceArgs args{};
   args.side = side_b ? cpu::Side::B : cpu::Side::A;
   args.in = {pointer<void>(in), check_dtype(dtype), row, col};
   args.C = C, args.dot = pointer<float>(dot), args.v = pointer<float>(v), args.ld = batch.max_rank;
-  args.grads = grads.empty() ? nullptr : &grads, args.threads = check_threads(threads);
+  args.grads = grads.empty() ? nullptr : &grads, args.colsum = pointer<float>(colsum);
+  args.threads = check_threads(threads);
   cpu::multi_reduce(batch, args);
 }
 
@@ -301,7 +303,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_route", &multi_route, nogil, "ids"_a, "wide"_a, "M"_a, "table"_a, "slots"_a, "mask"_a,
         "order"_a, "starts"_a);
   m.def("multi_reduce", &multi_reduce, nogil, "batch"_a, "side_b"_a, "in"_a, "dtype"_a, "row"_a, "col"_a,
-        "C"_a, "dot"_a, "v"_a, "grads"_a, "threads"_a);
+        "C"_a, "dot"_a, "v"_a, "grads"_a, "colsum"_a, "threads"_a);
   m.def("multi_expand", &multi_expand, nogil, "batch"_a, "side_b"_a, "out"_a, "dtype"_a, "ldo"_a, "src"_a,
         "src_dtype"_a, "lds"_a, "row0"_a, "rows"_a, "col0"_a, "cols"_a, "v"_a, "bias"_a, "threads"_a);
   // --- end of many adapters ---

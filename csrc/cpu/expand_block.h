@@ -45,8 +45,10 @@ static void finish_row_base(const TS* src, const float* base_scale, const float*
   }
 }
 
-template <class TO, class TS>
-static void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_t c0, int64_t cols) {
+// p: a.p, or the same in half precision.
+template <class TO, class TS, class TP>
+static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64_t i1, int64_t c0,
+                         int64_t cols) {
   // Few enough columns for delta to be read back before it has left the store queue's reach.
   constexpr int64_t kStep = kCombineVectors * W, kBitsRow = round_up(keep_bits_room(kTileCols), 64);
   alignas(64) float delta[kCombineRows * kStep];
@@ -65,7 +67,7 @@ static void expand_block(const LoraExpandArgs& a, int64_t i0, int64_t i1, int64_
     for (int64_t c = 0; c < cols; c += kStep) {
       const int64_t n = min64(kStep, cols - c), column = c0 + c;
       if (a.R > 0) {
-        combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, a.p + column, a.ldp, round_up(n, W), delta,
+        combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, p + column, a.ldp, round_up(n, W), delta,
                 kStep);
       }
       const float* base_scale = a.base_scale != nullptr ? a.base_scale + column : nullptr;

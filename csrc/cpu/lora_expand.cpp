@@ -18,7 +18,7 @@ void expand(const LoraExpandArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads)
   for (int64_t t = 0; t < blocks * panels; ++t) {
     const int64_t i0 = t / panels * kRowBlock, c0 = t % panels * kTileCols;
-    expand_block<TO, TS>(a, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
+    expand_block<TO, TS>(a, a.p, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
   }
 }
 

@@ -13,15 +13,6 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-// colsum is the sum over a tile's rows, added to `sums`.
-void add_columns(const float* tile, int64_t rows, int64_t n, float* sums) {
-  for (int64_t c = 0; c < n; c += W) {
-    vf acc = zero();
-    for (int64_t i = 0; i < rows; ++i) acc += load(tile + i * kTileLd + c);
-    store(sums + c, load(sums + c) + acc);
-  }
-}
-
 void scale_rows(float* out, int64_t ld, int64_t rows, int64_t cols, float alpha) {
   if (alpha == 1.0f) return;
   for (int64_t i = 0; i < rows; ++i) {

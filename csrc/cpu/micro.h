@@ -1,5 +1,5 @@
-// Register-blocked fp32 kernels of the low-rank branch. All operands are fp32, columns padded to a multiple
-// of kPad.
+// Register-blocked fp32 kernels of the low-rank branch. Operands are fp32, columns padded to a multiple of
+// kPad; p may also be in half precision, widened as it is read: worth it where few rows share it.
 //
 //   dot      out[m, r] += sum_c x[m, c] * p[r, c]     lanes over c, reduced once per call in a fixed order
 //   combine  out[m, c]  = sum_r v[m, r] * p[r, c]     lanes over c
@@ -14,6 +14,8 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 constexpr int64_t kPad = 16;
+// combine: chains of at most this many products, then a sum of chains.
+constexpr int64_t kCombineChain = 64;
 
 // Block shapes: as many accumulators as the register file holds.
 #if defined(__AVX512F__)
@@ -55,8 +57,8 @@ PEFTKERN_INLINE void add_lane_sums(vf a, vf b, vf c, vf d, int n, float* out) {
   for (int k = 0; k < n; ++k) out[k] += sums[k];
 }
 
-template <int ROWS, int RANKS>
-static void dot_block(const float* x, int64_t ldx, const float* p, int64_t ldp, int64_t n, float* out,
+template <int ROWS, int RANKS, class T>
+static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, float* out,
                       int64_t ldo, int rows) {
   vf acc[ROWS][RANKS];
 #pragma GCC unroll 8
@@ -85,9 +87,9 @@ static void dot_block(const float* x, int64_t ldx, const float* p, int64_t ldp, 
   }
 }
 
-template <int ROWS>
-static void dot_ranks(const float* x, int64_t ldx, const float* p, int64_t ldp, int64_t n, int64_t R,
-                      float* out, int64_t ldo, int rows) {
+template <int ROWS, class T>
+static void dot_ranks(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, int64_t R, float* out,
+                      int64_t ldo, int rows) {
   static_assert(kDotRanks == 4);
   int64_t r = 0;
   for (; r + 4 <= R; r += 4) dot_block<ROWS, 4>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows);
@@ -102,7 +104,8 @@ static void dot_ranks(const float* x, int64_t ldx, const float* p, int64_t ldp, 
 }
 
 // x: at least kDotRows rows may be read from every block's first row (scratch); only `rows` of them count.
-static void dot(const float* x, int64_t ldx, int64_t rows, const float* p, int64_t ldp, int64_t n, int64_t R,
+template <class T>
+static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n, int64_t R,
                 float* out, int64_t ldo) {
   for (int64_t m = 0; m < rows; m += kDotRows) {
     const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
@@ -116,13 +119,11 @@ static void dot(const float* x, int64_t ldx, int64_t rows, const float* p, int64
   }
 }
 
-template <int ROWS, int VECTORS>
-static void combine_block(const float* v, int64_t ldv, int64_t R, const float* p, int64_t ldp, float* out,
+template <int ROWS, int VECTORS, class T>
+static void combine_block(const float* v, int64_t ldv, int64_t R, const T* p, int64_t ldp, float* out,
                           int64_t ldo) {
-  // Chains of at most 64 products, then a sum of chains.
-  constexpr int64_t kChain = 64;
-  for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += kChain) {
-    const int64_t r1 = R - r0 < kChain ? R : r0 + kChain;
+  for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += kCombineChain) {
+    const int64_t r1 = R - r0 < kCombineChain ? R : r0 + kCombineChain;
     vf acc[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
@@ -151,8 +152,8 @@ static void combine_block(const float* v, int64_t ldv, int64_t R, const float* p
   }
 }
 
-template <int ROWS>
-static void combine_rows(const float* v, int64_t ldv, int64_t R, const float* p, int64_t ldp, int64_t n,
+template <int ROWS, class T>
+static void combine_rows(const float* v, int64_t ldv, int64_t R, const T* p, int64_t ldp, int64_t n,
                          float* out, int64_t ldo) {
   constexpr int64_t kStep = kCombineVectors * W;
   int64_t c = 0;
@@ -162,8 +163,9 @@ static void combine_rows(const float* v, int64_t ldv, int64_t R, const float* p,
 }
 
 // v (kCombineRows x R) and out (kCombineRows x n) are scratch: rows past `rows` may be computed.
-static void combine(const float* v, int64_t ldv, int64_t rows, int64_t R, const float* p, int64_t ldp,
-                    int64_t n, float* out, int64_t ldo) {
+template <class T>
+static void combine(const float* v, int64_t ldv, int64_t rows, int64_t R, const T* p, int64_t ldp, int64_t n,
+                    float* out, int64_t ldo) {
   if (rows == 1) {
     combine_rows<1>(v, ldv, R, p, ldp, n, out, ldo);
   } else if (rows == 2) {

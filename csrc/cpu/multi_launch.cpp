@@ -43,10 +43,13 @@ int64_t largest_rank(const MultiBatch& batch) {
 // The units of a reduction, run whenever their partial sums fill the scratch.
 class Reduction {
  public:
-  Reduction(const MultiBatch& batch, const MultiReduceArgs& args) : batch_(batch), args_(args) {
+  Reduction(const MultiBatch& batch, const MultiReduceArgs& args)
+      : batch_(batch), args_(args), Cpad_(padded(args.C)) {
     task_.in = args.in, task_.C = args.C, task_.dot = args.dot, task_.v = args.v, task_.ld = args.ld;
+    task_.colsum = args.colsum;
     task_.threads = args.threads;
-    task_.scratch_floats = round_up(largest_rank(batch) * kReduceFloatsPerRank, 16);
+    task_.scratch_floats = largest_rank(batch) * kReduceFloatsPerRank + kFewRows * few_row(args.C);
+    task_.scratch_floats = round_up(task_.scratch_floats, 16);
     scratch_ = allocate(task_.scratch_floats * args.threads);
     task_.scratch = scratch_.get();
     segments_.reserve(batch.groups.size());
@@ -54,14 +57,15 @@ class Reduction {
   }
 
   void run() {
+    std::fill_n(args_.colsum, args_.colsum != nullptr ? args_.C : 0, 0.0f);
     for (const MultiSegment& s : segments_) {
-      const bool outer = s.grad.data != nullptr, fused = s.R * padded(args_.C) <= kFusedFloats;
-      if (args_.dot != nullptr && outer && fused) {
-        parts(s);
+      const bool outer = s.grad.data != nullptr, fused = s.R * Cpad_ <= kFusedFloats;
+      if (args_.dot != nullptr && fused && (outer || args_.colsum != nullptr)) {
+        parts(s, outer);
         continue;
       }
       if (args_.dot != nullptr) dots(s);
-      if (outer) columns(s);
+      if (outer || args_.colsum != nullptr) columns(s, outer);
     }
     flush();
   }
@@ -70,7 +74,7 @@ class Reduction {
   MultiSegment segment(const MultiGroup& g) const {
     MultiSegment s = segment_of(batch_, g, args_.side);
     const int side = static_cast<int>(args_.side);
-    const int64_t floats = s.R * padded(args_.C);
+    const int64_t floats = s.R * Cpad_;
     s.part_rows = round_up(divide_up(s.count, part_count(s.count, kPartRows, floats)), kTileRowsMultiple);
     if (args_.grads != nullptr && floats > 0) {
       const uintptr_t address = (*args_.grads)[g.tensor[side]];
@@ -83,18 +87,19 @@ class Reduction {
   }
 
   // Dots and sums in one pass, part by part.
-  void parts(const MultiSegment& s) {
-    const int64_t count = divide_up(s.count, s.part_rows), floats = s.R * padded(args_.C);
-    if (count > 1 && sums_ + count * floats > kMaxScratchFloats) flush();
+  void parts(const MultiSegment& s, bool outer) {
+    const int64_t count = divide_up(s.count, s.part_rows), floats = s.R * Cpad_;
+    const bool several = outer && count > 1;
+    reserve(several ? count * floats : 0, count);
     for (int64_t i = 0; i < s.count; i += s.part_rows) {
-      add({&s, i, std::min(s.count, i + s.part_rows), 0, args_.C, 0, s.R, true, true, nullptr},
-          count > 1 ? sums_ + i / s.part_rows * floats : -1);
+      const int64_t sums = several ? sums_ + i / s.part_rows * floats : -1;
+      units_.push_back(
+          {&s, i, std::min(s.count, i + s.part_rows), 0, args_.C, 0, s.R, true, outer, sums, colsum(1)});
     }
-    if (count == 1) return;
+    if (!several) return;
     const int64_t step = round_up(divide_up(args_.C, args_.threads), kMultiTileCols);
     for (int64_t c = 0; c < args_.C; c += step) {
-      finish_.push_back({&s, 0, count, c, std::min(args_.C, c + step), 0, s.R, false, true, nullptr});
-      finish_offsets_.push_back(sums_);
+      finish_.push_back({&s, 0, count, c, std::min(args_.C, c + step), 0, s.R, false, true, sums_});
     }
     sums_ += count * floats;
   }
@@ -107,56 +112,56 @@ class Reduction {
     for (int64_t i = 0; i < s.count; i += rows) {
       // Without a rank there is still a row to be zeroed.
       for (int64_t r = 0; r == 0 || r < s.R; r += ranks) {
-        add({&s, i, std::min(s.count, i + rows), 0, args_.C, r, std::min(s.R, r + ranks), true, false,
-             nullptr});
+        units_.push_back({&s, i, std::min(s.count, i + rows), 0, args_.C, r, std::min(s.R, r + ranks), true});
       }
     }
   }
 
   // Sums alone: every thread takes some of the columns, for all rows.
-  void columns(const MultiSegment& s) {
+  void columns(const MultiSegment& s, bool outer) {
     const int64_t tiles = divide_up(args_.C, kMultiTileCols);
     const int64_t all = tiles * static_cast<int64_t>(segments_.size());
     const int64_t step = std::clamp<int64_t>(all / (8 * args_.threads), 1, tiles) * kMultiTileCols;
+    const int64_t count = divide_up(s.count, s.part_rows);
+    reserve(0, count);
+    const int64_t row = colsum(count);
     for (int64_t c = 0; c < args_.C; c += step) {
-      add({&s, 0, s.count, c, std::min(args_.C, c + step), 0, s.R, false, true, nullptr});
+      units_.push_back({&s, 0, s.count, c, std::min(args_.C, c + step), 0, s.R, false, outer, -1, row});
     }
   }
 
-  void add(const MultiUnit& unit, int64_t sums = -1) {
-    units_.push_back(unit);
-    offsets_.push_back(sums);
+  // Runs what is there if the scratch cannot also take this. When that is depends on sizes alone.
+  void reserve(int64_t sums, int64_t colsums) {
+    if (args_.colsum != nullptr) sums += colsums * Cpad_;
+    if (sums_ + colsums_ * Cpad_ + sums > kMaxScratchFloats) flush();
+  }
+
+  // The first of `count` new rows.
+  int64_t colsum(int64_t count) {
+    if (args_.colsum == nullptr) return -1;
+    return (colsums_ += count) - count;
   }
 
   void flush() {
-    if (sums_ > 0) {
-      const auto sums = allocate(sums_);
-      for (size_t i = 0; i < units_.size(); ++i) {
-        if (offsets_[i] >= 0) units_[i].sums = sums.get() + offsets_[i];
-      }
-      for (size_t i = 0; i < finish_.size(); ++i) finish_[i].sums = sums.get() + finish_offsets_[i];
-      run_units();
-    } else if (!units_.empty()) {
-      run_units();
+    if (!units_.empty()) {
+      const auto room = allocate(sums_ + colsums_ * Cpad_);
+      task_.sums = room.get(), task_.colsums = room.get() + sums_, task_.colsum_count = colsums_;
+      task_.units = units_.data(), task_.count = static_cast<int64_t>(units_.size());
+      task_.finish = finish_.data(), task_.finish_count = static_cast<int64_t>(finish_.size());
+      multi_reduce_run(task_);
     }
-    units_.clear(), offsets_.clear(), finish_.clear(), finish_offsets_.clear();
-    sums_ = 0;
-  }
-
-  void run_units() {
-    task_.units = units_.data(), task_.count = static_cast<int64_t>(units_.size());
-    task_.finish = finish_.data(), task_.finish_count = static_cast<int64_t>(finish_.size());
-    multi_reduce_run(task_);
+    units_.clear(), finish_.clear();
+    sums_ = colsums_ = 0;
   }
 
   const MultiBatch& batch_;
   const MultiReduceArgs& args_;
+  const int64_t Cpad_;
   MultiReduceTask task_{};
   std::unique_ptr<float, Free> scratch_;
   std::vector<MultiSegment> segments_;
   std::vector<MultiUnit> units_, finish_;
-  std::vector<int64_t> offsets_, finish_offsets_;  // where a unit's sums lie, or -1
-  int64_t sums_ = 0;
+  int64_t sums_ = 0, colsums_ = 0;  // floats and rows in use
 };
 
 }  // namespace
@@ -189,8 +194,8 @@ void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
   for (const MultiSegment& s : segments) {
     for (int64_t i = 0; i < s.count; i += kExpandRows) {
       for (int64_t c = 0; c < args.cols; c += step) {
-        units.push_back({&s, i, std::min(s.count, i + kExpandRows), c, std::min(args.cols, c + step), 0, s.R,
-                         false, false, nullptr});
+        units.push_back(
+            {&s, i, std::min(s.count, i + kExpandRows), c, std::min(args.cols, c + step), 0, s.R});
       }
     }
   }

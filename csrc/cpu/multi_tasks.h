@@ -9,6 +9,12 @@ namespace peftkern::cpu {
 constexpr int64_t kMultiTileCols = 256, kReduceFloatsPerRank = 848, kExpandFloatsPerRank = 464;
 // Rows of a unit of expand, at most.
 constexpr int64_t kExpandRows = 192;
+// Rows of a unit of few rows, at most, and how many floats one takes as fp32. (static: files compiled per
+// level share no inline code.)
+constexpr int64_t kFewRows = 6;
+[[maybe_unused]] static constexpr int64_t few_row(int64_t C) {
+  return (C + 15) / 16 * 16 + 16;
+}
 
 // One adapter's rows, seen from one side (peftkern/multi.h).
 struct MultiSegment {
@@ -26,8 +32,9 @@ struct MultiSegment {
 struct MultiUnit {
   const MultiSegment* segment;
   int64_t i0, i1, c0, c1, r0, r1;
-  bool dot, outer;
-  float* sums;  // outer: where the sums over these rows are kept, or null: they are all there is
+  bool dot = false, outer = false;
+  int64_t sums = -1;    // outer: where in `sums` those over these rows are kept; -1: they are all there is
+  int64_t colsum = -1;  // which row of `colsums` takes the sum of the first part's rows of `in`; -1: none
 };
 
 struct MultiReduceTask {
@@ -35,6 +42,10 @@ struct MultiReduceTask {
   int64_t count;
   const MultiUnit* finish;  // gradients that are sums of units' sums: (i1 - i0) of them, from `sums` on
   int64_t finish_count;
+  float* sums;
+  float* colsums;  // rows of C columns, padded
+  int64_t colsum_count;
+  float* colsum;  // (C) or null; the rows of colsums are added to it
   ConstMatrix in;
   int64_t C;
   float* dot;

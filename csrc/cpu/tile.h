@@ -87,4 +87,13 @@ static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t 
   }
 }
 
+// sums[c] += the sum over a tile's rows.
+static void add_columns(const float* tile, int64_t rows, int64_t n, float* sums) {
+  for (int64_t c = 0; c < n; c += W) {
+    vf acc = zero();
+    for (int64_t i = 0; i < rows; ++i) acc += load(tile + i * kTileLd + c);
+    store(sums + c, load(sums + c) + acc);
+  }
+}
+
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

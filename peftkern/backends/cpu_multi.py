@@ -49,13 +49,17 @@ class _Batch:
             0 if dropout_p is None else int(seed.item()) & (2**64 - 1),
         )  # fmt: skip
 
-    def reduce(self, side_b: bool, t: Tensor, *, dot: Tensor | None = None, v: Tensor | None = None, grads=()) -> None:
+    def reduce(
+        self, side_b: bool, t: Tensor, *, dot: Tensor | None = None, v: Tensor | None = None, grads=(),
+        colsum: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """One pass over t (M, C): ``dot`` (M, max_rank) gets each row's products with its adapter's panel; ``grads``
-        (addresses per tensor of weights, 0 for none) the sums of ``v^T t`` over each adapter's rows."""
+        (addresses per tensor of weights, 0 for none) the sums of ``v^T t`` over each adapter's rows; ``colsum`` (C) the
+        sum of all rows."""
         M, C = t.shape
         _C.multi_reduce(
             self.native, side_b, t.data_ptr(), CODES[t.dtype], *t.stride(), C, pointer(dot), pointer(v), grads,
-            threads(M * C * max(self.max_rank, 1)),
+            pointer(colsum), threads(M * C * max(self.max_rank, 1)),
         )  # fmt: skip
 
     def expand(self, side_b: bool, out: Tensor, src: Tensor | None, v: Tensor, row0=0, col0=0, bias=None) -> None:
@@ -116,10 +120,8 @@ def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, star
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
     addresses = [g.data_ptr() if n else 0 for g, n in zip(grads, need, strict=True)] if any(need) else ()
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    batch.reduce(True, dy, dot=du, v=u.contiguous(), grads=addresses)
     dbias = torch.empty(dy.shape[1] if need_bias else 0, dtype=torch.float32)
-    if need_bias:
-        native.reduce(dy, colsum=dbias)
+    batch.reduce(True, dy, dot=du, v=u.contiguous(), grads=addresses, colsum=dbias if need_bias else None)
     if addresses and x is not None:
         batch.reduce(False, x, v=du, grads=addresses)
     return du, dbias, grads

@@ -273,7 +273,9 @@ def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
         return y, u, du, dx
 
     whole = branch(torch.arange(M))
-    subsets = [torch.randperm(M)[: int(n)] for n in torch.randint(1, M + 1, (12,))] + [torch.tensor([7])]
+    subsets = [torch.randperm(M)[: int(n)] for n in torch.randint(1, M + 1, (12,))]
+    for slot in adapters.used:
+        subsets += [(ids == slot).nonzero()[:n, 0] for n in (1, 2, 5)]
     for rows in subsets:
         assert all(torch.equal(got, want[rows]) for got, want in zip(branch(rows), whole))
     torch.set_num_threads(1)
@@ -338,6 +340,15 @@ def test_gradients_do_not_depend_on_threads(level):
     both = [run(n, [True] * 4) for n in (1, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*both))
     assert torch.equal(run(2, [False] * 4)[0], both[0][0])
+    (want, size) = (
+        op.multi_lora_linear_bwd_adapter_ref(
+            f(dy.double()), f(x.double()), f(u.double()), adapters.exact(i > 0), adapters.table,
+            adapters.scaling.double(), *route, None, None, [True] * 4, True,
+        )
+        for i, f in enumerate((lambda t: t, torch.abs))
+    )  # fmt: skip
+    for got, exact, magnitude in zip(both[0], (*want[:2], *want[2]), (*size[:2], *size[2])):
+        close(got, exact, magnitude)
 
 
 def test_no_rows_and_no_adapters(level):

@@ -5,6 +5,7 @@
 //
 //   reduce   dot[i, r] = alpha * sum_c drop(in)[i, c] * p[r, c]      u from x and A, du from dy and B^T
 //            grad[r, c] = alpha * sum_i v[i, r] * drop(in)[i, c]     dA from du and x, dB^T from u and dy
+//            colsum[c]  = sum_i in[i, c], i over all rows
 //   expand   out[i, c] = round(src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c])
 //
 // i runs over the rows that take the adapter. alpha is the adapter's scaling on side B, and 1 / (1 - p) on
@@ -63,6 +64,7 @@ struct MultiReduceArgs {
   const float* v;
   int64_t ld;
   const std::vector<uintptr_t>* grads;
+  float* colsum;  // (C) or null; without dropout
   int threads;
 };
 void multi_reduce(const MultiBatch& batch, const MultiReduceArgs& args);
