@@ -84,7 +84,7 @@ void dots(const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n, int64
   for (int64_t k = 0; k < n; k += kStep) {
     if (ahead != 0)
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; ++j) ask_for<kStep>(w + j * ldw + k + ahead);
+      for (int j = 0; j < COLS; ++j) ask_for<kStep, 3>(w + j * ldw + k + ahead);
 #pragma GCC unroll 4
     for (int part = 0; part < kStep; part += kPair)
       dot_pair<T, ROWS, COLS>(acc, a + k + part, lda, w + k + part, ldw);

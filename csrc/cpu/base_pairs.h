@@ -18,11 +18,11 @@ typedef uint32_t vu_any __attribute__((vector_size(4 * W), aligned(2), may_alias
 template <class T>
 constexpr int kLineOrPair = 64 / sizeof(T) < kPair ? kPair : 64 / sizeof(T);
 
-// Starts to load N elements into L1.
-template <int N, class T>
+// Starts to load N elements into a level of cache (3: L1, 2: L2).
+template <int N, int LEVEL, class T>
 PEFTKERN_INLINE void ask_for(const T* p) {
 #pragma GCC unroll 4
-  for (int i = 0; i < N; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, 3);
+  for (int i = 0; i < N; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, LEVEL);
 }
 
 // The first vector of a pair.

@@ -52,7 +52,7 @@ void add_strip(int64_t rows, const float* a, int64_t lda, const T* w, int64_t ld
     for (int part = 0; part < kLine; part += kPair)
       add_rows<T, STEPS>(rows, a, lda, w + c + part, ldw, sums + c + part, ld);
 #pragma GCC unroll 8
-    for (int s = 0; s < STEPS; ++s) ask_for<kLine>(w + (STEPS + s) * ldw + c);
+    for (int s = 0; s < STEPS; ++s) ask_for<kLine, 3>(w + (STEPS + s) * ldw + c);
   }
   for (; c < cols; c += kPair)
     for (int s = 0; s < STEPS; ++s) {
