@@ -2,8 +2,9 @@
 // operands, tiles in registers. What a packed element is, and how a tile is computed, is the Format's.
 //
 // A Format has 4-byte packed elements `Element` that stand for kTerms terms of the inner dimension each;
-// kTileRows x kTileCols of the output per tile; kRow elements of room for a packed row of a; pack_row and
-// pack_tile as in base_pack.h; and tiles[r - 1], which computes a tile of r rows.
+// kTileRows x kTileCols of the output per tile; kRowsInL2, how many packed rows of a leave room there; kRow
+// elements of room for a packed row of a; pack_row and pack_tile as in base_pack.h; and tiles[r - 1], which
+// computes a tile of r rows.
 #pragma once
 
 #include "cpu/base_pack.h"
@@ -43,26 +44,30 @@ static void block(const BaseArgs& g, int64_t row0, int64_t rows, int64_t col0, i
   Element* packed_b = packed_a + rows * F::kRow;
   float* out = g.out + row0 * g.ld + col0;
   constexpr int64_t kColumn = kBaseBlock / F::kTerms;  // packed elements of a column of B
-  // Rows spread evenly over the tiles; tiles in groups, so that a packed tile of B (L1) meets several of a
-  // (L2).
+  // Rows spread evenly over the tiles. While all rows of a stay in L2, a tile of B is packed (into L1) and
+  // used up at once; otherwise the rows go in groups, so that a packed tile meets several tiles of a.
   const int64_t row_tiles = (rows + F::kTileRows - 1) / F::kTileRows;
   const int64_t tile_rows = (rows + row_tiles - 1) / row_tiles;
-  const int64_t group_rows = 8 * tile_rows;
+  const bool few = rows <= F::kRowsInL2;
+  const int64_t span = few ? kTileCols : cols, group_rows = few ? rows : 8 * tile_rows;
   for (int64_t k0 = 0; k0 < g.inner; k0 += kBaseBlock) {
     const int terms = static_cast<int>(smaller(kBaseBlock, g.inner - k0));
     const int depth = (terms + F::kTerms - 1) / F::kTerms;
     for (int64_t i = 0; i < rows; ++i)
       F::pack_row(a + i * g.a_row + k0 * g.a_col, g.a_col, terms, g.scale ? g.scale + k0 : nullptr,
                   packed_a + i * F::kRow);
-    for (int64_t j = 0; j < cols; j += kTileCols)
-      F::pack_tile(w + j * g.w_out + k0 * g.w_in, g.w_out, g.w_in,
-                   static_cast<int>(smaller(kTileCols, cols - j)), terms, packed_b + j * kColumn);
-    for (int64_t group = 0; group < rows; group += group_rows)
-      for (int64_t j = 0; j < cols; j += kTileCols)
-        for (int64_t i = group; i < smaller(rows, group + group_rows); i += tile_rows)
-          compute<F>(static_cast<int>(smaller(tile_rows, rows - i)),
-                     static_cast<int>(smaller(kTileCols, cols - j)), depth, packed_a + i * F::kRow,
-                     packed_b + j * kColumn, out + i * g.ld + j, g.ld, k0 == 0);
+    for (int64_t j0 = 0; j0 < cols; j0 += span) {
+      const int64_t j1 = smaller(cols, j0 + span);
+      for (int64_t j = j0; j < j1; j += kTileCols)
+        F::pack_tile(w + j * g.w_out + k0 * g.w_in, g.w_out, g.w_in,
+                     static_cast<int>(smaller(kTileCols, cols - j)), terms, packed_b + (j - j0) * kColumn);
+      for (int64_t group = 0; group < rows; group += group_rows)
+        for (int64_t j = j0; j < j1; j += kTileCols)
+          for (int64_t i = group; i < smaller(rows, group + group_rows); i += tile_rows)
+            compute<F>(static_cast<int>(smaller(tile_rows, rows - i)),
+                       static_cast<int>(smaller(kTileCols, cols - j)), depth, packed_a + i * F::kRow,
+                       packed_b + (j - j0) * kColumn, out + i * g.ld + j, g.ld, k0 == 0);
+    }
   }
 }
 

@@ -46,6 +46,12 @@ void tile(int depth, const float* a, const float* b, float* out, int64_t ld, boo
 struct Fp32 {
   using Element = float;
   static constexpr int kTerms = 1, kRow = kBaseRow;
+  // Of 1 MB and 256 KB.
+#if defined(__AVX512F__)
+  static constexpr int64_t kRowsInL2 = 512;
+#else
+  static constexpr int64_t kRowsInL2 = 160;
+#endif
   // 14 x 2 accumulators fill the 32 registers of AVX-512, 6 x 2 the 16 of the other levels.
 #if defined(__AVX512F__)
   static constexpr int kTileRows = 14;

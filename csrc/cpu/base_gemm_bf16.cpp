@@ -58,6 +58,7 @@ PEFTKERN_INLINE __m512i load_bf16(const bf16* p, int n) {
 
 struct Pairs {
   using Element = uint32_t;
+  static constexpr int64_t kRowsInL2 = 1024;
   static constexpr int kTerms = 2, kRow = kPairRow, kTileRows = 14;
   static constexpr TileFunction<uint32_t> tiles[] = {tile<1>,  tile<2>,  tile<3>,  tile<4>, tile<5>,
                                                      tile<6>,  tile<7>,  tile<8>,  tile<9>, tile<10>,

@@ -97,7 +97,9 @@ def few_rows(dtype: torch.dtype, transpose: bool, on: Cpu) -> int:
     if "x86" not in on.features or on.isa == "plain":
         return 0 if dtype == torch.float32 or "x86" not in on.features else 8
     if vendor_is_fast(dtype, on):
-        return 4 if dtype != torch.float32 else 16
+        # Zen 5, 4096 x 4096 in bf16: forward 1.25 ms against torch's 1.30 at 8 rows, 1.9 against 1.6 at 16; input
+        # gradient 3.2 against 3.9 at 32.
+        return 16 if dtype == torch.float32 else 8 if transpose else 32
     return 32
 
 

@@ -177,6 +177,29 @@ def test_non_finite_values_stay_where_they_belong(level, monkeypatch):
                 assert torch.equal(dirty[rest], clean[rest])
 
 
+@pytest.mark.parametrize("transpose", (True, False), ids=("forward", "dx"))
+def test_few_rows_have_their_bits_in_any_batch(transpose, level, monkeypatch):
+    """Every number of rows up to 20 (all sizes of tiles), over several blocks and chains of the inner dimension."""
+    force(monkeypatch, "few")
+    for dtype in DTYPES:
+        a, w = operands(64, 2500 if transpose else 70, 70 if transpose else 2500, dtype, transpose)
+        whole = product(a, w, transpose)
+        assert_accurate(whole, a, w, transpose)
+        for M in range(1, 20):
+            assert torch.equal(product(a[-M:], w, transpose), whole[-M:])
+
+
+@pytest.mark.parametrize("C", (15, 16, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 1055, 2047, 2049, 3105))
+def test_few_rows_of_any_length(C, level, monkeypatch):
+    """Lengths on both sides of a vector, a pair, a cache line, a chain, a block; columns on both sides of a group."""
+    force(monkeypatch, "few")
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            for D in (1, 3, 12, 49, 65):
+                a, w = operands(3, C if transpose else D, D if transpose else C, dtype, transpose)
+                assert_accurate(product(a, w, transpose), a, w, transpose)
+
+
 @pytest.mark.parametrize("kind", ("panels", "few"))
 def test_threads_do_not_change_bits(kind, level, monkeypatch):
     force(monkeypatch, kind)
