@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine
+from . import machine, populations
 from .case import DTYPES, Bench
 from .registry import OPS
 from .result import write
@@ -23,6 +23,10 @@ LIMITS = {"quick": 2.0, "full": 4.0}
 EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
 training step, fwd_bwd the whole step (gradients of x and the adapters). Provider names: {providers}.
 """
+# Arguments of some ops' cases: option, name of the list.
+OPTIONS = {
+    "--adapters": "counts", "--mix": "mixes", "--base-share": "base_shares", "--ranks": "rank_kinds",
+}  # fmt: skip
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -39,13 +43,24 @@ def parser() -> argparse.ArgumentParser:
         prog="peftkern bench", description=__doc__.strip(), epilog=EPILOG.format(providers=", ".join(names))
     )
     p.add_argument("--op", choices=sorted(OPS), default="lora_linear")
-    p.add_argument("--preset", choices=("quick", "full"), default="quick", help="quick: a minute; full: 15 minutes")
+    p.add_argument(
+        "--preset", choices=("quick", "full"), default="quick", help="quick: a minute; full: 10 to 15 minutes"
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees one")
     p.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="dtypes of x and weight")
     p.add_argument("--shape", nargs="+", type=_shape, metavar="M,K,N", help="rows, in_features, out_features")
     p.add_argument("--rank", nargs="+", type=int, metavar="R")
     p.add_argument("--dropout", nargs="+", type=float, metavar="P")
     p.add_argument("--adapter-dtype", nargs="+", choices=("same", *sorted(DTYPES)))
+    many = p.add_argument_group("ops with many adapters")
+    many.add_argument("--adapters", nargs="+", type=int, dest="counts", metavar="N", help="how many in a batch")
+    many.add_argument("--mix", nargs="+", choices=populations.MIXES, dest="mixes", help="how rows choose them")
+    many.add_argument(
+        "--base-share", nargs="+", type=float, dest="base_shares", metavar="P", help="of rows that take no adapter"
+    )
+    many.add_argument(
+        "--ranks", nargs="+", choices=populations.RANKS, dest="rank_kinds", help="all alike, or parts of R"
+    )
     p.add_argument("--provider", nargs="+", choices=names, help="only these, for every case, beside the frozen linear")
     p.add_argument("--seconds", type=float, help="time per shape, dtype and rank, all providers together")
     p.add_argument("--repeats", type=int, default=5, help="at least so many rounds, whatever they take (default 5)")
@@ -78,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return rerun(args.rerun, console, repeats=max(args.repeats, 7))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     bench = OPS[args.op]
+    extra = _extra(args, bench)
     cases = bench.cases(
         args.preset, device, dtypes=args.dtype, shapes=args.shape, ranks=args.rank, dropouts=args.dropout,
-        adapters=args.adapter_dtype,
+        adapters=args.adapter_dtype, **extra,
     )  # fmt: skip
     if not cases:
         console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
@@ -103,15 +119,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(args.json, result)
     from .table import tables
 
-    for table in tables(result["rows"], bench):
+    for table in (bench.tables or tables)(result["rows"], bench):
         console.print(table)
     console.print(f"{len(result['rows'])} rows in {result['header']['seconds']:.0f} s")
     if args.plot:
         from .plots import plot
 
-        for file in plot(result, bench, args.plot):
+        for file in (bench.plot or plot)(result, bench, args.plot):
             console.print(f"wrote {file}")
     return failures(result["rows"], bench, console)
+
+
+def _extra(args, bench: Bench) -> dict:
+    given = {name: getattr(args, name) for name in OPTIONS.values() if getattr(args, name) is not None}
+    for option, name in OPTIONS.items():
+        if name in given and name not in bench.options:
+            parser().error(f"{option} means nothing to {bench.name}")
+    unknown = set(args.provider or ()) - set(bench.providers)
+    if unknown:
+        parser().error(f"{bench.name} has no provider {', '.join(sorted(unknown))}")
+    if any(n < 1 for n in given.get("counts", ())) or any(not 0 <= p <= 1 for p in given.get("base_shares", ())):
+        parser().error("--adapters must be at least 1 and --base-share from 0 to 1")
+    return given
 
 
 def _progress(runner: Runner, cases, console):

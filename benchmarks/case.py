@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 PASSES = ("fwd", "fwd_bwd")
 BASE, FP32_BASE = "base", "base_fp32"
+# Beside these two, what a block is compared with, where a bench has it: peftkern's own base product, and a large copy.
+OWN_BASE, COPY = "base_own", "copy"
+REFERENCES = (BASE, FP32_BASE, OWN_BASE, COPY)
 
 
 def short(dtype: torch.dtype | None) -> str | None:
@@ -27,7 +31,12 @@ DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. M rows, K in_features, N out_features, R rank; ``dropout`` is a probability."""
+    """One problem. M rows, K in_features, N out_features, R rank; ``dropout`` is a probability.
+
+    With many adapters: their number, the ``mix`` that rows take them in and the ``base_share`` that takes none (see
+    populations.py), ``ranks`` (``same`` or ``mixed``, R the largest) and ``phase`` (``decode``: forward in inference
+    mode, ``training``: both passes). Other ops leave them out, and their rows do not have them.
+    """
 
     op: str
     device: str
@@ -38,6 +47,22 @@ class Case:
     N: int
     R: int
     dropout: float
+    adapters: int | None = None
+    mix: str | None = None
+    base_share: float | None = None
+    ranks: str | None = None
+    phase: str | None = None
+
+    @property
+    def many(self) -> dict[str, Any]:
+        """The fields of a problem with many adapters, empty for one with a single adapter."""
+        names = ("adapters", "mix", "base_share", "ranks", "phase")
+        return {} if self.adapters is None else {name: getattr(self, name) for name in names}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is timed."""
+        return PASSES[:1] if self.phase == "decode" else PASSES
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,12 +72,13 @@ class Case:
     @property
     def block(self) -> tuple:
         """Cases with the same block share x, weight and dy, and are timed in one interleaved run."""
-        return self.op, self.device, self.dtype, self.shape, self.R
+        return self.op, self.device, self.dtype, self.shape, self.R, *self.many.values()
 
     def __str__(self) -> str:
         return (
             f"{self.op} {short(self.dtype)} {self.M}x{self.K}x{self.N} R={self.R} "
             f"adapters={short(self.adapter_dtype)} dropout={self.dropout:g}"
+            + (f" {self.adapters} {self.mix} base={self.base_share:g} ranks={self.ranks}" if self.many else "")
         )
 
 
@@ -71,19 +97,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to compute an op. ``missing()`` says why it cannot run here; ``probe_as`` names the provider whose speed
-    at a small shape stands for this one's; ``warm_steps`` full steps run before the first timed one."""
-
-    name: str
-    title: str
-    build: Callable[[Case, Any], Step]
-    missing: Callable[[], str | None] = lambda: None
-    probe_as: str | None = None
-    warm_steps: int = 0
-
-
-@dataclass(frozen=True)
 class Floor:
     """What no implementation can do without: FLOPs and bytes of the base alone and of the branch on top of it."""
 
@@ -94,11 +107,37 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Provider:
+    """One way to compute an op. ``missing()`` says why it cannot run here; ``probe_as`` names the provider whose speed
+    at a small shape stands for this one's; ``warm_steps`` full steps run before the first timed one.
+
+    ``passes``: what it can do at all. ``gated``: ours, timed only if the bench's gate finds it accurate. ``floor``: its
+    own, if it computes something else than the whole op.
+    """
+
+    name: str
+    title: str
+    build: Callable[[Case, Any], Step]
+    missing: Callable[[], str | None] = lambda: None
+    probe_as: str | None = None
+    warm_steps: int = 0
+    passes: tuple[str, ...] = PASSES
+    gated: bool = False
+    floor: Callable[[Case, str], Floor] | None = None
+
+    def timed(self, case: Case) -> tuple[str, ...]:
+        """The passes of ``case`` that this provider has."""
+        return tuple(which for which in case.passes if which in self.passes)
+
+
+@dataclass(frozen=True)
 class Bench:
     """One op: its cases, data, providers, floor and accuracy gate.
 
     ``cases(preset, options)``; ``data(case, copies)`` makes tensors shared by a block; ``plan(case, preset)`` names
     the providers to time; ``floor(case, pass)``; ``gate(case)`` returns a reason if our result is not accurate.
+    ``options`` are the arguments of ``cases`` that not every op has; ``plot(result, bench, folder)`` and
+    ``tables(rows, bench)`` stand for those of plots.py and table.py.
     """
 
     name: str
@@ -109,3 +148,10 @@ class Bench:
     floor: Callable[[Case, str], Floor]
     gate: Callable[[Case], str | None]
     copies: Callable[[Case, int], int] = field(default=lambda case, cache_bytes: 1)
+    options: tuple[str, ...] = ()
+    plot: Callable[[dict, Bench, Path], list[Path]] | None = None
+    tables: Callable[[list[dict], Bench], list] | None = None
+
+    def floor_of(self, name: str, case: Case, which: str) -> Floor:
+        """The floor of a provider."""
+        return (self.providers[name].floor or self.floor)(case, which)

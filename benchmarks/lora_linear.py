@@ -164,7 +164,7 @@ PROVIDERS = {
         Provider("peft", "PEFT", _peft, _no_peft),
         Provider("peft_compile", "PEFT compiled", _peft_compiled, _no_peft, probe_as="peft", warm_steps=2),
         Provider("addmm", "addmm_ function", _addmm),
-        Provider("peftkern", "peftkern", _ours),
+        Provider("peftkern", "peftkern", _ours, gated=True),
     )
 }
 

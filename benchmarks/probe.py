@@ -45,13 +45,13 @@ class Probe:
 
     def predict(self, name: str, case: Case) -> tuple[float, float]:
         """Expected seconds of the forward and of the backward part."""
-        if sum(self._flops(case)) <= sum(self._flops(self._at(case, SHAPES[0]))):
+        if sum(self._flops(name, case)) <= sum(self._flops(name, self._at(case, SHAPES[0]))):
             return 0.0, 0.0  # nothing is hopeless there
         speed = self._speed(name, case)
-        while sum(seconds := self._apply(speed, case)) > self.limit and speed.shape + 1 < len(SHAPES):
+        while sum(seconds := self._apply(name, speed, case)) > self.limit and speed.shape + 1 < len(SHAPES):
             larger = self._at(case, SHAPES[speed.shape + 1])
-            fwd, bwd = self._apply(speed, larger)
-            if sum(self._flops(larger)) > sum(self._flops(case)) or fwd > self.limit:
+            fwd, bwd = self._apply(name, speed, larger)
+            if sum(self._flops(name, larger)) > sum(self._flops(name, case)) or fwd > self.limit:
                 break
             both = fwd + bwd <= self.limit
             if not both and seconds[0] <= self.limit:
@@ -81,7 +81,7 @@ class Probe:
     def _speed(self, name: str, case: Case) -> _Speed:
         if name == FP32_BASE:
             case = dataclasses.replace(case, dtype=torch.float32, adapter_dtype=torch.float32)
-        key = (name, case.device, case.dtype, case.adapter_dtype)
+        key = (name, case.device, case.dtype, case.adapter_dtype, case.phase)
         if key not in self._speeds:
             fixed = self._seconds(name, self._at(case, TINY))
             self._speeds[key] = _Speed(fixed, (math.inf, math.inf))
@@ -90,28 +90,30 @@ class Probe:
 
     def _refine(self, name: str, case: Case, speed: _Speed, backward: bool) -> None:
         # The fixed cost is noisy: at least a tenth of the time is taken to grow with the problem.
-        measured = zip(self._seconds(name, case, backward), speed.fixed, self._flops(case), speed.per_flop)
+        measured = zip(self._seconds(name, case, backward), speed.fixed, self._flops(name, case), speed.per_flop)
         speed.per_flop = tuple(min(best, max(t - fixed, t / 10) / flops) for t, fixed, flops, best in measured)
 
     def _at(self, case: Case, shape: tuple[int, int, int]) -> Case:
         M, K, N = shape
         return dataclasses.replace(case, M=M, K=K, N=N, R=min(case.R, 16))
 
-    def _flops(self, case: Case) -> tuple[float, float]:
-        fwd, both = self.bench.floor(case, "fwd"), self.bench.floor(case, "fwd_bwd")
+    def _flops(self, name: str, case: Case) -> tuple[float, float]:
+        fwd, both = (self.bench.floor_of(name, case, which) for which in ("fwd", "fwd_bwd"))
         forward = fwd.base_flops + fwd.branch_flops
         return forward, both.base_flops + both.branch_flops - forward
 
-    def _apply(self, speed: _Speed, case: Case) -> tuple[float, float]:
-        return tuple(f + p * n for f, p, n in zip(speed.fixed, speed.per_flop, self._flops(case)))
+    def _apply(self, name: str, speed: _Speed, case: Case) -> tuple[float, float]:
+        return tuple(f + p * n for f, p, n in zip(speed.fixed, speed.per_flop, self._flops(name, case)))
 
     def _seconds(self, name: str, case: Case, backward: bool = True) -> tuple[float, float]:
         provider = self.bench.providers[name]
         step = self.bench.providers[provider.probe_as or name].build(case, self.bench.data(case, 1))
+        trains = "fwd_bwd" in provider.timed(case)
+        backward = backward and trains
         timed_step(step, 0, backward)  # whatever is loaded at first use
         # The best of a few: another process may hold the cores for longer than the step takes.
         start, runs = time.perf_counter(), []
         while not runs or (len(runs) < 9 and time.perf_counter() - start < self.limit / 10):
             runs.append(timed_step(step, 0, backward))
         fwd, both = (min(t) for t in zip(*runs))
-        return fwd, max(both - fwd, 0.0) if backward else math.inf
+        return fwd, max(both - fwd, 0.0) if backward or not trains else math.inf

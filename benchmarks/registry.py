@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import lora_linear
+from . import lora_linear, multi_lora_linear
 from .case import Bench
 
 OPS: dict[str, Bench] = {
     "lora_linear": lora_linear.BENCH,
+    "multi_lora_linear": multi_lora_linear.BENCH,
 }

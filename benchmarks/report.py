@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import multi_judge, multi_report
 from .case import BASE, FP32_BASE
 from .judge import Figure, figures, geomean, slow_half
 
@@ -30,6 +31,9 @@ COLUMNS = (
     ("**peftkern**", "peftkern", "fp32"),
 )
 RANKS = (8, 16)
+# Ops whose rows are judged and shown in their own way.
+JUDGES = {"multi_lora_linear": multi_judge.figures}
+TABLES = {"multi_lora_linear": multi_report.markdown}
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
@@ -52,8 +56,9 @@ def _machine(result: dict) -> str:
         f"PEFT {versions['peft']}, {header['date'][:10]}, commit {(header['commit'] or 'unknown')[:10]}",
         "",
     ]
+    table = TABLES.get(header["op"], _table)
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
-        lines += _table([r for r in rows if r["dtype"] == dtype], dtype)
+        lines += table([r for r in rows if r["dtype"] == dtype], dtype)
     return "\n".join(lines)
 
 
@@ -123,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.judge:
-        lines, code = verdict(figures(json.loads(args.judge.read_text())))
+        result = json.loads(args.judge.read_text())
+        lines, code = verdict(JUDGES.get(result["header"]["op"], figures)(result))
         print(lines)
         return code
     old = args.readme.read_text()

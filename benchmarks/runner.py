@@ -1,7 +1,11 @@
 """Runs the cases of a bench block by block and turns the times into rows.
 
-A block is one shape, dtype and rank: the frozen linear and every provider of every case in it take turns in one run.
-``R`` of a frozen linear's row tells which block it was timed in.
+A block is one shape, dtype and rank (and population, where there are many adapters): the frozen linear and every
+provider of every case in it take turns in one run. ``R`` of a frozen linear's row tells which block it was timed in.
+
+With many adapters a block is compared with more (case.py, REFERENCES), where the bench has it: with peftkern's own base
+product, and with a large copy, whose speed in this very run is then the bandwidth of the block's rows. Every provider
+reads another set of adapters in each round, so that none finds in a cache what the one before it has read.
 """
 
 from __future__ import annotations
@@ -15,13 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .case import BASE, FP32_BASE, PASSES, Bench, Case, Provider, short
+from .case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench, Case, Provider, short
 from .floor import bytes_bound_fraction, floor_ratio
 from .memory import peak_bytes, saved_bytes
 from .probe import Probe
 from .timing import Entry, interleave
-
-PEFTKERN = "peftkern"
 
 
 @dataclass
@@ -49,7 +51,7 @@ def blocks(cases: list[Case]) -> list[list[Case]]:
 
 @dataclass
 class _Slot:
-    # One provider of one case, or a frozen linear (case of the block's first, shown without adapter and dropout).
+    # One provider of one case, or a reference (case of the block's first, shown without adapter and dropout).
     provider: Provider
     case: Case
     skipped: dict[str, str]
@@ -58,8 +60,8 @@ class _Slot:
     peak: int | None = None
 
     @property
-    def is_base(self) -> bool:
-        return self.provider.name in (BASE, FP32_BASE)
+    def is_reference(self) -> bool:
+        return self.provider.name in REFERENCES
 
     def median(self, which: str) -> float | None:
         times = self.entry.seconds[which] if self.entry else []
@@ -88,6 +90,8 @@ class Runner:
         for slot in slots:
             self._warm(slot, data)
         running = [slot.entry for slot in slots if slot.entry]
+        for k, entry in enumerate(running if block[0].many else ()):
+            entry.shift = k * copies // len(running)
         if running:
             interleave(
                 running, copies, seconds=s.seconds, min_repeats=s.min_repeats, max_repeats=s.max_repeats, often=(BASE,)
@@ -99,8 +103,8 @@ class Runner:
         for slot in slots:
             for which, took in (slot.entry.stopped if slot.entry else {}).items():
                 slot.skipped[which] = f"hopelessly slow here: one step took {took:.1f} s, limit {s.limit:g} s"
-        reference = {slot.provider.name: slot for slot in slots if slot.is_base}
-        return [self._row(slot, reference, which, copies) for slot in slots for which in PASSES]
+        reference = {slot.provider.name: slot for slot in slots if slot.is_reference}
+        return [self._row(slot, reference, which, copies) for slot in slots for which in slot.provider.timed(slot.case)]
 
     def _slots(self, block: list[Case]) -> list[_Slot]:
         first, asked = block[0], self.settings.providers
@@ -109,9 +113,11 @@ class Runner:
         needed = self._slow(slots[0]) or (first.shape, first.device) not in self._fp32
         if first.dtype != torch.float32 and needed:
             slots.append(self._slot(FP32_BASE, first))
+        planned = self.bench.plan(first, self.settings.preset)
+        slots += [self._slot(name, first) for name in (OWN_BASE, COPY) if name in planned]
         for case in block:
             for name in asked or self.bench.plan(case, self.settings.preset):
-                if name not in (BASE, FP32_BASE):
+                if name not in REFERENCES:
                     slots.append(self._slot(name, case))
         return slots
 
@@ -122,8 +128,8 @@ class Runner:
     def _slot(self, name: str, case: Case) -> _Slot:
         provider = self.bench.providers[name]
         reason = provider.missing()
-        if reason is None and name == PEFTKERN and self.settings.gate:
-            key = (case.dtype, case.adapter_dtype, case.R, case.dropout, case.M > 64)
+        if reason is None and provider.gated and self.settings.gate:
+            key = (case.dtype, case.adapter_dtype, case.R, case.dropout, case.M > 64, *case.many.values())
             if key not in self._gates:
                 self._gates[key] = self._failure(lambda: self.bench.gate(case))
             reason = self._gates[key]
@@ -152,7 +158,7 @@ class Runner:
         provider = slot.provider
         step = provider.build(slot.case, data)
         slot.saved = saved_bytes(step)
-        entry = Entry(provider.name, step, "fwd_bwd" not in slot.skipped)
+        entry = Entry(provider.name, step, "fwd_bwd" in provider.timed(slot.case) and "fwd_bwd" not in slot.skipped)
         cheap = sum(self.probe.predict(provider.name, slot.case)) < 0.2
         for _ in range(provider.warm_steps or int(cheap)):
             entry.warm()
@@ -163,12 +169,14 @@ class Runner:
         case, median = slot.case, slot.median(which)
         base = reference[BASE].median(which)
         fp32 = self._fp32_median(case, reference, which, base)
-        floor, bandwidth = self.bench.floor(case, which), self.settings.bandwidth
+        name, bandwidth = slot.provider.name, self._bandwidth(reference)
+        floor, own = self.bench.floor(case, which), self.bench.floor_of(name, case, which)
         row = dict(
             op=case.op, device=case.device, dtype=short(case.dtype), M=case.M, N=case.N, K=case.K, R=case.R,
-            adapter_dtype=None if slot.is_base else short(case.adapter_dtype),
-            dropout=None if slot.is_base else case.dropout, provider=slot.provider.name,
+            adapter_dtype=None if slot.is_reference else short(case.adapter_dtype),
+            dropout=None if slot.is_reference else case.dropout, provider=name,
         )  # fmt: skip
+        row |= case.many
         row["pass"] = which
         row["median_ms"] = _ms(median)
         times = sorted(slot.entry.seconds[which]) if median is not None else []
@@ -184,17 +192,31 @@ class Runner:
         )
         yardstick = base or fp32
         over = "base" if base else "base_fp32"
-        row["floor_ratio"] = round(floor_ratio(floor, yardstick, bandwidth), 4) if yardstick else None
+        if slot.provider.floor:
+            # The branch alone: its floor is the part above 1.
+            floor = dataclasses.replace(floor, branch_flops=own.branch_flops, branch_bytes=own.branch_bytes)
+        least = floor_ratio(floor, yardstick, bandwidth) - bool(slot.provider.floor) if yardstick else None
+        row["floor_ratio"] = None if least is None else round(least, 4)
         row["floor_over"] = over if yardstick else None
-        if slot.is_base:
-            row["floor_ratio"], floor = 1.0, dataclasses.replace(floor, branch_flops=0.0, branch_bytes=0.0)
-        row["bytes_bound_fraction"] = round(bytes_bound_fraction(floor, median, bandwidth), 4) if median else None
+        if name in (BASE, FP32_BASE, OWN_BASE):
+            row["floor_ratio"], own = 1.0, dataclasses.replace(own, branch_flops=0.0, branch_bytes=0.0)
+        row["bytes_bound_fraction"] = round(bytes_bound_fraction(own, median, bandwidth), 4) if median else None
+        if case.many:
+            own_base = reference[OWN_BASE].median(which) if OWN_BASE in reference else None
+            row["ratio_to_best_base"] = _ratio(median, min(filter(None, (base, own_base)), default=None))
+            row["copy_gb_per_s"] = round(bandwidth / 1e9, 2)
         row["saved_bytes"] = slot.saved if which == "fwd_bwd" else None
         row["peak_bytes"] = slot.peak if which == "fwd_bwd" else None
         row["skipped"] = slot.skipped.get(which)
         if row["ratio_to_base"] is None and row["skipped"] is None:
             row["no_base"] = reference[BASE].skipped.get(which)
         return row
+
+    def _bandwidth(self, reference: dict[str, _Slot]) -> float:
+        median = reference[COPY].median("fwd") if COPY in reference else None
+        if median is None:
+            return self.settings.bandwidth
+        return self.bench.floor_of(COPY, reference[COPY].case, "fwd").branch_bytes / median
 
     def _fp32_median(self, case: Case, reference: dict[str, _Slot], which: str, base: float | None) -> float | None:
         if case.dtype == torch.float32:

@@ -24,12 +24,14 @@ class Entry:
     """A provider at work: its step, whether its backward pass runs, and seconds per round for each pass.
 
     A step over ``limit`` seconds ends that pass: it is not run again, and ``stopped`` holds how long it took.
+    ``shift``: how many copies of the data ahead of the round this one is.
     """
 
     name: str
     step: Step
     backward: bool = True
     limit: float = math.inf
+    shift: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"fwd": [], "fwd_bwd": []})
     stopped: dict[str, float] = field(default_factory=dict)
 
@@ -109,7 +111,8 @@ def interleave(
     with quiet():
         while done < max_repeats and (done < min_repeats or time.perf_counter() - start < seconds):
             for k in range(len(order)):
-                order[(k + done) % len(order)].once(done % copies)
+                entry = order[(k + done) % len(order)]
+                entry.once((done + entry.shift) % copies)
             done += 1
     return done
 

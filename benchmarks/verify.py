@@ -2,10 +2,11 @@
 
 An output or gradient passes if its error is at most 1.5 times that of eager PyTorch on the same problem, or below the
 rounding floor (peftkern/testing/accuracy.py says exactly). ``ratio`` in the table is the error over that bound. Each
-problem has a name, ``DTYPE:SEED`` or ``DTYPE:SEED:large``, and ``--problem NAME`` runs that one again.
+problem has a name (problem_sets.py says which), and ``--problem NAME`` runs that one again.
 
 The ``cpu`` back end runs once with each base product (``--cpu-base``). Triton without a GPU runs in its interpreter,
-on fewer and smaller problems, without bf16, which the interpreter gets wrong by itself.
+on fewer and smaller problems, without bf16, which the interpreter gets wrong by itself. A back end without kernels for
+the op is named and left out.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .case import DTYPES, short
+from .problem_sets import SETS, set_of
 
-# Every LARGE_EVERY-th problem of a dtype has M K N above 2^31.
-LARGE_EVERY = 12
-INTERPRETED = dict(max_M=96, max_KN=160, max_R=40)
+INTERPRETED = SETS["lora_linear"].limits
 INTERPRETED_SHARE = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A back end with its settings. ``interpreted``: Triton on CPU tensors."""
+    """A back end with its settings, and the op it is to run. ``interpreted``: Triton on CPU tensors."""
 
     name: str
     environment: dict[str, str]
     interpreted: bool = False
+    op: str = "lora_linear"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -49,7 +50,8 @@ class Target:
                 os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
     def reason(self) -> str | None:
-        """Why this target can't run here."""
+        """Why this target can't run its op here."""
+        import peftkern  # noqa: F401  (registers the ops)
         from peftkern import dispatch
 
         name = self.environment["PEFTKERN_BACKEND"]
@@ -59,50 +61,43 @@ class Target:
             return "triton was imported without TRITON_INTERPRET=1; set it in the environment"
         with self.active():
             try:
-                return dispatch.load(name).unavailable()
+                back_end = dispatch.load(name)
+                why = back_end.unavailable()
             except ImportError as error:
                 return str(error)
+        missing = [part for part in dispatch.OPS if part.startswith(self.op) and part not in back_end.OPS]
+        return why or (f"has no kernel for {', '.join(missing)}" if missing else None)
 
 
-def targets(backend: str, cpu_base: str | None) -> list[Target]:
+def targets(backend: str, cpu_base: str | None, op: str = "lora_linear") -> list[Target]:
     """What ``--backend`` and ``--cpu-base`` ask for."""
     found = []
     if backend in ("reference", "all"):
-        found.append(Target("reference", {"PEFTKERN_BACKEND": "reference"}))
+        found.append(Target("reference", {"PEFTKERN_BACKEND": "reference"}, op=op))
     if backend in ("cpu", "all"):
         for base in (cpu_base,) if cpu_base else ("vendor", "panels"):
-            found.append(Target(f"cpu, {base}", {"PEFTKERN_BACKEND": "cpu", "PEFTKERN_CPU_BASE": base}))
+            found.append(Target(f"cpu, {base}", {"PEFTKERN_BACKEND": "cpu", "PEFTKERN_CPU_BASE": base}, op=op))
     if backend in ("triton", "all"):
         environment = {"PEFTKERN_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-        found.append(Target("triton, interpreted", environment, interpreted=True))
+        found.append(Target("triton, interpreted", environment, interpreted=True, op=op))
     return found
 
 
 def named(name: str, **limits):
     """The problem of that name."""
-    from peftkern.testing.problems import random_problem
-
-    dtype, seed, *rest = [*name.split(":"), ""] if ":" not in name else name.split(":")
-    if dtype not in DTYPES or not seed.isdigit() or rest not in ([], ["large"]):
-        raise ValueError(f"{name!r} is not DTYPE:SEED or DTYPE:SEED:large")
-    if rest and limits:
-        raise ValueError(f"{name!r}: no large problem is within the limits of an interpreted back end")
-    return random_problem(int(seed), DTYPES[dtype], large=bool(rest), **limits)
+    return set_of(name).make(name, **limits)
 
 
-def names(count: int, dtypes: Sequence[str], seed: int, *, large: bool) -> list[str]:
-    """Names of ``count`` problems, dtypes in turn."""
-    found = []
-    for i in range(count):
-        big = large and (i // len(dtypes)) % LARGE_EVERY == LARGE_EVERY - 1
-        found.append(f"{dtypes[i % len(dtypes)]}:{seed + i}{':large' if big else ''}")
-    return found
+def names(count: int, dtypes: Sequence[str], seed: int, *, large: bool, op: str = "lora_linear") -> list[str]:
+    """Names of ``count`` problems, dtypes in turn; ``large``: with the special ones."""
+    return SETS[op].names(count, dtypes, seed, special=large)
 
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="peftkern verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    p.add_argument("--op", choices=sorted(SETS), default="lora_linear")
     p.add_argument("--problems", type=int, default=60, metavar="N", help="how many, over all dtypes (default 60)")
     p.add_argument("--backend", choices=("cpu", "reference", "triton", "all"), default="all")
     p.add_argument("--cpu-base", choices=("vendor", "panels", "auto"), help="only this base product (default: each)")
@@ -116,11 +111,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable."""
     args = _parser().parse_args(argv)
+    for name in args.problem or ():
+        try:
+            SETS[args.op].parse(name)
+        except ValueError as error:
+            _parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     started, usable = time.perf_counter(), []
-    for target in targets(args.backend, args.cpu_base):
+    for target in targets(args.backend, args.cpu_base, args.op):
         reason = target.reason()
         if reason:
             console.print(f"{target.name}: not usable: {reason}", style="yellow")
@@ -135,9 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = len({(r["backend"], r["problem"]) for r in rows if not r["ok"]})
     seconds = time.perf_counter() - started
     console.print(_table(rows))
-    large = len({r["problem"] for r in rows if r["problem"].endswith(":large")})
+    which = SETS[args.op]
+    special = len({name for name in (r["problem"] for r in rows) if which.parse(name)[2]})
     console.print(
-        f"{len({r['problem'] for r in rows})} problems ({large} with M K N above 2^31), {len(rows)} results, "
+        f"{len({r['problem'] for r in rows})} problems ({special} {which.special}), {len(rows)} results, "
         f"{failed} failures, {seconds:.0f} s"
     )
     if args.json:
@@ -150,12 +151,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _chosen(args, target: Target) -> list[str]:
+    which = SETS[args.op]
     if args.problem:
-        fits = lambda name: not (target.interpreted and (name.startswith("bf16") or name.endswith(":large")))  # noqa: E731
-        return [name for name in args.problem if fits(name)]
+        return [name for name in args.problem if not target.interpreted or which.fits_interpreter(name)]
     dtypes = [d for d in args.dtype if not (target.interpreted and d == "bf16")]
     count = math.ceil(args.problems / INTERPRETED_SHARE) if target.interpreted else args.problems
-    return names(count, dtypes, args.seed, large=not target.interpreted) if dtypes else []
+    if not dtypes:
+        return []
+    found = names(count, dtypes, args.seed, large=not target.interpreted, op=args.op)
+    if target.interpreted:
+        found += [
+            f"{which.prefix}{dtype}:{args.seed}:{kind}" for kind in which.kinds if kind not in which.heavy
+            for dtype in dtypes
+        ]  # fmt: skip
+    return found
 
 
 def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
@@ -181,8 +190,7 @@ def check_one(target: Target, name: str) -> list[dict]:
     """The rows of one problem on one target, whose settings must be active. An exception is a row that fails."""
     from peftkern.testing.accuracy import check
 
-    limits = INTERPRETED if target.interpreted else {}
-    problem = named(name, **limits)
+    problem = _problem(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
         results = check(problem)
@@ -195,15 +203,19 @@ def check_one(target: Target, name: str) -> list[dict]:
     ]
 
 
+def _problem(target: Target, name: str):
+    return named(name, **(set_of(name).limits if target.interpreted else {}))
+
+
 def _failure(target: Target, name: str, bad: list[dict]) -> str:
     settings = " ".join(f"{k}={v}" for k, v in target.environment.items())
     what = ", ".join(r["error"] or f"{r['output']} {'not finite' if r['ratio'] is None else format(r['ratio'], '.2f')}"
                      for r in bad)  # fmt: skip
     backend, *base = target.name.split(", ")
-    again = f"peftkern verify --problem {name} --backend {backend}"
+    op = set_of(name).op
+    again = f"peftkern verify{'' if op == 'lora_linear' else f' --op {op}'} --problem {name} --backend {backend}"
     again += f" --cpu-base {base[0]}" if backend == "cpu" else ""
-    limits = INTERPRETED if target.interpreted else {}
-    return f"FAILED {name} [{settings}]: {what}\n  {named(name, **limits)}\n  again: {again}"
+    return f"FAILED {name} [{settings}]: {what}\n  {_problem(target, name)}\n  again: {again}"
 
 
 def _table(rows: list[dict]):
@@ -211,7 +223,11 @@ def _table(rows: list[dict]):
     from rich.table import Table
     from rich.text import Text
 
-    outputs = list(dict.fromkeys(r["output"] for r in rows))
+    # dA0, dA1, ...: one column for the gradients of all adapters.
+    def kind(row: dict) -> str:
+        return row["output"].rstrip("0123456789")
+
+    outputs = list(dict.fromkeys(map(kind, rows)))
     table = Table(
         title="worst error over its bound (1 is the limit)", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
     )
@@ -223,7 +239,7 @@ def _table(rows: list[dict]):
             own = [r for r in rows if r["backend"] == backend and r["dtype"] == dtype]
             cells = []
             for output in outputs:
-                mine = [r for r in own if r["output"] == output]
+                mine = [r for r in own if kind(r) == output]
                 worst = max((math.inf if r["ratio"] is None else r["ratio"] for r in mine), default=None)
                 good = all(r["ok"] for r in mine)
                 cells.append(Text("" if worst is None else f"{worst:.2f}", style="" if good else "bold red"))

@@ -54,7 +54,10 @@ THIRD_PARTY = {
     "psutil": ("peftkern.benchmarks",),
 }
 # Ops without a benchmark of their own, and why.
-NO_BENCHMARK = {"dropout_mask": "shows bits that lora_linear makes for itself; not on any hot path"}
+NO_BENCHMARK = {
+    "dropout_mask": "shows bits that lora_linear makes for itself; not on any hot path",
+    "sgmv": "the branch of multi_lora_linear; a provider of that op's benchmark",
+}
 
 
 def tracked(*patterns: str) -> list[Path]:
