@@ -14,8 +14,11 @@ from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
 
-# Names that need HF PEFT are looked up at first use.
-_LAZY = dict.fromkeys(("accelerate", "restore", "Report"), "peftkern.integrations.hf_peft")
+# Names that need HF PEFT or transformers are looked up at first use.
+_LAZY = {
+    **dict.fromkeys(("accelerate", "restore", "Report"), "peftkern.integrations.hf_peft"),
+    **dict.fromkeys(("attach_adapters", "MultiLoRA"), "peftkern.integrations.attach"),
+}
 
 __all__ = [
     "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *_LAZY,

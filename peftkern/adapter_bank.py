@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,24 @@ _PAD = 16
 
 def _padded(n: int) -> int:
     return -(-n // _PAD) * _PAD
+
+
+class _Slots:
+    """Which ids the slots of a bank answer to. Banks of one size that were changed alike have the same object."""
+
+    __slots__ = ("__weakref__", "_next")
+
+    def __init__(self):
+        self._next: WeakValueDictionary[tuple[int, int], _Slots] = WeakValueDictionary()
+
+    def changed(self, slot: int, number: int) -> _Slots:
+        following = self._next.get((slot, number))
+        if following is None:
+            following = self._next[slot, number] = _Slots()
+        return following
+
+
+_empty: dict[int, _Slots] = {}  # max_adapters -> of a bank without adapters
 
 
 class AdapterBank:
@@ -73,6 +92,7 @@ class AdapterBank:
             table[:, 0] = FREE
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             scaling = torch.zeros(max_adapters, dtype=wide, device=self.device)
+        self._answers = _empty.setdefault(max_adapters, _Slots())
         self._state = self._snapshot(table, scaling)
 
     def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> int:
@@ -192,6 +212,7 @@ class AdapterBank:
             # On a GPU both stay where they are: captured graphs read them.
             table[slot] = torch.tensor(row, dtype=torch.int64)
             scalings[slot] = scaling
+        self._answers = self._answers.changed(slot, row[0])
         self._state = self._snapshot(table, scalings)
         # Nothing freed is an entry too: ranges that later changes free may be seen by this snapshot.
         self._chunks.retire(freed, before, self._idle)
@@ -206,5 +227,6 @@ class AdapterBank:
     def _snapshot(self, table: Tensor, scaling: Tensor) -> AdapterTable:
         rank = self.max_rank if self.device.type == "cuda" else max((r for _, r in self._ranges.values()), default=1)
         return AdapterTable(
-            self._chunks.tensors, table, scaling, self._slots - 1, rank, self.in_features, self.out_features
+            self._chunks.tensors, table, scaling, self._slots - 1, rank, self.in_features, self.out_features,
+            self._answers,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,18 +15,21 @@ INT32_MASK = 2**31 - 1
 class AdapterTable:
     """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``: as in the op.
 
-    ``max_rank`` is the widest rank that a row can meet.
+    ``max_rank`` is the widest rank that a row can meet. ``slots``: equal for tables whose slots answer to the same ids,
+    so that layers can share the route of a batch.
     """
 
-    __slots__ = ("__weakref__", "in_features", "mask", "max_rank", "out_features", "scaling", "table", "weights")
+    __slots__ = (
+        "__weakref__", "in_features", "mask", "max_rank", "out_features", "scaling", "slots", "table", "weights",
+    )  # fmt: skip
 
     def __init__(
         self, weights: Sequence[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
-        in_features: int, out_features: int,
+        in_features: int, out_features: int, slots: Hashable,
     ):  # fmt: skip
         self.weights, self.table, self.scaling = tuple(weights), table, scaling
         self.mask, self.max_rank = mask, max_rank
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.slots = in_features, out_features, slots
 
 
 def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
@@ -68,7 +71,7 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
     ranks = tuple(w.shape[0] for w in weights[::2])
     return AdapterTable(
         weights, _rows(ranks, x.shape[-1], N, x.device), _constant(tuple(scalings), accumulate_dtype(dtype), x.device),
-        INT32_MASK, max(ranks), x.shape[-1], N,
+        INT32_MASK, max(ranks), x.shape[-1], N, len(ranks),
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ THIRD_PARTY = {
     "transformers": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
     "triton": ("peftkern.kernels", "peftkern.backends.triton", "peftkern.doctor", "peftkern.benchmarks"),
     "packaging": ("peftkern.integrations",),
+    "safetensors": ("peftkern.integrations",),
     "rich": ("peftkern.demo", "peftkern.benchmarks", "peftkern.doctor"),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),

@@ -20,7 +20,7 @@ from ..ops.lora_linear import check_base
 from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
 
 _ops = torch.ops.peftkern
-# adapter_ids -> (version, table, order, starts): the layers of a model share the route of a batch.
+# adapter_ids -> (version, slots, rows, order, starts): the layers of a model share the route of a batch.
 _routes = WeakIdKeyDictionary()
 
 
@@ -89,8 +89,8 @@ def _route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]
     remembered = not torch.compiler.is_compiling() and not adapter_ids.is_inference()
     if remembered:
         known = _routes.get(adapter_ids)
-        if known is not None and known[:3] == (adapter_ids._version, id(state.table), rows):
-            return known[4:]
+        if known is not None and known[:3] == (adapter_ids._version, state.slots, rows):
+            return known[3:]
     if adapter_ids.numel() == rows:
         ids = adapter_ids.reshape(rows)
     elif adapter_ids.shape == x.shape[:1]:
@@ -102,8 +102,7 @@ def _route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]
         )
     route = _ops.multi_lora_linear_route(ids, state.table, state.mask)
     if remembered:
-        # The table is kept with the route, so that its id is not another table's.
-        _routes[adapter_ids] = (adapter_ids._version, id(state.table), rows, state.table, *route)
+        _routes[adapter_ids] = (adapter_ids._version, state.slots, rows, *route)
     return route
 
 

@@ -5,6 +5,9 @@ process. Parameters, module types, state dict, hooks, pickles and everything tha
 stay as they are; what changes is how a call computes base + branch. A call that is not covered runs PEFT's
 own forward, with the same arguments.
 
+``adapter_names`` batches run fused too, and train: then every adapter of the batch gets gradients (PEFT raises there;
+``set_requires_grad`` or ``set_adapter`` of the tuner chooses which ones do).
+
 Results equal PEFT's to rounding. Dropout masks differ from PEFT's, their law does not;
 ``torch.manual_seed`` makes them reproducible. Under autocast fp32 adapters are used in fp32 where PEFT
 rounds them. Second derivatives, which PEFT's own code has, raise an error.
@@ -13,6 +16,7 @@ rounds them. Second derivatives, which PEFT's own code has, raise an error.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -22,6 +26,7 @@ from torch import nn
 
 from . import hf_peft_forward as _forward
 from . import hf_peft_guard as _guard
+from . import hf_peft_mixed as _mixed
 from .hf_peft_report import Report
 
 __all__ = ["Report", "accelerate", "patch", "restore", "unpatch", "why_not"]
@@ -108,12 +113,13 @@ def unpatch() -> None:
         _forward.uninstall_if_unused()
 
 
-def why_not(layer: nn.Module, x: Any = None) -> str | None:
+def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None = None) -> str | None:
     """Why a call of this layer would run PEFT's own code right now, or None if it would run fused.
 
     Args:
         layer: a module of the model.
         x: the input of the call; without it only what does not depend on the input is judged.
+        adapter_names: of a mixed batch, one per leading index of x.
     """
     reason = _library_reason() or _guard.type_reason(layer)
     if reason is not None:
@@ -122,5 +128,5 @@ def why_not(layer: nn.Module, x: Any = None) -> str | None:
         return "it is not accelerated: call accelerate or patch"
     if x is None:
         return _guard.static_reason(layer)
-    plan = _guard.call_plan(layer, x)
+    plan = _guard.call_plan(layer, x) if adapter_names is None else _mixed.mixed_plan(layer, x, adapter_names)
     return plan if isinstance(plan, str) else None

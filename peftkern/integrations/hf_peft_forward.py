@@ -3,21 +3,25 @@
 The switch replaces ``peft.tuners.lora.layer.Linear.forward`` once, with a function that runs PEFT's own
 forward unless the instance carries a mark (``accelerate``) or every layer is wanted (``patch``). So an
 accelerated layer keeps its type, its parameters, its hooks and its pickle; the mark is one entry of its
-``__dict__``. When the last mark is gone and no patch is in force, the class gets its own forward back.
+``__dict__``. ``LoraModel._enable_peft_forward_hooks`` is replaced likewise, so that ``adapter_names`` may train. When
+the last mark is gone and no patch is in force, the classes get their own functions back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
 
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from ..autograd.lora_linear import lora_linear
 from .hf_peft_guard import Branch, Plan, call_plan
+from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
 
 KEY = "_peftkern_accelerated"
 
@@ -102,9 +106,13 @@ class _Switch:
         self.everywhere = False
         self.stock = Linear.forward
         self.fused = None
+        self.stock_hooks = LoraModel._enable_peft_forward_hooks
+        self.hooks = None
 
 
 _marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+# Layers that a mixed batch trains: see _no_recomputation.
+_mixed: weakref.WeakSet[Linear] = weakref.WeakSet()
 switch = _Switch()
 
 
@@ -125,16 +133,58 @@ def wanted(layer: Linear) -> bool:
     return switch.everywhere if mark is None else mark is not False
 
 
+def _no_recomputation(layer: Linear) -> None:
+    # A checkpoint that runs a layer again in backward, without the hooks that brought the names, would silently give
+    # the gradients of another function.
+    if layer in _mixed:
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a layer of a batch with adapter_names is recomputed in backward, where the names are not known:"
+                " use the model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole model"
+            )
+        _mixed.discard(layer)
+
+
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
-        if wanted(self) and not args and not kwargs:
-            plan = call_plan(self, x)
-            if type(plan) is Plan:
-                return _run(self, plan, x)
+        names = kwargs.get("adapter_names")
+        if wanted(self) and not args and not kwargs.keys() - {"adapter_names"}:
+            if names is None:
+                if _mixed and not torch.compiler.is_compiling():
+                    _no_recomputation(self)
+                plan = call_plan(self, x)
+                if type(plan) is Plan:
+                    return _run(self, plan, x)
+            else:
+                mixed = mixed_plan(self, x, names)
+                if type(mixed) is tuple:
+                    return run_mixed(*mixed, x)
         return stock(self, x, *args, **kwargs)
 
     return forward
+
+
+def _mixed_hooks(stock):
+    @contextlib.contextmanager
+    @functools.wraps(stock)
+    def hooks(self, *args, **kwargs):
+        names = kwargs.get("adapter_names")
+        reason = ""
+        if names is not None and self.training and kwargs.get("alora_offsets") is None:
+            reason = training_reason(self, names, wanted)
+            if reason:
+                raise ValueError(f"Cannot pass `adapter_names` when the model is in training mode: {reason}")
+        if reason is None:
+            rest = {k: v for k, v in kwargs.items() if k != "adapter_names"}
+            _mixed.update(m for m in self.modules() if isinstance(m, Linear))
+            with training_hooks(stock, self, names, args, rest):
+                yield
+        else:
+            with stock(self, *args, **kwargs):
+                yield
+
+    return hooks
 
 
 def install() -> None:
@@ -144,18 +194,25 @@ def install() -> None:
             switch.stock = Linear.forward
             switch.fused = _fused_forward(switch.stock)
             Linear.forward = switch.fused
+        if LoraModel._enable_peft_forward_hooks is not switch.hooks:
+            switch.stock_hooks = LoraModel._enable_peft_forward_hooks
+            switch.hooks = _mixed_hooks(switch.stock_hooks)
+            LoraModel._enable_peft_forward_hooks = switch.hooks
 
 
 def uninstall_if_unused() -> None:
-    """Give PEFT's class its own forward back if no mark and no patch is left.
+    """Give PEFT's classes their own functions back if no mark and no patch is left.
 
-    If another library has replaced the forward since, that stays; ours below it then passes every call on.
+    If another library has replaced one of them since, that stays; ours below it then passes every call on.
     """
     with switch.lock:
         unused = not switch.everywhere and not len(_marks)
         if unused and switch.fused is not None and Linear.forward is switch.fused:
             Linear.forward = switch.stock
             switch.fused = None
+        if unused and switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
+            LoraModel._enable_peft_forward_hooks = switch.stock_hooks
+            switch.hooks = None
 
 
 def set_mark(layer: Linear) -> None:

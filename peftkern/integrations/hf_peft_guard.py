@@ -9,6 +9,7 @@ dropout bits).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Branch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A layer whose forward is y = x W^T + bias + sum of branches."""
+    """A layer whose forward is y = x W^T + bias + sum of branches, or, in a mixed batch, the branch of each row."""
 
     weight: Tensor  # (N, K)
     bias: Tensor | None
@@ -145,8 +146,11 @@ def _branch(layer: Linear, name: str, N: int, K: int) -> Branch | str:
     return Branch(name, A, B, bias, scaling, p)
 
 
-def layer_plan(layer: nn.Module) -> Plan | str:
-    """The layer's forward as base plus branches, or the reason why it runs PEFT's own code."""
+def layer_plan(layer: nn.Module, mixed: Iterable[str] | None = None) -> Plan | str:
+    """The layer's forward as base plus branches, or the reason why it runs PEFT's own code.
+
+    ``mixed``: the adapters of a batch in which each row takes one of them; the active ones do not count then.
+    """
     reason = type_reason(layer)
     if reason is not None:
         return reason
@@ -161,14 +165,14 @@ def layer_plan(layer: nn.Module) -> Plan | str:
     N, K = weight.shape
     present = layer._modules["lora_A"]._modules
     branches = []
-    for name in layer.active_adapters:
+    for name in layer.active_adapters if mixed is None else mixed:
         if name in present:
             branch = _branch(layer, name, N, K)
             if isinstance(branch, str):
                 return branch
             branches.append(branch)
     if not branches:
-        return "it has no active adapter"
+        return "it has no active adapter" if mixed is None else "it has no adapter of the batch"
     return Plan(weight, bias, branches)
 
 
@@ -233,12 +237,12 @@ def input_reason(layer: Linear, plan: Plan, x: Any) -> str | None:
     return _dtype_reason(layer, plan, x)
 
 
-def call_plan(layer: nn.Module, x: Any) -> Plan | str:
-    """The plan of this call, or the reason why it runs PEFT's own code."""
+def call_plan(layer: nn.Module, x: Any, mixed: Iterable[str] | None = None) -> Plan | str:
+    """The plan of this call, or the reason why it runs PEFT's own code. ``mixed`` as in ``layer_plan``."""
     reason = process_reason()
     if reason is not None:
         return reason
-    plan = layer_plan(layer)
+    plan = layer_plan(layer, mixed)
     if isinstance(plan, str):
         return plan
     reason = input_reason(layer, plan, x)

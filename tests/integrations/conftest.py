@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.integrations import hf_peft, hf_peft_forward
+from peftkern.integrations import hf_peft, hf_peft_forward, hf_peft_mixed
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -25,6 +25,14 @@ def _llama():
         num_key_value_heads=2, max_position_embeddings=64, attention_bias=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
+
+def _qwen2():
+    config = transformers.Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.Qwen2ForCausalLM(config), ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 
 def _bert():
@@ -43,7 +51,7 @@ def _gpt2():
     return transformers.GPT2LMHeadModel(config), ["c_attn", "c_proj", "c_fc"]
 
 
-MODELS = {"llama": _llama, "bert": _bert, "gpt2": _gpt2}
+MODELS = {"llama": _llama, "qwen2": _qwen2, "bert": _bert, "gpt2": _gpt2}
 
 
 def lora_layers(model):
@@ -73,6 +81,30 @@ def build(kind, **options):
     if kind == "gpt2":
         settings["fan_in_fan_out"] = True
     return randomise(peft.get_peft_model(base, peft.LoraConfig(**settings)), scale=0.1)
+
+
+def several(kind, **adapters):
+    """A tiny PEFT model in evaluation mode with an adapter for every keyword, its value the options that differ.
+
+    Default: ranks 4, 9 and 3, one rsLoRA, one on some of the layers, one with patterns.
+    """
+    torch.manual_seed(0)
+    base, targets = MODELS[kind]()
+    adapters = adapters or {
+        "first": {"r": 4},
+        "second": {"r": 9, "use_rslora": True},
+        "third": {"r": 3, "target_modules": targets[1:3], "rank_pattern": {targets[1]: 5}, "lora_alpha": 7},
+    }
+    model = None
+    for name, options in adapters.items():
+        settings = {**ADAPTER, "target_modules": targets, "fan_in_fan_out": kind == "gpt2", **options}
+        settings.setdefault("task_type", {"bert": "FEATURE_EXTRACTION"}.get(kind, "CAUSAL_LM"))
+        config = peft.LoraConfig(**settings)
+        if model is None:
+            model = peft.get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    return randomise(model, scale=0.1).eval()
 
 
 def batch(kind, seed=3, rows=3, length=7):
@@ -123,9 +155,9 @@ def as_accurate(ours, stock, exact, scale=None):
 def zoo():
     """What the tests of this folder share."""
     return SimpleNamespace(
-        peft=peft, transformers=transformers, build=build, batch=batch, layer=layer, lora_layers=lora_layers,
-        randomise=randomise, gradients=gradients, loss_and_gradients=loss_and_gradients, as_accurate=as_accurate,
-        copy=copy.deepcopy,
+        peft=peft, transformers=transformers, models=MODELS, build=build, several=several, batch=batch, layer=layer,
+        lora_layers=lora_layers, randomise=randomise, gradients=gradients, loss_and_gradients=loss_and_gradients,
+        as_accurate=as_accurate, copy=copy.deepcopy,
     )  # fmt: skip
 
 
@@ -139,6 +171,19 @@ def fused(monkeypatch):
         return peftkern.lora_linear(x, weight, lora_A, lora_B, **options)
 
     monkeypatch.setattr(hf_peft_forward, "lora_linear", counting)
+    return calls
+
+
+@pytest.fixture
+def fused_mixed(monkeypatch):
+    """The list of calls of the fused function for mixed batches (x, ids), to see which layers ran it."""
+    calls = []
+
+    def counting(x, weight, adapters, ids, **options):
+        calls.append((x, ids))
+        return peftkern.multi_lora_linear(x, weight, adapters, ids, **options)
+
+    monkeypatch.setattr(hf_peft_mixed, "multi_lora_linear", counting)
     return calls
 
 

@@ -1,0 +1,288 @@
+"""Serving many LoRA adapters on one transformers model, a batch at a time, whatever its mix of adapters.
+
+``attach_adapters`` reads PEFT checkpoints into one AdapterBank per layer. The model keeps its modules, parameters and
+state dict; outside of ``use`` it is the base model. PEFT itself is not needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from os import PathLike
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..adapter_bank import AdapterBank
+from ..ops.checks import accumulate_dtype
+from .attach_checkpoint import Checkpoint, refuse
+from .attach_layer import AttachedLinear, Entry, Request, features, layer_reason, requests
+
+__all__ = ["MultiLoRA", "attach_adapters"]
+
+_MAX_ADAPTERS, _MAX_RANK = 256, 64
+
+
+class _Fitted(NamedTuple):
+    checkpoint: Checkpoint
+    layers: dict[str, nn.Module]
+
+
+def attach_adapters(
+    model: nn.Module,
+    adapters: Mapping[str, str | PathLike],
+    *,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> MultiLoRA:
+    """Attach PEFT LoRA checkpoints to a plain transformers model, all of them ready to be mixed in one batch.
+
+    A layer computes y = W x + s[a] B[a] A[a] x + bias, a the adapter of the sequence that x belongs to. Covered are
+    LoRA and rsLoRA adapters, ``rank_pattern`` and ``alpha_pattern``, on ``torch.nn.Linear`` and transformers'
+    ``Conv1D``; the adapters may differ in ranks and in the layers that they change.
+
+    Args:
+        model: on the device where it will run. Its parameters and state dict stay as they are.
+        adapters: name -> folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        max_adapters: how many there may be at a time (default: 256, or twice as many as are given).
+        max_rank: the largest rank that may be added (default: 64, or the largest that is given).
+        dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are
+            stored in it, else fp32).
+
+    Raises:
+        ValueError: a checkpoint that does not fit the model (missing or corrupt file, other shapes, unknown keys,
+            another method than plain LoRA), with file and key. Then the model is as it was.
+        TypeError: an argument of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must map names to folders, got {type(adapters).__name__}")
+    if max_adapters is None:
+        max_adapters = max(_MAX_ADAPTERS, 2 * len(adapters))
+    multi = MultiLoRA(model, max_adapters, max_rank, dtype)
+    multi._add_all(adapters)
+    return multi
+
+
+class MultiLoRA:
+    """The adapters attached to a model. Made by ``attach_adapters``; safe to use from several threads.
+
+    Attributes:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module, max_adapters: int, max_rank: int | None, dtype: torch.dtype | None):
+        self.model = model
+        self._max_adapters, self._max_rank, self._dtype = max_adapters, max_rank, dtype
+        self._entries: dict[str, Entry] = {}
+        self._leaving: set[Entry] = set()
+        self._attached: dict[nn.Module, AttachedLinear] = {}
+        self._serial = count()
+        self._lock = threading.RLock()
+
+    def add(self, name: str, folder: str | PathLike) -> None:
+        """Attach one more checkpoint, at any time. All of it or, after an error, nothing.
+
+        Raises:
+            ValueError: a name that is there, or a checkpoint that does not fit (see ``attach_adapters``).
+            RuntimeError: there are ``max_adapters`` already.
+        """
+        self._add_all({name: folder})
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out. Requests that run keep it until they end; new ones do not find it.
+
+        Raises KeyError for an unknown name.
+        """
+        with self._lock:
+            entry = self._find(name)
+            del self._entries[name]
+            entry.removed = True
+            self._leaving.add(entry)
+            self._free_if_unused(entry)
+
+    @contextmanager
+    def use(self, names: Sequence[str | None]) -> Iterator[MultiLoRA]:
+        """Within the block, calls of the model take adapter ``names[i]`` (None: the base model) for sequence i.
+
+        The first dimension of every layer's input counts sequences. If it is a multiple of ``len(names)`` (beams, or
+        several sequences per prompt, which ``generate`` makes of each prompt in turn), each name stands for as many in
+        a row. Blocks hold for their thread or task alone (contextvars), and the innermost counts.
+
+        Raises:
+            KeyError: an unknown name. TypeError: no sequence of names. ValueError: at a call whose batch does not fit.
+        """
+        request = self._begin(names)
+        try:
+            token = requests.set({**requests.get(), self: request})
+            try:
+                yield self
+            finally:
+                requests.reset(token)
+        finally:
+            self._end(request)
+
+    def detach(self) -> None:
+        """Make the model plain again and forget all adapters. Idempotent."""
+        with self._lock:
+            for layer, attached in self._attached.items():
+                if layer.__dict__.get("forward") is attached:
+                    del layer.forward
+            self._attached = {}
+            for name in list(self._entries):
+                self.remove(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, oldest first."""
+        with self._lock:
+            return list(self._entries)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that some adapter changed at some time."""
+        with self._lock:
+            return [attached.name for attached in self._attached.values()]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        with self._lock:
+            size = sum(attached.bank.nbytes for attached in self._attached.values())
+            what = f"{len(self)} of {self._max_adapters} adapters, {len(self._attached)} layers"
+        return f"MultiLoRA({type(self.model).__name__}: {what}, {size / 2**20:.1f} MiB)"
+
+    def _find(self, name: str) -> Entry:
+        try:
+            return self._entries[name]
+        except (KeyError, TypeError):
+            raise KeyError(f"no adapter {name!r} is attached") from None
+
+    def _begin(self, names: Sequence[str | None]) -> Request:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"names must be a list with one name or None per sequence, got {type(names).__name__}")
+        with self._lock:
+            entries = {name: self._find(name) for name in names if name is not None}
+            for entry in entries.values():
+                entry.users += 1
+        return Request(tuple(names), entries)
+
+    def _end(self, request: Request) -> None:
+        with self._lock:
+            for entry in request.entries.values():
+                entry.users -= 1
+                self._free_if_unused(entry)
+
+    def _free_if_unused(self, entry: Entry) -> None:
+        if entry.removed and not entry.users and entry in self._leaving:
+            self._leaving.discard(entry)
+            self._free(entry)
+
+    def _free(self, entry: Entry) -> None:
+        for attached in entry.ids:
+            attached.bank.remove(entry.key)
+
+    def _add_all(self, adapters: Mapping[str, str | PathLike]) -> None:
+        for name in adapters:
+            if not isinstance(name, str):
+                raise TypeError(f"the name of an adapter must be a string, got {type(name).__name__}")
+        with self._lock:
+            for name in adapters:
+                if name in self._entries:
+                    raise ValueError(f"adapter {name!r} is attached already: remove it first")
+            held = len(self._entries) + len(self._leaving)
+            if held + len(adapters) > self._max_adapters:
+                raise RuntimeError(
+                    f"no room for {len(adapters)} more adapters: {held} of {self._max_adapters} are held"
+                )
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            fitted = {name: self._fit(Checkpoint(folder), modules) for name, folder in adapters.items()}
+            max_rank = self._checked_rank(fitted)
+            new = self._new_layers(fitted, max_rank)
+            entries: dict[str, Entry] = {}
+            try:
+                for name, fit in fitted.items():
+                    entries[name] = Entry(f"{name}#{next(self._serial)}")
+                    self._load(entries[name], fit, {**self._attached, **new})
+            except BaseException:
+                for entry in entries.values():
+                    self._free(entry)
+                raise
+            for layer, attached in new.items():
+                layer.forward = attached
+            self._max_rank = max_rank
+            self._attached.update(new)
+            self._entries.update(entries)
+
+    def _fit(self, checkpoint: Checkpoint, modules: dict[str, nn.Module]) -> _Fitted:
+        layers: dict[str, nn.Module] = {}
+        for name, part in checkpoint.parts.items():
+            layer = modules.get(name)
+            if layer is None:
+                raise refuse(checkpoint.file, part.key_A, f"the model has no module {name!r}")
+            reason = None if layer in self._attached else layer_reason(layer)
+            if reason is not None:
+                raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
+            if any(layer is other for other in layers.values()):
+                raise refuse(checkpoint.file, part.key_A, f"{name} shares its module with another key of the file")
+            K, N = features(layer)
+            if part.in_features != K:
+                shape = (part.rank, part.in_features)
+                raise refuse(checkpoint.file, part.key_A, f"has shape {shape}, expected ({part.rank}, {K})")
+            if part.out_features != N:
+                shape = (part.out_features, part.rank)
+                raise refuse(checkpoint.file, part.key_B, f"has shape {shape}, expected ({N}, {part.rank})")
+            layers[name] = layer
+        covered = set(layers.values())
+        for name, module in modules.items():
+            plain = module in self._attached or layer_reason(module) is None
+            if plain and module not in covered and checkpoint.targets(name):
+                key = f"base_model.model.{name}.lora_A.weight"
+                raise refuse(checkpoint.file, key, "is missing, though the config's target_modules name it")
+        return _Fitted(checkpoint, layers)
+
+    def _checked_rank(self, fitted: dict[str, _Fitted]) -> int:
+        parts = [(fit.checkpoint, part) for fit in fitted.values() for part in fit.checkpoint.parts.values()]
+        if self._max_rank is None:
+            return max(_MAX_RANK, *(part.rank for _, part in parts), 1)
+        for checkpoint, part in parts:
+            if part.rank > self._max_rank:
+                reason = f"has rank {part.rank}, but attach_adapters was called for ranks up to {self._max_rank}"
+                raise refuse(checkpoint.file, part.key_A, reason)
+        return self._max_rank
+
+    def _new_layers(self, fitted: dict[str, _Fitted], max_rank: int) -> dict[nn.Module, AttachedLinear]:
+        stored: dict[nn.Module, tuple[str, set[torch.dtype]]] = {}
+        for fit in fitted.values():
+            for name, layer in fit.layers.items():
+                if layer not in self._attached:
+                    stored.setdefault(layer, (name, set()))[1].update(fit.checkpoint.parts[name].dtypes)
+        return {
+            layer: AttachedLinear(self, name, layer, self._bank(name, layer, dtypes, max_rank))
+            for layer, (name, dtypes) in stored.items()
+        }
+
+    def _bank(self, name: str, layer: nn.Module, stored: set[torch.dtype], max_rank: int) -> AdapterBank:
+        own = layer.weight.dtype
+        wide = accumulate_dtype(own)
+        dtype = self._dtype or (own if stored == {own} else wide)
+        if dtype not in (own, wide):
+            raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {own} or {wide}")
+        K, N = features(layer)
+        return AdapterBank(
+            K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=layer.weight.device
+        )
+
+    def _load(self, entry: Entry, fit: _Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:
+        for name, A, B in fit.checkpoint.tensors():
+            layer = attached[fit.layers[name]]
+            entry.ids[layer] = layer.bank.add(entry.key, A, B, fit.checkpoint.parts[name].scaling)

@@ -1,0 +1,127 @@
+"""One layer with attached adapters: its forward, and the requests in force in the calling context."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter_bank import AdapterBank
+from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
+
+_PLAIN = (Tensor, nn.Parameter)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Entry:
+    """An adapter of a model: its id in the bank of every layer that it changes.
+
+    ``users`` requests run with it; once ``removed``, the last of them frees it.
+    """
+
+    def __init__(self, key: str):
+        self.key = key  # its name in the banks: no two entries ever share one
+        self.ids: dict[AttachedLinear, int] = {}
+        self.users = 0
+        self.removed = False
+
+
+class Request:
+    """The adapters of one batch. They stay as they are until the request ends, whatever is added or removed."""
+
+    def __init__(self, names: tuple[str | None, ...], entries: dict[str, Entry]):
+        self.names, self.entries = names, entries
+        self._of_layer: dict[tuple, Tensor | None] = {}
+        self._shared: dict[tuple, Tensor] = {}
+
+    def ids(self, layer: AttachedLinear, x: Tensor) -> Tensor | None:
+        """int32, one id per leading index of x, or None if none of them has an adapter here.
+
+        Beams, and sequences returned per prompt, come as copies one after the other: so do the names.
+        """
+        rows, given = x.shape[0] if x.dim() else 1, len(self.names)
+        copies = rows // given if given else 0
+        if x.dim() < 2 or rows != copies * given or (copies > 1 and x.dim() == 2):
+            raise ValueError(f"use() names {given} sequences, but {layer.name} gets an input of shape {tuple(x.shape)}")
+        key = layer, copies, x.device
+        if key not in self._of_layer:
+            self._of_layer[key] = self._make(layer, copies, x.device)
+        return self._of_layer[key]
+
+    def _make(self, layer: AttachedLinear, copies: int, device: torch.device) -> Tensor | None:
+        each = [-1 if name is None else self.entries[name].ids.get(layer, -1) for name in self.names]
+        if not copies or max(each) < 0:
+            return None
+        # Layers whose banks agree share the tensor: it carries the route of the batch.
+        key = tuple(each), copies, device, layer.bank.snapshot().slots
+        if key not in self._shared:
+            with torch.inference_mode(False):
+                ids = torch.tensor(each, dtype=torch.int32, device=device)
+                self._shared[key] = ids.repeat_interleave(copies) if copies > 1 else ids
+        return self._shared[key]
+
+
+# MultiLoRA -> its request. One variable for all: those made at run time would never be freed.
+requests: ContextVar[Mapping[Any, Request]] = ContextVar("peftkern_requests", default=types.MappingProxyType({}))
+
+
+def layer_reason(layer: nn.Module) -> str | None:
+    """Why this layer can carry no attached adapters, or None."""
+    if isinstance(layer.__dict__.get("forward"), AttachedLinear):
+        return "has adapters attached already: add to those"
+    cls = type(layer)
+    if cls is not nn.Linear and cls is not Conv1D:
+        return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
+    if "forward" in layer.__dict__:
+        return "has a forward that was replaced"
+    weight = layer.weight
+    if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:
+        return f"has a weight that is a {weight.dtype} {type(weight).__name__}"
+    if weight.device.type == "meta":
+        return "has no weight yet (device meta)"
+    return None
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a covered layer."""
+    N, K = layer.weight.shape
+    return (N, K) if type(layer) is Conv1D else (K, N)
+
+
+class AttachedLinear:
+    """What takes the place of a layer's ``forward``: the base model's outside of ``use``, else all adapters at once.
+
+    A copy or a pickle of the layer is a plain layer again.
+    """
+
+    def __init__(self, owner, name: str, layer: nn.Module, bank: AdapterBank):
+        self.owner, self.name, self.layer, self.bank = owner, name, layer, bank
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        layer = self.layer
+        request = requests.get().get(self.owner)
+        if request is None or len(args) + len(kwargs) != 1:
+            return type(layer).forward(layer, *args, **kwargs)
+        (x,) = args or kwargs.values()
+        ids = request.ids(self, x)
+        if ids is None:
+            return type(layer).forward(layer, x)
+        weight = layer.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            # The base stays trainable as it was; the fused op has no gradient for a weight.
+            return type(layer).forward(layer, x) + sgmv(x, self.bank, ids)
+        return multi_lora_linear(x, weight.t() if type(layer) is Conv1D else weight, self.bank, ids, bias=layer.bias)
+
+    def _plain(self, layer: nn.Module):
+        return types.MethodType(type(layer).forward, layer)
+
+    def __deepcopy__(self, memo):
+        return self._plain(memo.get(id(self.layer), self.layer))
+
+    def __reduce__(self):
+        return types.MethodType, (type(self.layer).forward, self.layer)
