@@ -35,8 +35,8 @@ START = len(LETTERS)
 LENGTH = 9
 # Task -> the letter that follows letter i.
 TASKS = {
-    "forward": lambda i: (i + 1) % 26,
-    "backward": lambda i: (i - 1) % 26,
+    "upward": lambda i: (i + 1) % 26,
+    "downward": lambda i: (i - 1) % 26,
     "skip": lambda i: (i + 3) % 26,
     "mirror": lambda i: 25 - i,
 }
@@ -90,7 +90,7 @@ def train(model: LlamaForCausalLM, folder: Path, steps: int, rows: int = 8) -> N
             each = losses.detach().view(len(TASKS), -1).mean(1)
             print(f"step {step:4d}  " + "  ".join(f"{task} {loss:.3f}" for task, loss in zip(TASKS, each)))
     print(f"{steps} steps of {len(names)} sequences, 4 adapters each: {time.perf_counter() - begin:.1f} s")
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(folder, save_embedding_layers=False)  # else it saves the frozen lm_head along
     peftkern.restore(tuned)
     tuned.unload()
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
-from .attach_checkpoint import Checkpoint, refuse
+from .attach_checkpoint import NO_KEY, Checkpoint, refuse
 from .attach_layer import AttachedLinear, Entry, Request, features, layer_reason, requests
 
 __all__ = ["MultiLoRA", "attach_adapters"]
@@ -242,6 +242,14 @@ class MultiLoRA:
                 shape = (part.out_features, part.rank)
                 raise refuse(checkpoint.file, part.key_B, f"has shape {shape}, expected ({N}, {part.rank})")
             layers[name] = layer
+        for key, name in checkpoint.copies.items():
+            module, _, last = name.rpartition(".")
+            own = getattr(modules.get(module), last, None)
+            if not isinstance(own, torch.Tensor):
+                raise refuse(checkpoint.file, key, NO_KEY)
+            saved = checkpoint.tensor(key)
+            if saved.shape != own.shape or not torch.equal(saved.to(own), own):
+                raise refuse(checkpoint.file, key, f"differs from the model's {name}, which is not changed here")
         covered = set(layers.values())
         for name, module in modules.items():
             plain = module in self._attached or layer_reason(module) is None
@@ -276,7 +284,8 @@ class MultiLoRA:
         wide = accumulate_dtype(own)
         dtype = self._dtype or (own if stored == {own} else wide)
         if dtype not in (own, wide):
-            raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {own} or {wide}")
+            allowed = " or ".join(dict.fromkeys(map(str, (own, wide))))
+            raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {allowed}")
         K, N = features(layer)
         return AdapterBank(
             K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=layer.weight.device

@@ -20,6 +20,8 @@ from torch import Tensor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+# PEFT saves embeddings and heads whole if they are targets or were resized.
+_COPY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 # Settings that say nothing about what a loaded adapter computes: descriptions, training, options of others below.
@@ -47,6 +49,9 @@ class Part(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     key_A: str
     key_B: str
+
+
+NO_KEY = "is no LoRA weight of a linear layer"
 
 
 def refuse(file: Path, key: str, reason: str) -> ValueError:
@@ -123,7 +128,8 @@ class Checkpoint:
     """A folder that PEFT's ``save_pretrained`` wrote, its config and the header of its weights read and checked.
 
     Attributes:
-        file: the weights. parts: module name -> what the file holds for it.
+        file: the weights. parts: module name -> what the file holds for it. copies: key -> name of the weight of the
+            base model that it repeats, if it fits (PEFT saves embeddings and heads along with their adapters).
 
     Raises:
         ValueError: a file that is missing, unreadable, corrupt or truncated; a setting or key other than plain LoRA's;
@@ -135,6 +141,7 @@ class Checkpoint:
         self.config_file, self.file = folder / CONFIG, folder / WEIGHTS
         self.config = _config(self.config_file)
         self.parts: dict[str, Part] = {}
+        self.copies: dict[str, str] = {}
         with self._open() as weights:
             self._read(weights)
 
@@ -149,7 +156,11 @@ class Checkpoint:
         for key in list(weights.keys()):
             match = _KEY.fullmatch(key)
             if match is None:
-                raise refuse(self.file, key, "is no LoRA weight of a linear layer")
+                copy = _COPY.fullmatch(key)
+                if copy is None:
+                    raise refuse(self.file, key, NO_KEY)
+                self.copies[key] = f"{copy['module']}.weight"
+                continue
             found.setdefault(match["module"], {})[match["part"]] = key
         if not found:
             raise ValueError(f"{self.file}: holds no adapter")
@@ -187,6 +198,14 @@ class Checkpoint:
         if names == "all-linear" or self.config.get("layers_to_transform") not in (None, []):
             return False
         return _named(names, module) and not (excluded and _named(excluded, module))
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor of the file."""
+        with self._open() as weights:
+            try:
+                return weights.get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise refuse(self.file, key, f"cannot be read ({error})") from None
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module, lora_A (R, K), lora_B (N, R)) of every part, one after the other."""

@@ -117,11 +117,10 @@ class AttachedLinear:
             return type(layer).forward(layer, x) + sgmv(x, self.bank, ids)
         return multi_lora_linear(x, weight.t() if type(layer) is Conv1D else weight, self.bank, ids, bias=layer.bias)
 
-    def _plain(self, layer: nn.Module):
+    def __deepcopy__(self, memo):
+        layer = memo.get(id(self.layer), self.layer)
         return types.MethodType(type(layer).forward, layer)
 
-    def __deepcopy__(self, memo):
-        return self._plain(memo.get(id(self.layer), self.layer))
-
     def __reduce__(self):
-        return types.MethodType, (type(self.layer).forward, self.layer)
+        # When this runs at loading, the layer has no attributes yet: it is the forward of its class.
+        return getattr, (self.layer, "forward")

@@ -29,7 +29,7 @@ def weights(change):
     def apply(folder):
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
-        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS)
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS)
 
     return apply
 
@@ -120,6 +120,17 @@ WRONG = {
     "a key of another kind": (weights(lambda t: t.update(x=torch.ones(3))), WEIGHTS, ": x:"),
     "a key without prefix": (weights(lambda t: t.update({A.removeprefix("base_model."): t.pop(A)})), WEIGHTS, A[11:]),
     "an embedding": (weights(lambda t: t.update({f"{Q}.lora_embedding_A": torch.ones(3)})), WEIGHTS, "embedding_A"),
+    "a weight of nothing": (weights(lambda t: t.update({f"{Q}.gate.weight": torch.ones(3)})), WEIGHTS, "gate.weight"),
+    "a weight of the model, changed": (
+        weights(lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(64, 32)})),
+        WEIGHTS,
+        "embed_tokens.weight: differs from the model's",
+    ),
+    "a weight of the model, resized": (
+        weights(lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(32, 31)})),
+        WEIGHTS,
+        f"{Q}.base_layer.weight: differs from the model's",
+    ),
     "no lora_B": (weights(lambda t: t.pop(B)), WEIGHTS, f"{B}: is missing"),
     "no lora_A": (weights(lambda t: t.pop(A)), WEIGHTS, f"{A}: is missing"),
     "neither": (weights(lambda t: (t.pop(A), t.pop(B))), WEIGHTS, f"{A}: is missing"),
@@ -268,6 +279,19 @@ def test_ranks_and_scalings_are_pefts(zoo, tmp_path, case):
     for name, layer in layers.items():
         assert torch.equal(tensors[name][0], layer.lora_A["one"].weight)
         assert torch.equal(tensors[name][1], layer.lora_B["one"].weight)
+    inputs = zoo.batch("llama", rows=2)["input_ids"]
+    expected = twin(inputs).logits
+    plain = twin.unload()
+    with peftkern.attach_adapters(plain, {"one": tmp_path / "one"}).use(["one", "one"]):
+        torch.testing.assert_close(plain(inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [True, "auto", False])
+def test_heads_that_peft_saves_along(zoo, tmp_path, save):
+    twin = zoo.several("llama", one={"target_modules": ["lm_head", "q_proj"]})
+    twin.save_pretrained(tmp_path, save_embedding_layers=save)
+    checkpoint = Checkpoint(tmp_path / "one")
+    assert bool(checkpoint.copies) == (save is not False)
     inputs = zoo.batch("llama", rows=2)["input_ids"]
     expected = twin(inputs).logits
     plain = twin.unload()

@@ -19,5 +19,5 @@ def test_serve_many_adapters():
     lines = done.stdout.splitlines()
     assert lines[0] == "peftkern: 9 of 9 PEFT layers accelerated"
     assert lines[-1] == "every row equals its adapter run alone"
-    trained = [line.split() for line in lines if line.startswith(("forward", "backward", "skip", "mirror"))]
+    trained = [line.split() for line in lines if line.startswith(("upward", "downward", "skip", "mirror"))]
     assert len(trained) == 15 and sum(row[-1] == "yes" for row in trained) >= 10, done.stdout
