@@ -157,15 +157,13 @@ def test_weighted_adapters_and_scaling(pair, same, fused):
     assert len(fused) == 36 and len({a.sum().item() for a in answers}) == 3
 
 
-def test_mixed_batch_runs_in_peft(pair, fused):
+def test_mixed_batch_equals_peft(pair):
+    # test_hf_peft_mixed.py has the rest, training included.
     inputs = {"input_ids": torch.arange(12).reshape(3, 4)}
     names = ["default", "__base__", "other"]
     with torch.no_grad():
         expected, actual = (m(**inputs, adapter_names=names).logits for m in pair)
-    assert torch.equal(actual, expected) and not fused
-    pair[1].train()
-    with pytest.raises(ValueError, match="adapter_names"):
-        pair[1](**inputs, adapter_names=names)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_names_types_and_state_dict_are_untouched(zoo):
