@@ -7,8 +7,9 @@
 #endif
 
 namespace peftkern::cpu {
+namespace {
 
-unsigned features() {
+unsigned detect() {
   unsigned found = 0;
 #ifdef PEFTKERN_X86_LEVELS
   found |= kX86;
@@ -23,6 +24,14 @@ unsigned features() {
     if (a & (1u << 21)) found |= kAmxFp16;
   }
 #endif
+  return found;
+}
+
+}  // namespace
+
+unsigned features() {
+  // Asked once: virtual machines take tens of microseconds to answer CPUID, and every product asks.
+  static const unsigned found = detect();
   return found;
 }
 
