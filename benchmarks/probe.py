@@ -25,6 +25,8 @@ HOPELESS = 4.0
 # Longest step, in seconds, of what is hopeless: enough for one figure at a small layer, not for a whole preset.
 PATIENCE = 1.5
 TINY = (4, 16, 16)
+# Each adapter that has rows costs something by itself.
+TINY_MANY = (64, 16, 16)
 SHAPES = ((64, 256, 256), (256, 512, 512), (512, 1024, 1024))
 
 
@@ -83,7 +85,7 @@ class Probe:
             case = dataclasses.replace(case, dtype=torch.float32, adapter_dtype=torch.float32)
         key = (name, case.device, case.dtype, case.adapter_dtype, case.phase)
         if key not in self._speeds:
-            fixed = self._seconds(name, self._at(case, TINY))
+            fixed = self._seconds(name, self._at(case, TINY_MANY if case.many else TINY))
             self._speeds[key] = _Speed(fixed, (math.inf, math.inf))
             self._refine(name, self._at(case, SHAPES[0]), self._speeds[key], True)
         return self._speeds[key]
@@ -91,7 +93,9 @@ class Probe:
     def _refine(self, name: str, case: Case, speed: _Speed, backward: bool) -> None:
         # The fixed cost is noisy: at least a tenth of the time is taken to grow with the problem.
         measured = zip(self._seconds(name, case, backward), speed.fixed, self._flops(name, case), speed.per_flop)
-        speed.per_flop = tuple(min(best, max(t - fixed, t / 10) / flops) for t, fixed, flops, best in measured)
+        speed.per_flop = tuple(
+            min(best, max(t - fixed, t / 10) / flops) if flops else 0.0 for t, fixed, flops, best in measured
+        )
 
     def _at(self, case: Case, shape: tuple[int, int, int]) -> Case:
         M, K, N = shape
