@@ -50,6 +50,7 @@ class _Stacked:
     # Rows with an adapter, in the order of ``rows``, and their scalings as a column.
     def __init__(self, data: MultiData, dtype: torch.dtype, dropout: float, rows: Tensor):
         self.dropout, self.stacks, ids = dropout, data.stacks(dtype), data.ids.long()
+        self.dtype = data.case.dtype
         self.ids, self.none = ids[rows], rows.numel() == 0
         self.rows = None if torch.equal(rows.cpu(), torch.arange(data.case.M)) else rows
         self.scaling = torch.tensor(data.scalings, dtype=dtype, device=ids.device)[self.ids, None]
@@ -71,7 +72,8 @@ class _Stacked:
 
 
 class Gather(_Stacked):
-    """One copy of A and B for every row, and two einsums: what vLLM does on CPU. For serving only."""
+    """One copy of A and B for every row, and two einsums: what vLLM does on CPU, where u is fp32, and A is copied in
+    fp32 too, while the second product is in the output's dtype. For serving only."""
 
     trains = False
 
@@ -80,8 +82,8 @@ class Gather(_Stacked):
 
     def branch(self, x: Tensor, stack: Stack) -> Tensor:
         """(rows, N) of x (rows, K)."""
-        u = torch.einsum("tk,trk->tr", x, stack.A[self.ids]) * self.scaling
-        return torch.einsum("tr,tnr->tn", u, stack.B[self.ids])
+        u = torch.einsum("tk,trk->tr", x.float(), stack.A[self.ids].float()) * self.scaling
+        return torch.einsum("tr,tnr->tn", u.to(self.dtype), stack.B[self.ids].to(self.dtype))
 
 
 class Grouped(_Stacked):
