@@ -184,7 +184,7 @@ def cases(
 
 
 def plan(case: Case, preset: str) -> list[str]:
-    """The providers of a case: fewer where many rows in fp32 would take a run's time, or where there is no branch."""
+    """The providers of a case: fewer where many rows take a quick run's time, or where there is no branch."""
     names = [OWN_BASE, COPY] if case.device == "cpu" else [COPY]
     grouped = ["grouped_mm"] if _takes_grouped(case) else []
     if case.base_share == 1.0:
@@ -193,7 +193,7 @@ def plan(case: Case, preset: str) -> list[str]:
         return [*names, "loop", *grouped, "peftkern"]
     if case.phase == "training":
         if case.M > 512:
-            return [*names, *(["loop"] if preset == "full" else []), *grouped, "peftkern"]
+            return [*names, *(["loop", *grouped] if preset == "full" else []), "peftkern"]
         return [*names, "loop", "gather", *grouped, "peft", "peftkern", "peftkern_bank"]
     branches = ["sgmv", "gather_branch"]
     if preset == "full":
