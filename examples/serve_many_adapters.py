@@ -89,7 +89,7 @@ def train(model: LlamaForCausalLM, folder: Path, steps: int, rows: int = 8) -> N
         if step % max(steps // 4, 1) == 0 or step == steps - 1:
             each = losses.detach().view(len(TASKS), -1).mean(1)
             print(f"step {step:4d}  " + "  ".join(f"{task} {loss:.3f}" for task, loss in zip(TASKS, each)))
-    print(f"{steps} steps of {len(names)} sequences, 4 adapters each: {time.perf_counter() - begin:.1f} s")
+    print(f"{steps} steps of {rows} sequences for each of 4 adapters: {time.perf_counter() - begin:.1f} s")
     tuned.save_pretrained(folder, save_embedding_layers=False)  # else it saves the frozen lm_head along
     peftkern.restore(tuned)
     tuned.unload()
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=100, help="adapters attached, at least 20")
     parser.add_argument("--rows", type=int, default=16, help="prompts of the mixed batch, 5 to 20")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", module="peft")
+    warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     random.seed(0)
     model = base_model()
