@@ -6,6 +6,7 @@ which asks the back ends of the device in order and ends at the reference. Autog
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -62,7 +63,7 @@ def choose(problem: Problem) -> tuple[str, dict[str, str]]:
 
     Raises RuntimeError when ``PEFTKERN_BACKEND`` names one that cannot take it.
     """
-    wanted = settings.backend()
+    wanted = settings.current().backend
     if wanted == "reference":
         return wanted, {}
     declined: dict[str, str] = {}
@@ -79,16 +80,13 @@ def choose(problem: Problem) -> tuple[str, dict[str, str]]:
     return "reference", declined
 
 
-@functools.lru_cache(maxsize=4096)
-def _log_once(problem: Problem, name: str, declined: tuple[tuple[str, str], ...]) -> None:
-    log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined))
-
-
-_problems: dict[tuple, Problem] = {}
+# What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
+# layer, and their outcome repeats from step to step.
+_takers: dict[tuple, tuple[Callable, str]] = {}
 
 
 def _signature(value):
-    # All of a tensor that checks and problems may depend on: never its values, strides or address.
+    # Of a tensor never its values, strides or address.
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype, value.device, value.layout
     if isinstance(value, list):
@@ -96,29 +94,31 @@ def _signature(value):
     return type(value), value
 
 
-def _describe(op: Op, args) -> Problem:
-    # The checks cost as much as a kernel of a small layer, and their outcome repeats from step to step.
-    key = (op.name, *map(_signature, args))
-    problem = _problems.get(key)
-    if problem is None:
-        problem = op.describe(*args)
-        if len(_problems) >= 4096:
-            _problems.clear()
-        _problems[key] = problem
-    return problem
+def _find(op: Op, args) -> tuple[Callable, str]:
+    """The function that takes a call, and its device."""
+    problem = op.describe(*args)
+    name, declined = choose(problem)
+    log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
+    return op.reference if name == "reference" else load(name).OPS[op.name], problem.device
+
+
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def _run(op: Op, *args):
-    problem = _describe(op, args)
-    name, declined = choose(problem)
-    if log.isEnabledFor(logging.DEBUG):
-        _log_once(problem, name, tuple(declined.items()))
-    function = op.reference if name == "reference" else load(name).OPS[op.name]
+    key = (op.name, settings.current(), *map(_signature, args))
+    taker = _takers.get(key)
+    if taker is None:
+        taker = _find(op, args)
+        if len(_takers) >= 4096:
+            _takers.clear()
+        _takers[key] = taker
+    function, device = taker
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
-    device = problem.device
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.no_grad():
-        if not autocast:
-            return function(*args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+    autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
+    if not autocast and not torch.is_grad_enabled():
+        return function(*args)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return function(*args)

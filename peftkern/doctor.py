@@ -114,12 +114,13 @@ def base_products() -> dict[str, dict[str, str]]:
 
 def settings_in_use() -> dict[str, str]:
     """Environment variables that change what runs: ours with their values in force, others where they are set."""
+    now = settings.current()
     ours = {
-        "PEFTKERN_BACKEND": settings.backend(),
-        "PEFTKERN_CPU_BASE": settings.cpu_base(),
-        "PEFTKERN_CPU_ISA": settings.cpu_isa(),
-        "PEFTKERN_BATCH_INVARIANT": str(int(settings.batch_invariant())),
-        "TRITON_INTERPRET": str(int(settings.triton_interpret())),
+        "PEFTKERN_BACKEND": now.backend,
+        "PEFTKERN_CPU_BASE": now.cpu_base,
+        "PEFTKERN_CPU_ISA": now.cpu_isa,
+        "PEFTKERN_BATCH_INVARIANT": str(int(now.batch_invariant)),
+        "TRITON_INTERPRET": str(int(now.triton_interpret)),
     }
     return ours | {name: os.environ[name] for name in OTHER_VARIABLES if name in os.environ}
 

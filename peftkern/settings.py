@@ -7,37 +7,60 @@ listed ones raises ValueError and names the variable.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 _FALSE = {"", "0", "false", "off", "no"}
 
 
-def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(name, default).strip().lower() or default
+class Settings(NamedTuple):
+    """The values of one moment."""
+
+    # PEFTKERN_BACKEND: auto, or the one back end that must take every call.
+    backend: str
+    # PEFTKERN_CPU_BASE: who computes the base product on CPU.
+    cpu_base: str
+    # PEFTKERN_CPU_ISA: the highest instruction set that the C++ kernels may use.
+    cpu_isa: str
+    # PEFTKERN_BATCH_INVARIANT=1: a row's bits do not depend on the rest of the batch, base product included.
+    batch_invariant: bool
+    # TRITON_INTERPRET=1: Triton's own switch; its kernels then run on CPU tensors.
+    triton_interpret: bool
+
+
+# Allowed words, the default first; none for a switch.
+_VARIABLES = {
+    "PEFTKERN_BACKEND": ("auto", "reference", "cpu", "triton", "cuda"),
+    "PEFTKERN_CPU_BASE": ("auto", "vendor", "panels"),
+    "PEFTKERN_CPU_ISA": ("auto", "plain", "avx2", "avx512"),
+    "PEFTKERN_BATCH_INVARIANT": (),
+    "TRITON_INTERPRET": (),
+}
+
+
+def _parse(name: str, allowed: tuple[str, ...]) -> str | bool:
+    value = os.environ.get(name, "").strip().lower()
+    if not allowed:
+        return value not in _FALSE
+    value = value or allowed[0]
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
     return value
 
 
-def backend() -> str:
-    """``PEFTKERN_BACKEND``: ``auto`` (default) or the one back end that must take every call."""
-    return _choice("PEFTKERN_BACKEND", "auto", ("auto", "reference", "cpu", "triton", "cuda"))
+# os.environ raises and catches two exceptions for each variable that is not set, at every call of every op. Its dict
+# is asked instead where there is one, and words are looked at only when they have changed.
+_read = getattr(os.environ, "_data", os.environ).get
+_keys = tuple(map(getattr(os.environ, "encodekey", str), _VARIABLES))
+_last: tuple[tuple, Settings] | None = None
 
 
-def cpu_base() -> str:
-    """``PEFTKERN_CPU_BASE``: who computes the base product on CPU: ``auto``, ``vendor`` or ``panels``."""
-    return _choice("PEFTKERN_CPU_BASE", "auto", ("auto", "vendor", "panels"))
+def current() -> Settings:
+    """The settings of now.
 
-
-def cpu_isa() -> str:
-    """``PEFTKERN_CPU_ISA``: ``auto`` or the highest instruction set that the C++ kernels may use."""
-    return _choice("PEFTKERN_CPU_ISA", "auto", ("auto", "plain", "avx2", "avx512"))
-
-
-def batch_invariant() -> bool:
-    """``PEFTKERN_BATCH_INVARIANT=1``: a row's bits do not depend on the rest of the batch, base product included."""
-    return os.environ.get("PEFTKERN_BATCH_INVARIANT", "").strip().lower() not in _FALSE
-
-
-def triton_interpret() -> bool:
-    """``TRITON_INTERPRET=1``: Triton's own switch; its kernels then run on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "").strip().lower() not in _FALSE
+    Raises ValueError for a word that a variable does not know.
+    """
+    global _last
+    last, words = _last, tuple(map(_read, _keys))
+    if last is None or last[0] != words:
+        last = _last = words, Settings(*(_parse(name, allowed) for name, allowed in _VARIABLES.items()))
+    return last[1]

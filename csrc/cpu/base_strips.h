@@ -7,14 +7,18 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
+// Rows of W held at once, two vectors each; very few rows of a gain nothing from many.
+constexpr int kFewSteps = 4;
 #if defined(__AVX512F__)
-constexpr int kSteps = 8;  // rows of W held at once, two vectors each
+constexpr int kSteps = 8;
 #else
 constexpr int kSteps = 4;
 #endif
 // Partial sums of all rows of a: 32 KB.
 constexpr int64_t kStripFloats = 8192;
 constexpr int64_t kStripAlign = 64;
+// Of a row of W: what is asked for must stay in L1 until its turn.
+constexpr int64_t kStripBytes = 2048;
 
 // sums[i][0..kPair) += sum over STEPS rows of W of a[i][.] * w[.][0..kPair); sums in the order of a pair.
 template <class T, int STEPS>
@@ -81,7 +85,7 @@ void add_to_out(int64_t rows, int64_t cols, const float* sums, int64_t width, fl
 }
 
 // out[:, col .. col + cols); cols <= width, the room of a row of sums.
-template <class T>
+template <class T, int STEPS>
 void strip(const BaseArgs& g, const float* a, int64_t lda, int64_t col, int64_t cols, int64_t width) {
   alignas(64) float sums[kStripFloats];
   const T* w = static_cast<const T*>(g.w) + col;
@@ -89,8 +93,8 @@ void strip(const BaseArgs& g, const float* a, int64_t lda, int64_t col, int64_t 
     const int64_t end = smaller(g.inner, k0 + kBaseChain);
     for (int64_t i = 0; i < g.rows * width; i += W) store(sums + i, zero());
     int64_t k = k0;
-    for (; k + kSteps <= end; k += kSteps)
-      add_strip<T, kSteps>(g.rows, a + k, lda, w + k * g.w_in, g.w_in, cols, sums, width);
+    for (; k + STEPS <= end; k += STEPS)
+      add_strip<T, STEPS>(g.rows, a + k, lda, w + k * g.w_in, g.w_in, cols, sums, width);
     for (; k < end; ++k) add_strip<T, 1>(g.rows, a + k, lda, w + k * g.w_in, g.w_in, cols, sums, width);
     add_to_out<T>(g.rows, cols, sums, width, g.out + col, g.ld, k0 == 0);
   }
@@ -99,15 +103,20 @@ void strip(const BaseArgs& g, const float* a, int64_t lda, int64_t col, int64_t 
 // By all threads of a parallel region, after every row of a was packed.
 template <class T>
 void add_strips(const BaseArgs& g, const float* a, int64_t lda) {
-  // Strips all alike, as wide as the scratch allows, at least two per thread. Their width does not change any
-  // bits.
-  int64_t most = kStripFloats / g.rows / kStripAlign * kStripAlign;
+  // Strips all alike, as wide as L1 allows, at least one per thread. Their width does not change any bits.
+  int64_t most = smaller(kStripFloats / g.rows / kStripAlign * kStripAlign, kStripBytes / sizeof(T));
   most = smaller(most, (g.cols / g.threads / kStripAlign + 1) * kStripAlign);
   const int64_t strips = (g.cols + most - 1) / most, share = (g.cols + strips - 1) / strips;
   const int64_t width = (share + kStripAlign - 1) / kStripAlign * kStripAlign;
 #pragma omp for schedule(dynamic)
-  for (int64_t s = 0; s < strips; ++s)
-    if (s * width < g.cols) strip<T>(g, a, lda, s * width, smaller(width, g.cols - s * width), width);
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t col = s * width, cols = smaller(width, g.cols - col);
+    if (cols <= 0) continue;
+    if (g.rows <= kFewSteps)
+      strip<T, kFewSteps>(g, a, lda, col, cols, width);
+    else
+      strip<T, kSteps>(g, a, lda, col, cols, width);
+  }
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -14,7 +14,10 @@ from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
 
-_ops = torch.ops.peftkern
+# Overloads, so that no call has to look for the one that fits.
+_fwd = torch.ops.peftkern.lora_linear_fwd.default
+_bwd_adapter = torch.ops.peftkern.lora_linear_bwd_adapter.default
+_bwd_input = torch.ops.peftkern.lora_linear_bwd_input.default
 _REQUIRED = ("lora_A", "lora_B")
 _VECTORS = ("rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
 _TENSORS = (*_REQUIRED, "bias", *_VECTORS)
@@ -45,7 +48,7 @@ class LoRALinearFunction(torch.autograd.Function):
     ):  # fmt: skip
         (need_x, _, need_A, need_B, need_bias, _, _, _,
          need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
-        y, u, h = _ops.lora_linear_fwd(
+        y, u, h = _fwd(
             _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
             rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
         )  # fmt: skip
@@ -82,14 +85,14 @@ class LoRALinearFunction(torch.autograd.Function):
         if u is None:
             # Only its shape is used then; uninitialised memory costs nothing.
             u = dy.new_empty((dy.shape[0], lora_A.shape[0]), dtype=accumulate_dtype(ctx.dtype))
-        du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = _ops.lora_linear_bwd_adapter(
+        du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = _bwd_adapter(
             dy, rows if need_A or need_delta_in else None, u, h, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed,
             rank_scale, delta_in_scale, delta_out_scale,
             need_A, need_B, need_bias, need_rank, need_delta_in, need_base_out, need_delta_out,
         )  # fmt: skip
         dx = dbase_in = None
         if need_x or need_base_in:
-            dx, dbase_in = _ops.lora_linear_bwd_input(
+            dx, dbase_in = _bwd_input(
                 dy, du, rows if need_base_in else None, _cast(weight, ctx.dtype), lora_A, ctx.dropout_p, seed,
                 base_in_scale, delta_in_scale, base_out_scale, need_base_in,
             )  # fmt: skip
@@ -121,7 +124,8 @@ def _autocast_dtype(x) -> torch.dtype | None:
     device = x.device.type
     if x.dtype == torch.float64:
         return None
-    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    usual = x.is_cpu or x.is_cuda
+    active = (usual or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if active else None
 
 
@@ -220,7 +224,7 @@ def lora_linear(
         return LoRALinearFunction.apply(
             x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, dtype
         )  # fmt: skip
-    y, _, _ = _ops.lora_linear_fwd(
+    y, _, _ = _fwd(
         _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, False
     )
     return _as_shape(y, x)

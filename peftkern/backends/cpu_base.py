@@ -63,8 +63,9 @@ def base_product(
         epilogue(0, M, 0, D, None)
         return
     b = weight.t() if transpose else weight
+    now = settings.current()
     kind = plans.choose(
-        a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), settings.cpu_base(), settings.batch_invariant(),
+        a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), now.cpu_base, now.batch_invariant,
         scaled=in_scale is not None,
     )  # fmt: skip
     if kind == "vendor":

@@ -59,18 +59,18 @@ class Cpu(NamedTuple):
 
 
 @functools.cache
-def _features() -> frozenset[str]:
-    return frozenset(_C.features())
+def _cpu(isa: str) -> Cpu:
+    found = frozenset(_C.features())
+    if _C.base_gemm_bf16_usable():
+        found |= {"bf16_kernel"}
+    if isa != "avx512" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        found &= {"x86", "intel", "bf16_kernel"}
+    return Cpu(isa, found | {"mkl"} if torch.backends.mkl.is_available() else found)
 
 
 def cpu() -> Cpu:
-    """This CPU, held to ``PEFTKERN_CPU_ISA``."""
-    isa, found = _C.isa(), _features()
-    if _C.base_gemm_bf16_usable():
-        found = found | {"bf16_kernel"}
-    if isa != "avx512" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        found = found & {"x86", "intel", "bf16_kernel"}
-    return Cpu(isa, found)
+    """This CPU, held to ``PEFTKERN_CPU_ISA``; ``mkl`` among its features: torch's fp32 product is MKL's."""
+    return _cpu(_C.isa())
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
@@ -78,8 +78,9 @@ def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
     if "x86" not in on.features:
         return True  # not measured: leave it to torch
     if dtype == torch.float32:
-        # MKL takes its best path on Intel alone: 170 GFLOP/s here on AVX-512, ours 400.
-        return "intel" in on.features or on.isa == "plain"
+        # MKL takes its best path on Intel alone. 2048 x 4096 x 4096 here: MKL 190 GFLOP/s, ours 390 (AVX-512);
+        # 180 and 205 (AVX2). oneDNN is as fast as ours, but torch does not use it for fp32. Other libraries: not measured.
+        return "mkl" not in on.features or "intel" in on.features or on.isa == "plain"
     if dtype == torch.bfloat16:
         return bool(on.features & {"avx512_bf16", "amx_bf16"})
     # torch's fp16: 33 GFLOP/s forward and 1 backward on AVX-512 without AMX-FP16.
@@ -93,14 +94,25 @@ def pairs_are_fast(M: int, D: int, C: int, on: Cpu) -> bool:
 
 
 def few_rows(dtype: torch.dtype, transpose: bool, on: Cpu) -> int:
-    """Most rows for which one pass over W beats the alternatives."""
-    if "x86" not in on.features or on.isa == "plain":
-        return 0 if dtype == torch.float32 or "x86" not in on.features else 8
+    """Most rows for which one pass over W beats the alternatives; W 4096 x 4096, not in cache, two threads."""
+    if "x86" not in on.features:
+        return 0
+    if on.isa == "plain":
+        return 0 if dtype == torch.float32 else 8
     if vendor_is_fast(dtype, on):
-        # Zen 5, 4096 x 4096 in bf16: forward 1.25 ms against torch's 1.30 at 8 rows, 1.9 against 1.6 at 16; input
-        # gradient 3.2 against 3.9 at 32.
-        return 16 if dtype == torch.float32 else 8 if transpose else 32
-    return 32
+        if dtype == torch.float32:
+            return 16
+        if "amx_bf16" in on.features or dtype == torch.float16:
+            return 4  # not measured: where the bytes of W are surely all that counts
+        # bf16 on AVX512-BF16. Forward: 8 rows 1.25 ms, torch 1.30; 16 rows 1.9 and 1.6. Input gradient: 32 rows 3.2 and
+        # 3.9; 48 rows 6.2 and 5.8.
+        return 8 if transpose else 32
+    # Forward: ours wins up to the most it takes, which is 64 (bf16, AVX2: 12.5 ms, panels 15.3; fp16, AVX-512: 7.0 and
+    # 9.5). Input gradient: packing W for the panels needs no transposition (bf16, AVX2: 32 rows 7.7 and 8.6, 48 rows
+    # 11.8 and 11.3; fp16, AVX-512: 48 rows 6.3 and 6.4).
+    if transpose or dtype == torch.float32:
+        return 64
+    return 48 if on.isa == "avx512" else 32
 
 
 def choose(
@@ -168,7 +180,7 @@ def _uneven(rows: int, cols: int, block_rows: int, block_cols: int, threads: int
 
 def describe() -> dict[str, dict[str, str]]:
     """For the doctor: {dtype: {"forward" | "input gradient": what computes it on this CPU}}."""
-    on, setting, invariant = cpu(), settings.cpu_base(), settings.batch_invariant()
+    on, now = cpu(), settings.current()
     words = {
         "vendor": "torch's product",
         "panels": "peftkern, fp32 panels",
@@ -179,7 +191,9 @@ def describe() -> dict[str, dict[str, str]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         passes = found[str(dtype).removeprefix("torch.")] = {}
         for name, transpose in (("forward", True), ("input gradient", False)):
-            kinds = [choose(dtype, transpose, m, 4096, 4096, True, on, setting, invariant) for m in (1, 4096)]
+            kinds = [
+                choose(dtype, transpose, m, 4096, 4096, True, on, now.cpu_base, now.batch_invariant) for m in (1, 4096)
+            ]
             text = words[kinds[1]]
             if kinds[0] == "few":
                 text = f"up to {few_rows(dtype, transpose, on)} rows {words['few']}; else {text}"

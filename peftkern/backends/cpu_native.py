@@ -43,24 +43,17 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
+# What was asked for last, and the level that came of it.
+_isa: tuple[str, str] | None = None
+
+
 def use_isa() -> None:
     """Bring the kernels to the instruction set that ``PEFTKERN_CPU_ISA`` names."""
-    wanted = settings.cpu_isa()
-    if wanted != "auto" or _C.isa() != _best_isa():
+    global _isa
+    wanted = settings.current().cpu_isa
+    if _isa != (wanted, _C.isa()):
         _C.set_isa(wanted)
-
-
-def _best_isa() -> str:
-    global _best
-    if _best is None:
-        before = _C.isa()
-        _C.set_isa("auto")
-        _best = _C.isa()
-        _C.set_isa(before)
-    return _best
-
-
-_best: str | None = None
+        _isa = wanted, _C.isa()
 
 
 def threads(work: int) -> int:

@@ -31,7 +31,7 @@ def unavailable() -> str | None:
     """Why no call can run here, None if some can."""
     if not _installed():
         return "the package triton is not installed"
-    if settings.triton_interpret():
+    if settings.current().triton_interpret:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device, and TRITON_INTERPRET is not set"
@@ -40,7 +40,7 @@ def unavailable() -> str | None:
 
 def decline(problem: Problem) -> str | None:
     """Why this call can't be taken, None if it can."""
-    wanted = "cpu" if settings.triton_interpret() else "cuda"
+    wanted = "cpu" if settings.current().triton_interpret else "cuda"
     if problem.device != wanted:
         return f"runs on {wanted} tensors here, got {problem.device}"
     if problem.op == "dropout_mask":
@@ -59,7 +59,7 @@ def _settings(t: torch.Tensor):
     if t.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(t.device)
         arch = major * 10 + minor
-    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, settings.batch_invariant())
+    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, settings.current().batch_invariant)
 
 
 def _on(t: torch.Tensor):
