@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .tiles import dot, narrow, split_dot
+from .tiles import dot, multiple, narrow, split_dot
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_program", "threshold"])
@@ -21,13 +21,17 @@ def adapter_grad_kernel(
     grad, parts, sums, products, t, v, b, h, v_scale, b_scale, seed,
     M, C, R, stride_t, stride_v, stride_h, stride_b_col, stride_b_rank, rows_per_program, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, T_TERMS: tl.constexpr,
-    B_T_TERMS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    B_T_TERMS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, R_ALIGN: tl.constexpr,
+    B_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, row ranges, rank chunks). Each output may be None.
 
     grad (ranges, C, R), parts (column blocks, M, R), sums and products (ranges, C), all fp32. Native products
     (terms 0) take v and b in the dtype of t.
     """
+    R = multiple(R, R_ALIGN)
+    stride_v = multiple(stride_v, R_ALIGN)
+    stride_b_col = multiple(stride_b_col, B_ALIGN)
     block = tl.program_id(0)
     col = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = col < C
@@ -48,19 +52,27 @@ def adapter_grad_kernel(
     column_sum = tl.zeros((BLOCK_C,), tl.float32)
     column_product = tl.zeros((BLOCK_C,), tl.float32)
     ones = tl.full((BLOCK_M, 16), 1.0, t.dtype.element_ty)
+    # 64-bit addresses for the corner of a tile only: offsets within a tile are small and the same in every step.
+    local = tl.arange(0, BLOCK_M)
+    at_tile = local[:, None] * stride_t + col[None, :]
+    at_v = local[:, None] * stride_v + rank[None, :]
+    if seed is not None:
+        key = tl.load(seed)
     for first in tl.range(start, stop, BLOCK_M):
-        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-        inside = (row < stop)[:, None] & inside_c[None, :]
-        tile = tl.load(t + row[:, None] * stride_t + col[None, :], mask=inside, other=0.0)
+        corner = tl.cast(first, tl.int64)
+        inside_m = (first + local < stop)[:, None]
+        inside = inside_m & inside_c[None, :]
+        tile = tl.load(t + corner * stride_t + at_tile, mask=inside, other=0.0)
         if seed is not None:
-            tile = tl.where(keep_tile(seed, row, block * BLOCK_C, threshold, BLOCK_C), tile, 0.0)
-        inside_v = (row < stop)[:, None] & inside_r[None, :]
+            tile = tl.where(keep_tile(key, corner + local, block * BLOCK_C, threshold, BLOCK_C), tile, 0.0)
         if parts is not None:
             product = split_dot(tile, bt, None, B_T_TERMS, B_TERMS, PRECISION)
-            at = (tl.cast(block, tl.int64) * M + row[:, None]) * R + rank[None, :]
-            tl.store(parts + at, product, mask=inside_v)
+            at = local[:, None] * R + rank[None, :]
+            tl.store(
+                parts + (tl.cast(block, tl.int64) * M + corner) * R + at, product, mask=inside_m & inside_r[None, :]
+            )
         if grad is not None:
-            vt = tl.load(v + row[:, None] * stride_v + rank[None, :], mask=inside_v, other=0.0)
+            vt = tl.load(v + corner * stride_v + at_v, mask=inside_m & inside_r[None, :], other=0.0)
             if v_scale is not None:
                 vt = vt * scale[None, :]
             if T_TERMS == 0:
@@ -73,7 +85,8 @@ def adapter_grad_kernel(
                 # The matrix unit adds a column faster than threads exchange it; sixteen equal copies come back.
                 column_sum += tl.max(dot(tl.trans(tile), ones, None, PRECISION), axis=1)
         if products is not None:
-            ht = tl.load(h + row[:, None] * stride_h + col[None, :], mask=inside, other=0.0)
+            at = local[:, None] * stride_h + col[None, :]
+            ht = tl.load(h + corner * stride_h + at, mask=inside, other=0.0)
             column_product += tl.sum(tile.to(tl.float32) * ht.to(tl.float32), axis=0)
     if grad is not None:
         at = (tl.cast(part, tl.int64) * C + col[:, None]) * R + rank[None, :]
@@ -89,9 +102,12 @@ def adapter_grad_kernel(
 @triton.jit(do_not_specialize=["ranges"])
 def finish_kernel(
     out, dots, grad, other, scale, C, R, stride_out_col, stride_out_rank, stride_other_col, stride_other_rank,
-    ranges, factor, BLOCK_C: tl.constexpr, RANK: tl.constexpr,
+    ranges, factor, BLOCK_C: tl.constexpr, RANK: tl.constexpr, R_ALIGN: tl.constexpr, COL_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """S = factor * (grad[0] + grad[1] + ...); out = scale[:, None] * S and dots = rowdot(other, S). Grid (C blocks,)."""
+    R = multiple(R, R_ALIGN)
+    stride_out_col = multiple(stride_out_col, COL_ALIGN)
+    stride_other_col = multiple(stride_other_col, COL_ALIGN)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = col < C
     row_dot = tl.zeros((BLOCK_C,), tl.float32)

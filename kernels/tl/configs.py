@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ MAX_RANK = 128
 def cdiv(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
+
+
+def alignment(*values: int) -> int:
+    """The largest power of two that divides all values, at most 8."""
+    return math.gcd(8, *values)
 
 
 def rank_block(R: int, limit: int = MAX_RANK) -> int:
@@ -80,7 +86,7 @@ def gemm(
     if itemsize == 4:
         return LaunchConfig(64, 64, 32, rank, warps=4, stages=3)
     if arch >= 90:
-        if drop and extra:
+        if extra and (drop or arch >= 100):
             return LaunchConfig(128, 64, 64, rank, warps=8, stages=4, tma=True)
         # On sm_100 accumulators live in 512 columns of tensor memory, and two of 256 leave nothing for operands.
         if drop or extra or N <= 1024 or arch >= 100:
@@ -101,9 +107,11 @@ def shrink(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     if itemsize == 4:
         return LaunchConfig(64, min(rank, 64), 32, min(rank, 64), warps=4, stages=3)
     if arch < 90:
-        return LaunchConfig(64, min(rank, 32), 64, min(rank, 32), warps=4, stages=4)
+        # Here, and on sm_100, the terms of A and the product's operands are held in registers.
+        return LaunchConfig(64, min(rank, 32), 64 if rank == 16 else 32, min(rank, 32), warps=4, stages=4)
     warps, stages = (4, 4) if rank <= 64 else (8, 3)
-    return LaunchConfig(64, rank, 128 if rank <= 32 else 64, rank, warps=warps, stages=stages)
+    deep = rank <= (32 if arch < 100 else 16)
+    return LaunchConfig(64, rank, 128 if deep else 64, rank, warps=warps, stages=stages)
 
 
 def shrink_groups(M: int, K: int, R: int, config: LaunchConfig) -> int:
@@ -115,17 +123,22 @@ def shrink_groups(M: int, K: int, R: int, config: LaunchConfig) -> int:
 
 def fuse_down(R: int) -> bool:
     """Whether du comes out of the pass that makes dB. Its partial sums cost R * 4 bytes for 2 * block_c of dy, twice."""
-    return R <= 32
+    return R <= 16
 
 
-def adapter_grad(C: int, R: int, itemsize: int, arch: int, products: bool = False) -> LaunchConfig:
-    """One pass over t (M, C). Never a function of M: ``parts`` is a sum over the columns of a block."""
+def adapter_grad(
+    C: int, R: int, itemsize: int, arch: int, *, down: bool = False, products: bool = False
+) -> LaunchConfig:
+    """One pass over t (M, C). Never a function of M: ``parts`` (``down``) is a sum over the columns of a block."""
     rank = rank_block(R)
     if itemsize == 4:
         return LaunchConfig(32, 64, 0, min(rank, 64), warps=4, stages=2)
     if arch >= 90:
-        wide = 128 if rank > 64 or products else 256
-        return LaunchConfig(64, wide, 0, rank, warps=8, stages=3)
+        if down and not products:
+            # wgmma takes 64 rows from four warps: of eight, four would repeat the others' product with b.
+            return LaunchConfig(64, 128, 0, rank, warps=4, stages=3)
+        columns = 256 // (1 + (rank > 64)) // (1 + products)
+        return LaunchConfig(64, columns, 0, rank, warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 
 

@@ -32,13 +32,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def keep_tile(seed_ptr, row, column0, threshold, COLUMNS: tl.constexpr):
+def keep_tile(seed, row, column0, threshold, COLUMNS: tl.constexpr):
     """int1 (rows, COLUMNS): whether the element is kept.
 
-    ``row``: int64 vector. ``column0``: the first column, a multiple of 8. ``threshold``: the int32 with the bits of
-    floor(p * 2^32). One Philox call per eight columns, whatever the tile.
+    ``seed``: int64 value. ``row``: int64 vector. ``column0``: the first column, a multiple of 8. ``threshold``: the
+    int32 with the bits of floor(p * 2^32). One Philox call per eight columns, whatever the tile.
     """
-    seed = tl.load(seed_ptr)
     limit = threshold.to(tl.uint32, bitcast=True)
     group = tl.cast(column0 // 8, tl.int64) + tl.arange(0, COLUMNS // 8)
     zero = (row[:, None] * 0 + group[None, :] * 0).to(tl.uint32)
@@ -68,7 +67,7 @@ def dropout_mask_kernel(out, seed, M, K, threshold, ROWS: tl.constexpr, COLUMNS:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column0 = tl.program_id(1).to(tl.int64) * COLUMNS
     column = column0 + tl.arange(0, COLUMNS)
-    keep = keep_tile(seed, row, column0, threshold, COLUMNS)
+    keep = keep_tile(tl.load(seed), row, column0, threshold, COLUMNS)
     inside = (row[:, None] < M) & (column[None, :] < K)
     tl.store(out + row[:, None] * K + column[None, :], keep.to(tl.int8), mask=inside)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .tiles import dot, grouped, narrow, split_dot
+from .tiles import dot, grouped, multiple, narrow, split_dot
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr,
     V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, GROUP: tl.constexpr, GEMM: tl.constexpr, BASE_FIRST: tl.constexpr,
     SAVE_BASE: tl.constexpr, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
-    FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr, R_ALIGN: tl.constexpr, B_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of ``out`` per step; programs walk tiles ``program_id, + num_programs, ...``.
 
@@ -126,10 +126,15 @@ def expand_kernel(
     of base * factor, one row per tile. x and w are tensor
     descriptors with TMA, else pointers to rows of unit stride. inverse_keep and threshold act if ``seed`` is given.
     """
+    R = multiple(R, R_ALIGN)
+    stride_v = multiple(stride_v, R_ALIGN)
+    stride_b_col = multiple(stride_b_col, B_ALIGN)
     LOW_RANK_FIRST: tl.constexpr = (CHUNKS > 0) and (not BASE_FIRST)
     LOW_RANK_LAST: tl.constexpr = (CHUNKS > 0) and BASE_FIRST
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    if seed is not None:
+        key = tl.load(seed)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP)
         row0 = tile_m * BLOCK_M
@@ -146,7 +151,7 @@ def expand_kernel(
                 RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
             if seed is not None:
-                acc = tl.where(keep_tile(seed, rows, col0, threshold, BLOCK_N), acc * inverse_keep, 0.0)
+                acc = tl.where(keep_tile(key, rows, col0, threshold, BLOCK_N), acc * inverse_keep, 0.0)
 
         if GEMM:
             acc = _product(
@@ -177,7 +182,7 @@ def expand_kernel(
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32), v, b, rank_scale, column_scale, row, col, N, R,
                     stride_v, stride_b_col, stride_b_rank, scaling, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
-                acc += tl.where(keep_tile(seed, rows, col0, threshold, BLOCK_N), delta * inverse_keep, 0.0)
+                acc += tl.where(keep_tile(key, rows, col0, threshold, BLOCK_N), delta * inverse_keep, 0.0)
         if bias is not None:
             acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
         tl.store(out + row[:, None] * stride_out + col[None, :], narrow(acc, out.dtype.element_ty), mask=inside)

@@ -29,7 +29,7 @@ class Launch:
         occupancy and spilling on the way.
         """
         limit = min(255, 65536 // (32 * self.warps))
-        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=limit)
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=limit, enable_fp_fusion=True)
 
     @property
     def name(self) -> str:

@@ -60,9 +60,13 @@ def dropout(p: float, seed: Tensor | None) -> Dropout:
     return Dropout(p, seed) if p > 0.0 else Dropout()
 
 
+# Offsets within a tile of at most 128 rows are 32-bit.
+MAX_ROW_STRIDE = 1 << 24
+
+
 def rows_of(t: Tensor) -> Tensor:
-    """``t`` (rows, columns) with unit stride along columns; copied only if it has none."""
-    return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
+    """``t`` (rows, columns) with unit stride along columns; copied if it has none, or rows absurdly far apart."""
+    return t if (t.shape[1] <= 1 or t.stride(1) == 1) and t.stride(0) < MAX_ROW_STRIDE else t.contiguous()
 
 
 def row_stride(t: Tensor) -> int:
@@ -120,7 +124,7 @@ def shrink(
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, RANK=config.rank, PARTIAL=several,
-        X_TERMS=x_terms, A_TERMS=a_terms, PRECISION=s.precision,
+        X_TERMS=x_terms, A_TERMS=a_terms, R_ALIGN=configs.alignment(R), PRECISION=s.precision,
     )  # fmt: skip
     grid = (cdiv(M, config.block_m), cdiv(blocks, per), cdiv(R, config.rank))
     launch.submit(launch.Launch(shrink_kernel, grid, args, constants, config.warps, config.stages))
@@ -136,9 +140,10 @@ def add_blocks(out: Tensor, parts: Tensor, rank_scale, u, partial, factor: float
     """out = rank_scale * factor * sum of parts; ``partial`` takes column sums of (out without rank_scale) * u."""
     blocks, M, R = parts.shape
     rank = configs.rank_block(R)
+    u = None if partial is None else u
     args = dict(out=out, parts=parts, rank_scale=rank_scale, u=u, partial=partial, M=M, R=R, blocks=blocks)
     grid = (cdiv(M, ADD_ROWS), cdiv(R, rank))
-    constants = dict(BLOCK_M=ADD_ROWS, RANK=rank)
+    constants = dict(BLOCK_M=ADD_ROWS, RANK=rank, R_ALIGN=configs.alignment(R))
     launch.submit(launch.Launch(add_blocks_kernel, grid, dict(args, factor=factor), constants, 4, 2))
 
 
@@ -216,7 +221,9 @@ def expand(
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_c, BLOCK_K=block_k, RANK=config.rank, CHUNKS=cdiv(R, config.rank),
         V_TERMS=v_terms, B_TERMS=b_terms, GROUP=config.group, GEMM=fused, BASE_FIRST=base_first, SAVE_BASE=save_base,
-        W_BY_COLUMN=by_column, TMA=tma, EVEN_K=K % block_k == 0, FLATTEN=config.flatten, PRECISION=s.precision,
+        W_BY_COLUMN=by_column, TMA=tma, EVEN_K=K % block_k == 0, FLATTEN=config.flatten,
+        R_ALIGN=configs.alignment(R, strides["stride_v"]), B_ALIGN=configs.alignment(strides["stride_b_col"]),
+        PRECISION=s.precision,
     )  # fmt: skip
     programs = tiles[0] * tiles[1]
     grid = (min(programs, config.persistent) if config.persistent else programs,)

@@ -37,7 +37,7 @@ def _one_pass(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     M, C = t.shape
-    config = configs.adapter_grad(C, R, t.element_size(), s.arch, h is not None)
+    config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None)
     config = configs.pick_config("adapter_grad", config, t.element_size(), s.arch)
     ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
@@ -61,7 +61,8 @@ def _one_pass(
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=config.rank, T_TERMS=grad_terms[0],
-        V_TERMS=grad_terms[1], B_T_TERMS=down_terms[0], B_TERMS=down_terms[1], PRECISION=s.precision,
+        V_TERMS=grad_terms[1], B_T_TERMS=down_terms[0], B_TERMS=down_terms[1],
+        R_ALIGN=configs.alignment(R, args["stride_v"]), B_ALIGN=configs.alignment(args["stride_b_col"]), PRECISION=s.precision,
     )  # fmt: skip
     grid = (blocks, ranges, max(1, cdiv(R, config.rank) if grad or down else 1))
     launch.submit(launch.Launch(adapter_grad_kernel, grid, args, constants, config.warps, config.stages))
@@ -80,7 +81,10 @@ def _finish(
         stride_out_col=strides[0], stride_out_rank=strides[1],
         stride_other_col=other.stride(0), stride_other_rank=other.stride(1), ranges=ranges, factor=factor,
     )  # fmt: skip
-    constants = dict(BLOCK_C=32, RANK=configs.rank_block(R, 32))
+    constants = dict(
+        BLOCK_C=32, RANK=configs.rank_block(R, 32), R_ALIGN=configs.alignment(R),
+        COL_ALIGN=configs.alignment(args["stride_out_col"], args["stride_other_col"]),
+    )  # fmt: skip
     launch.submit(launch.Launch(finish_kernel, (cdiv(C, 32),), args, constants, 4, 2))
     return dot
 
@@ -114,8 +118,9 @@ def backward_adapter(
     wants_G = du is None and wants_B
     if N > 0 and (fused or wants_G or need.bias or need.base_out):
         grad, parts, sums, products = _one_pass(
-            dy, R, s, grad=wants_G, v=u, v_scale=rank_scale, down=fused, b=lora_B, b_scale=out_scale,
-            sums=need.bias, h=rows_of(h) if need.base_out else None, drop=Dropout(), adapter=lora_B.dtype,
+            dy, R, s, grad=wants_G, v=u, v_scale=rank_scale, down=fused, b=lora_B if fused else None,
+            b_scale=out_scale if fused else None, sums=need.bias, h=rows_of(h) if need.base_out else None,
+            drop=Dropout(), adapter=lora_B.dtype,
         )  # fmt: skip
         if fused:
             du = torch.empty((M, R), dtype=torch.float32, device=dy.device)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .tiles import narrow, split_dot
+from .tiles import multiple, narrow, split_dot
 
 
 @triton.jit(do_not_specialize=["M", "blocks_per_program", "threshold"])
@@ -19,9 +19,10 @@ def shrink_kernel(
     u, x, a, in_scale, seed, M, K, R, stride_x, stride_a_rank, stride_a_k,
     blocks_per_program, threshold, factor,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, PARTIAL: tl.constexpr,
-    X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, R_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u = factor * sum. Grid (row tiles, groups of blocks, rank chunks). PARTIAL: ``u`` (blocks, M, R), unscaled."""
+    R = multiple(R, R_ALIGN)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(rows, M - 1)
     rank = tl.program_id(2) * RANK + tl.arange(0, RANK)
@@ -31,11 +32,14 @@ def shrink_kernel(
     inside = (rows < M)[:, None] & (rank < R)[None, :]
     at = row[:, None] * R + rank[None, :]
     total = tl.zeros((BLOCK_M, RANK), tl.float32)
+    if seed is not None:
+        # Once: within the loop it would be one more narrow copy to keep under way.
+        key = tl.load(seed)
     for block in tl.range(first, last):
         k = block * BLOCK_K + depth
         xt = tl.load(x + row[:, None] * stride_x + k[None, :], mask=(k < K)[None, :], other=0.0)
         if seed is not None:
-            xt = tl.where(keep_tile(seed, rows, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
+            xt = tl.where(keep_tile(key, rows, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
         address = a + rank[None, :].to(tl.int64) * stride_a_rank + k[:, None].to(tl.int64) * stride_a_k
         at_tile = tl.load(address, mask=(k < K)[:, None] & (rank < R)[None, :], other=0.0)
         if in_scale is not None:
@@ -54,12 +58,13 @@ def shrink_kernel(
 @triton.jit(do_not_specialize=["M", "blocks"])
 def add_blocks_kernel(
     out, parts, rank_scale, u, partial, M, R, blocks, factor,
-    BLOCK_M: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, RANK: tl.constexpr, R_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """out (M, R) = rank_scale * factor * (parts[0] + parts[1] + ...), in that order. Grid (row tiles, rank chunks).
 
     ``partial`` (row tiles, R): column sums of the same without rank_scale, times u.
     """
+    R = multiple(R, R_ALIGN)
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rank = tl.program_id(1) * RANK + tl.arange(0, RANK)

@@ -41,6 +41,14 @@ def narrow(t, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def multiple(value, ALIGN: tl.constexpr):
+    """``value``, a multiple of ALIGN, in a form that tells the compiler so: by itself it only looks for 1 and 16."""
+    if ALIGN > 1:
+        value = value // ALIGN * ALIGN
+    return value
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b in fp32. With acc None a fresh product, which stays fresh when the caller adds it to a total.
 

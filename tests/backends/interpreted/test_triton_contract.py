@@ -10,6 +10,7 @@ import torch
 from peftkern.backends import triton as backend
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
+from peftkern.kernels.lora_linear import rows_of
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.problem import Problem
 
@@ -77,6 +78,30 @@ def test_any_strides(kind, base):
         assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
         args = (dy, du, x, w, a, 0.25, SEED, None, None, None, True)
         assert_same(ops.lora_linear_bwd_input(*args), lora_linear_bwd_input_ref(*args))
+
+
+@pytest.mark.parametrize("empty", ["M", "K", "N", "R", "MN", "KR", "MKNR"])
+@pytest.mark.parametrize("base", ["fused", "epilogue"])
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-vectors"])
+def test_empty_sizes(empty, base, options):
+    m, k, n, r = (0 if name in empty else size for name, size in dict(M=M, K=K, N=N, R=R).items())
+    x, w, a, b, dy = X[:m, :k], W[:n, :k], A[:r, :k], B[:n, :r], DY[:m, :n]
+    u, h, du = U[:m, :r], H[:m, :n], DU[:m, :r]
+    d, p_b, p_d, g_b, g_d = (normal(size) if options else None for size in (r, k, k, n, n))
+    with configs.override(base=base):
+        args = (x, w, a, b, normal(n), 1.5, 0.25, SEED, d, p_b, p_d, g_b, g_d, options)
+        assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
+        args = (dy, x, u, h if options else None, a, b, 1.5, 0.25, SEED, d, p_d, g_d, *[True] * 5, options, True)
+        assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
+        args = (dy, du, x if options else None, w, a, 0.25, SEED, p_b, p_d, g_b, options)
+        assert_same(ops.lora_linear_bwd_input(*args), lora_linear_bwd_input_ref(*args))
+
+
+def test_rows_far_apart_are_copied():
+    # Offsets within a tile are 32-bit.
+    far = torch.empty(128, 1 << 25, dtype=torch.float16, device="meta")[:, :K]
+    assert rows_of(far).stride() == (K, 1)
+    assert rows_of(X[:, 3:]).stride() == (K, 1) and rows_of(X[:, 3:]).data_ptr() == X[:, 3:].data_ptr()
 
 
 def test_arguments_are_left_alone():

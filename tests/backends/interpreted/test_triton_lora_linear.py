@@ -25,14 +25,14 @@ def assert_accurate(problem):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(base, dtype):
     with configs.override(base=base):
-        for seed in range(10):
-            assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=400, max_R=200))
+        for seed in range(8):
+            assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=300, max_R=150))
 
 
 def everything(**changes) -> LoRALinearProblem:
     """Ragged sizes, every optional argument, dropout, all gradients."""
     base = LoRALinearProblem(
-        seed=5, M=75, K=203, N=171, R=11, dtype=torch.float16, adapter_dtype=torch.float32, scaling=0.7,
+        seed=5, M=75, K=141, N=133, R=11, dtype=torch.float16, adapter_dtype=torch.float32, scaling=0.7,
         dropout_p=0.4, options=VECTORS, layout="row_stride",
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -71,9 +71,12 @@ GEMMS = {
 @pytest.mark.parametrize("name", GEMMS)
 @pytest.mark.parametrize("options", [(), VECTORS], ids=["plain", "all-vectors"])
 def test_every_kind_of_fused_launch(name, options):
-    with configs.override(base="fused", gemm=GEMMS[name]):
-        # 208 and 176 are multiples of 16 bytes, so descriptors are used where they are asked for; 203 is not.
-        for size in (dict(K=208, N=176, layout="contiguous"), dict()):
+    config = GEMMS[name]
+    # Two by three tiles of y and three steps along K. Rows of a multiple of 16 bytes, so that descriptors are used where they
+    # are asked for; then rows that are not.
+    M, K, N = config.block_m + 9, 2 * config.block_k + 16, 2 * config.block_c + 16
+    with configs.override(base="fused", gemm=config):
+        for size in (dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)):
             assert_accurate(everything(options=options, **size))
             assert_accurate(everything(options=options, dtype=torch.float32, **size))
 
@@ -84,7 +87,9 @@ def test_every_kind_of_fused_launch(name, options):
 @pytest.mark.parametrize("groups", [1, 2, 100])
 def test_every_kind_of_shrink(config, groups):
     with configs.override(shrink=config, shrink_groups=groups):
-        assert_accurate(everything(R=40, options=("delta_in_scale", "rank_scale")))
+        # Three blocks of K, two tiles of rows.
+        size = dict(M=config.block_m + 7, K=2 * config.block_k + 21, N=30)
+        assert_accurate(everything(R=40, options=("delta_in_scale", "rank_scale"), **size))
 
 
 @pytest.mark.parametrize(
@@ -95,16 +100,8 @@ def test_every_kind_of_adapter_gradient(config, ranges):
     ranges, rows = ranges
     rows = max(rows, config.block_m)
     with configs.override(adapter_grad=config, grad_ranges=(configs.cdiv(75, rows), rows)):
-        for rank in (11, 40):
-            assert_accurate(everything(R=rank))
-
-
-@pytest.mark.parametrize("empty", ["M", "K", "N", "R", "MN", "KR"])
-@pytest.mark.parametrize("base", ["fused", "epilogue"])
-def test_empty_sizes(empty, base):
-    with configs.override(base=base):
-        for options in ((), VECTORS):
-            assert_accurate(everything(**dict.fromkeys(empty, 0), options=options, layout="contiguous"))
+        for rank in (11, 35):
+            assert_accurate(everything(R=rank, K=config.block_c + 13, N=config.block_c + 18))
 
 
 def test_transposed_weight_is_used_as_it_lies():
