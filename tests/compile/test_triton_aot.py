@@ -108,10 +108,11 @@ def standard_cases(arch: int) -> list[Case]:
 
 
 def more_cases(arch: int) -> list[Case]:
-    """Few rows, no dropout, larger ranks, every optional argument."""
+    """Few rows, no dropout, a rank that fills half a tile, a larger one, every optional argument."""
     return [
         Case(arch, M=16, base="epilogue"),
         Case(arch, p=0.0),
+        Case(arch, R=8),
         Case(arch, R=64),
         Case(arch, everything=True),
         Case(arch, everything=True, base="epilogue"),
