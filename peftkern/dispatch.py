@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -82,7 +83,16 @@ def choose(problem: Problem) -> tuple[str, dict[str, str]]:
 
 # What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
 # layer, and their outcome repeats from step to step.
-_takers: dict[tuple, tuple[Callable, str]] = {}
+_takers: dict[tuple, _Taker] = {}
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+class _Taker(NamedTuple):
+    function: Callable
+    device: str
+    # Ordinary tensors alone, in memory that holds what they mean.
+    plain: bool
 
 
 def _signature(value):
@@ -94,20 +104,23 @@ def _signature(value):
     return type(value), value
 
 
-def _find(op: Op, args) -> tuple[Callable, str]:
-    """The function that takes a call, and its device."""
+def _is_plain(value) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if not isinstance(value, torch.Tensor):
+        return True
+    return type(value) in _PLAIN and value.layout == torch.strided and value.device.type in ORDER
+
+
+def _find(op: Op, args) -> _Taker:
     problem = op.describe(*args)
     name, declined = choose(problem)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
-    return op.reference if name == "reference" else load(name).OPS[op.name], problem.device
+    function = op.reference if name == "reference" else load(name).OPS[op.name]
+    return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 
-@functools.cache
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def _run(op: Op, *args):
+def _taker(op: Op, args) -> _Taker:
     key = (op.name, settings.current(), *map(_signature, args))
     taker = _takers.get(key)
     if taker is None:
@@ -115,10 +128,50 @@ def _run(op: Op, *args):
         if len(_takers) >= 4096:
             _takers.clear()
         _takers[key] = taker
-    function, device = taker
+    return taker
+
+
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _apply(taker: _Taker, args):
+    device = taker.device
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
     autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if not autocast and not torch.is_grad_enabled():
-        return function(*args)
+        return taker.function(*args)
     with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return function(*args)
+        return taker.function(*args)
+
+
+def _run(op: Op, *args):
+    return _apply(_taker(op, args), args)
+
+
+def watched() -> bool:
+    """Whether a compiler, a tracer, a mode or a profiler wants to see which ops are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def caller(name: str) -> Callable:
+    """The op ``name`` for the layers above, who see to gradients: straight to its back end where nobody is watching.
+
+    The way through torch's dispatcher and back takes as long as the kernels of a small layer.
+    """
+    op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
+
+    def call(*args):
+        if watched():
+            return overload(*args)
+        taker = _taker(op, args)
+        return _apply(taker, args) if taker.plain else overload(*args)
+
+    return call

@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import caller
 from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
 
-# Overloads, so that no call has to look for the one that fits.
-_fwd = torch.ops.peftkern.lora_linear_fwd.default
-_bwd_adapter = torch.ops.peftkern.lora_linear_bwd_adapter.default
-_bwd_input = torch.ops.peftkern.lora_linear_bwd_input.default
+_fwd, _bwd_adapter, _bwd_input = (caller(f"lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
 _REQUIRED = ("lora_A", "lora_B")
 _VECTORS = ("rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
 _TENSORS = (*_REQUIRED, "bias", *_VECTORS)
