@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 
@@ -10,6 +9,8 @@ import torch
 
 from .. import settings
 from ..problem import Problem
+from . import triton_multi
+from .triton_device import kernel_settings, on_device
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,28 +44,13 @@ def decline(problem: Problem) -> str | None:
     wanted = "cpu" if settings.current().triton_interpret else "cuda"
     if problem.device != wanted:
         return f"runs on {wanted} tensors here, got {problem.device}"
-    if problem.op == "dropout_mask":
+    if problem.op in ("dropout_mask", "multi_lora_linear_route"):
         return None
     if problem.dtype not in _DTYPES:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
     return None
-
-
-def _settings(t: torch.Tensor):
-    from ..kernels.lora_linear import Settings
-
-    arch = 0
-    if t.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(t.device)
-        arch = major * 10 + minor
-    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, settings.current().batch_invariant)
-
-
-def _on(t: torch.Tensor):
-    """Triton starts kernels on the current device's current stream."""
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
 def lora_linear_fwd(
@@ -74,10 +60,10 @@ def lora_linear_fwd(
     """(y, u, h), see ``peftkern.ops.lora_linear``."""
     from ..kernels import lora_linear as kernels
 
-    with _on(x):
+    with on_device(x):
         return kernels.forward(
             x, weight, lora_A, lora_B, bias, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, _settings(x),
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, kernel_settings(x),
         )  # fmt: skip
 
 
@@ -90,10 +76,10 @@ def lora_linear_bwd_adapter(
     from ..kernels.lora_linear_grad import Needs, backward_adapter
 
     needs = Needs(need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out)
-    with _on(dy):
+    with on_device(dy):
         return backward_adapter(
             dy, x, u, h, lora_A, lora_B, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, delta_in_scale, delta_out_scale, needs, _settings(dy),
+            rank_scale, delta_in_scale, delta_out_scale, needs, kernel_settings(dy),
         )  # fmt: skip
 
 
@@ -103,10 +89,10 @@ def lora_linear_bwd_input(
     """(dx, dbase_in), see ``peftkern.ops.lora_linear``."""
     from ..kernels import lora_linear as kernels
 
-    with _on(dy):
+    with on_device(dy):
         return kernels.backward_input(
             dy, du, x, weight, lora_A, kernels.dropout(dropout_p, seed),
-            base_in_scale, delta_in_scale, base_out_scale, need_base_in, _settings(dy),
+            base_in_scale, delta_in_scale, base_out_scale, need_base_in, kernel_settings(dy),
         )  # fmt: skip
 
 
@@ -114,7 +100,7 @@ def dropout_mask(seed, M, K, p):
     """bool (M, K), see ``peftkern.ops.dropout_mask``."""
     from ..kernels.dropout import dropout_mask as launch_mask
 
-    with _on(seed):
+    with on_device(seed):
         return launch_mask(seed, M, K, p)
 
 
@@ -123,4 +109,5 @@ OPS = {
     "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
     "lora_linear_bwd_input": lora_linear_bwd_input,
     "dropout_mask": dropout_mask,
+    **triton_multi.OPS,
 }
