@@ -169,6 +169,9 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
 
 
 _overrides: dict[str, object] = {}
+_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges"} | {
+    f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")
+}
 
 
 @contextlib.contextmanager
@@ -177,7 +180,7 @@ def override(**values: object) -> Iterator[None]:
 
     Process-wide: a backward pass runs on another thread. Raises ValueError for an unknown name or base.
     """
-    unknown = set(values) - {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges"}
+    unknown = set(values) - _NAMES
     if unknown:
         raise ValueError(f"nothing called {', '.join(sorted(unknown))} can be overridden")
     if values.get("base", BASES[0]) not in BASES:

@@ -84,14 +84,14 @@ def multi_adapter_grad_kernel(
                     if T_TERMS == 0:
                         vt = narrow(vt, t.dtype.element_ty)
                     total += split_dot(tl.trans(tile), vt, None, T_TERMS, V_TERMS, PRECISION)
-                if (begin >= low) & (end <= high):
-                    _store(
-                        address, total * factor, rank, col, R, C, stride_r, stride_c, wide, RANK_FAST, DTYPE
-                    )  # fmt: skip
-                else:
-                    side = tl.where(begin < low, 0, 1)
-                    at = (tl.cast(part * 2 + side, tl.int64) * C + col[:, None]) * MAX_RANK + rank[None, :]
-                    tl.store(parts + at, total, mask=inside_c[:, None] & (rank < MAX_RANK)[None, :])
+                whole = (begin >= low) & (end <= high)
+                if whole:
+                    _store(address, total * factor, rank, col, R, C, stride_r, stride_c, wide, RANK_FAST, DTYPE)
+                if parts is not None:
+                    if not whole:
+                        side = tl.where(begin < low, 0, 1)
+                        at = (tl.cast(part * 2 + side, tl.int64) * C + col[:, None]) * MAX_RANK + rank[None, :]
+                        tl.store(parts + at, total, mask=inside_c[:, None] & (rank < MAX_RANK)[None, :])
         place = stop
 
 

@@ -6,7 +6,7 @@ the length of the sum alone: neither the rows of a batch nor the other adapters'
 
 from __future__ import annotations
 
-from .configs import TARGET_PROGRAMS, LaunchConfig, adapter_grad, base_product, cdiv, rank_block
+from .configs import TARGET_PROGRAMS, LaunchConfig, base_product, cdiv, rank_block
 
 # A batch of one row per adapter wastes the rest of a tile, and rows of one adapter share its weights within a tile only.
 # All architectures multiply tiles of 32 rows with the same instruction.
@@ -26,11 +26,11 @@ def tile_numbers(M: int, slots: int, rows: int) -> tuple[int, bool]:
     return (M, True) if by_segment >= M else (by_segment, False)
 
 
-def shrink(R: int, itemsize: int, arch: int) -> LaunchConfig:
+def shrink(R: int, itemsize: int, adapter_itemsize: int) -> LaunchConfig:
     """u = x A^T for adapters of rank up to R."""
     if itemsize == 4:
         return LaunchConfig(TILE_ROWS, 16, 32, min(rank_block(R), 32), warps=4, stages=3)
-    return LaunchConfig(TILE_ROWS, 16, 64, min(rank_block(R), 64), warps=4, stages=4)
+    return LaunchConfig(TILE_ROWS, 16, 64, min(rank_block(R), 128 // adapter_itemsize), warps=4, stages=4)
 
 
 def spans(C: int, block_k: int) -> tuple[int, int]:
@@ -50,12 +50,12 @@ def expand(R: int, itemsize: int, arch: int) -> LaunchConfig:
     return LaunchConfig(TILE_ROWS, 64 if itemsize == 4 else 128, 0, min(rank_block(R), 32), warps=4, stages=1)
 
 
-def gemm(R: int, arch: int) -> LaunchConfig:
-    """A branch and its base product in one tile."""
-    rank = min(rank_block(R), 32)
+def gemm(R: int, arch: int, *, drop: bool) -> LaunchConfig:
+    """A branch and its base product in one tile; the bits of a dropped branch take registers."""
+    rank, columns = min(rank_block(R), 32), 64 if drop and arch < 100 else 128
     if arch >= 90:
-        return LaunchConfig(128, 128, 64, rank, warps=8, stages=3)
-    return LaunchConfig(128, 128, 32, 16, warps=8, stages=4 if arch == 80 else 3)
+        return LaunchConfig(128, columns, 64, rank, warps=8, stages=3)
+    return LaunchConfig(128, columns, 32, 16, warps=8, stages=4 if arch == 80 else 3)
 
 
 def columns_per_program(M: int, N: int, config: LaunchConfig) -> int:
@@ -64,9 +64,14 @@ def columns_per_program(M: int, N: int, config: LaunchConfig) -> int:
     return max(1, min(blocks, cdiv(M, config.block_m) * blocks // (8 * TARGET_PROGRAMS)))
 
 
-def grad(C: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+def grad(R: int, itemsize: int, arch: int) -> LaunchConfig:
     """One pass over t (M, C) for the gradients of all adapters."""
-    return adapter_grad(C, R, itemsize, arch)
+    rank = rank_block(R)
+    if itemsize == 4:
+        return LaunchConfig(32, 64, 0, min(rank, 32), warps=4, stages=2)
+    if arch >= 90:
+        return LaunchConfig(64, 128, 0, min(rank, 64), warps=8 if rank > 32 else 4, stages=3)
+    return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 
 
 def base(M: int, N: int, K: int, slots: int, itemsize: int, arch: int, batch_invariant: bool) -> str:

@@ -84,7 +84,7 @@ def shrink(b: Batch, side_b: bool, x: Tensor, scaled: bool, drop: bool) -> Tenso
     out = torch.empty((M, R), dtype=torch.float32, device=x.device)
     if M == 0 or R == 0:
         return out
-    config = multi_configs.shrink(R, x.element_size(), b.s.arch)
+    config = multi_configs.shrink(R, x.element_size(), b.dtype.itemsize)
     config = configs.pick_config("multi_shrink", config, x.element_size(), b.s.arch)
     spans, each = multi_configs.spans(C, config.block_k)
     partial = spans > 1 and configs.pick("multi_partial", multi_configs.partial(M, R, config))
@@ -123,7 +123,8 @@ def expand(
         return
     fused, K, size = x is not None, 0 if x is None else x.shape[1], out.element_size()
     if fused:
-        config = configs.pick_config("multi_gemm", multi_configs.gemm(R, b.s.arch), size, b.s.arch)
+        config = multi_configs.gemm(R, b.s.arch, drop=drop and b.dropout_p is not None)
+        config = configs.pick_config("multi_gemm", config, size, b.s.arch)
     else:
         config = configs.pick_config("multi_expand", multi_configs.expand(R, size, b.s.arch), size, b.s.arch)
     per = 1 if fused else configs.pick("multi_columns", multi_configs.columns_per_program(M, N, config))
@@ -192,7 +193,7 @@ def _grads(b: Batch, side_b: bool, grads: Tensor, t: Tensor, v: Tensor) -> None:
     (M, C), R, size = t.shape, b.max_rank, t.element_size()
     if M == 0 or C == 0 or R == 0 or b.slots == 0:
         return
-    config = configs.pick_config("multi_grad", multi_configs.grad(C, R, size, b.s.arch), size, b.s.arch)
+    config = configs.pick_config("multi_grad", multi_configs.grad(R, size, b.s.arch), size, b.s.arch)
     ranges, places = configs.pick("multi_ranges", configs.grad_ranges(M, C, R, config))
     parts = None
     if ranges > 1:
