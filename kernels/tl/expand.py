@@ -161,9 +161,7 @@ def expand_kernel(
         else:
             acc = tl.load(base + row[:, None] * stride_base + col[None, :], mask=inside, other=0.0).to(tl.float32)
         if SAVE_BASE:
-            tl.store(
-                base + row[:, None] * stride_base + col[None, :], narrow(acc, base.dtype.element_ty), mask=inside
-            )
+            tl.store(base + row[:, None] * stride_base + col[None, :], narrow(acc, base.dtype.element_ty), mask=inside)
         if partial is not None:
             other = tl.load(factor + row[:, None] * stride_factor + col[None, :], mask=inside, other=0.0)
             sums = tl.sum(tl.where(inside, acc * other.to(tl.float32), 0.0), axis=0)

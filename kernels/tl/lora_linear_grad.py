@@ -1,8 +1,8 @@
 """Gradients of the adapters and of the vectors beside them: one pass over dy, one over x.
 
-    dv = s (g_d * dy) B       du = d * dv          dB = s g_d[:, None] * H,  H = dy^T (d * u)      dbias = sum_t dy
-    dA = G * p_d,  G = du^T drop(x)                dd = sum_t dv * u         dg_d = s rowdot(B, H)
-    dp_d = coldot(A, G)                            dg_b = sum_t dy * h
+dv = s (g_d * dy) B       du = d * dv          dB = s g_d[:, None] * H,  H = dy^T (d * u)      dbias = sum_t dy
+dA = G * p_d,  G = du^T drop(x)                dd = sum_t dv * u         dg_d = s rowdot(B, H)
+dp_d = coldot(A, G)                            dg_b = sum_t dy * h
 """
 
 from __future__ import annotations
