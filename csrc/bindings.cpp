@@ -237,6 +237,19 @@ void multi_expand(const cpu::MultiBatch& batch, bool side_b, uintptr_t out, int 
   args.threads = check_threads(threads);
   cpu::multi_expand(batch, args);
 }
+
+// out (rows x N) = x's branch, added to what is there if `add`. One call for what a few rows need: between
+// two layers of a model even the way from Python is far.
+void multi_branch(std::vector<uintptr_t> weights, int adapter_dtype, uintptr_t table, int64_t slots,
+                  uintptr_t order, uintptr_t starts, int64_t M, int64_t max_rank, uintptr_t scaling,
+                  uintptr_t x, int dtype, int64_t row, int64_t col, int64_t K, uintptr_t u, uintptr_t out,
+                  int64_t ldo, int64_t N, bool add, int threads) {
+  const cpu::MultiBatch batch =
+      multi_batch(std::move(weights), adapter_dtype, table, slots, order, starts, M, max_rank, scaling, 0, 0);
+  check_block("u", u, M, max_rank);
+  multi_reduce(batch, false, x, dtype, row, col, K, u, 0, {}, 0, threads);
+  multi_expand(batch, true, out, dtype, ldo, add ? out : 0, dtype, ldo, 0, M, 0, N, u, 0, threads);
+}
 // --- end of many adapters ---
 
 #ifdef PEFTKERN_HAVE_CUDA
@@ -306,6 +319,9 @@ PYBIND11_MODULE(_C, m) {
         "C"_a, "dot"_a, "v"_a, "grads"_a, "colsum"_a, "threads"_a);
   m.def("multi_expand", &multi_expand, nogil, "batch"_a, "side_b"_a, "out"_a, "dtype"_a, "ldo"_a, "src"_a,
         "src_dtype"_a, "lds"_a, "row0"_a, "rows"_a, "col0"_a, "cols"_a, "v"_a, "bias"_a, "threads"_a);
+  m.def("multi_branch", &multi_branch, nogil, "weights"_a, "adapter_dtype"_a, "table"_a, "slots"_a, "order"_a,
+        "starts"_a, "M"_a, "max_rank"_a, "scaling"_a, "x"_a, "dtype"_a, "row"_a, "col"_a, "K"_a, "u"_a,
+        "out"_a, "ldo"_a, "N"_a, "add"_a, "threads"_a);
   // --- end of many adapters ---
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapter_bank import AdapterBank
 from ..adapter_table import AdapterTable, probabilities, table_of
 from ..ops.checks import accumulate_dtype, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
+from .direct import direct
 from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
+from .routes import route
 
 _ops = torch.ops.peftkern
-# adapter_ids -> (version, slots, rows, order, starts): the layers of a model share the route of a batch.
-_routes = WeakIdKeyDictionary()
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
@@ -80,57 +79,37 @@ def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
     return adapters.snapshot()
 
 
-def _route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
-    if not isinstance(adapter_ids, Tensor):
-        raise TypeError(f"adapter_ids must be a tensor, got {type(adapter_ids).__name__}")
-    if adapter_ids.device != x.device:
-        raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected {x.device} like x")
-    rows = x.shape[:-1].numel()
-    remembered = not torch.compiler.is_compiling() and not adapter_ids.is_inference()
-    if remembered:
-        known = _routes.get(adapter_ids)
-        if known is not None and known[:3] == (adapter_ids._version, state.slots, rows):
-            return known[3:]
-    if adapter_ids.numel() == rows:
-        ids = adapter_ids.reshape(rows)
-    elif adapter_ids.shape == x.shape[:1]:
-        ids = adapter_ids.repeat_interleave(rows // max(x.shape[0], 1))
-    else:
-        raise ValueError(
-            f"adapter_ids has shape {tuple(adapter_ids.shape)}, expected one id per row ({rows}) or per leading index"
-            f" ({tuple(x.shape[:1])})"
-        )
-    route = _ops.multi_lora_linear_route(ids, state.table, state.mask)
-    if remembered:
-        _routes[adapter_ids] = (adapter_ids._version, state.slots, rows, *route)
-    return route
-
-
 def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) -> Tensor | None:
     """fp64 (slots,), or None if nothing is dropped."""
-    each = list(dropout_p) if isinstance(dropout_p, Sequence) else [dropout_p] * slots
-    if len(each) != slots:
+    each = dropout_p if isinstance(dropout_p, Sequence) else (dropout_p,)
+    if each is dropout_p and len(each) != slots:
         raise ValueError(f"dropout_p has {len(each)} entries, expected one per adapter ({slots})")
     for p in each:
         check_p(p)
     if not training or not any(each):
         return None
-    return probabilities(tuple(map(float, each)), device)
+    return probabilities(tuple(map(float, each)) * (1 if each is dropout_p else slots), device)
 
 
 def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dtype) -> Tensor:
-    order, starts = _route(adapter_ids, x, state)
+    order, starts = route(adapter_ids, x, state)
     seed = seed_tensor(seed, x.device) if dropout_p is not None else None
     inputs = (x, bias, *state.weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return MultiLoRALinearFunction.apply(
             x, weight, bias, state, order, starts, dropout_p, seed, dtype, *state.weights
         )  # fmt: skip
-    y, _ = _ops.multi_lora_linear_fwd(
+    y, _ = _forward("multi_lora_linear_fwd", state, dtype, x, weight, bias)(
         _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
         list(state.weights), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
     )  # fmt: skip
     return _as_shape(y, x)
+
+
+def _forward(name: str, state: AdapterTable, dtype: torch.dtype, x: Tensor, *others: Tensor | None):
+    # The op ``name``, without the dispatcher where it is not needed.
+    found = direct(name, dtype, x, *others) if x.dtype == dtype and state.plain else None
+    return found or getattr(_ops, name)
 
 
 def _no_transforms(name: str) -> None:
@@ -183,6 +162,8 @@ def multi_lora_linear(
     dtype = _autocast_dtype(x) or x.dtype
     if dtype == x.dtype and weight.dtype != dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {weight.shape[0]}")
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
     state = _state(adapters, x, dtype)
@@ -224,7 +205,9 @@ def sgmv(
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights)):
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
-    order, starts = _route(adapter_ids, x, state)
+    order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _ops.sgmv_add(rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    _forward("sgmv_add", state, dtype, x, out)(
+        rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts
+    )
     return out

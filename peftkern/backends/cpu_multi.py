@@ -90,6 +90,9 @@ def multi_lora_linear_fwd(
     x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
 ):
     """(y, u); see peftkern.ops.multi_lora_linear."""
+    if weight is None and bias is None and dropout_p is None:
+        y = torch.empty((x.shape[0], out_features), dtype=x.dtype)
+        return y, _branch(y, x, weights, table, scaling, max_rank, order, starts, add=False)
     batch = _Batch(weights, table, scaling, order, starts, max_rank, dropout_p, seed)
     u = torch.empty((batch.M, max_rank), dtype=torch.float32)
     batch.reduce(False, x, dot=u)
@@ -100,17 +103,27 @@ def multi_lora_linear_fwd(
 
 def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    batch = _Batch(weights, table, scaling, order, starts, max_rank, None, None)
-    u = torch.empty((batch.M, max_rank), dtype=torch.float32)
-    batch.reduce(False, x, dot=u)
-    if out.numel() == 0:
-        return
-    if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or batch.M == 1):
-        batch.expand(True, out, out, u)
+    args = x, weights, table, scaling, max_rank, order, starts
+    if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
+        _branch(out, *args, add=True)
     else:
         copy = out.contiguous()
-        batch.expand(True, copy, copy, u)
+        _branch(copy, *args, add=True)
         out.copy_(copy)
+
+
+def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bool):
+    # u; out = the branch, or plus it.
+    native.use_isa()
+    table, order, starts, scaling = table.contiguous(), order.contiguous(), starts.contiguous(), scaling.contiguous()
+    (M, K), N = x.shape, out.shape[1]
+    u = torch.empty((M, max_rank), dtype=torch.float32)
+    _C.multi_branch(
+        [w.data_ptr() for w in weights], CODES[weights[0].dtype] if weights else 0, table.data_ptr(), table.shape[0],
+        order.data_ptr(), starts.data_ptr(), M, max_rank, scaling.data_ptr(), x.data_ptr(), CODES[x.dtype],
+        *x.stride(), K, u.data_ptr(), out.data_ptr(), out.stride(0), N, add, threads(M * min(K, N) * max(max_rank, 1)),
+    )  # fmt: skip
+    return u
 
 
 def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
