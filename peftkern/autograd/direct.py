@@ -26,7 +26,7 @@ def direct(name: str, dtype: torch.dtype, *tensors: Tensor | None) -> Callable |
     """
     if dtype not in _DTYPES or not plain(*tensors) or _watched():
         return None
-    if settings.backend() not in ("auto", "cpu"):
+    if settings.current().backend not in ("auto", "cpu"):
         return None
     cpu = dispatch.load("cpu")
     return None if cpu.unavailable() else cpu.OPS[name]

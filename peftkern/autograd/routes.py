@@ -28,11 +28,9 @@ def route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
         raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected {x.device} like x")
     rows = x.shape[:-1].numel()
     keeps = not torch.compiler.is_compiling() and not adapter_ids.is_inference()
-    if keeps:
-        known = _known.get(id(adapter_ids))
-        if known is not None and known[0]() is adapter_ids:
-            if known[1] == adapter_ids._version and known[2] == state.slots and known[3] == rows:
-                return known[4], known[5]
+    known = _known.get(id(adapter_ids)) if keeps else None
+    if known is not None and known[0]() is adapter_ids and known[1:4] == (adapter_ids._version, state.slots, rows):
+        return known[4], known[5]
     order, starts = _ops.multi_lora_linear_route(_per_row(adapter_ids, x, rows), state.table, state.mask)
     if keeps:
         key = id(adapter_ids)
