@@ -12,14 +12,6 @@ from .ops.checks import accumulate_dtype, check_number, check_tensor
 INT32_MASK = 2**31 - 1
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary CPU tensors, whose memory holds what they mean: no subclass, nothing sparse."""
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu and t.layout == torch.strided) for t in tensors)
-
-
 class AdapterTable:
     """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``: as in the op.
 
@@ -28,7 +20,7 @@ class AdapterTable:
     """
 
     __slots__ = (
-        "__weakref__", "_plain", "in_features", "mask", "max_rank", "out_features", "scaling", "slots", "table", "weights",
+        "__weakref__", "in_features", "mask", "max_rank", "out_features", "scaling", "slots", "table", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -38,14 +30,6 @@ class AdapterTable:
         self.weights, self.table, self.scaling = tuple(weights), table, scaling
         self.mask, self.max_rank = mask, max_rank
         self.in_features, self.out_features, self.slots = in_features, out_features, slots
-        self._plain: bool | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether all weights are ordinary CPU tensors."""
-        if self._plain is None:
-            self._plain = plain(*self.weights)
-        return self._plain
 
 
 def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:

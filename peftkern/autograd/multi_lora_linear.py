@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..adapter_bank import AdapterBank
 from ..adapter_table import AdapterTable, probabilities, table_of
+from ..dispatch import caller
 from ..ops.checks import accumulate_dtype, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
-from .direct import direct
 from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
 from .routes import route
 
-_ops = torch.ops.peftkern
+_fwd, _bwd_adapter, _bwd_input = (caller(f"multi_lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
+_add = caller("sgmv_add")
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
@@ -30,7 +31,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, state, order, starts, dropout_p, seed, dtype, *weights):
         need = ctx.needs_input_grad
         needs = list(need[9:])
-        y, u = _ops.multi_lora_linear_fwd(
+        y, u = _fwd(
             _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
             state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
@@ -52,13 +53,13 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         dy = _rows(dy, dy.dtype)
         if u is None:
             u = dy.new_empty((dy.shape[0], ctx.state.max_rank), dtype=accumulate_dtype(ctx.dtype))
-        du, dbias, grads = _ops.multi_lora_linear_bwd_adapter(
+        du, dbias, grads = _bwd_adapter(
             dy, None if x is None else _rows(x, ctx.dtype), u, weights, table, scaling, order, starts, dropout_p, seed,
             ctx.needs, need_bias,
         )  # fmt: skip
         dx = None
         if need_x:
-            dx = _ops.multi_lora_linear_bwd_input(
+            dx = _bwd_input(
                 dy, du, None if weight is None else _cast(weight, ctx.dtype), ctx.state.in_features, weights, table,
                 order, starts, dropout_p, seed,
             )  # fmt: skip
@@ -99,17 +100,11 @@ def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dt
         return MultiLoRALinearFunction.apply(
             x, weight, bias, state, order, starts, dropout_p, seed, dtype, *state.weights
         )  # fmt: skip
-    y, _ = _forward("multi_lora_linear_fwd", state, dtype, x, weight, bias)(
+    y, _ = _fwd(
         _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
         list(state.weights), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
     )  # fmt: skip
     return _as_shape(y, x)
-
-
-def _forward(name: str, state: AdapterTable, dtype: torch.dtype, x: Tensor, *others: Tensor | None):
-    # The op ``name``, without the dispatcher where it is not needed.
-    found = direct(name, dtype, x, *others) if x.dtype == dtype and state.plain else None
-    return found or getattr(_ops, name)
 
 
 def _no_transforms(name: str) -> None:
@@ -207,7 +202,5 @@ def sgmv(
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
     order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _forward("sgmv_add", state, dtype, x, out)(
-        rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts
-    )
+    _add(rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
     return out

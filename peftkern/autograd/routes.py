@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..adapter_table import AdapterTable
+from ..dispatch import caller
 
-_ops = torch.ops.peftkern
+_route = caller("multi_lora_linear_route")
 # id(adapter_ids) -> (weak reference to it, version, slots, rows, order, starts). A dictionary with tensors as weak keys
 # does the same in Python, for a fifth of the time of a small call.
 _known: dict[int, tuple[weakref.ref, int, Hashable, int, Tensor, Tensor]] = {}
@@ -31,7 +32,7 @@ def route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
     known = _known.get(id(adapter_ids)) if keeps else None
     if known is not None and known[0]() is adapter_ids and known[1:4] == (adapter_ids._version, state.slots, rows):
         return known[4], known[5]
-    order, starts = _ops.multi_lora_linear_route(_per_row(adapter_ids, x, rows), state.table, state.mask)
+    order, starts = _route(_per_row(adapter_ids, x, rows), state.table, state.mask)
     if keeps:
         key = id(adapter_ids)
         ref = weakref.ref(adapter_ids, lambda _: _known.pop(key, None))
