@@ -1,7 +1,8 @@
 """The one dispatch point: an op name and its arguments in, one back end out.
 
 ``define`` registers an op with torch.library: its schema, its shape rule (fake) and, for every device, ``_run``,
-which asks the back ends of the device in order and ends at the reference. Autograd lives above (peftkern.autograd).
+which asks the back ends of the device in order and ends at the reference. Autograd lives above (peftkern.autograd) and
+calls an op through ``caller``.
 """
 
 from __future__ import annotations
