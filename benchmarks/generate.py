@@ -1,0 +1,179 @@
+"""How fast a small causal LM generates with an adapter for every prompt: HF PEFT's own code against ``accelerate``.
+
+    python -m peftkern.benchmarks.generate --json FILE
+
+A Llama of a few million random parameters, LoRA on all of its linear layers, greedy decoding in fp32 of a batch whose
+prompts name different adapters (``adapter_names``). Providers take turns: the model without adapters, PEFT, peftkern.
+Before anything is timed, what peftkern generates must equal what PEFT generates for each prompt alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import peftkern
+
+from . import machine
+from .result import write
+from .timing import copy_bandwidth, quiet
+
+BASE, PEFT, OURS = "base", "peft", "peftkern"
+SPEED_UP = 2.0
+VOCABULARY = 2048
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def model_of(adapters: int, rank: int):
+    """A PEFT model with ``adapters`` adapters of random weights, in evaluation mode."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.05, bos_token_id=0, eos_token_id=None,
+        pad_token_id=None,
+    )  # fmt: skip
+    config = (
+        transformers.LlamaForCausalLM(config),
+        peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
+        ),
+    )
+    model = peft.get_peft_model(*config, adapter_name="adapter0")
+    for i in range(1, adapters):
+        model.add_adapter(f"adapter{i}", config[1])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.05)
+    return model.eval()
+
+
+class Batch:
+    """Prompts and the adapter of each, in turn."""
+
+    def __init__(self, prompts: int, adapters: int, length: int, new_tokens: int):
+        self.ids = torch.randint(1, VOCABULARY, (prompts, length), generator=torch.Generator().manual_seed(1))
+        self.names = [f"adapter{i % adapters}" for i in range(prompts)]
+        self.options = dict(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
+
+    def generate(self, model, rows: slice = slice(None), **options) -> torch.Tensor:
+        """The new tokens of some prompts."""
+        ids = self.ids[rows]
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **self.options, **options
+        )  # fmt: skip
+        return found[:, ids.shape[1] :]
+
+    def mixed(self, model) -> torch.Tensor:
+        """All prompts at once, each with its adapter."""
+        return self.generate(model, adapter_names=self.names)
+
+    def base(self, model) -> torch.Tensor:
+        """All prompts at once, without any."""
+        with model.disable_adapter():
+            return self.generate(model)
+
+    def alone(self, model) -> torch.Tensor:
+        """One after the other, each with its adapter switched on."""
+        found = []
+        for i, name in enumerate(self.names):
+            model.set_adapter(name)
+            found.append(self.generate(model, slice(i, i + 1)))
+        return torch.cat(found)
+
+
+def measure(model, batch: Batch, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each provider, in turns."""
+
+    def ours(model) -> torch.Tensor:
+        peftkern.accelerate(model)
+        try:
+            return batch.mixed(model)
+        finally:
+            peftkern.restore(model)
+
+    providers: dict[str, Callable] = {BASE: batch.base, PEFT: batch.mixed, OURS: ours}
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for f in providers.values():
+        f(model)
+    with quiet():
+        for _ in range(repeats):
+            for name, f in providers.items():
+                start = time.perf_counter()
+                f(model)
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def markdown(rows: list[dict], dtype: str) -> list[str]:
+    """Lines for README."""
+    first = rows[0]
+    lines = [
+        f"{dtype}, greedy, {first['prompts']} prompts with {first['adapters']} adapters of rank {first['R']} on every "
+        f"linear layer of a Llama with {first['parameters'] / 1e6:.1f} M parameters, {first['new_tokens']} new tokens",
+        "",
+        "| | seconds | tokens per second | over PEFT |",
+        "|---|---|---|---|",
+    ]
+    words = {BASE: "without adapters", PEFT: "PEFT, `adapter_names`", OURS: "**`accelerate`**, `adapter_names`"}
+    for r in rows:
+        speed = "" if r["provider"] == BASE else f"{r['speed_up']:.2f}x"
+        lines.append(
+            f"| {words[r['provider']]} | {r['median_ms'] / 1e3:.2f} | {r['tokens_per_s']:.0f} | {speed} |"
+        )  # fmt: skip
+    return [*lines, ""]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 1 if a token differs, or the speed-up is under its limit."""
+    p = argparse.ArgumentParser(prog="python -m peftkern.benchmarks.generate", description=__doc__.splitlines()[0])
+    p.add_argument("--prompts", type=int, default=16)
+    p.add_argument("--adapters", type=int, default=8)
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--length", type=int, default=16, help="tokens of a prompt")
+    p.add_argument("--new-tokens", type=int, default=32)
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--json", type=Path, metavar="FILE")
+    args = p.parse_args(argv)
+    model = model_of(args.adapters, args.rank)
+    batch = Batch(args.prompts, args.adapters, args.length, args.new_tokens)
+    with torch.inference_mode():
+        alone = batch.alone(model)
+        peftkern.accelerate(model)
+        together = batch.mixed(model)
+        peftkern.restore(model)
+        equal = torch.equal(together, alone)
+        seconds = measure(model, batch, args.repeats)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    tokens = args.prompts * args.new_tokens
+    parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    rows = [
+        dict(
+            op="generate", device="cpu", dtype="fp32", provider=name, prompts=args.prompts, adapters=args.adapters,
+            R=args.rank, parameters=parameters, prompt_tokens=args.length, new_tokens=args.new_tokens,
+            median_ms=1e3 * seconds, tokens_per_s=tokens / seconds, speed_up=medians[PEFT] / seconds,
+            equals_each_prompt_alone=equal if name == OURS else None,
+        )
+        for name, seconds in medians.items()
+    ]  # fmt: skip
+    speed_up = medians[PEFT] / medians[OURS]
+    print("\n".join(markdown(rows, "fp32")))
+    print(f"{'equal to' if equal else 'DIFFERS from'} each prompt alone; {speed_up:.2f} times as fast as PEFT")
+    if args.json:
+        header = machine.header("cpu", copy_bandwidth("cpu")) | {"op": "generate", "command": json.dumps(sys.argv[1:])}
+        write(args.json, {"schema": 1, "header": header, "rows": rows, "reruns": []})
+    return int(not equal or speed_up < SPEED_UP)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
