@@ -69,6 +69,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
 
 
 def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
+    if type(adapters) is AdapterTable:
+        return adapters  # of a list that the caller has checked against x
     if not isinstance(adapters, AdapterBank):
         return table_of(adapters, x, dtype)
     if adapters.device != x.device:

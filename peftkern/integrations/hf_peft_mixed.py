@@ -12,12 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..adapter_table import AdapterTable, table_of
 from ..autograd.multi_lora_linear import multi_lora_linear
 from ..ops.checks import accumulate_dtype
 from .hf_peft_guard import Branch, Plan, call_plan
@@ -70,8 +72,8 @@ def batch_of(names: Sequence[str]) -> Batch:
     return batch
 
 
-def mixed_plan(layer: nn.Module, x: Any, names: Any) -> tuple[Plan, Batch] | str:
-    """What a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
+def mixed_plan(layer: nn.Module, x: Any, names: Any) -> tuple[nn.Module, Plan, Batch] | str:
+    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         return "adapter_names is not a list of names"
     batch = batch_of(names)
@@ -80,7 +82,7 @@ def mixed_plan(layer: nn.Module, x: Any, names: Any) -> tuple[Plan, Batch] | str
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
-    return plan, batch
+    return layer, plan, batch
 
 
 def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
@@ -88,6 +90,29 @@ def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
         # The op wants a number. A scaled B costs O(N R), a number from the device would make the host wait.
         return branch.lora_A, branch.lora_B * branch.scaling, 1.0
     return branch.lora_A, branch.lora_B, branch.scaling
+
+
+# Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
+# their layers.
+_tables: WeakKeyDictionary[nn.Module, tuple[tuple, AdapterTable]] = WeakKeyDictionary()
+
+
+def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTable | list[tuple]:
+    # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
+    plain = all(type(b.scaling) is float for b in branches)
+    if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return [_adapter(b) for b in branches]
+    # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
+    key = (x.dtype, x.device, *((id(A), id(B), A.shape, A.dtype, s) for _, A, B, _, s, _ in branches))
+    known = _tables.get(layer)
+    if known is not None and known[0] == key:
+        return known[1]
+    adapters = [_adapter(b) for b in branches]
+    table = table_of(adapters, x, x.dtype)
+    # A table of copies would miss what training does to the originals.
+    if all(t is w for t, w in zip(table.weights, (w for b in branches for w in b[1:3]), strict=True)):
+        _tables[layer] = key, table
+    return table
 
 
 def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
@@ -99,14 +124,13 @@ def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
     return (y + each.view(ids.numel(), *[1] * (y.dim() - 2), y.shape[-1])).to(y.dtype)
 
 
-def run_mixed(plan: Plan, batch: Batch, x: Tensor) -> Tensor:
-    """y of the mixed batch: one fused call, whatever the number of adapters."""
+def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
+    """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
     weight, bias, branches = plan
     ids = batch.ids(tuple(b.name for b in branches), x.device)
     drops = [b.dropout_p for b in branches]
-    y = multi_lora_linear(
-        x, weight, [_adapter(b) for b in branches], ids, bias=bias, dropout_p=drops, training=any(drops)
-    )
+    adapters = _table(layer, branches, x)
+    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=any(drops))
     return _branch_bias(y, branches, ids) if any(b.bias is not None for b in branches) else y
 
 

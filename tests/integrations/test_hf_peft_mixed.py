@@ -315,3 +315,44 @@ def test_compiled(zoo):
     x = torch.randn(3, 4, 24)
     compiled = torch.compile(lambda t: layer(t, adapter_names=names), fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x, adapter_names=names), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_change_between_calls(zoo, fused_mixed):
+    """Layers keep the table of their adapters: what is trained, replaced, cast or loaded must be seen by the next call."""
+    model = zoo.several("llama")
+    stock = zoo.several("llama")
+    peftkern.accelerate(model)
+    inputs = zoo.batch("llama", rows=len(NAMES))
+
+    def in_place(m):
+        for p in m.parameters():
+            p.data.mul_(1.25)
+
+    def replaced(m):
+        for layer in zoo.lora_layers(m).values():
+            linear = layer.lora_A["first"]
+            linear.weight = torch.nn.Parameter(linear.weight.detach() * 2)
+            layer.scaling["first"] = 0.75
+
+    def cast(m):
+        m.double()
+
+    def back(m):
+        m.float()
+
+    def removed(m):
+        m.delete_adapter("second")
+        m.add_adapter("second", zoo.peft.LoraConfig(r=5, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        zoo.randomise(m, seed=9, scale=0.1).eval()
+        peftkern.accelerate(m) if m is model else None
+
+    seen = []
+    for change in (lambda m: None, in_place, replaced, cast, back, removed):
+        for m in (model, stock):
+            change(m)
+        with torch.no_grad():
+            found, expected = (m(**inputs, adapter_names=NAMES).logits for m in (model, stock))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        seen.append(found)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert len(fused_mixed) >= 5 * 12
