@@ -31,9 +31,9 @@ def _store(
         store_weights(weight, value, rank[None, :], col[:, None], R, C, stride_r, stride_c, RANK_FAST, False)
 
 
-@triton.jit(do_not_specialize=["M", "slots", "places_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "places_per_program"])
 def multi_adapter_grad_kernel(
-    addresses, parts, t, v, table, order, starts, scaling, dropout_p, seed,
+    addresses, tensors, parts, t, v, table, order, starts, scaling, dropout_p, seed,
     M, C, MAX_RANK, slots, stride_t, stride_v, places_per_program,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SIDE_B: tl.constexpr,
     RANK_FAST: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr, T_TERMS: tl.constexpr, V_TERMS: tl.constexpr,
@@ -62,10 +62,10 @@ def multi_adapter_grad_kernel(
         segment, begin, end = find_segment(starts, place, M, slots, BLOCK_M, True, SEARCH)
         stop = tl.minimum(end, high)
         if segment < slots:
-            address, R, stride_r, stride_c, wide, given = find_matrix(
-                addresses, table, segment, SIDE_B, RANK_FAST, DTYPE
+            address, R, stride_r, stride_c, wide, base, _ = find_matrix(
+                addresses, tensors, table, segment, SIDE_B, RANK_FAST, DTYPE
             )
-            if given & (first_rank < R):
+            if (base != 0) & (first_rank < R):
                 factor = tl.cast(1.0, tl.float32)
                 if scaling is not None:
                     factor = tl.load(scaling + segment)
@@ -95,9 +95,9 @@ def multi_adapter_grad_kernel(
         place = stop
 
 
-@triton.jit(do_not_specialize=["M", "slots", "places_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "places_per_program"])
 def multi_finish_kernel(
-    addresses, parts, table, starts, scaling, dropout_p, M, C, MAX_RANK, slots, places_per_program,
+    addresses, tensors, parts, table, starts, scaling, dropout_p, M, C, MAX_RANK, slots, places_per_program,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, SEARCH: tl.constexpr,
     DTYPE: tl.constexpr, V_ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +108,10 @@ def multi_finish_kernel(
     border = low + places_per_program
     segment, begin, end = find_segment(starts, border - 1, M, slots, 1, True, SEARCH)
     if (end > border) & (begin >= low) & (segment < slots):
-        address, R, stride_r, stride_c, wide, given = find_matrix(addresses, table, segment, SIDE_B, RANK_FAST, DTYPE)
-        if given:
+        address, R, stride_r, stride_c, wide, base, _ = find_matrix(
+            addresses, tensors, table, segment, SIDE_B, RANK_FAST, DTYPE
+        )
+        if base != 0:
             factor = tl.cast(1.0, tl.float32)
             if scaling is not None:
                 factor = tl.load(scaling + segment)

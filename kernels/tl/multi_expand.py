@@ -36,9 +36,9 @@ def _sum_ranks(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "slots", "numbers", "columns_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "numbers", "columns_per_program"])
 def multi_expand_kernel(
-    out, base, x, w, v, addresses, table, order, starts, scaling, bias, dropout_p, seed,
+    out, base, x, w, v, addresses, tensors, table, order, starts, scaling, bias, dropout_p, seed,
     M, N, K, MAX_RANK, slots, numbers, columns_per_program, stride_out, stride_base, stride_x, stride_w, stride_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     GEMM: tl.constexpr, IN_PLACE: tl.constexpr, W_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
@@ -48,7 +48,8 @@ def multi_expand_kernel(
     """Grid (tile numbers * column groups,); a program takes ``columns_per_program`` blocks of columns of its tile.
 
     v (M, MAX_RANK) fp32. IN_PLACE: ``base`` is ``out``, so that rows without adapter and bias keep their bits. Rows with
-    an invalid id are NaN. ``scaling``: of the slots, or None. ``dropout_p`` and ``seed``: the branch is dropped.
+    an invalid id, or whose adapter's tensor is not known, are NaN. ``scaling``: of the slots, or None. ``dropout_p`` and
+    ``seed``: the branch is dropped.
     """
     MAX_RANK = multiple(MAX_RANK, V_ALIGN)
     stride_v = multiple(stride_v, V_ALIGN)
@@ -70,8 +71,11 @@ def multi_expand_kernel(
         wide = segment < 0
         factor = tl.cast(1.0, tl.float32)
         threshold = tl.cast(0, tl.int32)
+        known = segment == slots
         if segment < slots:
-            address, R, stride_r, stride_c, wide, _ = find_matrix(addresses, table, segment, SIDE_B, RANK_FAST, DTYPE)
+            address, R, stride_r, stride_c, wide, _, known = find_matrix(
+                addresses, tensors, table, segment, SIDE_B, RANK_FAST, DTYPE
+            )
             if scaling is not None:
                 factor = tl.load(scaling + segment)
             if seed is not None:
@@ -104,5 +108,5 @@ def multi_expand_kernel(
                 acc += tl.load(base + row[:, None] * stride_base + col[None, :], mask=inside, other=0.0).to(tl.float32)
             if bias is not None:
                 acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
-            acc = tl.where(segment > slots, float("nan"), acc)
+            acc = tl.where(known, acc, float("nan"))
             tl.store(out + row[:, None] * stride_out + col[None, :], narrow(acc, out.dtype.element_ty), mask=inside)

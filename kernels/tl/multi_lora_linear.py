@@ -30,6 +30,7 @@ class Batch:
     """What all kernels of a call share. ``dtype``: of the adapters. ``rank_fast_b``: how their B are expected to lie."""
 
     addresses: Tensor
+    tensors: int
     dtype: torch.dtype
     rank_fast_b: bool
     table: Tensor
@@ -45,6 +46,11 @@ class Batch:
     def slots(self) -> int:
         """Rows of the table."""
         return self.table.shape[0]
+
+    @property
+    def weights(self) -> dict:
+        """Arguments of a kernel that reads adapters."""
+        return dict(addresses=self.addresses, tensors=self.tensors)
 
     @property
     def route(self) -> dict:
@@ -72,7 +78,7 @@ def batch(
 ) -> Batch:  # fmt: skip
     """The batch of a call; ``like``: x or dy."""
     return Batch(
-        addresses_of(list(weights), like.device, keep=True), weights[0].dtype if weights else like.dtype,
+        addresses_of(list(weights), like.device, keep=True), len(weights), weights[0].dtype if weights else like.dtype,
         any(w.dim() > 1 for w in weights), table.contiguous(), vector(scaling), order.contiguous(), starts.contiguous(),
         max_rank, vector(dropout_p), seed, s,
     )  # fmt: skip
@@ -94,8 +100,8 @@ def shrink(b: Batch, side_b: bool, x: Tensor, scaled: bool, drop: bool) -> Tenso
     chunks = cdiv(R, config.rank)
     scaling, align = b.scaling if scaled else None, configs.alignment(R)
     args = dict(
-        u=into, x=x, addresses=b.addresses, order=b.order, scaling=scaling, C=C, MAX_RANK=R, stride_x=row_stride(x),
-        **b.route, **b.drop(drop),
+        u=into, x=x, order=b.order, scaling=scaling, C=C, MAX_RANK=R, stride_x=row_stride(x), **b.weights, **b.route,
+        **b.drop(drop),
     )  # fmt: skip
     constants = dict(
         tiles, BLOCK_K=config.block_k, BLOCK_R=config.rank, SPAN=each, PARTIAL=partial, **b.matrix(side_b),
@@ -133,10 +139,10 @@ def expand(
     block_k = config.block_k if fused else 16
     in_place = base is not None and base is out
     args = dict(
-        out=out, base=base, x=x, w=w, v=v, addresses=b.addresses, order=b.order, scaling=b.scaling if scaled else None,
+        out=out, base=base, x=x, w=w, v=v, order=b.order, scaling=b.scaling if scaled else None,
         bias=bias, N=N, K=K, MAX_RANK=R, numbers=numbers, columns_per_program=per, stride_out=row_stride(out),
         stride_base=0 if base is None else row_stride(base), stride_x=row_stride(x) if fused else 0,
-        stride_w=row_stride(w) if fused else 0, stride_v=row_stride(v), **b.route, **b.drop(drop),
+        stride_w=row_stride(w) if fused else 0, stride_v=row_stride(v), **b.weights, **b.route, **b.drop(drop),
     )  # fmt: skip
     constants = dict(
         tiles, BLOCK_N=config.block_c, BLOCK_K=block_k, BLOCK_R=config.rank, GROUP=config.group, GEMM=fused,
@@ -201,7 +207,7 @@ def _grads(b: Batch, side_b: bool, grads: Tensor, t: Tensor, v: Tensor) -> None:
     drop, scaling = b.drop(not side_b), b.scaling if side_b else None
     t_terms, v_terms = terms(t.dtype, b.dtype, True, b.s.allow_tf32)
     shared = dict(
-        addresses=grads, parts=parts, scaling=scaling, C=C, MAX_RANK=R, places_per_program=places, **b.route,
+        addresses=grads, tensors=b.tensors, parts=parts, scaling=scaling, C=C, MAX_RANK=R, places_per_program=places, **b.route,
     )  # fmt: skip
     constants = dict(b.matrix(side_b), SEARCH=multi_configs.search_block(b.slots), V_ALIGN=configs.alignment(R))
     args = dict(shared, t=t, v=v, order=b.order, stride_t=row_stride(t), stride_v=row_stride(v), **drop)

@@ -39,9 +39,9 @@ def _sum_blocks(
     return total + span
 
 
-@triton.jit(do_not_specialize=["M", "slots"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors"])
 def multi_shrink_kernel(
-    u, x, addresses, table, order, starts, scaling, dropout_p, seed, M, C, MAX_RANK, slots, stride_x,
+    u, x, addresses, tensors, table, order, starts, scaling, dropout_p, seed, M, C, MAX_RANK, slots, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPAN: tl.constexpr, PARTIAL: tl.constexpr,
     SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, BY_ROW: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr,
     X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, R_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,7 +70,9 @@ def multi_shrink_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         R = tl.cast(0, tl.int32)
         if segment < slots:
-            address, R, stride_r, stride_c, wide, _ = find_matrix(addresses, table, segment, SIDE_B, RANK_FAST, DTYPE)
+            address, R, stride_r, stride_c, wide, _, _ = find_matrix(
+                addresses, tensors, table, segment, SIDE_B, RANK_FAST, DTYPE
+            )
             factor = tl.cast(1.0, tl.float32)
             threshold = 0
             if seed is not None:

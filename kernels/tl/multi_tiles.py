@@ -56,8 +56,13 @@ def find_tile(starts, number, M, slots, BLOCK: tl.constexpr, BY_ROW: tl.constexp
 
 
 @triton.jit
-def find_matrix(addresses, table, slot, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, DTYPE: tl.constexpr):
-    """(address, rank, stride along rank, stride along columns, wide, whether its tensor is given at all).
+def find_matrix(
+    addresses, tensors, table, slot, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """(address, rank, stride along rank, stride along columns, wide, its tensor's address, whether that is known).
+
+    A tensor's address is 0 where no gradient is wanted. It is not known, and the rank is 0, where a captured call meets
+    an adapter in a tensor that came after the capture.
 
     ``wide``: the matrix lies as RANK_FAST says (neighbours in rank adjacent, else neighbours in column), in whole
     vectors of 16 bytes.
@@ -74,14 +79,15 @@ def find_matrix(addresses, table, slot, SIDE_B: tl.constexpr, RANK_FAST: tl.cons
         offset = tl.load(row + A_OFFSET)
         stride_c = tl.cast(1, tl.int64)
         stride_r = tl.load(row + A_ROW)
-    base = tl.load(addresses + tensor)
+    base = tl.load(addresses + tensor, mask=tensor < tensors, other=0)
     address = base + offset * (DTYPE.primitive_bitwidth // 8)
     whole: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     if RANK_FAST:
         wide = (stride_r == 1) & (stride_c % whole == 0) & (rank % whole == 0)
     else:
         wide = (stride_c == 1) & (stride_r % whole == 0)
-    return address, rank, stride_r, stride_c, wide & (address % 16 == 0), base != 0
+    known = tensor < tensors
+    return address, tl.where(known, rank, 0), stride_r, stride_c, wide & (address % 16 == 0), base, known
 
 
 @triton.jit
