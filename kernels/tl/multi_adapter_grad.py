@@ -116,7 +116,7 @@ def multi_finish_kernel(
             if scaling is not None:
                 factor = tl.load(scaling + segment)
             if dropout_p is not None:
-                _, factor = dropout_of(dropout_p, segment)
+                threshold, factor = dropout_of(dropout_p, segment)
             col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
             last = tl.cdiv(end, places_per_program)
             for first_rank in tl.range(0, R, BLOCK_R, num_stages=1):

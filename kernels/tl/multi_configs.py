@@ -70,7 +70,7 @@ def grad(R: int, itemsize: int, arch: int) -> LaunchConfig:
     if itemsize == 4:
         return LaunchConfig(32, 64, 0, min(rank, 32), warps=4, stages=2)
     if arch >= 90:
-        return LaunchConfig(64, 128, 0, min(rank, 64), warps=8 if rank > 32 else 4, stages=3)
+        return LaunchConfig(64, 128, 0, min(rank, 64), warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 
 

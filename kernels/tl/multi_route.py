@@ -11,7 +11,7 @@ from . import launch
 from .configs import cdiv
 from .multi_tiles import COLUMNS, ID
 
-_BLOCK = 256
+_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["M", "slots", "mask"])

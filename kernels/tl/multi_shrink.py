@@ -122,7 +122,7 @@ def multi_add_spans_kernel(
             R = tl.load(table + tl.cast(segment, tl.int64) * COLUMNS + RANK).to(tl.int32)
             factor = tl.cast(1.0, tl.float32)
             if dropout_p is not None:
-                _, factor = dropout_of(dropout_p, segment)
+                threshold, factor = dropout_of(dropout_p, segment)
             if scaling is not None:
                 factor = tl.load(scaling + segment)
             if first_rank < R:
