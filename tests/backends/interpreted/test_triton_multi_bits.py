@@ -44,14 +44,16 @@ class Rows:
         self.table, self.scaling = torch.tensor(rows), torch.tensor([0.5, 1.0, 1.5, 2.0, 0.7])
 
     def run(self, x: Tensor, dy: Tensor, ids: Tensor, weights: list[Tensor], base: bool) -> tuple[Tensor, ...]:
-        """(y, u, du, dx) of a batch, and what sgmv makes of it."""
+        """(y, u, dx) of a batch; without the base product du too, and what sgmv makes of the batch."""
         weight, R = self.weight if base else None, max(RANKS)
         route = ops.multi_lora_linear_route(ids, self.table, EVERY_ID)
         y, u = ops.multi_lora_linear_fwd(x, weight, N, None, weights, self.table, self.scaling, R, *route, None, None)
+        if base:
+            return y, u, ops.multi_lora_linear_bwd_input(dy, u, weight, K, weights, self.table, *route, None, None)
         du, _, _ = ops.multi_lora_linear_bwd_adapter(
             dy, None, u, weights, self.table, self.scaling, *route, None, None, [False] * len(weights), False
         )
-        dx = ops.multi_lora_linear_bwd_input(dy, du, weight, K, weights, self.table, *route, None, None)
+        dx = ops.multi_lora_linear_bwd_input(dy, du, None, K, weights, self.table, *route, None, None)
         out = torch.zeros_like(y)
         ops.sgmv_add(out, x, weights, self.table, self.scaling, R, *route)
         return y, u, du, dx, out
@@ -61,7 +63,7 @@ class Rows:
         rng = random.Random(0)
         for number in range(count):
             ours = torch.tensor(rng.sample(range(30), rng.choice((1, 2, 5, 12))))
-            M = rng.choice((1, 13, 33, 40))
+            M = rng.choice((1, 13, 33))
             M = max(M, len(ours))
             place = torch.tensor(rng.sample(range(M), len(ours)))
             x, dy = normal(M, K, seed=100 + number, dtype=self.x.dtype), normal(M, N, seed=200 + number)
@@ -79,20 +81,20 @@ class Rows:
             yield ours, place, x, dy, ids, weights
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float32, torch.float32)], ids=str)
-def test_a_rows_branch_in_fifty_batches(dtypes):
-    rows = Rows(*dtypes)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_rows_branch_in_fifty_batches(dtype):
+    rows = Rows(dtype, dtype)
     expected = rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=False)
     for ours, place, *batch in rows.compositions(25):
         for got, want in zip(rows.run(*batch, base=False), expected, strict=True):
             assert torch.equal(got[place], want[ours])
 
 
-def test_whole_rows_in_fifty_batches_with_batch_invariance(monkeypatch):
+def test_whole_rows_with_batch_invariance(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
     rows = Rows(torch.float16, torch.float32)
     expected = rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=True)
-    for ours, place, *batch in rows.compositions(50):
+    for ours, place, *batch in rows.compositions(25):
         for got, want in zip(rows.run(*batch, base=True), expected, strict=True):
             assert torch.equal(got[place], want[ours])
 
