@@ -26,12 +26,12 @@ def tile_numbers(M: int, slots: int, rows: int) -> tuple[int, bool]:
     return (M, True) if by_segment >= M else (by_segment, False)
 
 
-def shrink(R: int, itemsize: int, adapter_itemsize: int) -> LaunchConfig:
-    """u = x A^T for adapters of rank up to R."""
+def shrink(R: int, itemsize: int, adapter_itemsize: int, arch: int) -> LaunchConfig:
+    """u = x A^T for adapters of rank up to R. How much of the rank a program takes changes no bits."""
     if itemsize == 4:
         return LaunchConfig(TILE_ROWS, 16, 16, min(rank_block(R), 32), warps=4, stages=3)
-    rank = min(rank_block(R), 128 // adapter_itemsize)
     # The terms of an fp32 adapter are held in registers.
+    rank = min(rank_block(R), 64 if adapter_itemsize == 2 else 32 if arch < 100 else 16)
     warps = 8 if adapter_itemsize == 4 and rank > 16 else 4
     return LaunchConfig(TILE_ROWS, 16, 64, rank, warps=warps, stages=4)
 
@@ -71,7 +71,7 @@ def grad(R: int, itemsize: int, arch: int) -> LaunchConfig:
     """One pass over t (M, C) for the gradients of all adapters."""
     rank = rank_block(R)
     if itemsize == 4:
-        return LaunchConfig(16, 64, 0, min(rank, 32), warps=4, stages=2)
+        return LaunchConfig(16, 64, 0, 16, warps=4, stages=2)
     if arch >= 90:
         return LaunchConfig(64, 128, 0, min(rank, 64), warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)

@@ -90,7 +90,7 @@ def shrink(b: Batch, side_b: bool, x: Tensor, scaled: bool, drop: bool) -> Tenso
     out = torch.empty((M, R), dtype=torch.float32, device=x.device)
     if M == 0 or R == 0:
         return out
-    config = multi_configs.shrink(R, x.element_size(), b.dtype.itemsize)
+    config = multi_configs.shrink(R, x.element_size(), b.dtype.itemsize, b.s.arch)
     config = configs.pick_config("multi_shrink", config, x.element_size(), b.s.arch)
     spans, each = multi_configs.spans(C, config.block_k)
     partial = spans > 1 and configs.pick("multi_partial", multi_configs.partial(M, R, config))

@@ -15,7 +15,7 @@ from peftkern.kernels.multi_configs import BASES
 ops = torch.ops.peftkern
 NAN = float("nan")
 EVERY_ID = 2**31 - 1
-K, N, RANKS = 300, 72, (16, 5, 40, 1, 8)
+K, N, RANKS = 300, 40, (16, 5, 40, 1, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ class Rows:
         """(rows of ours, their places, x, dy, ids, weights) of random batches in which the other rows are anything."""
         rng = random.Random(0)
         for number in range(count):
-            ours = torch.tensor(rng.sample(range(30), rng.choice((1, 2, 5, 12))))
+            ours = torch.tensor(rng.sample(range(30), rng.choice((1, 2, 5, 9))))
             M = rng.choice((1, 13, 33))
             M = max(M, len(ours))
             place = torch.tensor(rng.sample(range(M), len(ours)))
@@ -81,11 +81,11 @@ class Rows:
             yield ours, place, x, dy, ids, weights
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_rows_branch_in_fifty_batches(dtype):
+@pytest.mark.parametrize("dtype, batches", [(torch.float16, 38), (torch.float32, 12)], ids=str)
+def test_a_rows_branch_in_fifty_batches(dtype, batches):
     rows = Rows(dtype, dtype)
     expected = rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=False)
-    for ours, place, *batch in rows.compositions(25):
+    for ours, place, *batch in rows.compositions(batches):
         for got, want in zip(rows.run(*batch, base=False), expected, strict=True):
             assert torch.equal(got[place], want[ours])
 
