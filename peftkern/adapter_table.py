@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import FixedList
 from .ops.checks import accumulate_dtype, check_number, check_tensor
 
 INT32_MASK = 2**31 - 1
@@ -27,7 +28,7 @@ class AdapterTable:
         self, weights: Sequence[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
         in_features: int, out_features: int, slots: Hashable,
     ):  # fmt: skip
-        self.weights, self.table, self.scaling = tuple(weights), table, scaling
+        self.weights, self.table, self.scaling = FixedList(weights), table, scaling
         self.mask, self.max_rank = mask, max_rank
         self.in_features, self.out_features, self.slots = in_features, out_features, slots
 

@@ -96,8 +96,27 @@ class _Taker(NamedTuple):
     plain: bool
 
 
+class FixedList(list):
+    """A list of tensors that stays as it is, and they too in all but their values: it is looked at once."""
+
+    __slots__ = ("_known",)
+
+    def signature(self) -> object:
+        """Equal for lists that no check tells apart; cheap to hash."""
+        try:
+            return self._known
+        except AttributeError:
+            self._known = _fixed.setdefault(tuple(map(_signature, self)), object())
+            return self._known
+
+
+_fixed: dict[tuple, object] = {}
+
+
 def _signature(value):
     # Of a tensor never its values, strides or address.
+    if type(value) is FixedList:
+        return value.signature()
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype, value.device, value.layout
     if isinstance(value, list):
@@ -126,8 +145,9 @@ def _taker(op: Op, args) -> _Taker:
     taker = _takers.get(key)
     if taker is None:
         taker = _find(op, args)
-        if len(_takers) >= 4096:
+        if len(_takers) >= 4096 or len(_fixed) >= 4096:
             _takers.clear()
+            _fixed.clear()
         _takers[key] = taker
     return taker
 

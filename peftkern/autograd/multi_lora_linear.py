@@ -104,7 +104,7 @@ def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dt
         )  # fmt: skip
     y, _ = _fwd(
         _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
-        list(state.weights), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+        state.weights, state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
     )  # fmt: skip
     return _as_shape(y, x)
 
@@ -204,5 +204,5 @@ def sgmv(
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
     order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _add(rows, _rows(x, dtype), list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    _add(rows, _rows(x, dtype), state.weights, state.table, state.scaling, state.max_rank, order, starts)
     return out
