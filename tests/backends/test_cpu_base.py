@@ -309,8 +309,8 @@ def test_choice_follows_features_and_settings():
     assert choice(bf16, 512, {"x86", "amx_bf16"}, setting="panels") == "panels"
     # Our kernel on AVX512-BF16: for large layers, and wherever ours is asked for.
     pairs = {"x86", "avx512_bf16", "bf16_kernel"}
-    assert choice(bf16, 512, pairs) == "bf16" and choice(bf16, 256, pairs) == "vendor"
-    assert choice(bf16, 512, pairs | {"intel"}) == "vendor" and choice(bf16, 512, pairs, invariant=True) == "bf16"
+    assert choice(bf16, 1024, pairs) == "bf16" and choice(bf16, 512, pairs) == "vendor"
+    assert choice(bf16, 1024, pairs | {"intel"}) == "vendor" and choice(bf16, 512, pairs, invariant=True) == "bf16"
     # Not measured: torch's.
     assert choice(bf16, 4, set(), isa="plain") == "vendor"
 
