@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import multi_judge, multi_report
+from . import generate, multi_judge, multi_report
 from .case import BASE, FP32_BASE
 from .judge import Figure, figures, geomean, slow_half
 
@@ -33,7 +33,7 @@ COLUMNS = (
 RANKS = (8, 16)
 # Ops whose rows are judged and shown in their own way.
 JUDGES = {"multi_lora_linear": multi_judge.figures}
-TABLES = {"multi_lora_linear": multi_report.markdown}
+TABLES = {"multi_lora_linear": multi_report.markdown, "generate": generate.markdown}
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
