@@ -106,6 +106,8 @@ class FixedList(list):
         try:
             return self._known
         except AttributeError:
+            if len(_fixed) >= 1024:
+                _fixed.clear()  # lists that are known keep what they have; later ones like them are told apart
             self._known = _fixed.setdefault(tuple(map(_signature, self)), object())
             return self._known
 
