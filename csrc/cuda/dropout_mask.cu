@@ -1,6 +1,5 @@
 // The dropout mask on the GPU: one thread per 8 columns of a row, one Philox4x32-7 call each.
-#include <cuda_runtime.h>
-
+#include "cuda/launch.h"
 #include "peftkern/launchers.h"
 
 namespace peftkern::cuda {
@@ -43,10 +42,8 @@ const char* dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t thr
   const int64_t blocks = (M * ((K + 7) / 8) + kThreads - 1) / kThreads;
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
-  dropout_mask_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      seed, M, K, threshold, out);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorName(error);
+  const Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, 0, stream};
+  return launch(how, dropout_mask_kernel, seed, M, K, threshold, out);
 }
 
 }  // namespace peftkern::cuda

@@ -1,0 +1,179 @@
+"""The simulator as a fixture: builds it with the C++ compiler, hands guarded buffers to kernels, runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests/sim"
+INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
+PRODUCT = [ROOT / "csrc/cuda" / name for name in ("dropout_mask.cu", "sgmv.cu")]
+SOURCES = [*sorted(HERE.glob("src/*.cpp")), *sorted(HERE.glob("kernels/*.cu")), *PRODUCT]
+FLAGS = [
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
+    "-Wno-unknown-pragmas", "-Wno-psabi", "-DPEFTKERN_SIM", *(f"-I{folder}" for folder in INCLUDES),
+]  # fmt: skip
+PRIORITY, RANDOM = 1, 0  # as in sim/core.h
+
+
+class Fault(Exception):
+    """What the simulator found wrong with a launch."""
+
+
+def _compiler() -> str | None:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _closure(source: Path) -> list[Path]:
+    """A file and all files of ours that it includes, directly or not."""
+    found, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.M)
+            places = [(folder / name for folder in (path.parent, *INCLUDES)) for name in names]
+            todo += [next(p for p in options if p.is_file()).resolve() for options in places]
+    return sorted(found)
+
+
+def build(folder: Path) -> Path:
+    """The library; a file is compiled unless an object made of the same text with the same flags is there."""
+    compiler = _compiler()
+    if compiler is None:
+        pytest.skip("the CUDA simulator needs a C++ compiler")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+    def digest(parts: list[str]) -> str:
+        return hashlib.sha256("\0".join([version, *FLAGS, *parts]).encode()).hexdigest()[:20]
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, f"{command}\n{done.stderr}"
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}-{digest([p.read_text() for p in _closure(source)])}.o"
+        if not target.is_file():
+            part = target.with_suffix(".part")
+            run(compiler, *FLAGS, "-x", "c++", "-c", source, "-o", part)
+            part.rename(target)
+        return target
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # One of several test processes builds, the others wait for it.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        library = folder / f"sim-{digest([o.name for o in objects])}.so"
+        if not library.is_file():
+            run(compiler, "-shared", "-o", library.with_suffix(".part"), *objects)
+            library.with_suffix(".part").rename(library)
+        for old in set(folder.iterdir()) - {*objects, library, folder / "lock"}:
+            old.unlink()
+    return library
+
+
+class Memory:
+    """Buffers between guard pages; what lies beside them must be intact in the end."""
+
+    def __init__(self, library, at_end: bool):
+        self._library, self._at_end, self._buffers = library, at_end, []
+
+    def put(self, array: np.ndarray, alignment: int | None = None) -> Buffer:
+        """A copy of ``array``. With ``alignment`` its end may be up to that many bytes before the guard page."""
+        array = np.ascontiguousarray(array)
+        buffer = self.empty(array.shape, array.dtype, alignment)
+        buffer.array[...] = array
+        return buffer
+
+    def empty(self, shape, dtype, alignment: int | None = None) -> Buffer:
+        """Every byte is 0xff: NaN, or -1."""
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = self._library.sim_allocate(size, alignment or dtype.itemsize, self._at_end)
+        assert address
+        buffer = Buffer(address, size, shape, dtype)
+        self._buffers.append(buffer)
+        return buffer
+
+    def close(self) -> None:
+        for buffer in self._buffers:
+            buffer.array = None
+        intact = [self._library.sim_release(b.address, b.size) for b in self._buffers]
+        self._buffers = []
+        if not all(intact):
+            raise Fault("something was written beside a buffer")
+
+
+class Buffer:
+    """Memory that kernels get; ``array`` is a numpy view of it."""
+
+    def __init__(self, address: int, size: int, shape, dtype):
+        self.address, self.size = address, size
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        self.array = np.frombuffer(raw, dtype=dtype).reshape(shape) if size else np.empty(shape, dtype)
+
+
+class Simulator:
+    """Runs launchers of the library under a schedule."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+        self._library.sim_allocate.restype = ctypes.c_void_p
+        self._library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+        self._library.sim_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._library.sim_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
+
+    @contextlib.contextmanager
+    def memory(self, at_end: bool = True):
+        memory = Memory(self._library, at_end)
+        try:
+            yield memory
+        except BaseException:
+            with contextlib.suppress(Fault):
+                memory.close()
+            raise
+        memory.close()
+
+    def run(self, name: str, *arguments, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0):
+        """Calls a launcher with buffers, integers, None or ctypes values; raises Fault if a launch failed."""
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_char_p
+        values = []
+        for a in arguments:
+            if isinstance(a, Buffer):
+                values.append(ctypes.c_void_p(a.address))
+            elif isinstance(a, int):
+                values.append(ctypes.c_int64(a))
+            else:
+                values.append(a)
+        self._library.sim_configure(seed, *mode, resident)
+        error = function(*values)
+        if error is not None:
+            raise Fault(error.decode())
+
+
+@pytest.fixture(scope="session")
+def sim() -> Simulator:
+    """The simulator, with every kernel in it."""
+    folder = ROOT / "build/sim"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / f"peftkern-sim-{os.getuid()}"
+    return Simulator(build(folder))

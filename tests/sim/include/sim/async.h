@@ -1,0 +1,38 @@
+// cp.async, transaction barriers, copies by the TMA unit, asynchronous tensor-core products.
+#pragma once
+
+#include <cstdint>
+
+namespace sim {
+
+struct Block;
+
+void copy_async(uint32_t dst, const void* src, int bytes, int valid);
+void copy_commit();
+void copy_wait(int left);
+
+void barrier_init(uint32_t address, int count);
+void barrier_invalidate(uint32_t address);
+// One arrival, which also announces bytes.
+void barrier_arrive(uint32_t address, int64_t bytes);
+void barrier_complete(Block* block, uint32_t address, int64_t bytes);
+void barrier_wait(uint32_t address, unsigned parity);
+bool barrier_test(uint32_t address, unsigned parity);
+
+// One warp's share of a wgmma: 16 rows of D, in the registers `d` of each lane (count each).
+struct WarpgroupOperands {
+  float* d;
+  const uint32_t* a;  // registers of this lane, or null: then descriptor_a
+  uint64_t descriptor_a, descriptor_b;
+  int n;           // columns
+  bool a_columns;  // A, B with M or N as the contiguous dimension
+  bool b_columns;
+  bool accumulate;
+  float (*value)(uint16_t bits);
+};
+void product_issue(WarpgroupOperands operands);
+void product_fence();
+void product_commit();
+void product_wait(int left);
+
+}  // namespace sim

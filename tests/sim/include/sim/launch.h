@@ -1,0 +1,18 @@
+// Host body of cuda/launch.h.
+#pragma once
+
+#include "sim/core.h"
+
+namespace peftkern::cuda {
+
+template <class... Parameters, class... Arguments>
+const char* launch(const Launch& how, void (*kernel)(Parameters...), Arguments... arguments) {
+  ::sim::LaunchShape shape;
+  shape.grid = {how.grid.x, how.grid.y, how.grid.z};
+  shape.block = {how.block.x, how.block.y, how.block.z};
+  shape.shared = how.shared;
+  shape.cluster = how.cluster;
+  return ::sim::run(shape, [&] { kernel(arguments...); });
+}
+
+}  // namespace peftkern::cuda

@@ -1,0 +1,105 @@
+// cp.async and transaction barriers.
+#include "sim/async.h"
+
+#include <cstring>
+
+#include "sim/core.h"
+
+namespace sim {
+namespace {
+
+bool passed(Block* block, uint32_t address, unsigned parity) {
+  return block->transactions.at(address).phase != (parity & 1);
+}
+
+void maybe_flip(TransactionBarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  barrier.phase ^= 1;
+  barrier.pending = barrier.count;
+}
+
+TransactionBarrier& find(Block* block, uint32_t address, const char* what) {
+  auto at = block->transactions.find(address);
+  if (at == block->transactions.end())
+    fail("%s: no mbarrier was initialised at shared address %#x", what, address);
+  return at->second;
+}
+
+}  // namespace
+
+void copy_async(uint32_t dst, const void* src, int bytes, int valid) {
+  maybe_yield(8);
+  if (valid < 0 || valid > bytes) fail("cp.async of %d valid bytes of %d", valid, bytes);
+  const auto size = static_cast<size_t>(bytes);
+  unsigned char* to = shared_pointer(self->block, dst, size, size, "cp.async");
+  if (reinterpret_cast<uintptr_t>(src) % size != 0)
+    fail("cp.async: source %p is not aligned to %d", src, bytes);
+  std::memset(to, kPoison, size);
+  self->copies.push_back({to, static_cast<const unsigned char*>(src), bytes, valid, self->copy_groups});
+}
+
+void copy_commit() {
+  ++self->copy_groups;
+}
+
+void copy_wait(int left) {
+  Thread* thread = self;
+  for (size_t i = 0; i < thread->copies.size();) {
+    if (thread->copies[i].group < thread->copy_groups - left) {
+      run_copy(thread, i);
+    } else {
+      ++i;
+    }
+  }
+  maybe_yield(8);
+}
+
+void run_copy(Thread* thread, size_t which) {
+  const CopyOp op = thread->copies[which];
+  thread->copies[which] = thread->copies.back();
+  thread->copies.pop_back();
+  std::memcpy(op.dst, op.src, static_cast<size_t>(op.valid));
+  std::memset(op.dst + op.valid, 0, static_cast<size_t>(op.bytes - op.valid));
+}
+
+void barrier_init(uint32_t address, int count) {
+  shared_pointer(self->block, address, 8, 8, "mbarrier.init");
+  if (count <= 0 || count >= 1 << 20) fail("mbarrier.init with a count of %d", count);
+  TransactionBarrier barrier;
+  barrier.count = barrier.pending = count;
+  self->block->transactions[address] = barrier;
+}
+
+void barrier_invalidate(uint32_t address) {
+  find(self->block, address, "mbarrier.inval");
+  self->block->transactions.erase(address);
+}
+
+void barrier_arrive(uint32_t address, int64_t bytes) {
+  maybe_yield(4);
+  TransactionBarrier& barrier = find(self->block, address, "mbarrier.arrive");
+  barrier.bytes += bytes;
+  if (--barrier.pending < 0) fail("mbarrier.arrive: more arrivals than the %d expected", barrier.count);
+  maybe_flip(barrier);
+}
+
+void barrier_complete(Block* block, uint32_t address, int64_t bytes) {
+  TransactionBarrier& barrier = find(block, address, "bulk copy");
+  barrier.bytes -= bytes;
+  maybe_flip(barrier);
+}
+
+void barrier_wait(uint32_t address, unsigned parity) {
+  Block* block = self->block;
+  find(block, address, "mbarrier.try_wait");
+  spin(parity & 1 ? "mbarrier (parity 1)" : "mbarrier (parity 0)",
+       [=] { return passed(block, address, parity); });
+}
+
+bool barrier_test(uint32_t address, unsigned parity) {
+  maybe_yield();
+  find(self->block, address, "mbarrier.test_wait");
+  return passed(self->block, address, parity);
+}
+
+}  // namespace sim

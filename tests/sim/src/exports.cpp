@@ -1,0 +1,58 @@
+// What Python calls.
+#include "peftkern/launchers.h"
+#include "sim/core.h"
+#include "sim/memory_model.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void sim_configure(uint64_t seed, int schedule, int completion, unsigned resident) {
+  sim::configure(
+      {seed, static_cast<sim::Schedule>(schedule), static_cast<sim::Completion>(completion), resident});
+}
+
+EXPORT void* sim_allocate(size_t bytes, size_t alignment, int at_end) {
+  return sim::allocate(bytes, alignment, at_end != 0);
+}
+
+EXPORT int sim_release(void* p, size_t bytes) {
+  return sim::release(p, bytes);
+}
+
+EXPORT const char* sim_dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold,
+                                    uint8_t* out) {
+  return peftkern::cuda::dropout_mask(seed, M, K, threshold, out, nullptr);
+}
+
+// Sizes are in `sizes`: dtype, adapter dtype, out_row, x_row, M, N, K, slots, max_rank.
+EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, const uint64_t* tensors,
+                                const int64_t* table, const float* scaling, const int32_t* order,
+                                const int32_t* starts, float* partial, uint32_t* counters) {
+  peftkern::cuda::SgmvArgs args{};
+  args.dtype = static_cast<peftkern::DType>(sizes[0]);
+  args.adapter_dtype = static_cast<peftkern::DType>(sizes[1]);
+  args.out = out;
+  args.out_row = sizes[2];
+  args.x = x;
+  args.x_row = sizes[3];
+  args.M = sizes[4];
+  args.N = sizes[5];
+  args.K = sizes[6];
+  args.slots = sizes[7];
+  args.max_rank = sizes[8];
+  args.tensors = tensors;
+  args.table = table;
+  args.scaling = scaling;
+  args.order = order;
+  args.starts = starts;
+  args.partial = partial;
+  args.counters = counters;
+  return peftkern::cuda::sgmv_add(args);
+}
+
+EXPORT int64_t sim_sgmv_partials(int64_t M, int64_t K, int64_t max_rank) {
+  return peftkern::cuda::sgmv_partials(M, K, max_rank);
+}
+
+EXPORT int64_t sim_sgmv_counters(int64_t M) {
+  return peftkern::cuda::sgmv_counters(M);
+}
