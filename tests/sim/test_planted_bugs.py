@@ -33,14 +33,14 @@ def gemm(sim, name: str, bug: int, shape, seed: int, mode) -> bool:
 
 
 def last_arriver(sim, bug: int, seed: int, mode) -> bool:
-    parts = np.random.default_rng(seed).integers(0, 99, (5, 64)).astype(np.float32)
+    parts = np.random.default_rng(seed).integers(0, 99, (3, 64)).astype(np.float32)
     with sim.memory() as memory:
         between, counter, out = (
-            memory.empty((5, 64), np.float32),
+            memory.empty((3, 64), np.float32),
             memory.put(np.zeros(1, np.uint32)),
             memory.empty((2, 64), np.float32),
         )
-        sim.run("sim_last_arriver", memory.put(parts), 5, between, counter, out, bug, seed=seed, mode=mode)
+        sim.run("sim_last_arriver", memory.put(parts), 3, between, counter, out, bug, seed=seed, mode=mode)
         return bool((out.array == parts.sum(0)).all())
 
 
@@ -61,7 +61,7 @@ def gemm_sm80(sim, bug: int, seed: int, mode) -> bool:
 
 
 def gemm_sm90(sim, bug: int, seed: int, mode) -> bool:
-    return gemm(sim, "sim_gemm_sm90", bug, (65, 72, 328), seed, mode)
+    return gemm(sim, "sim_gemm_sm90", bug, (65, 40, 328), seed, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -78,11 +78,11 @@ def test_ragged_products(sim, name, shape):
         assert gemm(sim, name, 0, shape, seed, mode)
 
 
-def found_by(sim, kernel, bug: int) -> tuple[int, set[str]]:
+def found_by(sim, kernel, bug: int, seeds: int) -> tuple[int, set[str]]:
     """How many of the runs show the bug, and what they say."""
     count, said = 0, set()
     for mode in MODES:
-        for seed in range(SEEDS):
+        for seed in range(seeds):
             try:
                 wrong = not kernel(sim, bug, seed, mode)
                 said |= {"wrong values"} if wrong else set()
@@ -103,6 +103,7 @@ PLANTED = [
 
 @pytest.mark.parametrize("kernel, bug, name", [pytest.param(*p, id=f"{p[0].__name__}-{p[2]}") for p in PLANTED if p[1]])
 def test_planted_bug_is_found(sim, kernel, bug, name):
-    count, said = found_by(sim, kernel, bug)
-    print(f"{kernel.__name__} {name}: {count} of {SEEDS * len(MODES)} runs, {sorted(said)[:3]}")
+    seeds = SEEDS if kernel in (gemm_sm80, gemm_sm90) else 4 * SEEDS
+    count, said = found_by(sim, kernel, bug, seeds)
+    print(f"{kernel.__name__} {name}: {count} of {seeds * len(MODES)} runs, {sorted(said)[:3]}")
     assert count > 0

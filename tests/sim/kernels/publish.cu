@@ -16,7 +16,7 @@ constexpr int kThreads = 64;
 __global__ void last_arriver_kernel(const float* in, float* parts, uint32_t* counter, float* out, int bug) {
   auto* last = reinterpret_cast<uint32_t*>(shared_memory());
   const unsigned t = threadIdx.x, blocks = gridDim.x;
-  if (bug == kFenceBeforeStores) fence_device();
+  if (bug == kFenceBeforeStores && t == 0) fence_device();
   store_published(parts + blockIdx.x * kThreads + t, in[blockIdx.x * kThreads + t]);
   if (bug != kNoBarrierBeforeCounting) sync_threads();
   if (t == 0) {

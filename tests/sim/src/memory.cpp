@@ -80,6 +80,7 @@ void load_late(const void* src, void* value, int bytes) {
 }
 
 void fence() {
+  step_aside(2);
   drain(self->block->stores);
   drain(self->stores);
   maybe_yield();

@@ -21,6 +21,8 @@ namespace {
 
 Config config;
 uint64_t state = 1;
+unsigned change_every = 64;
+double lowest = 0;
 std::string error;
 Grid* grid = nullptr;
 sigjmp_buf out;
@@ -101,7 +103,7 @@ Thread* choose() {
     }
   } else {
     // Changed now and then, so that nobody waits for ever behind a warp that yields.
-    const bool change = chance(64);
+    const bool change = chance(change_every);
     for (auto& block : grid->resident) {
       for (auto& warp : block->warps) {
         if (warp->runnable == 0) continue;
@@ -237,6 +239,12 @@ void maybe_yield(unsigned one_in) {
   if (chance(one_in)) leave();
 }
 
+void step_aside(unsigned one_in) {
+  if (!chance(one_in)) return;
+  self->warp->priority = --lowest;  // behind those that stepped aside before
+  leave();
+}
+
 void block(const char* what) {
   self->waits = what;
   self->warp->runnable &= ~(1u << self->lane);
@@ -264,6 +272,8 @@ void add_bulk(BulkOp op) {
 const char* run(const LaunchShape& shape, const std::function<void()>& kernel) {
   state = (config.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   for (int i = 0; i < 4; ++i) random_bits();
+  change_every = 16u << random_bits() % 3 * 3;
+  lowest = 0;
   error.clear();
   FaultGuard guard;
   Grid current(shape, config.resident != 0 ? config.resident : 1 + static_cast<unsigned>(random_bits() % 4));

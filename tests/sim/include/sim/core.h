@@ -152,6 +152,8 @@ inline bool chance(unsigned one_in) {
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 // Lets others run first, or not.
 void maybe_yield(unsigned one_in = 2);
+// The same, and where priorities rule, everyone else goes first for a while.
+void step_aside(unsigned one_in);
 // Blocks until somebody calls wake.
 void block(const char* what);
 void wake(Thread* thread);

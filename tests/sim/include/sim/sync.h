@@ -31,7 +31,7 @@ PEFTKERN_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) {
   ::sim::maybe_yield();
   const uint32_t old = *p;
   *p = old + value;
-  ::sim::maybe_yield();
+  ::sim::step_aside(3);
   return old;
 }
 
@@ -39,7 +39,7 @@ PEFTKERN_DEVICE uint32_t atomic_max(uint32_t* p, uint32_t value) {
   ::sim::maybe_yield();
   const uint32_t old = *p;
   if (value > old) *p = value;
-  ::sim::maybe_yield();
+  ::sim::step_aside(3);
   return old;
 }
 
@@ -47,7 +47,7 @@ PEFTKERN_DEVICE uint32_t atomic_count(uint32_t* p, uint32_t limit) {
   ::sim::maybe_yield();
   const uint32_t old = *p;
   *p = old >= limit - 1 ? 0 : old + 1;
-  ::sim::maybe_yield();
+  ::sim::step_aside(3);
   return old;
 }
 
