@@ -55,7 +55,7 @@ def expand(R: int, itemsize: int, arch: int) -> LaunchConfig:
 
 def gemm(R: int, arch: int, *, drop: bool) -> LaunchConfig:
     """A branch and its base product in one tile; the bits of a dropped branch take registers."""
-    rank, columns = min(rank_block(R), 32), 64 if drop and arch < 100 else 128
+    rank, columns = min(rank_block(R), 32), 64 if drop or arch >= 100 else 128
     if arch >= 90:
         return LaunchConfig(128, columns, 64, rank, warps=8, stages=3)
     return LaunchConfig(128, columns, 32, 16, warps=8, stages=4 if arch == 80 else 3)
@@ -71,7 +71,7 @@ def grad(R: int, itemsize: int, arch: int) -> LaunchConfig:
     """One pass over t (M, C) for the gradients of all adapters."""
     rank = rank_block(R)
     if itemsize == 4:
-        return LaunchConfig(16, 64, 0, 16, warps=4, stages=2)
+        return LaunchConfig(32, 32, 0, 16, warps=4, stages=2)
     if arch >= 90:
         return LaunchConfig(64, 128, 0, min(rank, 64), warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
