@@ -92,6 +92,7 @@ class Batch:
             count = memory.put(np.zeros(counters, np.uint32))
             partial = memory.empty(partials, np.float32)
             for _ in range(launches):
+                partial.array[...] = np.nan
                 out = memory.put(raw(self.y))
                 sim.run(
                     "sim_sgmv_add",
@@ -152,6 +153,14 @@ def test_every_schedule_gives_the_same_bits(sim, mode):
     check(batch, expected)
     for seed in range(3):
         assert torch.equal(batch.run(sim, seed=seed, mode=mode, resident=seed + 1), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_are_read_after_they_were_published(sim, mode):
+    """Few blocks, all of them at work at the same time, many schedules."""
+    batch = Batch(2, 24, 8, (9, 8), torch.float32, torch.float32, seed=7, ids=torch.tensor([0, 1]))
+    for seed in range(24):
+        check(batch, batch.run(sim, seed=seed, mode=mode, resident=4))
 
 
 def test_rows_do_not_depend_on_the_batch(sim):
