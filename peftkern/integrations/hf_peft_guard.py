@@ -85,9 +85,10 @@ def _part_reason(part: Any, cls: type, name: str) -> str | None:
     # A part is bypassed only if calling it would run its class's forward and nothing else.
     if type(part) is not cls:
         return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    own = part.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"{name} carries a hook"
-    if "forward" in part.__dict__:
+    if "forward" in own:
         return f"the forward of {name} was replaced on the instance"
     return None
 
