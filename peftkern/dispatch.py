@@ -106,8 +106,6 @@ class FixedList(list):
         try:
             return self._known
         except AttributeError:
-            if len(_fixed) >= 1024:
-                _fixed.clear()  # lists that are known keep what they have; later ones like them are told apart
             self._known = _fixed.setdefault(tuple(map(_signature, self)), object())
             return self._known
 
@@ -147,7 +145,8 @@ def _taker(op: Op, args) -> _Taker:
     taker = _takers.get(key)
     if taker is None:
         taker = _find(op, args)
-        if len(_takers) >= 4096 or len(_fixed) >= 4096:
+        # A new entry of _fixed always makes one here too.
+        if len(_takers) >= 4096:
             _takers.clear()
             _fixed.clear()
         _takers[key] = taker

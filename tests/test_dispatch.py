@@ -44,21 +44,31 @@ def test_a_profiler_sees_the_ops():
     assert {f"peftkern::{part}" for part in _PARTS} <= {event.key for event in profile.key_averages()}
 
 
-def test_nobody_watches_a_plain_call(monkeypatch):
+def test_nobody_watches_a_plain_call():
     assert not dispatch.watched()
     with torch.device("cpu"):  # a function mode
         assert dispatch.watched()
 
 
 def test_a_subclass_goes_through_torch():
-    class Marked(torch.Tensor):
-        pass
+    seen = []
 
-    x = torch.randn(3, 6).as_subclass(Marked)
-    A, B = torch.randn(2, 6), torch.randn(5, 2)
-    key_count = len(dispatch._takers)
-    y = peftkern.lora_linear(x, torch.randn(5, 6), A, B)
-    assert tuple(y.shape) == (3, 5) and len(dispatch._takers) > key_count
+    class Marked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x, weight, A, B = torch.randn(3, 6), torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
+    y = peftkern.lora_linear(x.as_subclass(Marked), weight, A, B)
+    assert "peftkern.lora_linear_fwd.default" in seen
+    assert torch.equal(y.as_subclass(torch.Tensor), peftkern.lora_linear(x, weight, A, B))
+
+
+def test_what_is_remembered_has_a_bound(monkeypatch):
+    monkeypatch.setattr(dispatch, "_takers", dict.fromkeys(range(4096)))
+    _step()
+    assert 0 < len(dispatch._takers) < 10
 
 
 def test_a_setting_acts_from_the_next_call_on(monkeypatch):

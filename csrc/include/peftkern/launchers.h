@@ -142,6 +142,7 @@ namespace peftkern::cuda {
 const char* dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold, uint8_t* out,
                          void* stream);
 
+// Not in the extension: only tests/sim runs it.
 // out (M, N) += s[a] B[a] A[a] x, row by row; see csrc/cuda/sgmv.cu. Rows of x and out have adjacent columns.
 // tensors (addresses of `weights`), table, scaling, order and starts (see peftkern/ops/multi_lora_linear.py)
 // are in device memory. partial: sgmv_partials floats. counters: sgmv_counters words, zero before the first
