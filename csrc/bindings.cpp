@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "peftkern/cuda.h"
 #include "peftkern/launchers.h"
 #include "peftkern/multi.h"
 

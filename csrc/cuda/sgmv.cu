@@ -15,7 +15,7 @@
 #include "cuda/memory.h"
 #include "cuda/sync.h"
 #include "cuda/warp.h"
-#include "peftkern/launchers.h"
+#include "peftkern/cuda.h"
 #include "peftkern/multi.h"
 
 namespace peftkern::cuda {

@@ -1,4 +1,5 @@
-// Every native entry point. Arguments are checked by bindings.cpp; `threads` is the most that a call may use.
+// Every native entry point on the CPU (cuda.h has those on GPUs). Arguments are checked by bindings.cpp;
+// `threads` is the most that a call may use.
 #pragma once
 
 #include "peftkern/types.h"
@@ -134,39 +135,3 @@ void base_few(const BaseArgs& args);
 // --- end of base product ---
 
 }  // namespace peftkern::cpu
-
-namespace peftkern::cuda {
-
-// The same bits on the GPU. `seed` is one int64 in device memory; out is M x K bytes. Returns a CUDA error
-// name or null.
-const char* dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold, uint8_t* out,
-                         void* stream);
-
-// Not in the extension: only tests/sim runs it.
-// out (M, N) += s[a] B[a] A[a] x, row by row; see csrc/cuda/sgmv.cu. Rows of x and out have adjacent columns.
-// tensors (addresses of `weights`), table, scaling, order and starts (see peftkern/ops/multi_lora_linear.py)
-// are in device memory. partial: sgmv_partials floats. counters: sgmv_counters words, zero before the first
-// launch that uses them and after each; not for two launches at the same time. dependent: the launch before
-// may still run, and writes out.
-struct SgmvArgs {
-  DType dtype, adapter_dtype;
-  void* out;
-  int64_t out_row;
-  const void* x;
-  int64_t x_row;
-  int64_t M, N, K, slots, max_rank;
-  const uint64_t* tensors;
-  const int64_t* table;
-  const float* scaling;
-  const int32_t* order;
-  const int32_t* starts;
-  float* partial;
-  uint32_t* counters;
-  bool dependent;
-  void* stream;
-};
-int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank);
-int64_t sgmv_counters(int64_t M);
-const char* sgmv_add(const SgmvArgs& args);
-
-}  // namespace peftkern::cuda

@@ -1,5 +1,5 @@
 // What Python calls.
-#include "peftkern/launchers.h"
+#include "peftkern/cuda.h"
 #include "sim/core.h"
 #include "sim/memory_model.h"
 

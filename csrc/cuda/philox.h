@@ -1,0 +1,33 @@
+// Dropout bits: Philox4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw, SC 2011), one call per 8 columns of a
+// row.
+#pragma once
+
+#include "cuda/device.h"
+
+namespace peftkern::cuda {
+
+// Bit e says whether element (row, 8 * group + e) is kept: its 32-bit word is at least the threshold.
+PEFTKERN_DEVICE uint32_t keep_bits(uint64_t seed, int64_t row, int64_t group, uint32_t threshold) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32),
+                   static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32)};
+#pragma unroll
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
+    c[1] = static_cast<uint32_t>(p1);
+    c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+    c[3] = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const uint32_t w = c[e >> 1], z = e & 1 ? (w << 16) | (w >> 16) : w;
+    bits |= static_cast<uint32_t>(z >= threshold) << e;
+  }
+  return bits;
+}
+
+}  // namespace peftkern::cuda
