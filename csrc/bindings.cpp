@@ -1,13 +1,10 @@
-// The Python face of the native code, and the only file that knows pybind11. Pointers come as integers (0 =
-// absent). Python has checked shapes and dtypes; sizes and null pointers are checked here once more, since a
-// slip would write to foreign memory. The GIL is released while a kernel runs.
-#include <pybind11/pybind11.h>
+// The Python face of the native code; bindings_cuda.cpp has what runs on GPUs. Python has checked shapes and
+// dtypes; sizes and null pointers are checked here once more, since a slip would write to foreign memory. The
+// GIL is released while a kernel runs.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
-
-#include "peftkern/cuda.h"
 #include "peftkern/launchers.h"
 #include "peftkern/multi.h"
 
@@ -16,21 +13,6 @@ using namespace peftkern;
 using namespace py::literals;
 
 namespace {
-
-void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(what);
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Sizes must not be negative, and an address may be 0 only if nothing is read or written there.
-void check_block(const char* name, uintptr_t address, int64_t rows, int64_t cols) {
-  require(rows >= 0 && cols >= 0, (std::string(name) + ": negative size").c_str());
-  require(address != 0 || rows == 0 || cols == 0, (std::string(name) + ": null pointer").c_str());
-}
 
 int check_threads(int threads) {
   require(threads >= 1, "threads must be at least 1");
@@ -85,11 +67,6 @@ void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a
   few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
 }
 // --- end of base product ---
-
-DType check_dtype(int code) {
-  require(code >= 0 && code <= 2, "dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16)");
-  return static_cast<DType>(code);
-}
 
 // A matrix that is written: rows must not overlap.
 void check_matrix(const char* name, uintptr_t address, int64_t rows, int64_t cols, int64_t ld) {
@@ -253,17 +230,6 @@ void multi_branch(std::vector<uintptr_t> weights, int adapter_dtype, uintptr_t t
 }
 // --- end of many adapters ---
 
-#ifdef PEFTKERN_HAVE_CUDA
-void cuda_dropout_mask(uintptr_t seed, int64_t M, int64_t K, uint32_t threshold, uintptr_t out,
-                       uintptr_t stream) {
-  require(seed != 0, "seed: null pointer");
-  check_block("out", out, M, K);
-  const char* error = cuda::dropout_mask(pointer<int64_t>(seed), M, K, threshold, pointer<uint8_t>(out),
-                                         pointer<void>(stream));
-  if (error != nullptr) throw std::runtime_error(std::string("dropout_mask: ") + error);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -326,8 +292,7 @@ PYBIND11_MODULE(_C, m) {
   // --- end of many adapters ---
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;
-  m.def("cuda_dropout_mask", &cuda_dropout_mask, nogil, "seed"_a, "M"_a, "K"_a, "threshold"_a, "out"_a,
-        "stream"_a);
+  bind_cuda(m);
 #else
   m.attr("cuda_built") = false;
 #endif

@@ -1,0 +1,93 @@
+// The Python face of the kernels for GPUs (csrc/include/peftkern/cuda.h says what each computes). A matrix is
+// a tuple (address, dtype code, row stride, column stride), dropout a tuple (address of the seed, threshold,
+// scale of what is kept), a null pointer 0. Every function but the asking ones takes a stream and only starts
+// work.
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings.h"
+#include "peftkern/cuda.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+using namespace py::literals;
+
+namespace {
+
+using MatrixTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
+using DropoutTuple = std::tuple<uintptr_t, uint32_t, float>;
+
+void check(const char* what, const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string(what) + ": " + error);
+}
+
+ConstMatrix read(const char* name, const MatrixTuple& m, int64_t rows, int64_t cols) {
+  const auto& [address, dtype, row, col] = m;
+  check_block(name, address, rows, cols);
+  return {pointer<void>(address), check_dtype(dtype), row, col};
+}
+
+Matrix written(const char* name, const MatrixTuple& m, int64_t rows, int64_t cols) {
+  const auto& [address, dtype, row, col] = m;
+  check_block(name, address, rows, cols);
+  return {pointer<void>(address), check_dtype(dtype), row, col};
+}
+
+// Activations, weights and outputs.
+template <class M>
+M adjacent(const char* name, M matrix) {
+  require(matrix.col == 1, (std::string(name) + ": columns must be adjacent").c_str());
+  return matrix;
+}
+
+cuda::DeviceDropout dropout(const DropoutTuple& d) {
+  return {pointer<int64_t>(std::get<0>(d)), std::get<1>(d), std::get<2>(d)};
+}
+
+void dropout_mask(uintptr_t seed, int64_t M, int64_t K, uint32_t threshold, uintptr_t out, uintptr_t stream) {
+  require(seed != 0, "seed: null pointer");
+  check_block("out", out, M, K);
+  check("dropout_mask", cuda::dropout_mask(pointer<int64_t>(seed), M, K, threshold, pointer<uint8_t>(out),
+                                           pointer<void>(stream)));
+}
+
+// --- many adapters ---
+void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N, int64_t K,
+              int adapter_dtype, uintptr_t tensors, uintptr_t table, int64_t slots, int64_t max_rank,
+              uintptr_t scaling, uintptr_t order, uintptr_t starts, uintptr_t partial, uintptr_t counters,
+              bool dependent, uintptr_t stream) {
+  cuda::SgmvArgs args{};
+  const Matrix to = adjacent("out", written("out", out, M, N));
+  const ConstMatrix from = adjacent("x", read("x", x, M, K));
+  require(to.dtype == from.dtype, "x: dtype must be that of out");
+  args.dtype = to.dtype, args.adapter_dtype = check_dtype(adapter_dtype);
+  args.out = to.data, args.out_row = to.row, args.x = from.data, args.x_row = from.row;
+  args.M = M, args.N = N, args.K = K, args.slots = slots, args.max_rank = max_rank;
+  check_block("table", table, slots, 1), check_block("scaling", scaling, slots, 1);
+  check_block("order", order, M, 1), check_block("starts", starts, 1, 1);
+  check_block("partial", partial, cuda::sgmv_partials(M, K, max_rank), 1);
+  check_block("counters", counters, cuda::sgmv_counters(M), 1);
+  args.tensors = pointer<uint64_t>(tensors), args.table = pointer<int64_t>(table);
+  args.scaling = pointer<float>(scaling), args.order = pointer<int32_t>(order);
+  args.starts = pointer<int32_t>(starts);
+  args.partial = pointer<float>(partial), args.counters = pointer<uint32_t>(counters);
+  args.dependent = dependent, args.stream = pointer<void>(stream);
+  check("sgmv_add", cuda::sgmv_add(args));
+}
+// --- end of many adapters ---
+
+}  // namespace
+
+void peftkern::bind_cuda(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("cuda_dropout_mask", &dropout_mask, nogil, "seed"_a, "M"_a, "K"_a, "threshold"_a, "out"_a,
+        "stream"_a);
+  // --- many adapters ---
+  m.def("cuda_sgmv_partials", &cuda::sgmv_partials, "M"_a, "K"_a, "max_rank"_a);
+  m.def("cuda_sgmv_counters", &cuda::sgmv_counters, "M"_a);
+  m.def("cuda_sgmv_add", &sgmv_add, nogil, "out"_a, "x"_a, "M"_a, "N"_a, "K"_a, "adapter_dtype"_a,
+        "tensors"_a, "table"_a, "slots"_a, "max_rank"_a, "scaling"_a, "order"_a, "starts"_a, "partial"_a,
+        "counters"_a, "dependent"_a, "stream"_a);
+  // --- end of many adapters ---
+}
