@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "peftkern/cuda.h"
@@ -53,6 +54,13 @@ void dropout_mask(uintptr_t seed, int64_t M, int64_t K, uint32_t threshold, uint
 }
 
 // --- many adapters ---
+void store_addresses(const std::vector<uint64_t>& addresses, uintptr_t out, uintptr_t stream) {
+  const auto count = static_cast<int64_t>(addresses.size());
+  check_block("out", out, count, 1);
+  check("store_addresses",
+        cuda::store_addresses(addresses.data(), count, pointer<uint64_t>(out), pointer<void>(stream)));
+}
+
 void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N, int64_t K,
               int adapter_dtype, uintptr_t tensors, uintptr_t table, int64_t slots, int64_t max_rank,
               uintptr_t scaling, uintptr_t order, uintptr_t starts, uintptr_t partial, uintptr_t counters,
@@ -84,6 +92,7 @@ void peftkern::bind_cuda(py::module_& m) {
   m.def("cuda_dropout_mask", &dropout_mask, nogil, "seed"_a, "M"_a, "K"_a, "threshold"_a, "out"_a,
         "stream"_a);
   // --- many adapters ---
+  m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def("cuda_sgmv_partials", &cuda::sgmv_partials, "M"_a, "K"_a, "max_rank"_a);
   m.def("cuda_sgmv_counters", &cuda::sgmv_counters, "M"_a);
   m.def("cuda_sgmv_add", &sgmv_add, nogil, "out"_a, "x"_a, "M"_a, "N"_a, "K"_a, "adapter_dtype"_a,

@@ -1,45 +1,51 @@
-"""CUDA C++ kernels (csrc/cuda) on CUDA tensors. Ops that are not listed here go to the next back end."""
+"""CUDA C++ kernels (csrc/cuda) on CUDA tensors. Ops that are not listed here go to the next back end.
+
+A call comes here only if ``PEFTKERN_BACKEND=cuda`` names this back end: nothing that was measured speaks for it yet.
+"""
 
 from __future__ import annotations
-
-import functools
-import importlib
 
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..problem import Problem
+from . import cuda_lora, cuda_multi
+from . import cuda_native as native
 
 NAME = "cuda"
 
 
-@functools.cache
 def unavailable() -> str | None:
-    """Why no call can go here: no native build, one without CUDA, or no device."""
-    try:
-        native = importlib.import_module("peftkern._C")
-    except ImportError as error:
-        return f"the native module is not built ({error})"
-    if not native.cuda_built:
+    """Why no call can go here: no native build, one without CUDA, no device, or one that is too old."""
+    if native._C is None:
+        return "the native module is not built"
+    if not native._C.cuda_built:
         return "the native module was built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA device is older than sm_80"
     return None
 
 
 def decline(problem: Problem) -> str | None:
     """Why this problem cannot be taken."""
-    return None if problem.device == "cuda" else f"the tensors are on {problem.device}"
+    if problem.device != "cuda":
+        return f"the tensors are on {problem.device}"
+    if problem.op == "dropout_mask":
+        return None
+    reason = (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem)
+    if reason is None and settings.current().backend == "auto":
+        return "no measurement on this GPU says that it is the fastest"
+    return reason
 
 
 def _dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    from peftkern import _C
-
     out = torch.empty((M, K), dtype=torch.bool, device=seed.device)
-    with torch.cuda.device(seed.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _C.cuda_dropout_mask(seed.data_ptr(), M, K, int(p * 2.0**32), out.data_ptr(), stream)
+    with native.on_device(seed):
+        native._C.cuda_dropout_mask(seed.data_ptr(), M, K, int(p * 2.0**32), out.data_ptr(), native.stream(seed))
     return out
 
 
-OPS = {"dropout_mask": _dropout_mask}
+OPS = {"dropout_mask": _dropout_mask, **cuda_lora.OPS, **cuda_multi.OPS}

@@ -109,6 +109,9 @@ struct LoraRowNormArgs {
 int64_t lora_row_norm_partials(int64_t N, int64_t K, int64_t R);
 const char* lora_row_norm(const LoraRowNormArgs& args);
 
+// out[i] = host[i], where `host` alone is in host memory, read before the call returns.
+const char* store_addresses(const uint64_t* host, int64_t count, uint64_t* out, void* stream);
+
 // out (M, N) += s[a] B[a] A[a] x, row by row; see csrc/cuda/sgmv.cu. Rows of x and out have adjacent columns.
 // tensors (addresses of `weights`), table, scaling, order and starts (see peftkern/ops/multi_lora_linear.py)
 // are in device memory. partial: sgmv_partials floats. counters: sgmv_counters words, zero before the first
