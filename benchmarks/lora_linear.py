@@ -211,7 +211,7 @@ def gate(case: Case) -> str | None:
         seed=1, M=min(case.M, 192), K=min(case.K, 1024), N=min(case.N, 1024), R=case.R, dtype=case.dtype,
         adapter_dtype=case.adapter_dtype, scaling=SCALING, dropout_p=case.dropout,
     )  # fmt: skip
-    bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem) if not row.ok]
+    bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem, case.device) if not row.ok]
     return f"failed the accuracy check ({', '.join(bad)} of the error bound)" if bad else None
 
 

@@ -223,7 +223,7 @@ def gate(case: Case) -> str | None:
     )  # fmt: skip
     bank = dataclasses.replace(listed, bank=True, dropout_p=(0.0,) * count, frozen=weights | {"x"})
     for name, problem in {"list": listed, "bank": bank, "sgmv": dataclasses.replace(bank, branch=True)}.items():
-        bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem) if not row.ok]
+        bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem, case.device) if not row.ok]
         if bad:
             return f"failed the accuracy check ({name}: {', '.join(bad)} of the error bound)"
     return None

@@ -4,9 +4,10 @@ An output or gradient passes if its error is at most 1.5 times that of eager PyT
 rounding floor (peftkern/testing/accuracy.py says exactly). ``ratio`` in the table is the error over that bound. Each
 problem has a name (problem_sets.py says which), and ``--problem NAME`` runs that one again.
 
-The ``cpu`` back end runs once with each base product (``--cpu-base``). Triton without a GPU runs in its interpreter,
-on fewer and smaller problems, without bf16, which the interpreter gets wrong by itself. A back end without kernels for
-the op is named and left out.
+On CPU tensors the ``cpu`` back end runs once with each base product (``--cpu-base``), and Triton in its interpreter, on
+fewer and smaller problems, without bf16, which the interpreter gets wrong by itself. On CUDA tensors there are ``cuda``,
+``triton`` and ``auto``, which is what a user gets: a problem that a back end declines is counted, and ``auto`` takes it.
+A back end without kernels for the op is named and left out.
 """
 
 from __future__ import annotations
@@ -22,21 +23,27 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from .case import DTYPES, short
 from .problem_sets import SETS, set_of
 
 INTERPRETED = SETS["lora_linear"].limits
 INTERPRETED_SHARE = 5
+DECLINED = "declined"
+# What can be asked for on each device, in the order of the table.
+BACKENDS = {"cpu": ("reference", "cpu", "triton"), "cuda": ("reference", "cuda", "triton", "auto")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A back end with its settings, and the op it is to run. ``interpreted``: Triton on CPU tensors."""
+    """A back end with its settings, the op it is to run and on what. ``interpreted``: Triton on CPU tensors."""
 
     name: str
     environment: dict[str, str]
     interpreted: bool = False
     op: str = "lora_linear"
+    device: str = "cpu"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -54,8 +61,10 @@ class Target:
         import peftkern  # noqa: F401  (registers the ops)
         from peftkern import dispatch
 
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch sees no CUDA device"
         name = self.environment["PEFTKERN_BACKEND"]
-        if name == "reference":
+        if name in ("reference", "auto"):
             return None
         if self.interpreted and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             return "triton was imported without TRITON_INTERPRET=1; set it in the environment"
@@ -69,17 +78,22 @@ class Target:
         return why or (f"has no kernel for {', '.join(missing)}" if missing else None)
 
 
-def targets(backend: str, cpu_base: str | None, op: str = "lora_linear") -> list[Target]:
-    """What ``--backend`` and ``--cpu-base`` ask for."""
+def targets(
+    backends: Sequence[str], cpu_base: str | None, op: str = "lora_linear", device: str = "cpu"
+) -> list[Target]:
+    """What ``--backend``, ``--cpu-base`` and ``--device`` ask for."""
+    wanted = [name for name in BACKENDS[device] if name in backends or "all" in backends]
     found = []
-    if backend in ("reference", "all"):
-        found.append(Target("reference", {"PEFTKERN_BACKEND": "reference"}, op=op))
-    if backend in ("cpu", "all"):
-        for base in (cpu_base,) if cpu_base else ("vendor", "panels"):
-            found.append(Target(f"cpu, {base}", {"PEFTKERN_BACKEND": "cpu", "PEFTKERN_CPU_BASE": base}, op=op))
-    if backend in ("triton", "all"):
-        environment = {"PEFTKERN_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-        found.append(Target("triton, interpreted", environment, interpreted=True, op=op))
+    for name in wanted:
+        if name == "cpu":
+            for base in (cpu_base,) if cpu_base else ("vendor", "panels"):
+                found.append(Target(f"cpu, {base}", {"PEFTKERN_BACKEND": "cpu", "PEFTKERN_CPU_BASE": base}, op=op))
+        elif name == "triton" and device == "cpu":
+            environment = {"PEFTKERN_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+            found.append(Target("triton, interpreted", environment, interpreted=True, op=op))
+        else:
+            environment = {"PEFTKERN_BACKEND": name} | ({"TRITON_INTERPRET": "0"} if device == "cuda" else {})
+            found.append(Target(name, environment, op=op, device=device))
     return found
 
 
@@ -99,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--op", choices=sorted(SETS), default="lora_linear")
     p.add_argument("--problems", type=int, default=60, metavar="N", help="how many, over all dtypes (default 60)")
-    p.add_argument("--backend", choices=("cpu", "reference", "triton", "all"), default="all")
+    names = ("all", *dict.fromkeys(name for names in BACKENDS.values() for name in names))
+    p.add_argument("--backend", nargs="+", choices=names, default=["all"])
+    p.add_argument("--device", choices=sorted(BACKENDS), help="of the tensors; default: cuda if torch sees one")
     p.add_argument("--cpu-base", choices=("vendor", "panels", "auto"), help="only this base product (default: each)")
     p.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16", "fp16"])
     p.add_argument("--seed", type=int, default=0, help="of the first problem; the i-th has seed + i")
@@ -109,8 +125,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable."""
+    """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable, or takes no
+    problem."""
     args = _parser().parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    elsewhere = set(args.backend) - {"all", *BACKENDS[device]}
+    if elsewhere:
+        _parser().error(f"{', '.join(sorted(elsewhere))}: no back end of {device} tensors (--device)")
     for name in args.problem or ():
         try:
             SETS[args.op].parse(name)
@@ -120,18 +141,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     started, usable = time.perf_counter(), []
-    for target in targets(args.backend, args.cpu_base, args.op):
+    asked = targets(args.backend, args.cpu_base, args.op, device)
+    for target in asked:
         reason = target.reason()
         if reason:
             console.print(f"{target.name}: not usable: {reason}", style="yellow")
         else:
             usable.append(target)
-    unusable = not usable if args.backend == "all" else len(usable) < len(targets(args.backend, args.cpu_base))
+    unusable = not usable if "all" in args.backend else len(usable) < len(asked)
     work = [(t, name) for t in usable if t.interpreted for name in _chosen(args, t)]
     # One problem after the other on every back end: what it is held against is computed once.
     native = [t for t in usable if not t.interpreted]
     work += [(t, name) for name in (_chosen(args, native[0]) if native else ()) for t in native]
     rows = _run(work, console)
+    idle = _say_declined(rows, console)
+    declined = [r for r in rows if r["output"] == DECLINED]
+    rows = [r for r in rows if r["output"] != DECLINED]
     failed = len({(r["backend"], r["problem"]) for r in rows if not r["ok"]})
     seconds = time.perf_counter() - started
     console.print(_table(rows))
@@ -146,8 +171,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         header = doctor.report() | {"seconds": round(seconds, 1), "command": vars(args) | {"json": str(args.json)}}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
-    return 1 if failed or unusable or not rows else 0
+        args.json.write_text(json.dumps({"header": header, "rows": rows, "declined": declined}, indent=1) + "\n")
+    return 1 if failed or unusable or not rows or (idle and "all" not in args.backend) else 0
+
+
+def _say_declined(rows: list[dict], console) -> bool:
+    """Says how many problems each back end declined, and why the first; whether one declined all."""
+    idle = False
+    for backend in dict.fromkeys(r["backend"] for r in rows):
+        own = [r for r in rows if r["backend"] == backend]
+        reasons = [r["error"] for r in own if r["output"] == DECLINED]
+        if reasons:
+            console.print(f"{backend}: {len(reasons)} problems declined, the first: {reasons[0]}", style="yellow")
+        idle |= len(reasons) == len(own)
+    return idle
 
 
 def _chosen(args, target: Target) -> list[str]:
@@ -187,13 +224,17 @@ def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
 
 
 def check_one(target: Target, name: str) -> list[dict]:
-    """The rows of one problem on one target, whose settings must be active. An exception is a row that fails."""
+    """The rows of one problem on one target, whose settings must be active. An exception is a row that fails; one row
+    whose output is DECLINED says why the back end does not take the problem."""
+    from peftkern import dispatch
     from peftkern.testing.accuracy import check
 
     problem = _problem(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
-        results = check(problem)
+        results = check(problem, target.device)
+    except dispatch.Declined as error:
+        return [head | dict(output=DECLINED, ratio=None, ok=True, error=str(error).rpartition("]: ")[2])]
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
         return [head | dict(output="call", ratio=None, ok=False, error=f"{type(error).__name__}: {line}")]
@@ -215,6 +256,7 @@ def _failure(target: Target, name: str, bad: list[dict]) -> str:
     op = set_of(name).op
     again = f"peftkern verify{'' if op == 'lora_linear' else f' --op {op}'} --problem {name} --backend {backend}"
     again += f" --cpu-base {base[0]}" if backend == "cpu" else ""
+    again += f" --device {target.device}" if target.device != "cpu" else ""
     return f"FAILED {name} [{settings}]: {what}\n  {_problem(target, name)}\n  again: {again}"
 
 

@@ -42,6 +42,10 @@ class Op:
     describe: Callable[..., Problem]
 
 
+class Declined(RuntimeError):
+    """The back end that ``PEFTKERN_BACKEND`` names cannot take a call."""
+
+
 OPS: dict[str, Op] = {}
 
 
@@ -63,7 +67,7 @@ def load(name: str) -> ModuleType:
 def choose(problem: Problem) -> tuple[str, dict[str, str]]:
     """Name of the back end that takes this problem, and the reasons of those that declined.
 
-    Raises RuntimeError when ``PEFTKERN_BACKEND`` names one that cannot take it.
+    Raises Declined when ``PEFTKERN_BACKEND`` names one that cannot take it.
     """
     wanted = settings.current().backend
     if wanted == "reference":
@@ -78,7 +82,7 @@ def choose(problem: Problem) -> tuple[str, dict[str, str]]:
             return name, declined
         declined[name] = reason
     if wanted != "auto":
-        raise RuntimeError(f"PEFTKERN_BACKEND={wanted} cannot take {problem}: {declined[wanted]}")
+        raise Declined(f"PEFTKERN_BACKEND={wanted} cannot take {problem}: {declined[wanted]}")
     return "reference", declined
 
 

@@ -88,15 +88,28 @@ def _run(
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(names, grads, strict=True)}}
 
 
+def moved(t: Tensor, device: str) -> Tensor:
+    """``t`` on another device with the strides it has; what lies between its elements is NaN."""
+    return t if t.device.type == device else spread(t, device)
+
+
+def spread(t: Tensor, device: str) -> Tensor:
+    """A copy of ``t`` as ``moved`` makes it."""
+    if t.numel() == 0:
+        return t.to(device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return torch.full((span,), math.nan, dtype=t.dtype, device=device).as_strided(t.shape, t.stride()).copy_(t)
+
+
 def run_ours(problem: Problem, t: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The output and the gradients of ``names`` from peftkern."""
     return _run(problem.ours, t, names)
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(problem: Problem, names: tuple[str, ...]) -> tuple[dict, dict, dict]:
+def _expected(problem: Problem, names: tuple[str, ...], device: str) -> tuple[dict, dict, dict]:
     # (eager, exact, the exact result of absolute values). Kept, since several back ends are held against one problem.
-    t = problem.tensors()
+    t = {k: v.to(device) for k, v in problem.tensors().items()}
     double = {k: v.double() for k, v in t.items()}
     absolute = {k: v.abs() for k, v in double.items()}
     return (
@@ -106,23 +119,26 @@ def _expected(problem: Problem, names: tuple[str, ...]) -> tuple[dict, dict, dic
     )
 
 
-def compare(problem: Problem) -> list[Row]:
-    """One row for y and one for each gradient, with the back end that the settings choose: one draw."""
-    t = problem.tensors()
+def compare(problem: Problem, device: str = "cpu") -> list[Row]:
+    """One row for y and one for each gradient, with the back end that the settings choose: one draw.
+
+    ``device``: where all is computed. A problem's tensors are the same everywhere.
+    """
+    t = {k: moved(v, device) for k, v in problem.tensors().items()}
     names = tuple(n for n in t if n not in ("weight", "dy") and n not in problem.frozen)
     ours = run_ours(problem, t, names)
-    theirs, exact, absolute = _expected(problem, names)
+    theirs, exact, absolute = _expected(problem, names, device)
     return [_row(name, ours[name], theirs[name], exact[name], absolute[name]) for name in exact]
 
 
-def check(problem: Problem) -> list[Row]:
+def check(problem: Problem, device: str = "cpu") -> list[Row]:
     """As ``compare``; an output of few elements that is over its bound is judged on more draws."""
-    rows = {row.output: row for row in compare(problem)}
+    rows = {row.output: row for row in compare(problem, device)}
     few = {name for name, row in rows.items() if not row.ok and 0 < row.elements < FEW and math.isfinite(row.ratio)}
     draw = 0
     while any(rows[name].elements < FEW for name in few) and draw < DRAWS:
         draw += 1
-        for row in compare(replace(problem, seed=problem.seed + draw * 1_000_003)):
+        for row in compare(replace(problem, seed=problem.seed + draw * 1_000_003), device):
             if row.output in few:
                 rows[row.output] = _pooled(rows[row.output], row)
     return list(rows.values())

@@ -83,12 +83,14 @@ class MultiLoRALinearProblem:
 
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """y from ``multi_lora_linear`` or ``sgmv``."""
-        ids, adapters = self.ids(), [(t[f"A{i}"], t[f"B{i}"], s) for i, s in enumerate(self.scalings)]
+        device = t["x"].device
+        ids, adapters = self.ids().to(device), [(t[f"A{i}"], t[f"B{i}"], s) for i, s in enumerate(self.scalings)]
         if self.bank:
             bank = AdapterBank(
-                self.K, self.N, max_adapters=len(adapters), max_rank=max(self.ranks), dtype=self.adapter_dtype
+                self.K, self.N, max_adapters=len(adapters), max_rank=max(self.ranks), dtype=self.adapter_dtype,
+                device=device,
             )  # fmt: skip
-            numbers = torch.tensor([*(bank.add(str(i), *a) for i, a in enumerate(adapters)), -1])
+            numbers = torch.tensor([*(bank.add(str(i), *a) for i, a in enumerate(adapters)), -1], device=device)
             adapters, ids = bank, numbers[ids]
         ids = ids.reshape(t["x"].shape[:-1])
         if self.branch:
@@ -108,7 +110,9 @@ class MultiLoRALinearProblem:
 
     def _each(self, t: dict[str, Tensor], equation, scalings) -> Tensor:
         # Every row through the single-adapter equation of its adapter; base rows through that of rank 0.
-        x, ids = t["x"].flatten(0, -2), self.ids()
+        x = t["x"].flatten(0, -2)
+        ids = self.ids().to(x.device)
+        seed = torch.tensor([DROPOUT_SEED], device=x.device)
         weight = t["weight"] if "weight" in t else x.new_zeros(self.N, self.K)
         y = x.new_zeros(self.M, self.N)
         for i in range(-1, len(self.ranks)):
@@ -117,7 +121,7 @@ class MultiLoRALinearProblem:
                 A, B, s, p = t[f"A{i}"], t[f"B{i}"], scalings[i], self.dropout_p[i]
             else:
                 A, B, s, p = t["A0"][:0].detach(), t["B0"][:, :0].detach(), 1.0, 0.0
-            keep = dropout_mask_ref(torch.tensor([DROPOUT_SEED]), self.M, self.K, p)[rows] if p else None
+            keep = dropout_mask_ref(seed, self.M, self.K, p)[rows] if p else None
             single = {"x": x[rows], "weight": weight, "lora_A": A, "lora_B": B}
             if "bias" in t:
                 single["bias"] = t["bias"]

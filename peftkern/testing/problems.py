@@ -90,16 +90,17 @@ class LoRALinearProblem:
 
     def eager(self, t: dict[str, Tensor]) -> Tensor:
         """y in PEFT's order of operations."""
-        return equations.eager(t, self.scaling, self._keep(), self.dropout_p)
+        return equations.eager(t, self.scaling, self._keep(t["x"].device), self.dropout_p)
 
     def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor:
         """y as the equation says, in the dtype of ``t``."""
-        return equations.oracle(t, abs(self.scaling) if absolute else self.scaling, self._keep(), self.dropout_p)
+        scaling = abs(self.scaling) if absolute else self.scaling
+        return equations.oracle(t, scaling, self._keep(t["x"].device), self.dropout_p)
 
-    def _keep(self) -> Tensor | None:
+    def _keep(self, device: torch.device) -> Tensor | None:
         if not self.dropout_p:
             return None
-        return dropout_mask_ref(torch.tensor([DROPOUT_SEED]), self.M, self.K, self.dropout_p)
+        return dropout_mask_ref(torch.tensor([DROPOUT_SEED], device=device), self.M, self.K, self.dropout_p)
 
 
 def random_problem(

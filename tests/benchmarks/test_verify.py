@@ -69,9 +69,63 @@ def test_settings_hold_only_inside(monkeypatch):
 
 
 def test_targets():
-    names = [t.name for t in verify.targets("all", None)]
+    names = [t.name for t in verify.targets(["all"], None)]
     assert names == ["reference", "cpu, vendor", "cpu, panels", "triton, interpreted"]
-    assert [t.name for t in verify.targets("cpu", "panels")] == ["cpu, panels"]
+    assert [t.name for t in verify.targets(["cpu"], "panels")] == ["cpu, panels"]
+
+
+def test_targets_on_a_gpu():
+    found = verify.targets(["all"], None, device="cuda")
+    assert [t.name for t in found] == ["reference", "cuda", "triton", "auto"]
+    assert all(t.device == "cuda" and not t.interpreted for t in found)
+    assert {t.environment["TRITON_INTERPRET"] for t in found} == {"0"}
+    assert [t.name for t in verify.targets(["triton", "cuda"], None, device="cuda")] == ["cuda", "triton"]
+
+
+def test_a_back_end_of_another_device_is_wrong_use(capsys):
+    with pytest.raises(SystemExit):
+        verify.main(["--device", "cuda", "--backend", "cpu"])
+    assert "no back end of cuda tensors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_back_ends_say_so(capsys):
+    assert verify.main(["--device", "cuda", "--problems", "1"]) == 1
+    assert capsys.readouterr().out.count("torch sees no CUDA device") == 4
+
+
+def test_declined_problems_are_counted(small, monkeypatch, tmp_path, capsys):
+    from peftkern import dispatch
+
+    right = accuracy.run_ours
+
+    def picky(problem, *args):
+        if problem.dtype == torch.float32:
+            raise dispatch.Declined("PEFTKERN_BACKEND=x cannot take op[cpu: a=1]: no kernel for fp32")
+        return right(problem, *args)
+
+    monkeypatch.setattr(accuracy, "run_ours", picky)
+    file = tmp_path / "v.json"
+    run = ["--backend", "reference", "--json", str(file)]
+    assert verify.main([*run, "--problems", "2", "--dtype", "fp32", "fp16"]) == 0
+    assert "1 problems declined, the first: no kernel for fp32" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert [r["dtype"] for r in written["declined"]] == ["fp32"] and {r["dtype"] for r in written["rows"]} == {"fp16"}
+    # Nothing was checked: no success.
+    assert verify.main([*run, "--problems", "2", "--dtype", "fp32"]) == 1
+
+
+def test_strides_survive_a_move():
+    from peftkern.testing.problems import LAYOUTS, laid_out
+
+    values = torch.randn(6, 5)
+    for layout in LAYOUTS:
+        x = laid_out(values, layout)
+        copy = accuracy.spread(x, "cpu")
+        assert copy.stride() == x.stride() and copy.data_ptr() != x.data_ptr() and torch.equal(copy, x)
+    gaps = accuracy.spread(laid_out(values, "row_stride"), "cpu")
+    assert gaps.as_strided((6, 8), (8, 1))[:5, 5:].isnan().all()
+    assert accuracy.spread(torch.empty(0, 3), "cpu").shape == (0, 3)
 
 
 def test_names_cover_dtypes_and_enough_large_ones():
@@ -91,7 +145,7 @@ def test_large_problems_are_large():
 
 def test_the_interpreter_gets_no_large_problem_and_no_bf16():
     args = verify._parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
-    triton = verify.targets("triton", None)[0]
+    triton = verify.targets(["triton"], None)[0]
     assert verify._chosen(args, triton) == ["fp16:3"]
     with pytest.raises(ValueError, match="large"):
         verify.named("fp32:1:large", **verify.INTERPRETED)

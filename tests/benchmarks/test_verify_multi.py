@@ -105,7 +105,7 @@ def test_random_problems_have_lists_banks_and_branches():
 
 
 def test_the_interpreter_gets_small_problems(monkeypatch):
-    triton = verify.targets("triton", None)[0]
+    triton = verify.targets(["triton"], None)[0]
     args = verify._parser().parse_args(["--op", "multi_lora_linear", "--problems", "20"])
     names = verify._chosen(args, triton)
     assert all(MULTI.fits_interpreter(name) for name in names) and len(names) == 6
@@ -126,7 +126,7 @@ def test_a_back_end_without_kernels_is_named_and_left_out(small, monkeypatch, ca
 
     empty = types.SimpleNamespace(OPS={"multi_lora_linear_fwd": None}, unavailable=lambda: None)
     monkeypatch.setattr(dispatch, "load", lambda name: empty)
-    for target in verify.targets("cpu", None, "multi_lora_linear"):
+    for target in verify.targets(["cpu"], None, "multi_lora_linear"):
         assert "has no kernel for multi_lora_linear_route" in target.reason()
     assert verify.main(["--op", "multi_lora_linear", "--problems", "1", "--backend", "all"]) == 0
     assert "not usable: has no kernel for multi_lora_linear_route" in capsys.readouterr().out
