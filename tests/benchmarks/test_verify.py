@@ -124,7 +124,7 @@ def test_strides_survive_a_move():
         copy = accuracy.spread(x, "cpu")
         assert copy.stride() == x.stride() and copy.data_ptr() != x.data_ptr() and torch.equal(copy, x)
     gaps = accuracy.spread(laid_out(values, "row_stride"), "cpu")
-    assert gaps.as_strided((6, 8), (8, 1))[:5, 5:].isnan().all()
+    assert gaps.as_strided((5, 8), (8, 1))[:, 5:].isnan().all()
     assert accuracy.spread(torch.empty(0, 3), "cpu").shape == (0, 3)
 
 
