@@ -24,6 +24,7 @@ CASES = [
     (KERNELS / "instructions_sm80.cu", "sm_80"),
     (KERNELS / "gemm_sm80.cu", "sm_120"),
     (KERNELS / "publish.cu", "sm_80"),
+    (KERNELS / "split.cu", "sm_80"),
     (KERNELS / "instructions_sm90.cu", "sm_90a"),
     (KERNELS / "gemm_sm90.cu", "sm_90a"),
     (ROOT / "csrc/cuda/tensor_map.cu", "sm_90a"),
