@@ -151,10 +151,15 @@ def _taker(op: Op, args) -> _Taker:
         taker = _find(op, args)
         # A new entry of _fixed always makes one here too.
         if len(_takers) >= 4096:
-            _takers.clear()
-            _fixed.clear()
+            forget()
         _takers[key] = taker
     return taker
+
+
+def forget() -> None:
+    """Ask the back ends again at the next call of everything, after a change that is no setting."""
+    _takers.clear()
+    _fixed.clear()
 
 
 @functools.cache

@@ -39,6 +39,7 @@ HEIGHT = {
     "peftkern.backends": 3,
     "peftkern.kernels": 2,
     "peftkern._C": 2,
+    "peftkern.tuned": 2,
     "peftkern.problem": 1,
     "peftkern.settings": 1,
     "peftkern._version": 0,

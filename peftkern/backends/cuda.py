@@ -1,6 +1,7 @@
 """CUDA C++ kernels (csrc/cuda) on CUDA tensors. Ops that are not listed here go to the next back end.
 
-A call comes here only if ``PEFTKERN_BACKEND=cuda`` names this back end: nothing that was measured speaks for it yet.
+A call comes here if ``PEFTKERN_BACKEND=cuda`` names this back end, or what was measured on the GPU at hand speaks for it
+(peftkern/tuned.py).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import settings, tuned
 from ..problem import Problem
 from . import cuda_lora, cuda_multi
 from . import cuda_native as native
@@ -36,7 +37,7 @@ def decline(problem: Problem) -> str | None:
     if problem.op == "dropout_mask":
         return None
     reason = (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem)
-    if reason is None and settings.current().backend == "auto":
+    if reason is None and settings.current().backend == "auto" and tuned.choice(problem) != "cuda":
         return "no measurement on this GPU says that it is the fastest"
     return reason
 
