@@ -150,14 +150,15 @@ def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]
     return cdiv(M, max(rows, 1)), rows
 
 
-BASES = ("fused", "epilogue", "addmm")
+BASES = ("fused", "epilogue", "overlap", "addmm")
 
 
 def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invariant: bool) -> str:
     """Who computes the base product.
 
-    ``fused``: K1 computes it. ``epilogue``: the vendor's, then one pass of ours. ``addmm``: the vendor's, with the
-    low-rank term added by a second vendor product (no dropped or scaled result, adapters in the dtype of x).
+    ``fused``: K1 computes it. ``epilogue``: the vendor's, then one pass of ours; ``overlap``: the same, and u is made
+    beside it on a second stream. ``addmm``: the vendor's, with the low-rank term added by a second vendor product (no
+    dropped or scaled result, adapters in the dtype of x).
     A vendor's product depends on M, so batch invariance takes ours.
     """
     if batch_invariant:

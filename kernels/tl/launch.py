@@ -6,8 +6,11 @@ Every launcher of this package builds a ``Launch`` and hands it to ``submit``. T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass
@@ -42,3 +45,25 @@ def submit(launch: Launch) -> None:
     if 0 in launch.grid:
         return
     launch.kernel[launch.grid](**launch.args, **launch.constants, **launch.options)
+
+
+_second: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def beside(make: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Callable[[], None]]:
+    """(make(), join): ``make`` starts its kernels on a second stream, behind what the current one has been given.
+
+    ``join`` makes the current stream wait for them; until then the tensor's values are not to be read.
+    """
+    if device.type != "cuda":
+        return make(), lambda: None
+    current = torch.cuda.current_stream(device)
+    if device not in _second:
+        _second[device] = torch.cuda.Stream(device)
+    second = _second[device]
+    second.wait_stream(current)
+    with torch.cuda.stream(second):
+        made = make()
+    # Its memory is the second stream's: not to be given away before the current one has read it.
+    made.record_stream(current)
+    return made, lambda: current.wait_stream(second)

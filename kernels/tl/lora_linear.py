@@ -8,6 +8,7 @@ Tensors in, tensors out; the sizes and dtypes are those of ``peftkern.ops.lora_l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +170,7 @@ def _describable(t: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class LowRank:
-    """scaling * (v * rank_scale) (b * column_scale)^T, dropped; b (out columns, R)."""
+    """scaling * (v * rank_scale) (b * column_scale)^T, dropped; b (out columns, R). ``join``: to call before v is read."""
 
     v: Tensor
     b: Tensor
@@ -177,6 +178,7 @@ class LowRank:
     rank_scale: Tensor | None = None
     column_scale: Tensor | None = None
     drop: Dropout = Dropout()
+    join: Callable[[], None] | None = None
 
 
 def expand(
@@ -242,6 +244,12 @@ def _by_column(w: Tensor) -> tuple[Tensor, bool]:
     return rows_of(w), True
 
 
+def owner(x: Tensor, weight: Tensor, s: Settings) -> str:
+    """Who computes x weight^T: one of ``configs.BASES``."""
+    (M, K), N = x.shape, weight.shape[0]
+    return configs.pick("base", configs.base_product(M, N, K, x.element_size(), s.arch, s.batch_invariant))
+
+
 def linear(
     x: Tensor, weight: Tensor, low: LowRank, in_scale, out_scale, bias, keep_base: bool, factor, s: Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -249,21 +257,23 @@ def linear(
 
     base = (x * in_scale) weight^T, weight (N, K). The product's owner is ``configs.base_product``.
     """
-    (M, K), N, R = x.shape, weight.shape[0], low.v.shape[1]
+    M, N, R = x.shape[0], weight.shape[0], low.v.shape[1]
     w, by_column = _by_column(weight)
     out = x.new_empty((M, N))
     if M == 0 or N == 0:
         sums = torch.zeros(N, dtype=torch.float32, device=x.device) if factor is not None else None
         return out, out.clone() if keep_base else None, sums
-    owner = configs.pick("base", configs.base_product(M, N, K, x.element_size(), s.arch, s.batch_invariant))
-    if owner == "fused":
+    who = owner(x, weight, s)
+    if who == "fused":
         base = x.new_empty((M, N)) if keep_base else None
         sums = expand(out, x, w, by_column, low, in_scale, out_scale, bias, base, keep_base, factor, s)
         return out, base, sums
     base = _scaled(x, in_scale) @ weight.t()
+    if low.join is not None:
+        low.join()
     plain = out_scale is None and not keep_base and factor is None and (bias is None or bias.dtype == x.dtype)
     delta = low.drop.seed is None and low.column_scale is None and low.b.dtype == x.dtype
-    if plain and (R == 0 or (owner == "addmm" and delta)):
+    if plain and (R == 0 or (who == "addmm" and delta)):
         if bias is not None:
             base += bias
         if R > 0:
@@ -280,8 +290,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, u, h) of ``lora_linear_fwd``."""
     x = rows_of(x)
-    u = shrink(x, lora_A, vector(delta_in_scale), drop, s)
-    low = LowRank(u, lora_B, scaling, vector(rank_scale), vector(delta_out_scale))
+
+    def down() -> Tensor:
+        return shrink(x, lora_A, vector(delta_in_scale), drop, s)
+
+    overlaps = owner(x, weight, s) == "overlap" and x.shape[0] * weight.shape[0] > 0
+    u, join = launch.beside(down, x.device) if overlaps else (down(), None)
+    low = LowRank(u, lora_B, scaling, vector(rank_scale), vector(delta_out_scale), join=join)
     in_scale, out_scale = vector(base_in_scale), vector(base_out_scale)
     y, h, _ = linear(x, weight, low, in_scale, out_scale, vector(bias), save_base, None, s)
     return y, u, h if save_base else x.new_empty(0)

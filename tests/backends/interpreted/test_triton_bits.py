@@ -66,7 +66,7 @@ def test_bits_of_the_shrink(block_m, block_k, groups):
 
 
 @pytest.mark.parametrize("block", [(16, 16), (64, 32), (128, 128)])
-@pytest.mark.parametrize("base", ["fused", "epilogue"])
+@pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["low-rank-first", "base-first"])
 def test_bits_of_dx(block, base, scaled):
     config = LaunchConfig(*block, 16, 16)

@@ -44,7 +44,7 @@ def test_every_subset_of_adapter_gradients(needs):
     assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
 
 
-@pytest.mark.parametrize("base", ["fused", "epilogue"])
+@pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
 @pytest.mark.parametrize("save", [False, True])
 def test_forward_and_input_gradient(base, save):
     with configs.override(base=base):
