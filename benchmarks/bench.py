@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--op", choices=sorted(OPS), default="lora_linear")
     p.add_argument(
+        "--tune", action="store_true", help="measure what is fastest on this GPU instead; --tune --help says more"
+    )
+    p.add_argument(
         "--preset", choices=("quick", "full"), default="quick", help="quick: a minute; full: 10 to 15 minutes"
     )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees one")
@@ -79,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 if peftkern could not be measured somewhere (a failure or a wrong result)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--tune" in argv:
+        from . import tune
+
+        return tune.main([a for a in argv if a != "--tune"])
     args = parser().parse_args(argv)
     from rich.console import Console
 
