@@ -26,6 +26,21 @@ PEFTKERN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+namespace detail {
+
+// A value as the registers of a load or store.
+template <class T>
+struct Words {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  union {
+    uint32_t word[sizeof(T) / 4];
+    T value;
+  };
+  __device__ Words() {}
+};
+
+}  // namespace detail
+
 }  // namespace peftkern::cuda
 #endif
 

@@ -28,6 +28,19 @@ PEFTKERN_DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At the barrier that block `rank` of the cluster has at the same place. What this thread wrote or read
+// before is done for those that wait there with mbarrier_wait_cluster.
+PEFTKERN_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives, and announces bytes that copies will bring.
 PEFTKERN_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -50,6 +63,26 @@ PEFTKERN_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
 
 PEFTKERN_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_test(barrier, parity)) {
+  }
+}
+
+// The same where threads of other blocks arrive.
+PEFTKERN_DEVICE bool mbarrier_test_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+PEFTKERN_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_test_cluster(barrier, parity)) {
   }
 }
 

@@ -9,19 +9,6 @@
 #else
 
 namespace peftkern::cuda {
-namespace detail {
-
-template <class T>
-struct Words {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  union {
-    uint32_t word[sizeof(T) / 4];
-    T value;
-  };
-  __device__ Words() {}
-};
-
-}  // namespace detail
 
 // Read once, by one block, and constant while the kernel runs: does not displace what L1 holds.
 template <class T>

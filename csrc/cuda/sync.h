@@ -1,4 +1,4 @@
-// Barriers of a block or cluster, fences, atomics on integers, waiting for another block, dependent launches.
+// Barriers of a block, fences, atomics on integers, waiting for another block, dependent launches.
 #pragma once
 
 #include "cuda/device.h"
@@ -55,19 +55,6 @@ PEFTKERN_DEVICE void wait_at_least(const uint32_t* p, uint32_t value) {
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p) : "memory");
   } while (seen < value);
-}
-
-// All threads of the cluster; sm_90.
-PEFTKERN_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-PEFTKERN_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-PEFTKERN_DEVICE uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 
 // Programmatic dependent launch: what the launch before wrote may be read after the wait. Before sm_90 no

@@ -47,5 +47,16 @@ PEFTKERN_DEVICE void tile_load(uint32_t dst, const TensorMap* map, uint32_t barr
       : "memory");
 }
 
+// The same into every block of the cluster whose bit (1 << rank) is set in `blocks`: the tile goes to the
+// same place in each, and its bytes arrive at each one's own barrier in the same place, which expects them.
+PEFTKERN_DEVICE void tile_load_multicast(uint32_t dst, const TensorMap* map, uint32_t barrier, int row,
+                                         int column, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
+      : "memory");
+}
+
 }  // namespace peftkern::cuda
 #endif

@@ -46,7 +46,7 @@ def _closure(source: Path) -> list[Path]:
         if path not in found:
             found.add(path)
             names = re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.M)
-            places = [(folder / name for folder in (path.parent, *INCLUDES)) for name in names]
+            places = [[folder / name for folder in (path.parent, *INCLUDES)] for name in names]
             todo += [next(p for p in options if p.is_file()).resolve() for options in places]
     return sorted(found)
 
@@ -137,6 +137,7 @@ class Simulator:
         self._library.sim_allocate.restype = ctypes.c_void_p
         self._library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
         self._library.sim_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._library.sim_written_before.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._library.sim_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
 
     @contextlib.contextmanager
@@ -149,6 +150,10 @@ class Simulator:
                 memory.close()
             raise
         memory.close()
+
+    def written_before(self, buffer: Buffer) -> None:
+        """The launch before the next one writes what ``buffer`` holds; until that has ended it holds poison."""
+        self._library.sim_written_before(buffer.address, buffer.size)
 
     def run(self, name: str, *arguments, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0):
         """Calls a launcher with buffers, integers, None or ctypes values; raises Fault if a launch failed."""

@@ -27,6 +27,7 @@ CASES = [
     (KERNELS / "split.cu", "sm_80"),
     (KERNELS / "instructions_sm90.cu", "sm_90a"),
     (KERNELS / "gemm_sm90.cu", "sm_90a"),
+    (KERNELS / "clusters.cu", "sm_90a"),
     (ROOT / "csrc/cuda/tensor_map.cu", "sm_90a"),
     *((source, arch) for source in sorted(ROOT.glob("csrc/cuda/*.cu")) for arch in architectures(source)),
 ]

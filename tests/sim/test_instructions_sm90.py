@@ -16,7 +16,7 @@ class WgmmaCase(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_uint32) for name in ("a_offset", "b_offset", "stride_a", "leading_a", "stride_b", "leading_b")
-    ] + [("accumulate", ctypes.c_int)]
+    ] + [("accumulate", ctypes.c_int), ("fences", ctypes.c_int)]
 
 
 def swizzled(tile: np.ndarray) -> np.ndarray:
@@ -52,11 +52,8 @@ def place(image: np.ndarray, offset: int, matrix: np.ndarray, columns: bool) -> 
     return 1024, 64 * 128
 
 
-@pytest.mark.parametrize("is_f16", [False, True])
-@pytest.mark.parametrize("step", [0, 3])
-@pytest.mark.parametrize("n, columns_a, columns_b", [(16, 0, 0), (32, 1, 0), (64, 0, 1), (128, 1, 1), (256, 0, 0)])
-@pytest.mark.parametrize("registers", [False, True])
-def test_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16):
+def run_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16, fences=1) -> tuple[np.ndarray, np.ndarray]:
+    """D, and what it should be."""
     rng = np.random.default_rng(n)
     a, b = (rng.integers(-4, 5, (rows, 64)).astype(np.float32) for rows in (64, n))
     start = rng.integers(-9, 10, (64, n)).astype(np.float32)
@@ -66,7 +63,7 @@ def test_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16):
     # Step along K: 32 bytes within a row, or two atoms of 8 rows.
     case = WgmmaCase(
         step * (2048 if columns_a else 32), 8192 + step * (2048 if columns_b else 32),
-        stride_a, leading_a, stride_b, leading_b, int(step > 0),
+        stride_a, leading_a, stride_b, leading_b, int(step > 0), fences,
     )  # fmt: skip
     thread = np.arange(128)
     row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
@@ -84,7 +81,21 @@ def test_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16):
         for i in range(n // 2):
             got[row + i // 2 % 2 * 8, i // 4 * 8 + 2 * t + i % 2] = d.array[:, i]
     product = a[:, 16 * step : 16 * step + 16] @ b[:, 16 * step : 16 * step + 16].T
-    np.testing.assert_array_equal(got, product + (start if step > 0 else 0))
+    return got, product + (start if step > 0 else 0)
+
+
+@pytest.mark.parametrize("is_f16", [False, True])
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("n, columns_a, columns_b", [(16, 0, 0), (32, 1, 0), (64, 0, 1), (128, 1, 1), (256, 0, 0)])
+@pytest.mark.parametrize("registers", [False, True])
+def test_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16):
+    got, expected = run_wgmma(sim, n, columns_a, columns_b, registers, step, is_f16)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_wgmma_does_not_see_ordinary_stores_before_the_fence(sim):
+    got, _ = run_wgmma(sim, 64, 0, 0, False, 0, False, fences=0)
+    assert np.isnan(got).all()
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (8, 64), (90, 64), (-3, -5), (97, 100), (200, 0)])

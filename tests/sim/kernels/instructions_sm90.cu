@@ -1,4 +1,5 @@
 // One kernel per Hopper instruction: operands from memory, results to memory. The tests know the layouts.
+#include "cuda/cluster.h"
 #include "cuda/launch.h"
 #include "cuda/mbarrier.h"
 #include "cuda/sync.h"
@@ -20,6 +21,7 @@ PEFTKERN_DEVICE unsigned char* aligned_shared() {
 struct WgmmaCase {
   uint32_t a_offset, b_offset, stride_a, leading_a, stride_b, leading_b;
   int accumulate;
+  int fences;  // whether threads pass fence_async_proxy, as they must
 };
 
 // image: what shared memory holds; registers_a (128, 4) or null; d (128, N / 2): a thread's registers in each
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(128)
   auto* shared = reinterpret_cast<uint32_t*>(aligned_shared());
   const unsigned t = threadIdx.x;
   for (unsigned i = t; i < kTileBytes / 4; i += 128) shared[i] = image[i];
-  fence_async_proxy();
+  if (which.fences) fence_async_proxy();
   sync_threads();
   float sums[N / 2];
   for (int i = 0; i < N / 2; ++i) sums[i] = d[t * (N / 2) + i];

@@ -1,4 +1,4 @@
-// cp.async and transaction barriers.
+// cp.async, transaction barriers, shared memory as wgmma sees it.
 #include "sim/async.h"
 
 #include <cstring>
@@ -23,6 +23,11 @@ TransactionBarrier& find(Block* block, uint32_t address, const char* what) {
   if (at == block->transactions.end())
     fail("%s: no mbarrier was initialised at shared address %#x", what, address);
   return at->second;
+}
+
+void check_scope(Block* block, uint32_t address, bool cluster, const char* what) {
+  if (find(block, address, what).cluster && !cluster)
+    fail("%s at the scope of the block, where threads of other blocks arrive", what);
 }
 
 }  // namespace
@@ -77,7 +82,11 @@ void barrier_invalidate(uint32_t address) {
 
 void barrier_arrive(uint32_t address, int64_t bytes) {
   maybe_yield(4);
-  TransactionBarrier& barrier = find(self->block, address, "mbarrier.arrive");
+  barrier_arrived(self->block, address, bytes);
+}
+
+void barrier_arrived(Block* block, uint32_t address, int64_t bytes) {
+  TransactionBarrier& barrier = find(block, address, "mbarrier.arrive");
   barrier.bytes += bytes;
   if (--barrier.pending < 0) fail("mbarrier.arrive: more arrivals than the %d expected", barrier.count);
   maybe_flip(barrier);
@@ -89,17 +98,28 @@ void barrier_complete(Block* block, uint32_t address, int64_t bytes) {
   maybe_flip(barrier);
 }
 
-void barrier_wait(uint32_t address, unsigned parity) {
+void barrier_wait(uint32_t address, unsigned parity, bool cluster) {
   Block* block = self->block;
   find(block, address, "mbarrier.try_wait");
   spin(parity & 1 ? "mbarrier (parity 1)" : "mbarrier (parity 0)",
        [=] { return passed(block, address, parity); });
+  check_scope(block, address, cluster, "mbarrier.try_wait");
 }
 
-bool barrier_test(uint32_t address, unsigned parity) {
+bool barrier_test(uint32_t address, unsigned parity, bool cluster) {
   maybe_yield();
-  find(self->block, address, "mbarrier.test_wait");
+  check_scope(self->block, address, cluster, "mbarrier.test_wait");
   return passed(self->block, address, parity);
+}
+
+unsigned char* async_view(Block* block) {
+  block->async_view.resize(block->shared_bytes, kPoison);
+  return block->async_view.data();
+}
+
+void fence_async_proxy() {
+  Block* block = self->block;
+  std::memcpy(async_view(block), block->shared, block->shared_bytes);
 }
 
 }  // namespace sim

@@ -18,6 +18,10 @@ EXPORT int sim_release(void* p, size_t bytes) {
   return sim::release(p, bytes);
 }
 
+EXPORT void sim_written_before(void* p, size_t bytes) {
+  sim::written_before(p, bytes);
+}
+
 EXPORT const char* sim_dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold,
                                     uint8_t* out) {
   return peftkern::cuda::dropout_mask(seed, M, K, threshold, out, nullptr);

@@ -43,6 +43,7 @@ void Grid::check() const {
   if (blocks == 0 || shape.grid.y > 65535 || shape.grid.z > 65535)
     fail("a grid without blocks, or y or z too large");
   if (shape.shared > kMaxShared) fail("%zu bytes of shared memory", shape.shared);
+  if (shape.cluster > 8) fail("a cluster of %u blocks", shape.cluster);
   if (shape.cluster == 0 || shape.grid.x % shape.cluster != 0) fail("clusters do not divide the grid");
 }
 
@@ -54,6 +55,10 @@ void Grid::refill() {
     waiting_.pop_back();
     auto cluster = std::make_shared<Cluster>();
     cluster->size = shape.cluster;
+    cluster->alive = cluster->missing = shape.cluster * threads_of(shape);
+    // Shared memory is flush with the guard page, or a little before it: then the base is aligned to 16 bytes
+    // and no more. Addresses are the same in all blocks of a cluster.
+    skew_ = chance(2) ? 0 : 16 * (1 + random_bits() % 60);
     for (unsigned rank = 0; rank < shape.cluster; ++rank) start(first + rank, cluster, rank);
   }
 }
@@ -82,12 +87,10 @@ void Grid::start(unsigned linear, std::shared_ptr<Cluster> cluster, unsigned ran
   free_memory_.pop_back();
   free_stacks_.pop_back();
   of_block_[block.get()] = {memory, stacks};
-  // Flush with the guard page, or a little before it: then the base is aligned to 16 bytes and no more.
   const size_t space = (shape.shared + 15) / 16 * 16;
-  const size_t skew = chance(2) ? 0 : 16 * (1 + random_bits() % 60);
-  block->shared = memory + kShared - kPage - space - skew;
+  block->shared = memory + kShared - kPage - space - skew_;
   block->shared_bytes = shape.shared;
-  std::memset(block->shared - kMargin, kPoison, kMargin + space + skew);
+  std::memset(block->shared - kMargin, kPoison, kMargin + space + skew_);
   block->shared_base = 0x400 + static_cast<uint32_t>(block->shared - memory);
 
   block->alive = static_cast<int>(threads);
@@ -119,7 +122,7 @@ void Grid::retire(Block* block) {
       fail("block %u,%u ends with lanes missing from %s", x, y, warp->meetings[0].kind);
   }
   for (const BulkOp& op : bulk) {
-    if (op.block == block) fail("block %u,%u ends with a bulk copy in flight", x, y);
+    if (op.block == block) fail("block %u,%u ends with %s in flight", x, y, op.what);
   }
   for (int i = 0; i < 16; ++i) {
     if (block->barriers[i].arrived != 0) fail("block %u,%u ends with barrier %d half full", x, y, i);
@@ -132,10 +135,18 @@ void Grid::retire(Block* block) {
       fail("block %u,%u wrote %td bytes past its shared memory", x, y, p - block->shared);
   }
   drain(block->stores);
+  block->exited = true;
+  // Until the last one of the cluster ends, what the others do to this block is looked at.
+  const std::shared_ptr<Cluster> cluster = block->cluster;
+  if (++cluster->exited < cluster->size) return;
+  for (Block* member : cluster->blocks) forget(member);
+}
+
+void Grid::forget(Block* block) {
+  const auto [memory, stacks] = of_block_[block];
   free_memory_.push_back(memory);
   free_stacks_.push_back(stacks);
   of_block_.erase(block);
-  // The last block of a cluster: until then others may look at its shared memory.
   auto at = std::find_if(resident.begin(), resident.end(), [&](auto& b) { return b.get() == block; });
   resident.erase(at);
 }

@@ -25,7 +25,9 @@ struct Grid {
   std::vector<BulkOp> bulk;
 
  private:
+  void forget(Block* block);
   void start(unsigned linear, std::shared_ptr<Cluster> cluster, unsigned rank);
+  size_t skew_ = 0;
   std::vector<unsigned> waiting_;  // first blocks of clusters
   std::vector<unsigned char*> free_memory_, free_stacks_, used_memory_, used_stacks_;
   std::map<Block*, std::pair<unsigned char*, unsigned char*>> of_block_;

@@ -56,13 +56,17 @@ unsigned char* shared_pointer(Block* block, uint32_t address, size_t bytes, size
 }
 
 void drain(std::vector<LateStore>& stores) {
-  for (const LateStore& store : stores) std::memcpy(store.dst, store.value, static_cast<size_t>(store.bytes));
+  for (const LateStore& store : stores) {
+    if (store.block != nullptr && store.block->exited)
+      fail("a store reaches block %u of the cluster, which has exited", store.block->cluster_rank);
+    std::memcpy(store.dst, store.value, static_cast<size_t>(store.bytes));
+  }
   stores.clear();
 }
 
 void store_late(void* dst, const void* value, int bytes) {
   maybe_yield(8);
-  LateStore store{static_cast<unsigned char*>(dst), {}, bytes};
+  LateStore store{static_cast<unsigned char*>(dst), {}, bytes, nullptr};
   std::memcpy(store.value, value, static_cast<size_t>(bytes));
   self->stores.push_back(store);
 }

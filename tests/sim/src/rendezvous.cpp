@@ -1,4 +1,4 @@
-// Lanes and threads that meet: warp collectives and barriers.
+// Lanes and threads that meet: warp collectives and the barriers of a block.
 #include "sim/barrier.h"
 
 #include <cstring>
@@ -69,22 +69,6 @@ void barrier(int id, int threads, bool waits) {
   barrier.waiting.clear();
   barrier.arrived = 0;
   maybe_yield();
-}
-
-void cluster_arrive() {
-  Cluster& cluster = *self->block->cluster;
-  self->cluster_phase = cluster.phase;
-  const unsigned threads = self->block->size.x * self->block->size.y * self->block->size.z;
-  if (++cluster.arrived == threads * cluster.size) {
-    cluster.arrived = 0;
-    ++cluster.phase;
-  }
-}
-
-void cluster_wait() {
-  Thread* thread = self;
-  const std::shared_ptr<Cluster> cluster = thread->block->cluster;
-  spin("cluster barrier", [=] { return cluster->phase > thread->cluster_phase; });
 }
 
 }  // namespace sim

@@ -29,11 +29,23 @@ sigjmp_buf out;
 void* scheduler_context = nullptr;
 const std::function<void()>* body = nullptr;
 
+struct EarlierWrite {
+  unsigned char* dst;
+  std::vector<unsigned char> value;
+};
+std::vector<EarlierWrite> earlier;
+
+void finish_earlier_launch() {
+  for (const EarlierWrite& write : earlier) std::memcpy(write.dst, write.value.data(), write.value.size());
+  earlier.clear();
+}
+
 void fiber_main() {
   (*body)();
   Thread* thread = self;
   if (!thread->copies.empty()) fail("exits with %zu asynchronous copies in flight", thread->copies.size());
   drain(thread->stores);
+  cluster_exit(thread);
   thread->done = true;
   thread->warp->runnable &= ~(1u << thread->lane);
   --thread->block->alive;
@@ -164,6 +176,7 @@ bool complete_one() {
   if (copier != nullptr) ways.push_back([&] { run_copy(copier, random_bits() % copier->copies.size()); });
   if (storer != nullptr) ways.push_back([&] { drain(storer->stores); });
   if (product != nullptr) ways.push_back([&] { run_product(product); });
+  if (!earlier.empty() && chance(8)) ways.push_back(finish_earlier_launch);
   if (ways.empty()) return false;
   ways[random_bits() % ways.size()]();
   return true;
@@ -209,6 +222,17 @@ void loop() {
 void configure(const Config& c) {
   config = c;
 }
+void written_before(void* p, size_t bytes) {
+  auto* dst = static_cast<unsigned char*>(p);
+  earlier.push_back({dst, {dst, dst + bytes}});
+  std::memset(dst, kPoison, bytes);
+}
+
+void grid_wait() {
+  step_aside(8);
+  finish_earlier_launch();
+}
+
 const char* last_error() {
   return error.c_str();
 }
@@ -269,6 +293,17 @@ void add_bulk(BulkOp op) {
   grid->bulk.push_back(std::move(op));
 }
 
+void complete_arrivals(Thread* thread) {
+  for (size_t i = 0; i < grid->bulk.size();) {
+    if (grid->bulk[i].arrives == thread) {
+      grid->bulk[i].complete();
+      grid->bulk.erase(grid->bulk.begin() + static_cast<long>(i));
+    } else {
+      ++i;
+    }
+  }
+}
+
 const char* run(const LaunchShape& shape, const std::function<void()>& kernel) {
   state = (config.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
   for (int i = 0; i < 4; ++i) random_bits();
@@ -280,11 +315,13 @@ const char* run(const LaunchShape& shape, const std::function<void()>& kernel) {
   grid = &current;
   current.entry = fiber_main;
   body = &kernel;
+  if (!shape.dependent) finish_earlier_launch();
   if (sigsetjmp(out, 1) == 0) {
     current.check();
     loop();
     if (!current.bulk.empty()) fail("the grid ends with %zu bulk copies in flight", current.bulk.size());
   }
+  finish_earlier_launch();
   self = nullptr;
   grid = nullptr;
   return error.empty() ? nullptr : error.c_str();

@@ -28,10 +28,11 @@ const char* encode_tensor_map(const TensorMapShape& s, TensorMap* map) {
 
 namespace sim {
 
-void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column) {
-  maybe_yield();
-  Block* block = self->block;
+namespace {
+
+void load_into(Block* block, uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column) {
   const TileSource s = source;
+  if (block->exited) fail("tile_load: block %u of the cluster has exited", block->cluster_rank);
   const size_t row_bytes = s.swizzle ? 128 : 2 * s.box_columns, bytes = row_bytes * s.box_rows;
   if (s.swizzle && s.box_columns != 64)
     fail("tile_load: swizzled rows of less than 128 bytes are not modelled");
@@ -39,6 +40,7 @@ void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row
   if (block->transactions.count(barrier) == 0)
     fail("tile_load: no mbarrier was initialised at shared address %#x", barrier);
   std::memset(to, kPoison, bytes);
+  std::memset(async_view(block) + (to - block->shared), kPoison, bytes);
   const auto complete = [=] {
     for (uint32_t i = 0; i < s.box_rows; ++i) {
       for (uint32_t j = 0; j < s.box_columns; j += 8) {
@@ -51,12 +53,27 @@ void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row
         }
         uint32_t address = dst + static_cast<uint32_t>(i * row_bytes + 2 * j);
         if (s.swizzle) address ^= (address >> 7 & 7) << 4;
-        std::memcpy(shared_pointer(block, address, 16, 16, "tile_load"), values, 16);
+        unsigned char* there = shared_pointer(block, address, 16, 16, "tile_load");
+        std::memcpy(there, values, 16);
+        std::memcpy(async_view(block) + (there - block->shared), values, 16);
       }
     }
     barrier_complete(block, barrier, static_cast<int64_t>(bytes));
   };
-  add_bulk({complete, block});
+  add_bulk({complete, block, "a bulk copy", nullptr});
+}
+
+}  // namespace
+
+void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column,
+               unsigned blocks) {
+  maybe_yield();
+  const Cluster& cluster = *self->block->cluster;
+  if (blocks == 0) return load_into(self->block, dst, source, barrier, row, column);
+  if (blocks >> cluster.size != 0) fail("tile_load: blocks %#x of a cluster of %u", blocks, cluster.size);
+  for (unsigned rank = 0; rank < cluster.size; ++rank) {
+    if (blocks >> rank & 1) load_into(cluster.blocks[rank], dst, source, barrier, row, column);
+  }
 }
 
 }  // namespace sim

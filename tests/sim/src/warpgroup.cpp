@@ -30,7 +30,8 @@ struct Operand {
                                : start + outer / 8 * stride + outer % 8 * 128 + k * 2;
     address ^= (address >> 7 & 7) << 4;
     uint16_t bits;
-    std::memcpy(&bits, shared_pointer(block, address, 2, 2, "wgmma operand"), 2);
+    const unsigned char* from = shared_pointer(block, address, 2, 2, "wgmma operand");
+    std::memcpy(&bits, async_view(block) + (from - block->shared), 2);
     return bits;
   }
 };

@@ -15,9 +15,18 @@ void barrier_init(uint32_t address, int count);
 void barrier_invalidate(uint32_t address);
 // One arrival, which also announces bytes.
 void barrier_arrive(uint32_t address, int64_t bytes);
+// At the barrier of another block, some time later.
+void barrier_arrive_cluster(uint32_t address, uint32_t rank);
+void barrier_arrived(Block* block, uint32_t address, int64_t bytes);
 void barrier_complete(Block* block, uint32_t address, int64_t bytes);
-void barrier_wait(uint32_t address, unsigned parity);
-bool barrier_test(uint32_t address, unsigned parity);
+// `cluster`: the wait also orders what threads of other blocks did before they arrived.
+void barrier_wait(uint32_t address, unsigned parity, bool cluster);
+bool barrier_test(uint32_t address, unsigned parity, bool cluster);
+
+// Ordinary stores to shared memory, of this and all other threads so far, become visible to wgmma.
+void fence_async_proxy();
+// Shared memory as wgmma sees it.
+unsigned char* async_view(Block* block);
 
 // One warp's share of a wgmma: 16 rows of D, in the registers `d` of each lane (count each).
 struct WarpgroupOperands {

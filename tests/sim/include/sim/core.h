@@ -36,6 +36,7 @@ struct LateStore {
   unsigned char* dst;
   unsigned char value[16];
   int bytes;
+  Block* block;  // whose shared memory it goes to, if it does
 };
 
 struct Thread {
@@ -49,7 +50,8 @@ struct Thread {
   std::function<bool()> poll;  // set while it spins
   std::vector<CopyOp> copies;
   int64_t copy_groups = 0;
-  int64_t cluster_phase = 0;
+  int64_t cluster_phase = -1;  // the last phase of the cluster's barrier at which it arrived
+  bool cluster_waits = false;  // has arrived and not waited yet
   std::vector<LateStore> stores;
 };
 
@@ -90,12 +92,16 @@ struct NamedBarrier {
 
 struct TransactionBarrier {
   int count = 0, pending = 0;
+  bool cluster = false;  // threads of other blocks arrive here
   int64_t bytes = 0;
   unsigned phase = 0;
 };
 
 struct Cluster {
-  unsigned size = 1, arrived = 0, exited = 0;
+  unsigned size = 1;
+  unsigned alive = 0,
+           missing = 0;  // threads: not exited; of those, not arrived at the barrier's present phase
+  unsigned exited = 0;   // blocks
   int64_t phase = 0;
   std::vector<Block*> blocks;
 };
@@ -108,16 +114,21 @@ struct Block {
   uint32_t shared_base = 0;         // its address in the shared window; low bits as those of the pointer
   size_t shared_bytes = 0;
   int alive = 0;
+  bool exited = false;                    // but others of the cluster have not
+  std::vector<unsigned char> async_view;  // shared memory as wgmma sees it, if anything has been seen
   std::vector<std::unique_ptr<Warp>> warps;
   NamedBarrier barriers[16];
   std::map<uint32_t, TransactionBarrier> transactions;  // by shared address
   std::vector<LateStore> stores;                        // of threads that have passed a barrier since
 };
 
-// A copy by the TMA unit, not yet done.
+// What reaches a block's shared memory by itself, not there yet: a copy by the TMA unit, an arrival from
+// another block.
 struct BulkOp {
   std::function<void()> complete;
   Block* block;
+  const char* what;
+  Thread* arrives;  // of an arrival
 };
 
 enum Schedule { kUniform, kPriority };
@@ -134,6 +145,7 @@ struct LaunchShape {
   Dim grid, block;
   size_t shared = 0;
   unsigned cluster = 1;
+  bool dependent = false;
 };
 
 extern thread_local Thread* self;
@@ -142,6 +154,10 @@ extern thread_local Thread* self;
 const char* run(const LaunchShape& shape, const std::function<void()>& kernel);
 const char* last_error();
 void configure(const Config& config);
+// What lies at `p` is written there by the launch before the next one: before the next begins or, if that is
+// a dependent one, before its first grid_wait returns, or after its end if there is none.
+void written_before(void* p, size_t bytes);
+void grid_wait();
 
 // --- for host bodies of instructions ---
 uint64_t random_bits();
@@ -162,8 +178,11 @@ void spin(const char* what, std::function<bool()> condition);
 // Meets the other lanes in `members`; `compute` runs once, with each member's operands.
 void meet(const char* kind, uint32_t members, void* operands,
           void (*compute)(void* const* operands, uint32_t members));
+// A thread is about to end.
+void cluster_exit(Thread* thread);
 // Queues that complete by themselves.
 void add_bulk(BulkOp op);
+void complete_arrivals(Thread* thread);
 void run_copy(Thread* thread, size_t which);
 void run_product(Warp* warp);
 void drain(std::vector<LateStore>& stores);

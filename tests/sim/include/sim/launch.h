@@ -12,6 +12,7 @@ const char* launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
   shape.block = {how.block.x, how.block.y, how.block.z};
   shape.shared = how.shared;
   shape.cluster = how.cluster;
+  shape.dependent = how.dependent;
   return ::sim::run(shape, [&] { kernel(arguments...); });
 }
 

@@ -16,11 +16,20 @@ PEFTKERN_DEVICE void mbarrier_arrive(uint32_t barrier) {
 PEFTKERN_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   ::sim::barrier_arrive(barrier, bytes);
 }
+PEFTKERN_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  ::sim::barrier_arrive_cluster(barrier, rank);
+}
 PEFTKERN_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
-  return ::sim::barrier_test(barrier, parity);
+  return ::sim::barrier_test(barrier, parity, false);
 }
 PEFTKERN_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  ::sim::barrier_wait(barrier, parity);
+  ::sim::barrier_wait(barrier, parity, false);
+}
+PEFTKERN_DEVICE bool mbarrier_test_cluster(uint32_t barrier, uint32_t parity) {
+  return ::sim::barrier_test(barrier, parity, true);
+}
+PEFTKERN_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  ::sim::barrier_wait(barrier, parity, true);
 }
 
 }  // namespace peftkern::cuda

@@ -1,6 +1,7 @@
 // Host bodies of cuda/sync.h.
 #pragma once
 
+#include "sim/async.h"
 #include "sim/barrier.h"
 #include "sim/device.h"
 #include "sim/memory_model.h"
@@ -24,8 +25,9 @@ PEFTKERN_DEVICE void barrier_arrive(int threads) {
 PEFTKERN_DEVICE void fence_device() {
   ::sim::fence();
 }
-// Not modelled: a missing one goes unnoticed.
-PEFTKERN_DEVICE void fence_async_proxy() {}
+PEFTKERN_DEVICE void fence_async_proxy() {
+  ::sim::fence_async_proxy();
+}
 
 PEFTKERN_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) {
   ::sim::maybe_yield();
@@ -55,18 +57,10 @@ PEFTKERN_DEVICE void wait_at_least(const uint32_t* p, uint32_t value) {
   ::sim::spin("another block's count", [=] { return *p >= value; });
 }
 
-PEFTKERN_DEVICE void cluster_arrive() {
-  ::sim::cluster_arrive();
+PEFTKERN_DEVICE void grid_wait() {
+  ::sim::grid_wait();
 }
-PEFTKERN_DEVICE void cluster_wait() {
-  ::sim::cluster_wait();
-}
-PEFTKERN_DEVICE uint32_t cluster_rank() {
-  return ::sim::self->block->cluster_rank;
-}
-
-// Launches run one after the other here.
-PEFTKERN_DEVICE void grid_wait() {}
+// Every dependent launch starts as early as it may.
 PEFTKERN_DEVICE void grid_launch_dependents() {}
 
 // Only what the instruction demands of its callers.

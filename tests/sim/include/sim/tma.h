@@ -13,7 +13,9 @@ struct TileSource {
   bool swizzle;
 };
 
-void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column);
+// `blocks`: ranks of the cluster, one bit each; 0 for the calling block alone.
+void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column,
+               unsigned blocks);
 
 }  // namespace sim
 
@@ -22,7 +24,14 @@ namespace peftkern::cuda {
 PEFTKERN_DEVICE void tensor_map_prefetch(const TensorMap*) {}
 
 PEFTKERN_DEVICE void tile_load(uint32_t dst, const TensorMap* map, uint32_t barrier, int row, int column) {
-  ::sim::tile_load(dst, *reinterpret_cast<const ::sim::TileSource*>(map->opaque), barrier, row, column);
+  ::sim::tile_load(dst, *reinterpret_cast<const ::sim::TileSource*>(map->opaque), barrier, row, column, 0);
+}
+
+PEFTKERN_DEVICE void tile_load_multicast(uint32_t dst, const TensorMap* map, uint32_t barrier, int row,
+                                         int column, uint16_t blocks) {
+  if (blocks == 0) ::sim::fail("tile_load_multicast to no block");
+  ::sim::tile_load(dst, *reinterpret_cast<const ::sim::TileSource*>(map->opaque), barrier, row, column,
+                   blocks);
 }
 
 }  // namespace peftkern::cuda
