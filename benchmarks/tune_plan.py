@@ -119,6 +119,8 @@ def candidates(job: Job, arch: int) -> list[Candidate]:
         found = [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
         return found + ([Candidate(COMPOSITION, COMPOSITION, eligible=False)] if job.op != "sgmv_add" else [])
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]
+    if job.op == "lora_linear_fwd":
+        found.append(Candidate("overlap", "overlap"))
     # The kernels' own addmm_ path exists where the branch is neither dropped afterwards nor more exact than x.
     if job.adapter_dtype == job.dtype and not (job.dropout and job.op == "lora_linear_bwd_input"):
         found.append(Candidate("addmm", "addmm"))

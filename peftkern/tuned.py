@@ -23,9 +23,8 @@ from .problem import Problem
 
 FOLDER = Path(__file__).parent / "tuned"
 SCHEMA = 1
-# The library's product with the branch added by addmm_, or by a pass of ours; Triton's kernel that does all; for ops
-# without a product Triton as such; the CUDA kernels.
-CANDIDATES = ("addmm", "epilogue", "fused", "triton", "cuda")
+# Those of kernels/tl/configs.py (BASES), for ops without a product Triton as such, and the CUDA kernels.
+CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
 _OPTIONS = frozenset({"bias", "dropout", "need_A", "need_B", "need_bias"})

@@ -45,6 +45,7 @@ def test_candidates(arch):
         labels = [c.label for c in found]
         assert len(set(labels)) == len(labels) and all(c.label.split()[0] == c.name for c in found)
         assert {c.name for c in found if c.eligible} <= set(tuned.CANDIDATES)
+        assert set(configs.BASES) <= set(tuned.CANDIDATES)
         assert (COMPOSITION in labels) == (job.op != "sgmv_add")
         for c in found:
             assert c.config is None or c.config.invalid(2, arch) is None
@@ -86,7 +87,7 @@ def test_the_choice_is_never_slower_than_addmm_in_its_own_table():
             assert row["over_composition"] == round(row["us"][chosen.label] / row["us"][COMPOSITION], 4)
         assert row["choice"] != COMPOSITION
         seen.add(row["choice"])
-    assert seen == {"addmm", "epilogue", "fused", "cuda"}
+    assert seen == {"addmm", "epilogue", "overlap", "fused", "cuda"}
 
 
 def _config(candidate):
