@@ -1,0 +1,176 @@
+// out = base_scale * x w^T + low-rank term + bias in one launch, for Hopper: bf16 and fp16, forward and input
+// gradient.
+//
+// A persistent block per multiprocessor. One warpgroup loads tiles of x and w by TMA into a ring of stages;
+// two multiply, 64 rows each, and store; the adapter's warpgroup makes the low-rank term's operands and puts
+// them into the same ring, between the loads, as stages of their own: the term's products run on in the
+// base's accumulators. With lora_A given they make v as well, during the first tiles' products.
+#include "cuda/launch.h"
+#include "cuda/lora_linear_sm90_product.h"
+#include "cuda/lora_linear_sm90_rank.h"
+#include "cuda/tma.h"
+
+namespace peftkern::cuda {
+namespace hopper {
+namespace {
+
+// Hands free stages to the adapter. (Whoever fills a stage must have seen it free each time it was; a parity
+// tells the last time from the one before the last only. So one thread watches all stages.)
+template <int Columns, int Ranks>
+PEFTKERN_DEVICE void grant(const Layout<Columns, Ranks>& shared, Ring<Layout<Columns, Ranks>::kStages>& ring,
+                           int stages) {
+  for (int i = 0; i < stages; ++i) {
+    mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
+    mbarrier_arrive(shared.granted(ring.slot));
+    ring.advance();
+  }
+}
+
+// Stages of x and w, by one thread.
+template <int Columns, int Ranks, bool ByRow>
+PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared,
+                          const TensorMap* x, const TensorMap* w) {
+  const Walk<Columns> walk(args);
+  Ring<Layout<Columns, Ranks>::kStages> ring;
+  tensor_map_prefetch(x);
+  tensor_map_prefetch(w);
+  for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
+    const Tile tile = walk.at(index);
+    if (walk.rank_first) grant(shared, ring, walk.rank_steps);
+    for (int step = 0; step < walk.steps; ++step) {
+      const int k = step * kDepth;
+      const uint32_t full = shared.full(ring.slot), right = shared.right(ring.slot);
+      mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
+      mbarrier_arrive_expect(full, shared.kStage);
+      tile_load(shared.left(ring.slot), x, full, tile.row, k);
+      if (ByRow) {
+#pragma unroll
+        for (int i = 0; i < Columns / 64; ++i)
+          tile_load(right + static_cast<uint32_t>(i) * 8192, w, full, k, tile.column + i * 64);
+      } else {
+        tile_load(right, w, full, tile.column, k);
+      }
+      ring.advance();
+    }
+    if (!walk.rank_first) grant(shared, ring, walk.rank_steps);
+  }
+}
+
+// Stages of the low-rank term, by three warps.
+template <class T, int Columns, int Ranks>
+PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared, int t) {
+  const Walk<Columns> walk(args);
+  if (walk.rank_steps == 0) return;
+  Ring<Layout<Columns, Ranks>::kStages> ring;
+  const uint64_t seed = walk.rank_first ? static_cast<uint64_t>(*args.dropout.seed) : 0;
+  uint32_t mask_parity = 1, granted = 0;  // of the next wait; for each slot
+  for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
+    const Tile tile = walk.at(index);
+    if (walk.rank_first) {
+      mbarrier_wait(shared.mask_read(), mask_parity);
+      mask_parity ^= 1;
+      make_mask<Columns>(args, shared.memory + shared.kExtraAt, tile, seed, t);
+    } else {
+      ring.skip(walk.steps);
+    }
+    for (int step = 0; step < walk.rank_steps; ++step) {
+      make_rank_stage<T>(args, shared, ring.slot, granted >> ring.slot & 1, tile, step * kRankDepth, t);
+      granted ^= 1u << ring.slot;
+      ring.skip(1);
+    }
+    if (walk.rank_first) ring.skip(walk.steps);
+  }
+}
+
+template <class T, int Columns, int Ranks, bool ByRow>
+__global__ void __launch_bounds__(kThreads, 1)
+    lora_linear_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+                       const __grid_constant__ LoraLinearArgs args) {
+  using Shared = Layout<Columns, Ranks>;
+  const Shared shared(shared_memory());
+  const int t = static_cast<int>(threadIdx.x) % 128;
+  const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);  // the same in all lanes
+  if (threadIdx.x == 0) {
+    for (uint32_t s = 0; s < Shared::kStages; ++s) {
+      mbarrier_init(shared.full(s), 1);
+      mbarrier_init(shared.empty(s), 8);  // the multiplying warps
+      mbarrier_init(shared.granted(s), 1);
+    }
+    mbarrier_init(shared.mask_read(), 8);
+    mbarrier_init_fence();
+  }
+  sync_threads();
+  // 104 + 2 * 200 registers: the 3 * 168 that the block starts with. Products of 256 columns need 154 at the
+  // start, so there is no room for a fourth warpgroup.
+  if (warp < 4) {
+    registers_decrease<104>();
+    if (warp == 0) {
+      if (t == 0) load<Columns, Ranks, ByRow>(args, shared, &x, &w);
+    } else {
+      adapt<T>(args, shared, t - 32);
+    }
+  } else {
+    registers_increase<200>();
+    multiply<T, Columns, Ranks, ByRow>(args, shared, warp / 4 - 1, t);
+  }
+}
+
+template <class T, int Columns, bool ByRow>
+const char* start(const LoraLinearArgs& args) {
+  const auto tiles = (args.M + kRows - 1) / kRows * ((args.N + Columns - 1) / Columns);
+  const bool is_f16 = args.x.dtype == DType::f16;
+  TensorMap x, w;
+  const TensorMapShape of_x{
+      const_cast<void*>(args.x.data), is_f16, args.M, args.K, args.x.row, kRows, kDepth, true};
+  if (const char* error = encode_tensor_map(of_x, &x)) return error;
+  TensorMapShape of_w{
+      const_cast<void*>(args.w.data), is_f16, args.N, args.K, args.w.row, Columns, kDepth, true};
+  if (ByRow) of_w = {of_w.data, is_f16, args.K, args.N, args.w.row, kDepth, 64, true};
+  if (const char* error = encode_tensor_map(of_w, &w)) return error;
+  const auto blocks = static_cast<unsigned>(tiles < args.multiprocessors ? tiles : args.multiprocessors);
+  const Launch how{{blocks}, {kThreads}, Layout<Columns, 0>::kBytes, args.stream};
+  return launch(how, lora_linear_kernel<T, Columns, 0, ByRow>, x, w, args);
+}
+
+// Narrow tiles multiply a little slower, but leave fewer multiprocessors idle where there are few tiles.
+bool narrow_tiles(const LoraLinearArgs& args) {
+  const auto turns = [&](int64_t columns) {
+    const int64_t tiles = (args.M + kRows - 1) / kRows * ((args.N + columns - 1) / columns);
+    return (tiles + args.multiprocessors - 1) / args.multiprocessors * columns;
+  };
+  return 8 * turns(256) > 9 * turns(128);
+}
+
+template <class T>
+const char* choose(const LoraLinearArgs& args) {
+  if (narrow_tiles(args)) return args.w_by_row ? start<T, 128, true>(args) : start<T, 128, false>(args);
+  return args.w_by_row ? start<T, 256, true>(args) : start<T, 256, false>(args);
+}
+
+}  // namespace
+}  // namespace hopper
+
+int64_t lora_linear_counters(int64_t M) {
+  return 2 + (M + hopper::kRowBlock - 1) / hopper::kRowBlock;
+}
+
+bool lora_linear_sm90_takes(const LoraLinearArgs& args) {
+  const auto fits = [&](const ConstMatrix& m, int64_t rows, int64_t columns) {
+    return m.dtype == args.out.dtype && m.col == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+           m.row % 8 == 0 && m.row >= columns && rows < int64_t{1} << 31 && columns < int64_t{1} << 31;
+  };
+  const bool drops_term = args.R > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
+  return args.out.dtype != DType::f32 && args.out.col == 1 && args.M >= 1 && args.N >= 1 && args.K >= 1 &&
+         fits(args.x, args.M, args.K) &&
+         (args.w_by_row ? fits(args.w, args.K, args.N) : fits(args.w, args.N, args.K)) &&
+         args.R <= hopper::kMaxRank && args.a.data == nullptr &&
+         !(drops_term && args.base_scale != nullptr) &&
+         (args.R == 0 || args.b.dtype == DType::f32 || args.b.dtype == args.out.dtype);
+}
+
+const char* lora_linear_sm90(const LoraLinearArgs& args) {
+  if (!lora_linear_sm90_takes(args)) return "cudaErrorInvalidValue";
+  return args.x.dtype == DType::bf16 ? hopper::choose<bf16>(args) : hopper::choose<f16>(args);
+}
+
+}  // namespace peftkern::cuda

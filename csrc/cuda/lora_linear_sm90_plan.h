@@ -1,0 +1,106 @@
+// What all warpgroups of a block agree on: its shared memory, the ring of stages, the order of tiles and how
+// many stages each tile takes.
+#pragma once
+
+#include "cuda/mbarrier.h"
+#include "peftkern/cuda.h"
+
+namespace peftkern::cuda::hopper {
+
+constexpr int kRows = 128;      // of a tile: 64 for each of the two warpgroups that multiply
+constexpr int kDepth = 64;      // of a stage along K: 128 bytes, one row of a swizzled tile
+constexpr int kRankDepth = 16;  // ranks in a stage of the low-rank term
+constexpr int kMaxRank = 256;
+// Warpgroups: one whose first warp loads and whose other three make the adapter's part, two that multiply.
+constexpr int kThreads = 384, kAdapterThreads = 96;
+constexpr int kAdapterBarrier = 1;  // and one for each multiplying warpgroup
+constexpr int kRowBlock = 48;       // rows of v made at a time, 16 by a warp
+constexpr int kRowTileGroup = 16;   // row tiles walked together, so that their operands stay in L2
+
+// A ring of stages between those that fill and those that multiply. Everyone counts for himself; one who
+// skips stages has no use for the parity.
+template <int Stages>
+struct Ring {
+  uint32_t slot = 0, parity = 0;
+
+  PEFTKERN_DEVICE void advance() {
+    if (++slot == Stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  // After some stages that belong to others.
+  PEFTKERN_DEVICE void skip(int stages) { slot = (slot + static_cast<uint32_t>(stages)) % Stages; }
+};
+
+// Shared memory of a block with tiles of `Columns` columns; `Ranks`, a multiple of 8, if it makes v too.
+template <int Columns, int Ranks>
+struct Layout {
+  static constexpr int kStages = Columns == 256 ? 4 : 6;
+  static constexpr uint32_t kLeft = kRows * kDepth * 2, kRight = Columns * kDepth * 2;
+  static constexpr uint32_t kStage = kLeft + kRight;
+  // Dropout bits of a tile, or the terms of a tile of lora_A, twice.
+  static constexpr uint32_t kTerms = 3 * Ranks * kDepth * 2;
+  static constexpr uint32_t kExtra = Ranks > 0 ? 2 * kTerms : kRows * Columns / 8;
+  // base_scale and bias of a tile's columns, for each multiplying warpgroup.
+  static constexpr uint32_t kVectors = 2 * 2 * Columns * 4;
+
+  static constexpr uint32_t kExtraAt = kStages * kStage, kVectorsAt = kExtraAt + kExtra;
+  static constexpr uint32_t kBarriersAt = kVectorsAt + kVectors;
+  static constexpr uint32_t kTicketAt = kBarriersAt + 8 * (3 * kStages + 1);
+  static constexpr uint32_t kBytes = 1024 + kTicketAt + 8;
+  static_assert(kBytes <= 227 * 1024);
+
+  unsigned char* memory;  // aligned to 1024 bytes, as swizzled tiles want it
+  uint32_t address;
+
+  PEFTKERN_DEVICE explicit Layout(unsigned char* shared) {
+    const uint32_t up = (1024 - shared_address(shared) % 1024) % 1024;
+    memory = shared + up;
+    address = shared_address(memory);
+  }
+  PEFTKERN_DEVICE uint32_t left(uint32_t slot) const { return address + slot * kStage; }
+  PEFTKERN_DEVICE uint32_t right(uint32_t slot) const { return left(slot) + kLeft; }
+  PEFTKERN_DEVICE uint32_t full(uint32_t slot) const { return address + kBarriersAt + 8 * slot; }
+  PEFTKERN_DEVICE uint32_t empty(uint32_t slot) const { return full(slot) + 8 * kStages; }
+  // A stage of the low-rank term is free.
+  PEFTKERN_DEVICE uint32_t granted(uint32_t slot) const { return empty(slot) + 8 * kStages; }
+  // The dropout bits have been read.
+  PEFTKERN_DEVICE uint32_t mask_read() const { return granted(0) + 8 * kStages; }
+};
+
+struct Tile {
+  int row, column;  // of its first element
+};
+
+// Tiles and their stages. A block takes tiles blockIdx.x, + gridDim.x, ...
+template <int Columns>
+struct Walk {
+  int row_tiles, column_tiles, tiles;
+  int steps;       // stages of the base product
+  int rank_steps;  // stages of the low-rank term
+  // Dropout of the low-rank term: it comes first, is masked in place, and the base accumulates on top.
+  bool rank_first;
+
+  PEFTKERN_DEVICE explicit Walk(const LoraLinearArgs& args) {
+    row_tiles = static_cast<int>((args.M + kRows - 1) / kRows);
+    column_tiles = static_cast<int>((args.N + Columns - 1) / Columns);
+    tiles = row_tiles * column_tiles;
+    steps = static_cast<int>((args.K + kDepth - 1) / kDepth);
+    rank_steps = static_cast<int>((args.R + kRankDepth - 1) / kRankDepth);
+    rank_first = rank_steps > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
+  }
+  PEFTKERN_DEVICE Tile at(int tile) const {
+    const int per_group = kRowTileGroup * column_tiles, group = tile / per_group;
+    const int first = group * kRowTileGroup, left = row_tiles - first;
+    const int rows = left < kRowTileGroup ? left : kRowTileGroup, within = tile - group * per_group;
+    return {(first + within % rows) * kRows, within / rows * Columns};
+  }
+};
+
+// lora_B enters as one bf16 term if that is exact.
+PEFTKERN_DEVICE bool one_term(const LoraLinearArgs& args) {
+  return args.b.dtype == DType::bf16 && args.low_scale == nullptr;
+}
+
+}  // namespace peftkern::cuda::hopper

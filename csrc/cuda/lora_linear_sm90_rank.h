@@ -1,0 +1,163 @@
+// The low-rank term as operands of the tensor cores, and dropout bits: what the adapter's warpgroup makes.
+#pragma once
+
+#include "cuda/lora_linear_sm90_plan.h"
+#include "cuda/memory.h"
+#include "cuda/philox.h"
+#include "cuda/split.h"
+#include "cuda/sync.h"
+
+namespace peftkern::cuda::hopper {
+
+// Count elements of row i of a matrix of T from column j on; zeros from the column `limit` on.
+template <class T, int Count>
+PEFTKERN_DEVICE void load_row(float (&to)[Count], const ConstMatrix& m, int64_t i, int j, int limit) {
+  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+  const T* p = static_cast<const T*>(m.data) + i * m.row + j * m.col;
+  if (m.col == 1 && j + Count <= limit && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll
+    for (int v = 0; v < Count / kEach; ++v) {
+      union {
+        Vec16 all;
+        T each[kEach];
+      };
+      all = reinterpret_cast<const Vec16*>(p)[v];
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) to[v * kEach + e] = to_float(each[e]);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < Count; ++e) to[e] = j + e < limit ? to_float(p[e * m.col]) : 0.0f;
+  }
+}
+
+// A stage's ranks of one row of v, scaled; zeros beyond R. v may come from other blocks of this launch.
+PEFTKERN_DEVICE void load_v(float (&to)[kRankDepth], const LoraLinearArgs& args, int64_t row, int first) {
+  const float* p = args.v + row * args.R + first;
+  const int left = static_cast<int>(args.R) - first;
+  if (left >= kRankDepth && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll
+    for (int v = 0; v < kRankDepth / 4; ++v) {
+      union {
+        Vec16 all;
+        float each[4];
+      };
+      all = load_published(reinterpret_cast<const Vec16*>(p) + v);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) to[4 * v + e] = each[e];
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kRankDepth; ++e) to[e] = e < left ? load_published(p + e) : 0.0f;
+  }
+  const bool keeps = args.dropout.seed != nullptr && args.a.data == nullptr;
+  const float factor = keeps ? args.scaling * args.dropout.keep_scale : args.scaling;
+#pragma unroll
+  for (int e = 0; e < kRankDepth; ++e) {
+    to[e] *= factor;
+    if (args.rank_scale != nullptr && e < left) to[e] *= args.rank_scale[first + e];
+  }
+}
+
+// The same of one column of the tile: a row of b.
+template <class T>
+PEFTKERN_DEVICE void load_b(float (&to)[kRankDepth], const LoraLinearArgs& args, int64_t column, int first) {
+  const int limit = static_cast<int>(args.R);
+  if (args.b.dtype == DType::f32) {
+    load_row<float>(to, args.b, column, first, limit);
+  } else {
+    load_row<T>(to, args.b, column, first, limit);
+  }
+  if (args.low_scale == nullptr) return;
+  const float scale = args.low_scale[column];
+#pragma unroll
+  for (int e = 0; e < kRankDepth; ++e) to[e] *= scale;
+}
+
+// 16 bf16 values, 16 * piece columns into a row of a swizzled tile.
+PEFTKERN_DEVICE void store_piece(unsigned char* tile, int row, int piece, const uint32_t (&words)[8]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Vec16 value;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) value.word[e] = words[4 * half + e];
+    *reinterpret_cast<Vec16*>(tile + row * 128 + ((2 * piece + half) ^ (row & 7)) * 16) = value;
+  }
+}
+
+// Along the depth of a stage lie the products of terms, the smallest first: v0 b1 + v1 b0 + v0 b0, or, where
+// b is one term, v1 b + v0 b.
+template <bool IsV>
+PEFTKERN_DEVICE void store_terms(unsigned char* tile, int row, const float (&values)[kRankDepth],
+                                 bool one_term) {
+  uint32_t term[2][8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t both[2];
+    split<2>(values[2 * i], values[2 * i + 1], both);
+    term[0][i] = both[0];
+    term[1][i] = both[1];
+  }
+  if (one_term) {
+    store_piece(tile, row, 0, term[IsV ? 1 : 0]);
+    store_piece(tile, row, 1, term[0]);
+  } else {
+    store_piece(tile, row, 0, term[IsV ? 0 : 1]);
+    store_piece(tile, row, 1, term[IsV ? 1 : 0]);
+    store_piece(tile, row, 2, term[0]);
+  }
+}
+
+// One stage of the low-rank term of a tile, ranks from `first` on. Everything is read before the slot is
+// waited for.
+template <class T, int Columns, int Ranks>
+PEFTKERN_DEVICE void make_rank_stage(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared,
+                                     uint32_t slot, uint32_t parity, Tile tile, int first, int t) {
+  // Rows of the left operand, then of the right one.
+  constexpr int kOperandRows = kRows + Columns,
+                kEach = (kOperandRows + kAdapterThreads - 1) / kAdapterThreads;
+  float values[kEach][kRankDepth] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * kAdapterThreads + t;
+    if (at < kRows) {
+      if (tile.row + at < args.M) load_v(values[i], args, tile.row + at, first);
+    } else if (at < kOperandRows) {
+      const int64_t column = int64_t{tile.column} + at - kRows;
+      if (column < args.N) load_b<T>(values[i], args, column, first);
+    }
+  }
+  const bool single = one_term(args);
+  unsigned char* const operands = shared.memory + slot * shared.kStage;
+  mbarrier_wait(shared.granted(slot), parity);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * kAdapterThreads + t;
+    if (at < kRows) {
+      store_terms<true>(operands, at, values[i], single);
+    } else if (at < kOperandRows) {
+      store_terms<false>(operands, at, values[i], single);  // kLeft is kRows rows
+    }
+  }
+  fence_async_proxy();
+  barrier_sync<kAdapterBarrier>(kAdapterThreads);
+  if (t == 0) mbarrier_arrive(shared.full(slot));
+}
+
+// Dropout bits of a tile: a byte for 8 columns, row after row.
+template <int Columns>
+PEFTKERN_DEVICE void make_mask(const LoraLinearArgs& args, unsigned char* mask, Tile tile, uint64_t seed,
+                               int t) {
+  constexpr int kWords = Columns / 32;  // of a row
+#pragma unroll 1
+  for (int at = t; at < kRows * kWords; at += kAdapterThreads) {
+    const int row = tile.row + at / kWords, group = tile.column / 8 + at % kWords * 4;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte)
+      bits |= keep_bits(seed, row, group + byte, args.dropout.threshold) << 8 * byte;
+    reinterpret_cast<uint32_t*>(mask)[at] = bits;
+  }
+}
+
+}  // namespace peftkern::cuda::hopper
