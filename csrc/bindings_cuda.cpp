@@ -53,6 +53,21 @@ void dropout_mask(uintptr_t seed, int64_t M, int64_t K, uint32_t threshold, uint
                                            pointer<void>(stream)));
 }
 
+void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, uintptr_t rank_scale,
+                 float alpha, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t out,
+                 uintptr_t partial, uintptr_t stream) {
+  cuda::LoraShrinkArgs args{};
+  args.in = adjacent("in", read("in", in, M, C)), args.p = read("p", p, R, C);
+  args.scale = pointer<float>(scale), args.rank_scale = pointer<float>(rank_scale);
+  args.alpha = alpha, args.dropout = dropout(drop);
+  args.M = M, args.C = C, args.R = R;
+  check_block("out", out, M, R);
+  check_block("partial", partial, cuda::lora_shrink_partials(M, C, R, args.in.dtype), 1);
+  args.out = pointer<float>(out), args.partial = pointer<float>(partial);
+  args.stream = pointer<void>(stream);
+  check("lora_shrink", cuda::lora_shrink(args));
+}
+
 // --- many adapters ---
 void store_addresses(const std::vector<uint64_t>& addresses, uintptr_t out, uintptr_t stream) {
   const auto count = static_cast<int64_t>(addresses.size());
@@ -91,6 +106,14 @@ void peftkern::bind_cuda(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("cuda_dropout_mask", &dropout_mask, nogil, "seed"_a, "M"_a, "K"_a, "threshold"_a, "out"_a,
         "stream"_a);
+  m.def(
+      "cuda_lora_shrink_partials",
+      [](int64_t M, int64_t C, int64_t R, int dtype) {
+        return cuda::lora_shrink_partials(M, C, R, check_dtype(dtype));
+      },
+      "M"_a, "C"_a, "R"_a, "dtype"_a);
+  m.def("cuda_lora_shrink", &lora_shrink, nogil, "in"_a, "p"_a, "scale"_a, "rank_scale"_a, "alpha"_a,
+        "dropout"_a, "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def("cuda_sgmv_partials", &cuda::sgmv_partials, "M"_a, "K"_a, "max_rank"_a);

@@ -6,25 +6,32 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
 PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/*.cu")) if p.name != "tensor_map.cu"]
-SOURCES = [*sorted(HERE.glob("src/*.cpp")), *sorted(HERE.glob("kernels/*.cu")), *PRODUCT]
+# The extension's own bindings, as a Python module of simulated kernels.
+BINDINGS = [HERE / "module.cpp", ROOT / "csrc/bindings_cuda.cpp"]
+SOURCES = [*sorted(HERE.glob("src/*.cpp")), *sorted(HERE.glob("kernels/*.cu")), *PRODUCT, *BINDINGS]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-Wno-psabi", "-DPEFTKERN_SIM", *(f"-I{folder}" for folder in INCLUDES),
+    f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}",
 ]  # fmt: skip
 PRIORITY, RANDOM = 1, 0  # as in sim/core.h
 
@@ -134,6 +141,10 @@ class Simulator:
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+        loader = importlib.machinery.ExtensionFileLoader("peftkern_sim", str(path))
+        # The functions that peftkern._C has for GPUs, on memory of the host.
+        self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader("peftkern_sim", loader))
+        loader.exec_module(self.module)
         self._library.sim_allocate.restype = ctypes.c_void_p
         self._library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
         self._library.sim_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -155,6 +166,10 @@ class Simulator:
         """The launch before the next one writes what ``buffer`` holds; until that has ended it holds poison."""
         self._library.sim_written_before(buffer.address, buffer.size)
 
+    def configure(self, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0) -> None:
+        """The schedule of the launches that follow."""
+        self._library.sim_configure(seed, *mode, resident)
+
     def run(self, name: str, *arguments, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0):
         """Calls a launcher with buffers, integers, None or ctypes values; raises Fault if a launch failed."""
         function = getattr(self._library, name)
@@ -167,7 +182,7 @@ class Simulator:
                 values.append(ctypes.c_int64(a))
             else:
                 values.append(a)
-        self._library.sim_configure(seed, *mode, resident)
+        self.configure(seed, mode, resident)
         error = function(*values)
         if error is not None:
             raise Fault(error.decode())

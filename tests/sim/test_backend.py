@@ -1,0 +1,50 @@
+"""The CUDA back end from the ops' arguments to the kernels, run by the simulator on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from peftkern.backends import cuda_lora, cuda_native
+from peftkern.backends.cuda import OPS
+from peftkern.ops.dropout_mask import dropout_mask_ref
+
+
+@pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
+def device(request, sim, monkeypatch):
+    """The back end on a simulated device with few multiprocessors; its architecture."""
+    sim.configure()
+    monkeypatch.setattr(cuda_native, "_C", sim.module)
+    monkeypatch.setattr(cuda_native, "device", lambda t: cuda_native.Device(request.param, 3))
+    monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
+    monkeypatch.setattr(cuda_native, "capturing", lambda: False)
+    monkeypatch.setattr(cuda_native, "_counters", {})
+    monkeypatch.setattr(cuda_native, "_addresses", {})
+    yield request.param
+    assert not any(c.any() for c in cuda_native._counters.values()), "counters are not ready for the next launch"
+
+
+def test_dropout_mask(device):
+    seed = torch.tensor([-5])
+    assert torch.equal(OPS["dropout_mask"](seed, 5, 43, 0.3), dropout_mask_ref(seed, 5, 43, 0.3))
+
+
+def test_addresses_are_written_once(device):
+    tensors = [torch.zeros(i) for i in range(300)]
+    stored = cuda_native.addresses(tensors, tensors[0])
+    assert stored.tolist() == [t.data_ptr() for t in tensors]
+    assert cuda_native.addresses(tensors, tensors[0]) is stored
+
+
+@pytest.mark.parametrize("M, C, R", [(5, 40, 3), (70, 130, 16), (1, 1100, 33)])
+def test_shrink(device, M, C, R):
+    gen = torch.Generator().manual_seed(C)
+    x, b = torch.randn(M, C, generator=gen).to(torch.bfloat16), torch.randn(C, R, generator=gen)
+    scale, seed = torch.rand(C, generator=gen), torch.tensor([9])
+    got = cuda_lora._shrink(x, b.t(), scale=scale, alpha=-0.5, drop=cuda_native.dropout(0.25, seed))
+    kept = torch.where(dropout_mask_ref(seed, M, C, 0.25), x.double() / 0.75, 0.0)
+    expected = -0.5 * (kept * scale.double()) @ b.double()
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
