@@ -196,7 +196,7 @@ PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
 }
 
 template <class T, class Adapter>
-__global__ void __launch_bounds__(kThreads) sgmv_kernel(const SgmvArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) {
   auto* broadcast = reinterpret_cast<uint32_t*>(shared_memory());
   auto* shared = reinterpret_cast<float*>(broadcast + 4);
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
