@@ -136,11 +136,17 @@ def _is_plain(value) -> bool:
     return type(value) in _PLAIN and value.layout == torch.strided and value.device.type in ORDER
 
 
+def _function(module: ModuleType, problem: Problem) -> Callable:
+    # A back end with several ways to compute a problem may choose among them once, here.
+    choose_way = getattr(module, "function", None)
+    return module.OPS[problem.op] if choose_way is None else choose_way(problem)
+
+
 def _find(op: Op, args) -> _Taker:
     problem = op.describe(*args)
     name, declined = choose(problem)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
-    function = op.reference if name == "reference" else load(name).OPS[op.name]
+    function = op.reference if name == "reference" else _function(load(name), problem)
     return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 

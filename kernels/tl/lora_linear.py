@@ -29,11 +29,16 @@ except ImportError:  # Triton before host descriptors
 
 @dataclass(frozen=True)
 class Settings:
-    """``arch``: 90 for sm_90, 0 when interpreted. ``allow_tf32``: torch's own switch for fp32 products."""
+    """``arch``: 90 for sm_90, 0 when interpreted. ``allow_tf32``: torch's own switch for fp32 products.
+
+    ``base`` (one of ``configs.BASES``) and ``gemm``: what was measured to be fastest, None for the defaults.
+    """
 
     arch: int
     allow_tf32: bool = False
     batch_invariant: bool = False
+    base: str | None = None
+    gemm: configs.LaunchConfig | None = None
 
     @property
     def precision(self) -> str:
@@ -197,7 +202,7 @@ def expand(
     drop, extra = low.drop.seed is not None and R > 0, base_first or in_scale is not None
     if fused:
         config = configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra)
-        config = configs.pick_config("gemm", config, size, s.arch)
+        config = configs.pick_config("gemm", s.gemm or config, size, s.arch)
         block_k = config.block_k
         tma = config.tma and TensorDescriptor is not None and _describable(x) and _describable(w)
     else:
@@ -247,7 +252,8 @@ def _by_column(w: Tensor) -> tuple[Tensor, bool]:
 def owner(x: Tensor, weight: Tensor, s: Settings) -> str:
     """Who computes x weight^T: one of ``configs.BASES``."""
     (M, K), N = x.shape, weight.shape[0]
-    return configs.pick("base", configs.base_product(M, N, K, x.element_size(), s.arch, s.batch_invariant))
+    default = configs.base_product(M, N, K, x.element_size(), s.arch, s.batch_invariant)
+    return configs.pick("base", s.base or default)
 
 
 def linear(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
-from .. import settings
+from .. import settings, tuned
 from ..problem import Problem
 from . import triton_multi
 from .triton_device import kernel_settings, on_device
@@ -55,15 +56,16 @@ def decline(problem: Problem) -> str | None:
 
 def lora_linear_fwd(
     x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
-    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
+    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, measured=None,
 ):  # fmt: skip
-    """(y, u, h), see ``peftkern.ops.lora_linear``."""
+    """(y, u, h), see ``peftkern.ops.lora_linear``; ``measured``: what is known to be fastest."""
     from ..kernels import lora_linear as kernels
 
     with on_device(x):
         return kernels.forward(
             x, weight, lora_A, lora_B, bias, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, kernel_settings(x),
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
+            kernel_settings(x, measured),
         )  # fmt: skip
 
 
@@ -84,15 +86,16 @@ def lora_linear_bwd_adapter(
 
 
 def lora_linear_bwd_input(
-    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in
-):
-    """(dx, dbase_in), see ``peftkern.ops.lora_linear``."""
+    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in,
+    measured=None,
+):  # fmt: skip
+    """(dx, dbase_in), see ``peftkern.ops.lora_linear``; ``measured``: what is known to be fastest."""
     from ..kernels import lora_linear as kernels
 
     with on_device(dy):
         return kernels.backward_input(
             dy, du, x, weight, lora_A, kernels.dropout(dropout_p, seed),
-            base_in_scale, delta_in_scale, base_out_scale, need_base_in, kernel_settings(dy),
+            base_in_scale, delta_in_scale, base_out_scale, need_base_in, kernel_settings(dy, measured),
         )  # fmt: skip
 
 
@@ -111,3 +114,10 @@ OPS = {
     "dropout_mask": dropout_mask,
     **triton_multi.OPS,
 }
+
+
+def function(problem: Problem) -> Callable:
+    """The op for this problem: who computes the base product, and with which tiles, may have been measured."""
+    measured = tuned.entry(problem) if problem.op in ("lora_linear_fwd", "lora_linear_bwd_input") else None
+    op = OPS[problem.op]
+    return op if measured is None else functools.partial(op, measured=measured)

@@ -6,18 +6,23 @@ import contextlib
 
 import torch
 
-from .. import settings
+from .. import settings, tuned
 
 
-def kernel_settings(t: torch.Tensor):
+def kernel_settings(t: torch.Tensor, measured: tuned.Entry | None = None):
     """The kernels' Settings for a call on the device of ``t``."""
+    from ..kernels.configs import BASES, LaunchConfig
     from ..kernels.lora_linear import Settings
 
     arch = 0
     if t.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(t.device)
         arch = major * 10 + minor
-    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, settings.current().batch_invariant)
+    base = gemm = None
+    if measured is not None and measured.candidate in BASES:
+        base, gemm = measured.candidate, measured.config and LaunchConfig(**measured.config)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return Settings(arch, tf32, settings.current().batch_invariant, base, gemm)
 
 
 def on_device(t: torch.Tensor):

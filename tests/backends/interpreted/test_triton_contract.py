@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from peftkern import dispatch, tuned
 from peftkern.backends import triton as backend
-from peftkern.kernels import configs
+from peftkern.kernels import configs, launch
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.lora_linear import rows_of
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
@@ -144,3 +146,26 @@ def test_declines():
     assert "float64" in backend.decline(problem(dtype=torch.float64))
     assert "2^31" in backend.decline(problem(M=2**31))
     assert "cuda" in backend.decline(problem(device="cuda"))
+
+
+@pytest.mark.parametrize("base", ["fused", "epilogue"])
+def test_what_was_measured_decides(base, monkeypatch):
+    """A measured owner of the base product, and its tiles, reach the launch; an override still goes first."""
+    config = LaunchConfig(32, 32, 16, 16, warps=4, stages=2)
+    entry = tuned.Entry(base, dataclasses.asdict(config) if base == "fused" else None)
+    launches, submit = [], launch.submit
+    monkeypatch.setattr(tuned, "entry", lambda problem: entry)
+    monkeypatch.setattr(launch, "submit", lambda one: launches.append(one) or submit(one))
+    dispatch.forget()
+    args = (X, W, A, B, None, 1.5, 0.0, None, None, None, None, None, None, False)
+    try:
+        for forced in (None, "fused" if base == "epilogue" else "epilogue"):
+            with configs.override(**{"base": forced} if forced else {}):
+                launches.clear()
+                assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
+                last = launches[-1].constants
+                assert last["GEMM"] == ((forced or base) == "fused")
+                if base == "fused" and forced is None:
+                    assert (last["BLOCK_M"], last["BLOCK_N"], last["BLOCK_K"]) == (32, 32, 16)
+    finally:
+        dispatch.forget()
