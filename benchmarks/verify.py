@@ -5,9 +5,10 @@ rounding floor (peftkern/testing/accuracy.py says exactly). ``ratio`` in the tab
 problem has a name (problem_sets.py says which), and ``--problem NAME`` runs that one again.
 
 On CPU tensors the ``cpu`` back end runs once with each base product (``--cpu-base``), and Triton in its interpreter, on
-fewer and smaller problems, without bf16, which the interpreter gets wrong by itself. On CUDA tensors there are ``cuda``,
-``triton`` and ``auto``, which is what a user gets: a problem that a back end declines is counted, and ``auto`` takes it.
-A back end without kernels for the op is named and left out.
+fewer and smaller problems, without bf16, which the interpreter gets wrong by itself. On CUDA tensors there are
+``triton``, ``auto``, which is what a user gets, and ``cuda``, where the CUDA kernels take all that they can and others
+the rest: a problem of which they take nothing is counted as declined. A back end without kernels for the op is named
+and left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -37,21 +39,30 @@ BACKENDS = {"cpu": ("reference", "cpu", "triton"), "cuda": ("reference", "cuda",
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A back end with its settings, the op it is to run and on what. ``interpreted``: Triton on CPU tensors."""
+    """A back end with its settings, the op it is to run and on what. ``interpreted``: Triton on CPU tensors.
+    ``preferred``: what takes all that it can, whatever was measured."""
 
     name: str
     environment: dict[str, str]
     interpreted: bool = False
     op: str = "lora_linear"
     device: str = "cpu"
+    preferred: str | None = None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The settings in force inside."""
+        from peftkern import dispatch, tuned
+
         before = {k: os.environ.get(k) for k in self.environment}
         os.environ.update(self.environment)
         try:
-            yield
+            if self.preferred is None:
+                yield
+            else:
+                with tuned.forced(self.preferred):
+                    yield
+                dispatch.forget()
         finally:
             for k, v in before.items():
                 os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
@@ -64,17 +75,20 @@ class Target:
         if self.device == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device"
         name = self.environment["PEFTKERN_BACKEND"]
-        if name in ("reference", "auto"):
+        if name == "reference" or self.name == "auto":
             return None
         if self.interpreted and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
             return "triton was imported without TRITON_INTERPRET=1; set it in the environment"
         with self.active():
             try:
-                back_end = dispatch.load(name)
+                back_end = dispatch.load(self.preferred or name)
                 why = back_end.unavailable()
             except ImportError as error:
                 return str(error)
-        missing = [part for part in dispatch.OPS if part.startswith(self.op) and part not in back_end.OPS]
+        parts = [p for p in dispatch.OPS if p.startswith(self.op) or (self.op, p) == ("multi_lora_linear", "sgmv_add")]
+        missing = [part for part in parts if part not in back_end.OPS]
+        if self.preferred and len(missing) < len(parts):
+            missing = []
         return why or (f"has no kernel for {', '.join(missing)}" if missing else None)
 
 
@@ -91,6 +105,9 @@ def targets(
         elif name == "triton" and device == "cpu":
             environment = {"PEFTKERN_BACKEND": "triton", "TRITON_INTERPRET": "1"}
             found.append(Target("triton, interpreted", environment, interpreted=True, op=op))
+        elif name == "cuda":
+            environment = {"PEFTKERN_BACKEND": "auto", "TRITON_INTERPRET": "0"}
+            found.append(Target(name, environment, op=op, device=device, preferred="cuda"))
         else:
             environment = {"PEFTKERN_BACKEND": name} | ({"TRITON_INTERPRET": "0"} if device == "cuda" else {})
             found.append(Target(name, environment, op=op, device=device))
@@ -232,7 +249,10 @@ def check_one(target: Target, name: str) -> list[dict]:
     problem = _problem(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
-        results = check(problem, target.device)
+        with _takers(target) as taken:
+            results = check(problem, target.device)
+        if target.preferred and not any(name == target.preferred for _, name, _ in taken):
+            raise dispatch.Declined(taken[0][2].removeprefix("; ") if taken else "no op was called")
     except dispatch.Declined as error:
         return [head | dict(output=DECLINED, ratio=None, ok=True, error=str(error).rpartition("]: ")[2])]
     except Exception as error:
@@ -242,6 +262,32 @@ def check_one(target: Target, name: str) -> list[dict]:
         head | dict(output=r.output, ratio=r.ratio if math.isfinite(r.ratio) else None, ok=bool(r.ok), error=None)
         for r in results
     ]
+
+
+@contextlib.contextmanager
+def _takers(target: Target) -> Iterator[list[tuple]]:
+    """Which back end took each op inside: (problem, name, who declined and why), where a target has a preferred one."""
+    from peftkern import dispatch
+
+    taken: list[tuple] = []
+    if target.preferred is None:
+        yield taken
+        return
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            if len(record.args or ()) == 3:
+                taken.append(record.args)
+
+    handler, level = Keep(), dispatch.log.level
+    dispatch.forget()
+    dispatch.log.addHandler(handler)
+    dispatch.log.setLevel(logging.DEBUG)
+    try:
+        yield taken
+    finally:
+        dispatch.log.removeHandler(handler)
+        dispatch.log.setLevel(level)
 
 
 def _problem(target: Target, name: str):

@@ -115,6 +115,34 @@ def test_declined_problems_are_counted(small, monkeypatch, tmp_path, capsys):
     assert verify.main([*run, "--problems", "2", "--dtype", "fp32"]) == 1
 
 
+def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
+    """Rows count for a preferred back end only if it took a part of the problem."""
+    import dataclasses
+
+    from peftkern import dispatch, tuned
+    from peftkern.backends import cpu
+
+    target = verify.targets(["cuda"], None, device="cuda")[0]
+    assert target.preferred == "cuda" and target.environment["PEFTKERN_BACKEND"] == "auto"
+    # The CPU back end stands for it, and asks for the choice as the CUDA one does.
+    target = dataclasses.replace(target, device="cpu", preferred="cuda")
+    whole = cpu.decline
+    monkeypatch.setattr(cpu, "NAME", "cuda")
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda",))
+    monkeypatch.setattr(dispatch, "load", lambda name: cpu)
+    monkeypatch.setattr(cpu, "decline", lambda p: "not chosen" if tuned.choice(p) != "cuda" else whole(p))
+    dispatch.forget()
+    with target.active():
+        rows = verify.check_one(target, "fp32:7")
+    assert rows and all(r["output"] != verify.DECLINED and r["ok"] for r in rows)
+    monkeypatch.setattr(cpu, "decline", lambda p: "too odd")
+    with target.active():
+        (row,) = verify.check_one(target, "fp32:7")
+    assert row["output"] == verify.DECLINED and "too odd" in row["error"]
+    monkeypatch.undo()
+    dispatch.forget()
+
+
 def test_strides_survive_a_move():
     from peftkern.testing.problems import LAYOUTS, laid_out
 

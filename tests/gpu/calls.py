@@ -1,0 +1,163 @@
+"""The calls that the GPU tests make, as functions of fixed tensors: what a graph, a stream or a sanitizer runs.
+
+On a CPU they run too, through the reference: tests/test_gpu_calls.py sees to it that a GPU's time is not lost to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import peftkern
+from peftkern import dispatch, tuned
+
+M, N, K, R = 96, 264, 200, 16
+COUNT = 6
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """``cuda``: its kernels take all that they can, others the rest. Other names: that back end takes every call."""
+    before = os.environ.get("PEFTKERN_BACKEND")
+    os.environ["PEFTKERN_BACKEND"] = "auto" if backend == "cuda" else backend
+    dispatch.forget()
+    try:
+        with tuned.forced("cuda") if backend == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        os.environ.pop("PEFTKERN_BACKEND") if before is None else os.environ.update(PEFTKERN_BACKEND=before)
+        dispatch.forget()
+
+
+@dataclass
+class Call:
+    """``run()`` computes ``results`` from ``inputs``, tensors whose values may be changed in place between runs."""
+
+    name: str
+    inputs: dict[str, Tensor]
+    compute: Callable[[dict[str, Tensor]], list[Tensor]]
+    ops: tuple[str, ...] = field(default=())
+
+    def run(self) -> list[Tensor]:
+        """Fresh tensors."""
+        return self.compute(self.inputs)
+
+
+def _normal(device: str, dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(scale).to(dtype).to(device)
+
+    return make
+
+
+def _training(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype, drop: float) -> Call:
+    make = _normal(device, dtype, 1)
+    inputs = dict(
+        x=make(M, K), weight=make(N, K, scale=K**-0.5), A=make(R, K, scale=K**-0.5, dtype=adapter_dtype),
+        B=make(N, R, scale=R**-0.5, dtype=adapter_dtype), bias=make(N), dy=make(M, N),
+        seed=torch.tensor([77], device=device),
+    )  # fmt: skip
+
+    def compute(t):
+        leaves = [t[k].detach().requires_grad_() for k in ("x", "A", "B")]
+        y = peftkern.lora_linear(
+            leaves[0], t["weight"], *leaves[1:], bias=t["bias"], scaling=2.0, dropout_p=drop, training=True,
+            seed=t["seed"],
+        )  # fmt: skip
+        return [y.detach(), *torch.autograd.grad(y, leaves, t["dy"])]
+
+    ops = "lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input"
+    return Call(f"lora_linear-{'dropout' if drop else 'plain'}", inputs, compute, ops)
+
+
+def _adapters(make, adapter_dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {}
+    for i in range(COUNT):
+        rank = (R, 8, 1, 24, 5, R)[i]
+        found[f"A{i}"] = make(rank, K, scale=K**-0.5, dtype=adapter_dtype)
+        found[f"B{i}"] = make(N, rank, scale=rank**-0.5, dtype=adapter_dtype)
+    return found
+
+
+def _many(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    make = _normal(device, dtype, 2)
+    inputs = dict(x=make(M, K), weight=make(N, K, scale=K**-0.5), ids=torch.arange(M, device=device) % (COUNT + 1) - 1)
+    inputs |= _adapters(make, adapter_dtype)
+
+    def compute(t):
+        with torch.inference_mode():
+            pairs = [(t[f"A{i}"], t[f"B{i}"], 1.0 + i) for i in range(COUNT)]
+            # A view is another tensor: its route is made inside the call, of the ids as they are then.
+            return [peftkern.multi_lora_linear(t["x"], t["weight"], pairs, t["ids"].view(-1))]
+
+    return Call("multi_lora_linear", inputs, compute, ("multi_lora_linear_route", "multi_lora_linear_fwd"))
+
+
+def _branch(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    make = _normal(device, dtype, 3)
+    inputs = dict(x=make(M, K), y=make(M, N), ids=torch.arange(M, device=device) % (COUNT + 1) - 1)
+    bank = peftkern.AdapterBank(K, N, max_adapters=COUNT, max_rank=24, dtype=adapter_dtype, device=device)
+    weights = _adapters(make, adapter_dtype)
+    numbers = [bank.add(str(i), weights[f"A{i}"], weights[f"B{i}"], 1.0 + i) for i in range(COUNT)]
+    inputs["numbers"] = torch.tensor([*numbers, -1], device=device)
+
+    def compute(t):
+        with torch.inference_mode():
+            out = t["y"].clone()
+            peftkern.sgmv(t["x"], bank, t["numbers"][t["ids"]], out=out)
+            return [out]
+
+    return Call("sgmv", inputs, compute, ("multi_lora_linear_route", "sgmv_add"))
+
+
+def _mask(device: str) -> Call:
+    def compute(t):
+        return [torch.ops.peftkern.dropout_mask(t["seed"], M, K, 0.3)]
+
+    return Call("dropout_mask", dict(seed=torch.tensor([5], device=device)), compute, ("dropout_mask",))
+
+
+def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch.dtype = torch.float32) -> list[Call]:
+    """All of them."""
+    return [
+        _training(device, dtype, adapter_dtype, 0.0), _training(device, dtype, adapter_dtype, 0.25),
+        _many(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype), _mask(device),
+    ]  # fmt: skip
+
+
+NAMES = [call.name for call in calls("cpu")]
+
+
+def call(name: str, device: str = "cuda", **kinds) -> Call:
+    """The call of that name."""
+    return next(c for c in calls(device, **kinds) if c.name == name)
+
+
+def change(call: Call) -> None:
+    """Other values in the same memory: data, adapter ids and dropout seeds."""
+    for key, t in call.inputs.items():
+        if key == "ids":
+            t.copy_(t.flip(0))
+        elif key == "seed":
+            t.add_(1)
+        elif t.is_floating_point():
+            t.mul_(-0.5)
+
+
+def unable(call: Call, backend: str) -> str | None:
+    """Why ``backend`` has no kernel for a part of the call, so that a test of it would test another."""
+    if backend == "reference":
+        return None
+    module = dispatch.load(backend)
+    reason = module.unavailable()
+    missing = [op for op in call.ops if op not in module.OPS]
+    if backend == "cuda":  # others may take a part
+        missing = missing if len(missing) == len(call.ops) else []
+    return reason or (f"{backend} has no kernel for {', '.join(missing)}" if missing else None)
