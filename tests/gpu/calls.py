@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -132,7 +133,7 @@ def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch
     ]  # fmt: skip
 
 
-NAMES = [call.name for call in calls("cpu")]
+NAMES = ("lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "sgmv", "dropout_mask")
 
 
 def call(name: str, device: str = "cuda", **kinds) -> Call:
@@ -161,3 +162,19 @@ def unable(call: Call, backend: str) -> str | None:
     if backend == "cuda":  # others may take a part
         missing = missing if len(missing) == len(call.ops) else []
     return reason or (f"{backend} has no kernel for {', '.join(missing)}" if missing else None)
+
+
+def main(argv: list[str]) -> int:
+    """Runs every call twice on ``argv[1]`` with the back end ``argv[0]``: what a sanitizer watches."""
+    backend, device = argv
+    with using(backend):
+        for each in calls(device):
+            reason = unable(each, backend)
+            print(f"{each.name}: {reason or 'runs'}")
+            for _ in range(0 if reason else 2):
+                assert all(r.isfinite().all() for r in each.run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""Every op, back end and dtype against fp64: random problems (those of ``peftkern verify``) and the sizes of models.
+
+The worst error over its bound is recorded with each test, so that a report can rank what passed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftkern import dispatch
+from peftkern.benchmarks import verify
+from peftkern.benchmarks.tune_plan import jobs
+from peftkern.testing.accuracy import check
+from peftkern.testing.problems import LoRALinearProblem
+
+# Problems of each op and dtype. Triton compiles anew for most of them.
+COUNTS = {"reference": 4, "cuda": 12, "triton": 9, "auto": 3}
+DTYPES = ("bf16", "fp16", "fp32")
+RANDOM = [
+    pytest.param(op, backend, name, id=f"{op}-{backend}-{name}")
+    for op in ("lora_linear", "multi_lora_linear")
+    for backend, count in COUNTS.items()
+    for dtype in DTYPES
+    for name in verify.names(count, [dtype], 500, large=False, op=op)
+]
+
+
+@pytest.mark.parametrize("op, backend, name", RANDOM)
+def test_random_problem(op, backend, name, record_property):
+    (target,) = verify.targets([backend], None, op, "cuda")
+    if target.reason():
+        pytest.skip(target.reason())
+    with target.active():
+        rows = verify.check_one(target, name)
+    if rows[0]["output"] == verify.DECLINED:
+        pytest.skip(f"declined: {rows[0]['error']}")
+    _judge(rows, record_property)
+
+
+def _judge(rows: list[dict], record_property) -> None:
+    worst = max(rows, key=lambda r: float("inf") if r["ratio"] is None else r["ratio"])
+    for key in ("backend", "problem", "dtype", "adapters", "output", "ratio"):
+        record_property(key, worst[key])
+    bad = [r["error"] or f"{r['output']}: {r['ratio']} of its bound" for r in rows if not r["ok"]]
+    assert not bad, bad
+
+
+# M, K, N, R: whole tiles, tails in each dimension that TMA can still take, few rows, wide ranks, a model's layer.
+MODELS = [
+    (1024, 1024, 2048, 16), (333, 1536, 1000, 8), (257, 520, 264, 64), (64, 4096, 4096, 16), (1, 4096, 1024, 16),
+    (130, 64, 8, 128), (96, 200, 328, 200), (2048, 4096, 4096, 16),
+]  # fmt: skip
+KINDS = [("fp32", 0.1), ("same", 0.1), ("fp32", 0.0), ("same", 0.0)]
+
+
+@pytest.mark.parametrize("adapters, dropout", KINDS)
+@pytest.mark.parametrize("sizes", MODELS, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
+    (target,) = verify.targets([name], None, "lora_linear", "cuda")
+    if target.reason():
+        pytest.skip(target.reason())
+    M, K, N, R = sizes
+    kind = verify.DTYPES[dtype]
+    problem = LoRALinearProblem(
+        seed=M + R, M=M, K=K, N=N, R=R, dtype=kind, adapter_dtype=torch.float32 if adapters == "fp32" else kind,
+        scaling=2.0, dropout_p=dropout, options=("bias",) if M % 2 else (),
+    )  # fmt: skip
+    with target.active():
+        dispatch.forget()
+        results = check(problem, "cuda")
+    head = dict(backend=name, problem=f"{M}x{K}x{N} R={R} dropout={dropout:g}", dtype=dtype, adapters=adapters)
+    _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
+
+
+def test_the_cuda_kernels_take_what_users_train():
+    """Otherwise the tests of them would test another back end."""
+    (target,) = verify.targets(["cuda"], None, "lora_linear", "cuda")
+    if target.reason():
+        pytest.skip(target.reason())
+    major, minor = torch.cuda.get_device_capability()
+    with target.active():
+        for job in jobs("lora_linear", ranks=(16, 64)):
+            name, declined = dispatch.choose(job.problem(major * 10 + minor))
+            assert name == "cuda", f"{job}: {declined}"
