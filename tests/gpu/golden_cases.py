@@ -161,6 +161,8 @@ def _plain_cases() -> list[Case]:
     values = In((numbers((500,), -(2**24), 2**24, 10) * 2.0 ** numbers((500,), -90, 60, 11)).astype(np.float32))
     for terms in (1, 2, 3):
         found.append(Case(f"split-{terms}", "sim_split", (terms, values, 500, Out((250, terms), np.uint32))))
+    factors = numbers((400, 2), 0, 2**32 - 1, 12).astype(np.uint32)
+    found.append(Case("multiply_wide", "sim_multiply_wide", (In(factors), 400, Out((400,), np.uint64))))
     finite = np.arange(1 << 16, dtype=np.uint16)
     finite = np.ascontiguousarray(finite[(finite & 0x7C00) != 0x7C00][::7][:8000])
     pairs = finite.view(np.uint32)

@@ -115,6 +115,15 @@ def test_conversions(sim):
     np.testing.assert_array_equal(got[4][:, 1], halves(np.full(n, 0x3C00), got[1]))
 
 
+def test_multiply_wide(sim):
+    pairs = np.random.default_rng(0).integers(0, 1 << 32, (200, 2), dtype=np.uint64).astype(np.uint32)
+    pairs[:3] = (2**32 - 1, 2**32 - 1), (0, 2**32 - 1), (2**31, 2)
+    with sim.memory() as memory:
+        out = memory.empty(200, np.uint64)
+        sim.run("sim_multiply_wide", memory.put(pairs), 200, out)
+        np.testing.assert_array_equal(out.array, pairs[:, 0].astype(np.uint64) * pairs[:, 1])
+
+
 @pytest.mark.parametrize("each", [4, 8, 16])
 @pytest.mark.parametrize("length", [1, 37, 64, 65, 190])
 def test_copy_async(sim, each, length):

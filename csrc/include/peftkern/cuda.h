@@ -76,7 +76,7 @@ const char* lora_linear_sm90(const LoraLinearArgs& args);  // sm_90 alone: TMA, 
 //   down[i, r] = rank_scale[r] * down_alpha * sum_c in[i, c] * column_scale[c] * p[r, c]
 //   colsum[c]  = sum_i in[i, c]
 // dA: in = x, v = du. dB^T and du at once: in = dy, v = u, p = B^T, column_scale = g_d. The order of every
-// sum depends on sizes and dtypes alone; that of `down` not on M.
+// sum depends on sizes, dtypes and which parts are asked for alone; that of `down` not on M.
 struct LoraGradArgs {
   ConstMatrix in;
   DeviceDropout dropout;
@@ -93,6 +93,7 @@ struct LoraGradArgs {
   float* colsum;   // (C) or null
   float* partial;  // lora_grad_partials floats
   void* stream;
+  bool dependent = false;  // the second launch may start before the first ends; sm_90 and up
 };
 int64_t lora_grad_partials(const LoraGradArgs& args);
 const char* lora_grad(const LoraGradArgs& args);
@@ -105,6 +106,7 @@ struct LoraRowNormArgs {
   float* out;      // (N)
   float* partial;  // lora_row_norm_partials floats; null if that is 0
   void* stream;
+  bool dependent = false;  // as above
 };
 int64_t lora_row_norm_partials(int64_t N, int64_t K, int64_t R);
 const char* lora_row_norm(const LoraRowNormArgs& args);
