@@ -28,6 +28,11 @@ PEFTKERN_DEVICE T load_once(const T* p) {
   return w.value;
 }
 
+// Brings memory to L2 and waits for nothing; sm_90. p is aligned to 16 bytes, and bytes a multiple of 16.
+PEFTKERN_DEVICE void prefetch_bulk(const void* p, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+
 // Written by this launch for another block of it. Others see the value once this thread, or one behind a
 // common barrier, has passed fence_device and the reader knows of it through an atomic; they read it with
 // load_published.

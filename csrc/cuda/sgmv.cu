@@ -1,5 +1,5 @@
 // The branch of a batch whose rows take different adapters, added to an output: shrink and expand in one
-// launch.
+// launch, for fp32, and for every device (sgmv_cluster.cu is what sm_90 and up do with half precision).
 //
 //   out[t] += s[a] B[a] (A[a] x[t])      a the slot of row t; rows without an adapter are not touched
 //
@@ -13,10 +13,9 @@
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/memory.h"
+#include "cuda/sgmv.h"
 #include "cuda/sync.h"
 #include "cuda/warp.h"
-#include "peftkern/cuda.h"
-#include "peftkern/multi.h"
 
 namespace peftkern::cuda {
 namespace {
@@ -57,11 +56,6 @@ PEFTKERN_DEVICE Item item_at(const SgmvArgs& args, int64_t position, int part) {
   const int64_t left = args.starts[low + 1] - position;
   item.rows = left < kRows ? static_cast<int>(left) : kRows;
   return item;
-}
-
-template <class Adapter>
-PEFTKERN_DEVICE const Adapter* matrix(const SgmvArgs& args, const int64_t* row, int tensor, int offset) {
-  return reinterpret_cast<const Adapter*>(args.tensors[row[tensor]]) + row[offset];
 }
 
 // 16 bytes of a row from `p` on as floats, zeros from the element `left` on; vector says that p is aligned.
@@ -213,6 +207,8 @@ __global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) 
     if (item.invalid) fill_nan<T>(args, item);
   }
 
+  // Also where nothing was to be done: whoever comes after this launch relies on the one before it.
+  grid_wait();
   // Whoever is last makes the counters ready for the next launch: nobody waits any more.
   sync_threads();
   if (threadIdx.x == 0) *broadcast = atomic_count(&args.counters[1], gridDim.x);
@@ -241,6 +237,7 @@ const char* sgmv_add(const SgmvArgs& args) {
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
   const int64_t blocks = args.M * (splits + chunks);
   if (args.M == 0 || args.N == 0) return nullptr;
+  if (sgmv_in_clusters(args)) return sgmv_cluster_add(args);
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
   const int64_t floats = kRows * (args.max_rank > kDepth ? args.max_rank : kDepth);
   Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, 16 + static_cast<size_t>(floats) * 4, args.stream};

@@ -42,6 +42,9 @@ PEFTKERN_DEVICE bool vote_any(bool value, uint32_t members = kAllLanes) {
 PEFTKERN_DEVICE bool vote_all(bool value, uint32_t members = kAllLanes) {
   return __all_sync(members, value);
 }
+PEFTKERN_DEVICE int count_ones(uint32_t bits) {
+  return __popc(bits);
+}
 // One bit per lane.
 PEFTKERN_DEVICE uint32_t ballot(bool value, uint32_t members = kAllLanes) {
   return __ballot_sync(members, value);

@@ -1,4 +1,7 @@
-"""The segmented branch, run on the CPU: ragged shapes, ranks, ids and layouts, against the equation in fp64."""
+"""The segmented branch, run on the CPU: ragged shapes, ranks, ids and layouts, against the equation in fp64.
+
+Two kernels: by tickets (any dtype and device; here arch 80) and, in half precision, by clusters (arch 90).
+"""
 
 from __future__ import annotations
 
@@ -22,26 +25,34 @@ def raw(t: torch.Tensor) -> np.ndarray:
 
 
 class Batch:
-    """Rows with mixed adapters; ``transposed``: B lies as B^T, as in a bank."""
+    """Rows with mixed adapters; ``transposed``: B lies as B^T, as in a bank.
 
-    def __init__(self, M, K, N, ranks, dtype, adapter_dtype, seed, transposed=False, ids=None):
+    bank: rows of A and B^T and where adapters begin are multiples of 16; otherwise they are anywhere. gap: columns
+    between the rows of x and of out.
+    """
+
+    def __init__(
+        self, M, K, N, ranks, dtype, adapter_dtype, seed, transposed=False, ids=None, bank=False, gap=0
+    ):  # fmt: skip
         gen, rng = torch.Generator().manual_seed(seed), random.Random(seed)
         self.M, self.K, self.N, self.max_rank, self.dtype = M, K, N, max(ranks, default=0), dtype
+        self.gap, self.bank = gap, bank
         self.x = torch.randn(M, K, generator=gen).to(dtype)
         self.y = torch.randn(M, N, generator=gen).to(dtype)
         # Slots lie in any order in two tensors; the row stride of A may be larger than K.
         self.pools, self.rows = [torch.empty(0, dtype=adapter_dtype)] * 2, []
         self.scaling = torch.tensor([rng.choice((1.0, -0.5, 2.0)) for _ in ranks])
         for slot, rank in enumerate(ranks):
-            a_row = K + rng.choice((0, 3, 8))
-            a, b = torch.randn(rank, a_row, generator=gen) / K**0.5, torch.randn(N, rank, generator=gen)
+            a_row, b_row = (-(-K // 16) * 16, -(-N // 16) * 16) if bank else (K + rng.choice((0, 3, 8)), N)
+            a, b = torch.randn(rank, a_row, generator=gen) / K**0.5, torch.randn(b_row, rank, generator=gen)
+            a[:, K:], b[N:] = float("nan"), float("nan")
             places = []
             for which, matrix in ((0, a), (1, b.t() if transposed else b)):
-                pad = torch.full((rng.choice((0, 8, 5)),), float("nan"))
+                pad = torch.full((rng.choice((0, 16) if bank else (0, 8, 5)),), float("nan"))
                 flat = torch.cat([pad, matrix.reshape(-1)]).to(adapter_dtype)
                 places.append(self.pools[which].numel() + pad.numel())
                 self.pools[which] = torch.cat([self.pools[which], flat])
-            b_strides = (1, N) if transposed else (rank, 1)
+            b_strides = (1, b_row) if transposed else (rank, 1)
             self.rows.append([slot, rank, 0, places[0], a_row, 1, places[1], *b_strides, 0])
         self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 10)
         if ids is None:
@@ -64,7 +75,8 @@ class Batch:
                 y[t] += self.scaling[i].double() * (b @ (a @ self.x[t].double()))
         return y
 
-    def run(self, sim, launches=1, **how) -> torch.Tensor:
+    def run(self, sim, arch=80, launches=1, dependent=False, **how) -> torch.Tensor:
+        """``out`` after the launches; arch 90 takes the kernel for clusters, if it is for the dtype."""
         library = sim._library
         library.sim_sgmv_partials.restype = library.sim_sgmv_counters.restype = ctypes.c_int64
         as64 = ctypes.c_int64
@@ -74,30 +86,43 @@ class Batch:
             [
                 CODES[self.dtype],
                 CODES[self.pools[0].dtype],
-                self.N,
-                self.K,
+                self.N + self.gap,
+                self.K + self.gap,
                 self.M,
                 self.N,
                 self.K,
                 len(self.rows),
                 self.max_rank,
+                int(dependent),
+                arch,
             ]
         )
         with sim.memory(at_end=how.pop("at_end", True)) as memory:
-            pools = [memory.put(raw(p), alignment=16 if self.M % 2 else None) for p in self.pools]
+            pools = [memory.put(raw(p), alignment=16 if self.bank or self.M % 2 else None) for p in self.pools]
             tensors = memory.put(np.array([p.address for p in pools], np.uint64))
-            x, table, scaling, order, starts = (
-                memory.put(raw(t)) for t in (self.x, self.table, self.scaling, self.order, self.starts)
+            table, scaling, order, starts = (
+                memory.put(raw(t)) for t in (self.table, self.scaling, self.order, self.starts)
             )
-            count = memory.put(np.zeros(counters, np.uint32))
-            partial = memory.empty(partials, np.float32)
+            # The last row ends at the guard page, with a gap that nothing may touch before each other row.
+            pad = float("nan")
+            x = memory.put(raw(torch.nn.functional.pad(self.x, (self.gap, 0), value=pad)), 16 if self.bank else None)
+            x.address += self.gap * self.x.element_size()
+            y = raw(torch.nn.functional.pad(self.y, (self.gap, 0), value=pad))
+            count = partial = None
+            if arch < 90 or self.dtype == torch.float32:
+                count = memory.put(np.zeros(counters, np.uint32))
+                partial = memory.empty(partials, np.float32)
             for _ in range(launches):
-                partial.array[...] = np.nan
-                out = memory.put(raw(self.y))
+                if partial is not None:
+                    partial.array[...] = np.nan
+                out = memory.put(y, 16 if self.bank else None)
+                if dependent:
+                    sim.written_before(out)
+                at = ctypes.c_void_p(out.address + self.gap * self.y.element_size())
                 sim.run(
                     "sim_sgmv_add",
                     memory.put(sizes),
-                    out,
+                    at,
                     x,
                     tensors,
                     table,
@@ -108,8 +133,11 @@ class Batch:
                     count,
                     **how,
                 )
-                assert not count.array.any(), "the counters are not ready for the next launch"
-            return torch.from_numpy(out.array.copy()).view(self.dtype)
+                assert count is None or not count.array.any(), "the counters are not ready for the next launch"
+            got = torch.from_numpy(out.array.copy()).view(self.dtype)
+            x.address -= self.gap * self.x.element_size()
+            assert got[:, : self.gap].isnan().all(), "something was written between the rows"
+            return got[:, self.gap :]
 
 
 def check(batch: Batch, got: torch.Tensor) -> None:
@@ -129,57 +157,104 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype, adapter_dtype", PAIRS)
+KERNELS = [(80, *p) for p in PAIRS] + [(90, *p) for p in PAIRS[1:]]
+
+
+@pytest.mark.parametrize("arch, dtype, adapter_dtype", KERNELS)
 @pytest.mark.parametrize(
     "M, K, N, ranks",
     [
         (1, 1, 1, (1,)),
         (7, 40, 33, (3, 16)),
-        (6, 1030, 20, (8, 0, 5)),
+        (6, 1032, 20, (8, 0, 5)),
         (13, 17, 515, (1, 40, 7)),
         (2, 2056, 9, (128,)),
     ],
 )
-def test_branch(sim, M, K, N, ranks, dtype, adapter_dtype):
+def test_branch(sim, M, K, N, ranks, arch, dtype, adapter_dtype):
     for transposed in (False, True):
-        batch = Batch(M, K, N, ranks, dtype, adapter_dtype, seed=M + K, transposed=transposed)
-        check(batch, batch.run(sim, launches=2, seed=M, at_end=not transposed))
+        gap = 0 if transposed else 8 if M == 7 else 3
+        batch = Batch(M, K, N, ranks, dtype, adapter_dtype, seed=M + K, transposed=transposed, gap=gap)
+        check(batch, batch.run(sim, arch, launches=2, seed=M, at_end=not transposed))
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", PAIRS[1:])
+@pytest.mark.parametrize("M, K, N, ranks", [(5, 4096, 640, (16, 64)), (3, 264, 1024, (8,)), (40, 72, 88, (24, 4))])
+def test_wide_loads(sim, M, K, N, ranks, dtype, adapter_dtype):
+    """Addresses and strides as a bank has them."""
+    for transposed in (True, False):
+        batch = Batch(M, K, N, ranks, dtype, adapter_dtype, seed=M, transposed=transposed, bank=True, gap=8)
+        check(batch, batch.run(sim, 90, seed=M, at_end=transposed))
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", PAIRS[1:])
+@pytest.mark.parametrize("bank", [False, True])
+def test_many_rows_of_an_adapter(sim, dtype, adapter_dtype, bank):
+    """Prefill: several items of 64 rows a segment, the last one with fewer; items numbered by segment."""
+    ids = torch.tensor([1] * 77 + [-1] * 3 + [0] * 17 + [2] * 130 + [5] * 2 + [3])[torch.randperm(230)]
+    batch = Batch(230, 72, 136, (16, 40, 1, 7), dtype, adapter_dtype, seed=2, transposed=bank, ids=ids, bank=bank)
+    check(batch, batch.run(sim, 90))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rank_200(sim, arch):
+    """Above 128, an item has 16 rows."""
+    ids = torch.tensor([0] * 20 + [1] * 2)
+    batch = Batch(22, 40, 72, (200, 130), torch.bfloat16, torch.float32, seed=9, transposed=True, ids=ids)
+    check(batch, batch.run(sim, arch))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_schedule_gives_the_same_bits(sim, mode):
-    batch = Batch(9, 1100, 530, (5, 16, 2), torch.bfloat16, torch.bfloat16, seed=3)
-    expected = batch.run(sim)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_schedule_gives_the_same_bits(sim, mode, arch):
+    batch = Batch(9, 1104, 530, (5, 16, 2), torch.bfloat16, torch.bfloat16, seed=3)
+    expected = batch.run(sim, arch)
     check(batch, expected)
     for seed in range(3):
-        assert torch.equal(batch.run(sim, seed=seed, mode=mode, resident=seed + 1), expected)
+        assert torch.equal(batch.run(sim, arch, seed=seed, mode=mode, resident=seed + 1), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sums_are_read_after_they_were_published(sim, mode):
+@pytest.mark.parametrize("arch, dtype", [(80, torch.float32), (90, torch.bfloat16)])
+def test_sums_are_read_after_they_were_published(sim, mode, arch, dtype):
     """Few blocks, all of them at work at the same time, many schedules."""
-    batch = Batch(2, 24, 8, (9, 8), torch.float32, torch.float32, seed=7, ids=torch.tensor([0, 1]))
-    for seed in range(24):
-        check(batch, batch.run(sim, seed=seed, mode=mode, resident=4))
+    batch = Batch(2, 24, 8, (9, 8), dtype, torch.float32, seed=7, ids=torch.tensor([0, 1]))
+    for seed in range(24 if arch == 80 else 6):
+        check(batch, batch.run(sim, arch, seed=seed, mode=mode, resident=4))
 
 
-def test_rows_do_not_depend_on_the_batch(sim):
+@pytest.mark.parametrize("arch, dtype", [(80, torch.float32), (90, torch.bfloat16), (90, torch.float16)])
+@pytest.mark.parametrize("M, bank", [(11, False), (70, True)])
+def test_rows_do_not_depend_on_the_batch(sim, arch, dtype, M, bank):
     """A row's bits are those it gets alone, whatever rows share its adapter or its launch."""
-    batch = Batch(11, 1040, 40, (6, 16), torch.float32, torch.float32, seed=5)
-    together = batch.run(sim)
-    for t in (0, 4, 10):
-        alone = Batch(11, 1040, 40, (6, 16), torch.float32, torch.float32, seed=5)
-        ids = torch.full((11,), -1)
-        ids[t] = alone.ids[t]
-        alone = Batch(11, 1040, 40, (6, 16), torch.float32, torch.float32, seed=5, ids=ids)
+    sizes = (M, 1040, 72, (6, 20), dtype, torch.float32)
+    batch = Batch(*sizes, seed=5, bank=bank, transposed=bank)
+    together = batch.run(sim, arch)
+    for t in (0, 4, M - 1):
+        ids = torch.full((M,), -1)
+        ids[t] = batch.ids[t]
+        alone = Batch(*sizes, seed=5, ids=ids, bank=bank, transposed=bank)
         alone.x, alone.y, alone.pools = batch.x, batch.y, batch.pools
-        assert torch.equal(alone.run(sim)[t], together[t])
+        assert torch.equal(alone.run(sim, arch)[t], together[t])
 
 
-def test_ids_without_an_adapter(sim):
+@pytest.mark.parametrize("arch", [80, 90])
+def test_ids_without_an_adapter(sim, arch):
     """-1 leaves the row alone, an id that nobody has makes it NaN."""
     ids = torch.tensor([0, 7, -1, 1, 7, -1])
     batch = Batch(6, 24, 600, (4, 2), torch.bfloat16, torch.float32, seed=1, ids=ids)
-    got = batch.run(sim)
+    got = batch.run(sim, arch)
     check(batch, got)
     assert got[[1, 4]].isnan().all()
+    for some in (torch.full((70,), -1), torch.full((70,), 9)):
+        batch = Batch(70, 24, 40, (4, 2), torch.bfloat16, torch.float32, seed=1, ids=some)
+        check(batch, batch.run(sim, arch))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_behind_a_launch_that_still_runs(sim, arch):
+    """``out`` is touched after the launch before has ended, and that launch has ended when this one has."""
+    for seed in range(4):
+        for ids in (None, torch.tensor([-1, 3, -1, -1])):
+            batch = Batch(4, 40, 80, (4, 2), torch.float16, torch.float16, seed=seed, ids=ids, transposed=True)
+            check(batch, batch.run(sim, arch, seed=seed, mode=(1, 1), dependent=True))

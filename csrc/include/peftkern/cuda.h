@@ -134,8 +134,11 @@ struct SgmvArgs {
   float* partial;
   uint32_t* counters;
   bool dependent;
+  int arch;  // compute capability of the device: 80, 90, 100
   void* stream;
 };
+// Whether the device's clusters do it: then partial and counters are not used and may be null.
+bool sgmv_in_clusters(const SgmvArgs& args);
 int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank);
 int64_t sgmv_counters(int64_t M);
 const char* sgmv_add(const SgmvArgs& args);  // fp32 too

@@ -27,7 +27,7 @@ EXPORT const char* sim_dropout_mask(const int64_t* seed, int64_t M, int64_t K, u
   return peftkern::cuda::dropout_mask(seed, M, K, threshold, out, nullptr);
 }
 
-// Sizes are in `sizes`: dtype, adapter dtype, out_row, x_row, M, N, K, slots, max_rank.
+// Sizes are in `sizes`: dtype, adapter dtype, out_row, x_row, M, N, K, slots, max_rank, dependent, arch.
 EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, const uint64_t* tensors,
                                 const int64_t* table, const float* scaling, const int32_t* order,
                                 const int32_t* starts, float* partial, uint32_t* counters) {
@@ -43,6 +43,8 @@ EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, 
   args.K = sizes[6];
   args.slots = sizes[7];
   args.max_rank = sizes[8];
+  args.dependent = sizes[9] != 0;
+  args.arch = static_cast<int>(sizes[10]);
   args.tensors = tensors;
   args.table = table;
   args.scaling = scaling;

@@ -78,6 +78,9 @@ PEFTKERN_DEVICE bool vote_any(bool value, uint32_t members = 0xffffffffu) {
 PEFTKERN_DEVICE bool vote_all(bool value, uint32_t members = 0xffffffffu) {
   return detail::vote("vote_all", value, members) == members;
 }
+PEFTKERN_DEVICE int count_ones(uint32_t bits) {
+  return __builtin_popcount(bits);
+}
 PEFTKERN_DEVICE uint32_t ballot(bool value, uint32_t members = 0xffffffffu) {
   return detail::vote("ballot", value, members);
 }

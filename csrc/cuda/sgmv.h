@@ -1,0 +1,18 @@
+// What the kernels of the segmented branch share.
+#pragma once
+
+#include "cuda/device.h"
+#include "peftkern/cuda.h"
+#include "peftkern/multi.h"
+
+namespace peftkern::cuda {
+
+template <class Adapter>
+PEFTKERN_DEVICE const Adapter* matrix(const SgmvArgs& args, const int64_t* row, int tensor, int offset) {
+  return reinterpret_cast<const Adapter*>(args.tensors[row[tensor]]) + row[offset];
+}
+
+// sgmv_cluster.cu
+const char* sgmv_cluster_add(const SgmvArgs& args);
+
+}  // namespace peftkern::cuda

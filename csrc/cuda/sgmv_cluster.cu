@@ -1,0 +1,377 @@
+// The segmented branch on sm_90 and up: one launch, and no memory but its operands.
+//
+//   out[t] += s[a] B[a] (A[a] x[t])
+//
+// A cluster of 8 blocks takes up to 64 rows of one adapter. Each block shrinks its slice of K and leaves the
+// sums in its shared memory; behind a cluster barrier every block adds up the slices of all, scales, and
+// expands its own slice of N. Adapters are read once per cluster, each block's slices of A and B under way at
+// the same time: A's straight into the registers of tensor-core operands (sgmv_pieces.h), B's into L2.
+//
+// A row's sum runs in an order that K and the rank alone decide: by warp along K, then by warp, then by
+// block; then along the rank. So its bits are the same in any batch, alone or among 64.
+#include <cmath>
+
+#include "cuda/cluster.h"
+#include "cuda/launch.h"
+#include "cuda/mma.h"
+#include "cuda/sgmv.h"
+#include "cuda/sgmv_pieces.h"
+#include "cuda/sync.h"
+#include "cuda/warp.h"
+
+namespace peftkern::cuda {
+namespace {
+
+constexpr int kCluster = 8, kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kTile = 16;   // rows of a product, and ranks of a chunk
+constexpr int kStep = 32;   // columns of K that a warp multiplies at a time
+constexpr int kGroup = 64;  // columns of out that a warp makes at a time
+constexpr int kMaxRank = 512, kMaxRankOfManyRows = 128;
+
+struct Parameters {
+  SgmvArgs args;
+  int rows;          // of an item at most: 16 or 64
+  bool by_position;  // how items are numbered
+};
+
+// Floats from a row of sums to the next: a multiple of 16 that keeps rows apart in the banks.
+__host__ __device__ constexpr int row_floats(int rank) {
+  return kTile * ((rank + kTile - 1) / kTile | 1);
+}
+
+struct Item {
+  int64_t first;  // position of its first row in `order`
+  int rows;       // 0: nothing to do
+  int64_t slot;   // args.slots and up: no adapter, or an invalid one
+};
+
+// Segments (those of the slots, the rows without an adapter, the invalid ones) are cut into items of p.rows
+// rows. Item `index` is the one that begins at that position of `order`; or, with fewer items than rows,
+// segment s has the numbers from starts[s] / p.rows + s on: as many as it needs, before the next segment's.
+PEFTKERN_DEVICE Item find_item(const Parameters& p, int64_t index) {
+  const int32_t* starts = p.args.starts;
+  const auto number = [&](int64_t s) { return p.by_position ? int64_t{starts[s]} : starts[s] / p.rows + s; };
+  int64_t low = 0, high = p.args.slots + 2;  // number(low) <= index < number(high)
+  while (high - low > 1) {
+    const int64_t step = (high - low + 31) / 32, probe = low + lane_index() * step;
+    const uint32_t below = ballot(probe < high && number(probe) <= index);
+    low += (count_ones(below) - 1) * step;
+    high = low + step < high ? low + step : high;
+  }
+  const int64_t offset = p.by_position ? index - starts[low] : (index - number(low)) * p.rows;
+  const int64_t first = starts[low] + offset, left = starts[low + 1] - first;
+  const bool begins = left > 0 && offset % p.rows == 0 && low != p.args.slots;
+  return {first, begins ? static_cast<int>(left < p.rows ? left : p.rows) : 0, low};
+}
+
+template <class T, class Adapter>
+struct Branch {
+  using How = Kind<T, Adapter>;
+  const SgmvArgs& args;
+  const int32_t* order;  // of this item's rows
+  int rows, K, N;
+  int rank, stride;  // row_floats(rank)
+  const Adapter* a;
+  const Adapter* b;
+  int64_t a_row, b_n, b_r;
+  float scaling;
+  float* mine;   // rows x stride: this block's sums
+  float* parts;  // warps x rows x 16: the warps' sums of a chunk
+  float* v;      // rows x stride, in the place of `parts`
+
+  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows)
+      : args(args),
+        order(args.order + item.first),
+        rows(item.rows),
+        K(static_cast<int>(args.K)),
+        N(static_cast<int>(args.N)),
+        scaling(args.scaling[item.slot]) {
+    const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
+    rank = static_cast<int>(table[cpu::kRank]);
+    stride = row_floats(rank);
+    a = matrix<Adapter>(args, table, cpu::kATensor, cpu::kAOffset), a_row = table[cpu::kARow];
+    b = matrix<Adapter>(args, table, cpu::kBTensor, cpu::kBOffset), b_n = table[cpu::kBN],
+    b_r = table[cpu::kBR];
+    mine = reinterpret_cast<float*>(shared_memory());
+    parts = v = mine + (rows <= kTile ? kTile : most_rows) * stride;
+  }
+
+  PEFTKERN_DEVICE static int g() { return lane_index() / 4; }
+  PEFTKERN_DEVICE static int t() { return lane_index() % 4; }
+  PEFTKERN_DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  PEFTKERN_DEVICE static int block() { return static_cast<int>(cluster_rank()); }
+
+  // Sums over this block's slice of K for rows row0 to row0 + 16 Tiles - 1 of the item, left in `mine`.
+  template <int Tiles, bool Vector>
+  PEFTKERN_DEVICE void shrink(int row0) const {
+    // Under way per block with one tile of rows: 8 loads of 16 bytes of A by each of 128 lanes, 16 KiB.
+    constexpr int kDepth = Tiles == 1 && Vector ? (sizeof(Adapter) == 4 ? 2 : 4) : 1;
+    constexpr int kAhead = Tiles == 1 ? kDepth : 2;  // tiles of x under way
+    const int steps = (K + kStep - 1) / kStep, each = (steps + kCluster - 1) / kCluster;
+    const int begin = block() * each, end = begin + each < steps ? begin + each : steps;
+    int source[Tiles][2];  // rows of x
+#pragma unroll
+    for (int m = 0; m < 2 * Tiles; ++m) {
+      const int row = row0 + 8 * m + g();
+      source[m / 2][m % 2] = row < rows ? order[row] : -1;
+    }
+    for (int r0 = 0; r0 < rank; r0 += kTile) {
+      const Adapter* a_chunk = a + (r0 + g()) * a_row + 8 * t();
+      float sums[Tiles][2][4] = {};
+      for (int step = begin + warp(); step < end; step += kWarps * kDepth) {
+        Eight<Adapter> a_piece[kDepth][2];
+        Eight<T> x_piece[kAhead][2];
+        const auto load_x = [&](int i) {
+          const int d = i / Tiles, k = (step + d * kWarps) * kStep, left = left_from(step + d * kWarps, end);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int from = source[i % Tiles][h];
+            const T* x = static_cast<const T*>(args.x) + from * args.x_row + 8 * t() + k;
+            x_piece[i % kAhead][h] = load_eight<Vector>(x, from < 0 ? 0 : left);
+          }
+        };
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          const int k = (step + d * kWarps) * kStep, left = left_from(step + d * kWarps, end);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const bool inside = r0 + g() + 8 * h < rank;
+            a_piece[d][h] = load_eight<Vector>(a_chunk + 8 * h * a_row + k, inside ? left : 0);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) load_x(i);
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          uint32_t of_a[2][How::kTermsA][4];
+          to_terms(a_piece[d][0], of_a[0]);
+          to_terms(a_piece[d][1], of_a[1]);
+#pragma unroll
+          for (int m = 0; m < Tiles; ++m) {
+            const int i = d * Tiles + m;
+            multiply(x_piece[i % kAhead], of_a, sums[m]);
+            if (i + kAhead < kDepth * Tiles) load_x(i + kAhead);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (warp() * Tiles + m) * kTile + g() + i / 2 * 8;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) parts[row * kTile + 8 * h + 2 * t() + i % 2] = sums[m][h][i];
+        }
+      }
+      sync_threads();
+      for (int i = static_cast<int>(threadIdx.x); i < Tiles * kTile * kTile; i += kThreads) {
+        float sum = parts[i];
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) sum += parts[w * Tiles * kTile * kTile + i];
+        mine[(row0 + i / kTile) * stride + r0 + i % kTile] = sum;
+      }
+      sync_threads();
+    }
+  }
+
+  // Columns that are left for this lane in a step of a slice of K.
+  PEFTKERN_DEVICE int left_from(int step, int end) const {
+    return step < end ? K - step * kStep - 8 * t() : 0;
+  }
+
+  // 32 columns of K of 16 rows and 16 ranks: terms i of x and j of A, the smallest products first.
+  PEFTKERN_DEVICE static void multiply(const Eight<T> (&x)[2], const uint32_t (&of_a)[2][How::kTermsA][4],
+                                       float (&sums)[2][4]) {
+    uint32_t of_x[2][How::kTermsX][4];
+    to_terms(x[0], of_x[0]);
+    to_terms(x[1], of_x[1]);
+#pragma unroll
+    for (int s = 0; s < 4; s += 2) {
+#pragma unroll
+      for (int order = How::kTermsA - 1; order >= 0; --order) {
+#pragma unroll
+        for (int i = 0; i < How::kTermsX; ++i) {
+          const int j = order - i;
+          if (j < 0) continue;
+          const uint32_t rows[4] = {of_x[0][i][s], of_x[1][i][s], of_x[0][i][s + 1], of_x[1][i][s + 1]};
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t ranks[2] = {of_a[h][j][s], of_a[h][j][s + 1]};
+            mma_16x8x16<typename How::Shrink>(sums[h], rows, ranks);
+          }
+        }
+      }
+    }
+  }
+
+  // v = scaling times the sum of all blocks' sums.
+  PEFTKERN_DEVICE void add_slices() const {
+    const int quads = (rank + kTile - 1) / kTile * (kTile / 4);
+    for (int i = static_cast<int>(threadIdx.x); i < rows * quads; i += kThreads) {
+      const int at = i / quads * stride + i % quads * 4;
+      const uint32_t here = shared_address(mine + at);
+      Float4 part[kCluster];
+#pragma unroll
+      for (int c = 0; c < kCluster; ++c) {
+        part[c] = cluster_load<Float4>(cluster_address(here, static_cast<uint32_t>(c)));
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float sum = part[0].value[e];
+#pragma unroll
+        for (int c = 1; c < kCluster; ++c) sum += part[c].value[e];
+        v[at + e] = scaling * sum;
+      }
+    }
+  }
+
+  // This lane's part of 16 ranks from r0 on and 64 columns of out from n0 on.
+  PEFTKERN_DEVICE Square<Adapter> load_b(int n0, int r0) const {
+    const int n = n0 + 8 * g(), r = r0 + 4 * t();
+    return load_square(b + n * b_n + r * b_r, b_n, b_r, N - n, rank - r);
+  }
+
+  // out += v B^T for columns n0 to n0 + 63; `square` holds the first 16 ranks.
+  PEFTKERN_DEVICE void expand(int n0, Square<Adapter>& square) const {
+    for (int row0 = 0; row0 < rows; row0 += kTile) {
+      float sums[8][4] = {};
+      for (int r0 = 0; r0 < rank; r0 += kTile) {
+        if (r0 > 0 || (row0 > 0 && rank > kTile)) square = load_b(n0, r0);
+        const float* from = v + (row0 + g()) * stride + r0 + 4 * t();
+        uint32_t of_v[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const Float4 some = *reinterpret_cast<const Float4*>(from + 8 * h * stride);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint32_t terms[2];
+            split<2>(some.value[2 * i], some.value[2 * i + 1], terms);
+            of_v[0][2 * i + h] = terms[0], of_v[1][2 * i + h] = terms[1];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          uint32_t of_b[How::kTermsB][2];
+          square.column(j, of_b);
+          if constexpr (How::kTermsB == 2) mma_16x8x16<bf16>(sums[j], of_v[0], of_b[1]);
+          mma_16x8x16<bf16>(sums[j], of_v[1], of_b[0]);
+          mma_16x8x16<bf16>(sums[j], of_v[0], of_b[0]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row0 + g() + 8 * h, n = n0 + 16 * t();
+        if (row >= rows) continue;
+        T* out = static_cast<T*>(args.out) + order[row] * args.out_row + n;
+        float low[8], high[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) low[j] = sums[j][2 * h], high[j] = sums[j][2 * h + 1];
+        add_eight(out, low, N - n);
+        add_eight(out + 8, high, N - n - 8);
+      }
+    }
+  }
+
+  PEFTKERN_DEVICE void run() const {
+    const int groups = (N + kGroup - 1) / kGroup, each = (groups + kCluster - 1) / kCluster;
+    const int begin = block() * each, end = begin + each < groups ? begin + each : groups;
+    if (begin < end) prefetch_b(begin * kGroup, end * kGroup < N ? end * kGroup : N);
+
+    const auto addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(args.x);
+    const int64_t strides = a_row * static_cast<int64_t>(sizeof(Adapter)) | args.x_row * 2 | args.K * 2;
+    if (addresses % 16 != 0 || strides % 16 != 0) {
+      for (int row0 = 0; row0 < rows; row0 += kTile) shrink<1, false>(row0);
+    } else if (rows <= kTile) {
+      shrink<1, true>(0);
+    } else {
+      shrink<4, true>(0);
+    }
+
+    cluster_arrive();
+    int group = begin + warp();
+    Square<Adapter> square;
+    if (group < end) square = load_b(group * kGroup, 0);
+    cluster_wait();
+    add_slices();
+    cluster_arrive();
+    sync_threads();
+    grid_wait();
+    while (group < end) {
+      expand(group * kGroup, square);
+      group += kWarps;
+      if (group < end) square = load_b(group * kGroup, 0);
+    }
+    cluster_wait();  // until nobody reads `mine` any more
+  }
+
+  // This block's part of B, columns first to last - 1 of out, on its way to L2: 1 KiB per thread and turn.
+  PEFTKERN_DEVICE void prefetch_b(int first, int last) const {
+    constexpr int64_t kPiece = 1024 / sizeof(Adapter);
+    const bool by_rank = b_n == 1;
+    if (!by_rank && (b_r != 1 || b_n != rank)) return;
+    const int64_t count = by_rank ? rank : 1, length = (last - first) * b_n;
+    const int64_t pieces = (length + kPiece - 1) / kPiece;
+    for (int64_t i = threadIdx.x; i < count * pieces; i += kThreads) {
+      const int64_t at = i % pieces * kPiece, left = length - at;
+      const Adapter* p = b + first * b_n + i / pieces * b_r + at;
+      const auto bytes = static_cast<uint32_t>((left < kPiece ? left : kPiece) * sizeof(Adapter)) & ~15u;
+      if (bytes != 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) prefetch_bulk(p, bytes);
+    }
+  }
+};
+
+template <class T>
+PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
+  for (int row = 0; row < item.rows; ++row) {
+    T* out = static_cast<T*>(args.out) + args.order[item.first + row] * args.out_row;
+    for (int64_t n = cluster_rank() * kThreads + threadIdx.x; n < args.N; n += kCluster * kThreads) {
+      out[n] = from_float<T>(NAN);
+    }
+  }
+}
+
+template <class T, class Adapter>
+__global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4) sgmv_cluster_kernel(const __grid_constant__ Parameters p) {
+  if constexpr (kHasClusters) {
+    const SgmvArgs& args = p.args;
+    const Item item = find_item(p, blockIdx.x / static_cast<unsigned>(kCluster));
+    const bool adapter = item.rows > 0 && item.slot < args.slots;
+    if (adapter && args.table[item.slot * cpu::kMultiColumns + cpu::kRank] > 0) {
+      Branch<T, Adapter>(args, item, p.rows).run();
+    } else {
+      // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
+      grid_wait();
+      if (item.rows > 0 && item.slot > args.slots) fill_nan<T>(args, item);
+    }
+  }
+}
+
+template <class T>
+const char* start(const Parameters& p, const Launch& how) {
+  if (p.args.adapter_dtype == DType::f32) return launch(how, sgmv_cluster_kernel<T, float>, p);
+  return launch(how, sgmv_cluster_kernel<T, T>, p);
+}
+
+}  // namespace
+
+bool sgmv_in_clusters(const SgmvArgs& args) {
+  return args.arch >= 90 && args.dtype != DType::f32 && args.max_rank <= kMaxRank;
+}
+
+const char* sgmv_cluster_add(const SgmvArgs& args) {
+  Parameters p{args, 4 * kTile, true};
+  if (args.M <= kTile || args.max_rank > kMaxRankOfManyRows) p.rows = kTile;
+  const int64_t by_segment = (args.M + p.rows - 1) / p.rows + args.slots + 2;
+  p.by_position = args.M <= by_segment;
+  const int64_t blocks = kCluster * (p.by_position ? args.M : by_segment);
+  if (blocks > 0x7fffffff || args.K > 0x7fffffff - kStep || args.N > 0x7fffffff - kGroup)
+    return "cudaErrorInvalidConfiguration";
+  const int stride = row_floats(static_cast<int>(args.max_rank));
+  const int floats = p.rows * (stride + (stride > kWarps * kTile ? stride : kWarps * kTile));
+  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, static_cast<size_t>(floats) * 4, args.stream};
+  how.cluster = kCluster;
+  how.dependent = args.dependent;
+  return args.dtype == DType::bf16 ? start<bf16>(p, how) : start<f16>(p, how);
+}
+
+}  // namespace peftkern::cuda
