@@ -331,7 +331,8 @@ PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
 }
 
 template <class T, class Adapter>
-__global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4) sgmv_cluster_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
+    sgmv_cluster_kernel(const __grid_constant__ Parameters p) {
   if constexpr (kHasClusters) {
     const SgmvArgs& args = p.args;
     const Item item = find_item(p, blockIdx.x / static_cast<unsigned>(kCluster));
