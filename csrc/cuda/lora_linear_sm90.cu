@@ -8,6 +8,7 @@
 #include "cuda/launch.h"
 #include "cuda/lora_linear_sm90_product.h"
 #include "cuda/lora_linear_sm90_rank.h"
+#include "cuda/lora_linear_sm90_shrink.h"
 #include "cuda/tma.h"
 
 namespace peftkern::cuda {
@@ -16,9 +17,9 @@ namespace {
 
 // Hands free stages to the adapter. (Whoever fills a stage must have seen it free each time it was; a parity
 // tells the last time from the one before the last only. So one thread watches all stages.)
-template <int Columns, int Ranks>
-PEFTKERN_DEVICE void grant(const Layout<Columns, Ranks>& shared, Ring<Layout<Columns, Ranks>::kStages>& ring,
-                           int stages) {
+template <int Columns, bool MakesV>
+PEFTKERN_DEVICE void grant(const Layout<Columns, MakesV>& shared,
+                           Ring<Layout<Columns, MakesV>::kStages>& ring, int stages) {
   for (int i = 0; i < stages; ++i) {
     mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
     mbarrier_arrive(shared.granted(ring.slot));
@@ -27,11 +28,11 @@ PEFTKERN_DEVICE void grant(const Layout<Columns, Ranks>& shared, Ring<Layout<Col
 }
 
 // Stages of x and w, by one thread.
-template <int Columns, int Ranks, bool ByRow>
-PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared,
+template <int Columns, bool MakesV, bool ByRow>
+PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared,
                           const TensorMap* x, const TensorMap* w) {
   const Walk<Columns> walk(args);
-  Ring<Layout<Columns, Ranks>::kStages> ring;
+  Ring<Layout<Columns, MakesV>::kStages> ring;
   tensor_map_prefetch(x);
   tensor_map_prefetch(w);
   for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
@@ -56,20 +57,24 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Rank
   }
 }
 
-// Stages of the low-rank term, by three warps.
-template <class T, int Columns, int Ranks>
-PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared, int t) {
+// Stages of the low-rank term, by three warps; with MakesV, v before.
+template <class T, int Columns, bool MakesV>
+PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int t) {
   const Walk<Columns> walk(args);
   if (walk.rank_steps == 0) return;
-  Ring<Layout<Columns, Ranks>::kStages> ring;
-  const uint64_t seed = walk.rank_first ? static_cast<uint64_t>(*args.dropout.seed) : 0;
+  Ring<Layout<Columns, MakesV>::kStages> ring;
+  unsigned char* const extra = shared.memory + shared.kExtraAt;
+  const uint64_t seed = args.dropout.seed != nullptr ? static_cast<uint64_t>(*args.dropout.seed) : 0;
+  const RowBlocks<T> row_blocks{args, extra, reinterpret_cast<uint32_t*>(shared.memory + shared.kTicketAt),
+                                t};
   uint32_t mask_parity = 1, granted = 0;  // of the next wait; for each slot
   for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
     const Tile tile = walk.at(index);
+    if constexpr (MakesV) row_blocks.wait_for(tile, index == static_cast<int>(blockIdx.x));
     if (walk.rank_first) {
       mbarrier_wait(shared.mask_read(), mask_parity);
       mask_parity ^= 1;
-      make_mask<Columns>(args, shared.memory + shared.kExtraAt, tile, seed, t);
+      make_mask<Columns>(args, extra, tile, seed, t);
     } else {
       ring.skip(walk.steps);
     }
@@ -80,13 +85,14 @@ PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Ran
     }
     if (walk.rank_first) ring.skip(walk.steps);
   }
+  if constexpr (MakesV) row_blocks.leave();
 }
 
-template <class T, int Columns, int Ranks, bool ByRow>
+template <class T, int Columns, bool MakesV, bool ByRow>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_linear_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                        const __grid_constant__ LoraLinearArgs args) {
-  using Shared = Layout<Columns, Ranks>;
+  using Shared = Layout<Columns, MakesV>;
   const Shared shared(shared_memory());
   const int t = static_cast<int>(threadIdx.x) % 128;
   const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);  // the same in all lanes
@@ -103,19 +109,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 104 + 2 * 200 registers: the 3 * 168 that the block starts with. Products of 256 columns need 154 at the
   // start, so there is no room for a fourth warpgroup.
   if (warp < 4) {
-    registers_decrease<104>();
+    registers_decrease<152>();
     if (warp == 0) {
-      if (t == 0) load<Columns, Ranks, ByRow>(args, shared, &x, &w);
+      if (t == 0) load<Columns, MakesV, ByRow>(args, shared, &x, &w);
     } else {
       adapt<T>(args, shared, t - 32);
     }
   } else {
-    registers_increase<200>();
-    multiply<T, Columns, Ranks, ByRow>(args, shared, warp / 4 - 1, t);
+    registers_increase<176>();
+    multiply<T, Columns, MakesV, ByRow>(args, shared, warp / 4 - 1, t);
   }
 }
 
-template <class T, int Columns, bool ByRow>
+template <class T, int Columns, bool MakesV, bool ByRow>
 const char* start(const LoraLinearArgs& args) {
   const auto tiles = (args.M + kRows - 1) / kRows * ((args.N + Columns - 1) / Columns);
   const bool is_f16 = args.x.dtype == DType::f16;
@@ -128,8 +134,8 @@ const char* start(const LoraLinearArgs& args) {
   if (ByRow) of_w = {of_w.data, is_f16, args.K, args.N, args.w.row, kDepth, 64, true};
   if (const char* error = encode_tensor_map(of_w, &w)) return error;
   const auto blocks = static_cast<unsigned>(tiles < args.multiprocessors ? tiles : args.multiprocessors);
-  const Launch how{{blocks}, {kThreads}, Layout<Columns, 0>::kBytes, args.stream};
-  return launch(how, lora_linear_kernel<T, Columns, 0, ByRow>, x, w, args);
+  const Launch how{{blocks}, {kThreads}, Layout<Columns, MakesV>::kBytes, args.stream};
+  return launch(how, lora_linear_kernel<T, Columns, MakesV, ByRow>, x, w, args);
 }
 
 // Narrow tiles multiply a little slower, but leave fewer multiprocessors idle where there are few tiles.
@@ -141,10 +147,17 @@ bool narrow_tiles(const LoraLinearArgs& args) {
   return 8 * turns(256) > 9 * turns(128);
 }
 
+template <class T, int Columns>
+const char* choose(const LoraLinearArgs& args) {
+  if (args.a.data != nullptr) {
+    return start<T, Columns, true, false>(args);
+  }
+  return args.w_by_row ? start<T, Columns, false, true>(args) : start<T, Columns, false, false>(args);
+}
+
 template <class T>
 const char* choose(const LoraLinearArgs& args) {
-  if (narrow_tiles(args)) return args.w_by_row ? start<T, 128, true>(args) : start<T, 128, false>(args);
-  return args.w_by_row ? start<T, 256, true>(args) : start<T, 256, false>(args);
+  return narrow_tiles(args) ? choose<T, 128>(args) : choose<T, 256>(args);
 }
 
 }  // namespace
@@ -159,13 +172,22 @@ bool lora_linear_sm90_takes(const LoraLinearArgs& args) {
     return m.dtype == args.out.dtype && m.col == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
            m.row % 8 == 0 && m.row >= columns && rows < int64_t{1} << 31 && columns < int64_t{1} << 31;
   };
-  const bool drops_term = args.R > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
+  const auto adapter = [&](const ConstMatrix& m) {
+    return m.dtype == DType::f32 || m.dtype == args.out.dtype;
+  };
+  const auto vectors = [](const ConstMatrix& m) {
+    const int64_t bytes = m.row * (m.dtype == DType::f32 ? 4 : 2);
+    return m.col == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
+  };
+  const bool makes_v = args.a.data != nullptr;
+  const bool drops_term = args.R > 0 && args.dropout.seed != nullptr && !makes_v;
   return args.out.dtype != DType::f32 && args.out.col == 1 && args.M >= 1 && args.N >= 1 && args.K >= 1 &&
          fits(args.x, args.M, args.K) &&
          (args.w_by_row ? fits(args.w, args.K, args.N) : fits(args.w, args.N, args.K)) &&
-         args.R <= hopper::kMaxRank && args.a.data == nullptr &&
+         args.R <= hopper::kMaxRank && (args.R == 0 || adapter(args.b)) &&
          !(drops_term && args.base_scale != nullptr) &&
-         (args.R == 0 || args.b.dtype == DType::f32 || args.b.dtype == args.out.dtype);
+         (!makes_v || (args.R >= 1 && args.R <= hopper::kMaxMadeRank && adapter(args.a) && !args.w_by_row &&
+                       vectors(args.a)));
 }
 
 const char* lora_linear_sm90(const LoraLinearArgs& args) {

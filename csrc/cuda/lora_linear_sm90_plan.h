@@ -11,6 +11,7 @@ constexpr int kRows = 128;      // of a tile: 64 for each of the two warpgroups 
 constexpr int kDepth = 64;      // of a stage along K: 128 bytes, one row of a swizzled tile
 constexpr int kRankDepth = 16;  // ranks in a stage of the low-rank term
 constexpr int kMaxRank = 256;
+constexpr int kMaxMadeRank = 32;  // where v is made as well
 // Warpgroups: one whose first warp loads and whose other three make the adapter's part, two that multiply.
 constexpr int kThreads = 384, kAdapterThreads = 96;
 constexpr int kAdapterBarrier = 1;  // and one for each multiplying warpgroup
@@ -33,15 +34,15 @@ struct Ring {
   PEFTKERN_DEVICE void skip(int stages) { slot = (slot + static_cast<uint32_t>(stages)) % Stages; }
 };
 
-// Shared memory of a block with tiles of `Columns` columns; `Ranks`, a multiple of 8, if it makes v too.
-template <int Columns, int Ranks>
+// Shared memory of a block with tiles of `Columns` columns; MakesV: it makes v too.
+template <int Columns, bool MakesV>
 struct Layout {
   static constexpr int kStages = Columns == 256 ? 4 : 6;
   static constexpr uint32_t kLeft = kRows * kDepth * 2, kRight = Columns * kDepth * 2;
   static constexpr uint32_t kStage = kLeft + kRight;
   // Dropout bits of a tile, or the terms of a tile of lora_A, twice.
-  static constexpr uint32_t kTerms = 3 * Ranks * kDepth * 2;
-  static constexpr uint32_t kExtra = Ranks > 0 ? 2 * kTerms : kRows * Columns / 8;
+  static constexpr uint32_t kTerms = 3 * kMaxMadeRank * kDepth * 2;
+  static constexpr uint32_t kExtra = MakesV ? 2 * kTerms : kRows * Columns / 8;
   // base_scale and bias of a tile's columns, for each multiplying warpgroup.
   static constexpr uint32_t kVectors = 2 * 2 * Columns * 4;
 

@@ -9,9 +9,9 @@
 namespace peftkern::cuda::hopper {
 
 // One warpgroup's place in the ring: products of one stage are in flight while the next is issued.
-template <class T, int Columns, int Ranks, bool ByRow>
+template <class T, int Columns, bool MakesV, bool ByRow>
 struct Products {
-  using Shared = Layout<Columns, Ranks>;
+  using Shared = Layout<Columns, MakesV>;
   const Shared& shared;
   uint32_t rows;  // bytes from a stage's first row to the warpgroup's
   int lane;
@@ -88,15 +88,15 @@ PEFTKERN_DEVICE void meet(int group) {
   }
 }
 
-template <class T, int Columns, int Ranks, bool ByRow>
-PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared, int group,
+template <class T, int Columns, bool MakesV, bool ByRow>
+PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int group,
                               int t) {
   const Walk<Columns> walk(args);
   const int lane = t % 32, warp = t / 32;
   const bool single = one_term(args), has_vectors = args.base_scale != nullptr || args.bias != nullptr;
   auto* const scale = reinterpret_cast<float*>(shared.memory + shared.kVectorsAt) + group * 2 * Columns;
   float* const bias = scale + Columns;
-  Products<T, Columns, Ranks, ByRow> products{shared, static_cast<uint32_t>(group) * 64 * 128, lane};
+  Products<T, Columns, MakesV, ByRow> products{shared, static_cast<uint32_t>(group) * 64 * 128, lane};
   float sums[Columns / 2];
   for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
     const Tile tile = walk.at(index);

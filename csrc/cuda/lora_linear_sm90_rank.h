@@ -108,35 +108,37 @@ PEFTKERN_DEVICE void store_terms(unsigned char* tile, int row, const float (&val
   }
 }
 
-// One stage of the low-rank term of a tile, ranks from `first` on. Everything is read before the slot is
-// waited for.
-template <class T, int Columns, int Ranks>
-PEFTKERN_DEVICE void make_rank_stage(const LoraLinearArgs& args, const Layout<Columns, Ranks>& shared,
+// One stage of the low-rank term of a tile, ranks from `first` on. What a thread does first is read before
+// the slot is waited for.
+template <class T, int Columns, bool MakesV>
+PEFTKERN_DEVICE void make_rank_stage(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared,
                                      uint32_t slot, uint32_t parity, Tile tile, int first, int t) {
-  // Rows of the left operand, then of the right one.
-  constexpr int kOperandRows = kRows + Columns,
-                kEach = (kOperandRows + kAdapterThreads - 1) / kAdapterThreads;
-  float values[kEach][kRankDepth] = {};
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = i * kAdapterThreads + t;
-    if (at < kRows) {
-      if (tile.row + at < args.M) load_v(values[i], args, tile.row + at, first);
-    } else if (at < kOperandRows) {
-      const int64_t column = int64_t{tile.column} + at - kRows;
-      if (column < args.N) load_b<T>(values[i], args, column, first);
-    }
-  }
+  constexpr int kOperandRows = kRows + Columns;  // of the left operand, then of the right one
+  constexpr int kTogether = 2;                   // rows of a thread
   const bool single = one_term(args);
   unsigned char* const operands = shared.memory + slot * shared.kStage;
-  mbarrier_wait(shared.granted(slot), parity);
+#pragma unroll 1
+  for (int start = t; start < kOperandRows; start += kTogether * kAdapterThreads) {
+    float values[kTogether][kRankDepth] = {};
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = i * kAdapterThreads + t;
-    if (at < kRows) {
-      store_terms<true>(operands, at, values[i], single);
-    } else if (at < kOperandRows) {
-      store_terms<false>(operands, at, values[i], single);  // kLeft is kRows rows
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = start + i * kAdapterThreads;
+      const int64_t row = int64_t{tile.row} + at, column = int64_t{tile.column} + at - kRows;
+      if (at < kRows) {
+        if (row < args.M) load_v(values[i], args, row, first);
+      } else if (at < kOperandRows && column < args.N) {
+        load_b<T>(values[i], args, column, first);
+      }
+    }
+    if (start == t) mbarrier_wait(shared.granted(slot), parity);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = start + i * kAdapterThreads;
+      if (at < kRows) {
+        store_terms<true>(operands, at, values[i], single);
+      } else if (at < kOperandRows) {
+        store_terms<false>(operands, at, values[i], single);  // kRows rows behind the left operand's first
+      }
     }
   }
   fence_async_proxy();

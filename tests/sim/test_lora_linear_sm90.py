@@ -114,7 +114,7 @@ class Case:
         with sim.memory(at_end=at_end) as memory:
 
             def put(tensor, offset=0):
-                # Rows of x and w start at multiples of 16 bytes; others may lie anywhere.
+                # Rows of x, w and a start at multiples of 16 bytes; others may lie anywhere.
                 flat = raw(tensor.contiguous()).reshape(-1)
                 held = memory.put(np.concatenate([np.zeros(offset, flat.dtype), flat]), alignment=flat.itemsize)
                 return ctypes.c_void_p(held.address + offset * flat.itemsize)
@@ -146,7 +146,7 @@ class Case:
             counters = None
             if self.makes_v:
                 held_v = memory.empty(off + self.M * self.R, np.float32)
-                args.a = Matrix(put(t["a"], off), CODES[self.adapter], self.K, 1)
+                args.a = rows(t["a"], self.gap)
                 library = sim._library
                 library.sim_lora_linear_counters.restype = ctypes.c_int64
                 count = library.sim_lora_linear_counters(ctypes.c_int64(self.M))
@@ -177,6 +177,9 @@ class Case:
         t = self.operands()
         out, v = self.run(sim, t, **how)
         expected, error, expected_v = self.expected(t)
+        if self.makes_v:
+            size = t["x"].double().abs() @ t["a"].double().abs().T / (1 - self.p)
+            assert ((v.double() - expected_v).abs() <= 2.0**-20 * size).all(), (self, "v")
         wrong = (out.double() - expected).abs() - error
         assert not wrong.isnan().any() and wrong.max() <= 0, (self, float(wrong.max()), int((wrong > 0).sum()))
 
@@ -223,6 +226,25 @@ def test_input_gradient(sim, case, dtype):
         case.check(sim, seed=case.M, at_end=not same)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 1, 1),
+        Case(130, 264, 200, 16, p=0.3, multiprocessors=2),
+        Case(300, 300, 330, 32, p=0.1, multiprocessors=3),
+        Case(97, 136, 1100, 5, multiprocessors=1, scales="base rank low", bias=F32),
+        Case(49, 20, 37, 17, p=0.5, multiprocessors=1, misaligned=True),
+        Case(520, 8, 64, 8),
+    ],
+    ids=lambda c: f"{c.M}x{c.N}x{c.K}-{c.R}-{c.p}",
+)
+def test_v_is_made_as_well(sim, case, dtype):
+    for same in (False, True):
+        case = replace(case, makes_v=True, dtype=dtype, adapter=dtype if same else F32, seed=case.M + same)
+        case.check(sim, seed=case.M + same, at_end=not same, launches=2)
+
+
 SCALED = Case(131, 273, 136, 24, multiprocessors=2)
 
 
@@ -265,6 +287,7 @@ def test_every_schedule_gives_the_same_bits(sim, mode):
         Case(200, 300, 330, 40, scales="base", bias=F32),
         Case(200, 300, 330, 40, p=0.5, by_row=True, multiprocessors=2),
         Case(100, 130, 600, 200, multiprocessors=1),
+        Case(300, 130, 140, 9, makes_v=True, p=0.5),
     ):
         t = case.operands()
         expected, _ = case.run(sim, t)
@@ -286,6 +309,7 @@ def test_tile_width_and_blocks_do_not_change_bits(sim):
     [
         {"R": 257}, {"M": 0}, {"N": 0}, {"K": 0}, {"x_row": 36}, {"x_address": 8}, {"w_row": 16}, {"out_col": 2},
         {"b_dtype": 2}, {"x_dtype": 0}, {"base_scale": 64, "seed": 64},
+        {"a_row": 33}, {"a_address": 8}, {"a_row": 32, "R": 33}, {"a_row": 32, "w_by_row": True},
     ],
 )  # fmt: skip
 def test_declines_what_it_cannot_take(sim, change):
@@ -294,7 +318,11 @@ def test_declines_what_it_cannot_take(sim, change):
         made.x, made.w = Matrix(x_address, x_dtype, x_row, 1), Matrix(64, 1, w_row, 1)
         made.out, made.b = Matrix(64, 1, 8, out_col), Matrix(64, b_dtype, 4, 1)
         made.base_scale, made.dropout.seed = more.get("base_scale"), more.get("seed")
+        made.w_by_row = more.get("w_by_row", False)
+        if "a_row" in more or "a_address" in more:
+            made.a = Matrix(more.get("a_address", 64), 0, more.get("a_row", 32), 1)
         return ctypes.byref(made)
 
     takes = sim._library.sim_lora_linear_sm90_takes
-    assert takes(args()) == 1 and takes(args(**change)) == 0
+    assert takes(args()) == 1 and takes(args(a_row=32)) == 1
+    assert takes(args(**change)) == 0
