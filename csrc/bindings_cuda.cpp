@@ -79,7 +79,7 @@ void store_addresses(const std::vector<uint64_t>& addresses, uintptr_t out, uint
 void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N, int64_t K,
               int adapter_dtype, uintptr_t tensors, uintptr_t table, int64_t slots, int64_t max_rank,
               uintptr_t scaling, uintptr_t order, uintptr_t starts, uintptr_t partial, uintptr_t counters,
-              bool dependent, uintptr_t stream) {
+              bool dependent, int arch, uintptr_t stream) {
   cuda::SgmvArgs args{};
   const Matrix to = adjacent("out", written("out", out, M, N));
   const ConstMatrix from = adjacent("x", read("x", x, M, K));
@@ -89,13 +89,13 @@ void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N
   args.M = M, args.N = N, args.K = K, args.slots = slots, args.max_rank = max_rank;
   check_block("table", table, slots, 1), check_block("scaling", scaling, slots, 1);
   check_block("order", order, M, 1), check_block("starts", starts, 1, 1);
-  check_block("partial", partial, cuda::sgmv_partials(M, K, max_rank), 1);
-  check_block("counters", counters, cuda::sgmv_counters(M), 1);
+  check_block("partial", partial, cuda::sgmv_partials(M, K, max_rank, args.dtype, arch), 1);
+  check_block("counters", counters, cuda::sgmv_counters(M, max_rank, args.dtype, arch), 1);
   args.tensors = pointer<uint64_t>(tensors), args.table = pointer<int64_t>(table);
   args.scaling = pointer<float>(scaling), args.order = pointer<int32_t>(order);
   args.starts = pointer<int32_t>(starts);
   args.partial = pointer<float>(partial), args.counters = pointer<uint32_t>(counters);
-  args.dependent = dependent, args.stream = pointer<void>(stream);
+  args.dependent = dependent, args.arch = arch, args.stream = pointer<void>(stream);
   check("sgmv_add", cuda::sgmv_add(args));
 }
 // --- end of many adapters ---
@@ -116,10 +116,20 @@ void peftkern::bind_cuda(py::module_& m) {
         "dropout"_a, "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
-  m.def("cuda_sgmv_partials", &cuda::sgmv_partials, "M"_a, "K"_a, "max_rank"_a);
-  m.def("cuda_sgmv_counters", &cuda::sgmv_counters, "M"_a);
+  m.def(
+      "cuda_sgmv_partials",
+      [](int64_t M, int64_t K, int64_t max_rank, int dtype, int arch) {
+        return cuda::sgmv_partials(M, K, max_rank, check_dtype(dtype), arch);
+      },
+      "M"_a, "K"_a, "max_rank"_a, "dtype"_a, "arch"_a);
+  m.def(
+      "cuda_sgmv_counters",
+      [](int64_t M, int64_t max_rank, int dtype, int arch) {
+        return cuda::sgmv_counters(M, max_rank, check_dtype(dtype), arch);
+      },
+      "M"_a, "max_rank"_a, "dtype"_a, "arch"_a);
   m.def("cuda_sgmv_add", &sgmv_add, nogil, "out"_a, "x"_a, "M"_a, "N"_a, "K"_a, "adapter_dtype"_a,
         "tensors"_a, "table"_a, "slots"_a, "max_rank"_a, "scaling"_a, "order"_a, "starts"_a, "partial"_a,
-        "counters"_a, "dependent"_a, "stream"_a);
+        "counters"_a, "dependent"_a, "arch"_a, "stream"_a);
   // --- end of many adapters ---
 }

@@ -226,10 +226,12 @@ const char* start(const SgmvArgs& args, const Launch& how) {
 
 }  // namespace
 
-int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank) {
+int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int arch) {
+  if (sgmv_in_clusters(max_rank, dtype, arch)) return 0;
   return M * ((K + kDepth - 1) / kDepth) * max_rank;
 }
-int64_t sgmv_counters(int64_t M) {
+int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch) {
+  if (sgmv_in_clusters(max_rank, dtype, arch)) return 0;
   return kDoneCounter + M;
 }
 
@@ -237,7 +239,7 @@ const char* sgmv_add(const SgmvArgs& args) {
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
   const int64_t blocks = args.M * (splits + chunks);
   if (args.M == 0 || args.N == 0) return nullptr;
-  if (sgmv_in_clusters(args)) return sgmv_cluster_add(args);
+  if (sgmv_in_clusters(args.max_rank, args.dtype, args.arch)) return sgmv_cluster_add(args);
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
   const int64_t floats = kRows * (args.max_rank > kDepth ? args.max_rank : kDepth);
   Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, 16 + static_cast<size_t>(floats) * 4, args.stream};

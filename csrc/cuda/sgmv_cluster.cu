@@ -355,8 +355,8 @@ const char* start(const Parameters& p, const Launch& how) {
 
 }  // namespace
 
-bool sgmv_in_clusters(const SgmvArgs& args) {
-  return args.arch >= 90 && args.dtype != DType::f32 && args.max_rank <= kMaxRank;
+bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch) {
+  return arch >= 90 && dtype != DType::f32 && max_rank <= kMaxRank;
 }
 
 const char* sgmv_cluster_add(const SgmvArgs& args) {

@@ -21,12 +21,14 @@ def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
         # Names, so that no copy is freed before the launch.
         x, into, table, scaling = rows(x), rows(out), table.contiguous(), native.vector(scaling)
         order, starts, tensors = order.contiguous(), starts.contiguous(), native.addresses(weights, x)
-        partial = native.floats(native._C.cuda_sgmv_partials(M, K, max_rank), x)
-        counters = native.counters(native._C.cuda_sgmv_counters(M), x)
+        kernel = max_rank, native.CODES[x.dtype], native.device(x).arch
+        partial = native.floats(native._C.cuda_sgmv_partials(M, K, *kernel), x)
+        words = native._C.cuda_sgmv_counters(M, *kernel)
+        counters = native.counters(words, x) if words else None
         native._C.cuda_sgmv_add(
             matrix(into), matrix(x), M, N, K, native.CODES[weights[0].dtype if weights else x.dtype],
             pointer(tensors), pointer(table), table.shape[0], max_rank, pointer(scaling), pointer(order),
-            pointer(starts), pointer(partial), pointer(counters), False, native.stream(x),
+            pointer(starts), pointer(partial), pointer(counters), False, native.device(x).arch, native.stream(x),
         )  # fmt: skip
         if into is not out:
             out.copy_(into)

@@ -7,9 +7,12 @@ import contextlib
 import pytest
 import torch
 
+from peftkern import AdapterBank
 from peftkern.backends import cuda_lora, cuda_native
 from peftkern.backends.cuda import OPS
 from peftkern.ops.dropout_mask import dropout_mask_ref
+from peftkern.ops.multi_lora_linear import multi_lora_linear_route_ref
+from peftkern.ops.sgmv import sgmv_add_ref
 
 
 @pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
@@ -48,3 +51,20 @@ def test_shrink(device, M, C, R):
     kept = torch.where(dropout_mask_ref(seed, M, C, 0.25), x.double() / 0.75, 0.0)
     expected = -0.5 * (kept * scale.double()) @ b.double()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sgmv_add(device, dtype):
+    gen = torch.Generator().manual_seed(1)
+    bank = AdapterBank(24, 40, max_adapters=3, max_rank=8, dtype=dtype)
+    for name, rank in (("a", 8), ("b", 3)):
+        bank.add(name, torch.randn(rank, 24, generator=gen), torch.randn(40, rank, generator=gen), scaling=0.5)
+    state = bank.snapshot()
+    ids = bank.ids(["b", None, "a", "b", "a"])
+    order, starts = multi_lora_linear_route_ref(ids, state.table, state.mask)
+    x, out = (torch.randn(5, n, generator=gen).to(dtype) for n in (24, 40))
+    expected = out.clone()
+    rest = state.weights, state.table, state.scaling, state.max_rank, order, starts
+    sgmv_add_ref(expected, x, *rest)
+    OPS["sgmv_add"](out, x, *rest)
+    torch.testing.assert_close(out, expected)

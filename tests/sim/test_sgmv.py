@@ -80,8 +80,10 @@ class Batch:
         library = sim._library
         library.sim_sgmv_partials.restype = library.sim_sgmv_counters.restype = ctypes.c_int64
         as64 = ctypes.c_int64
-        partials = library.sim_sgmv_partials(as64(self.M), as64(self.K), as64(self.max_rank))
-        counters = library.sim_sgmv_counters(as64(self.M))
+        kernel = as64(self.max_rank), CODES[self.dtype], arch
+        partials = library.sim_sgmv_partials(as64(self.M), as64(self.K), *kernel)
+        counters = library.sim_sgmv_counters(as64(self.M), *kernel)
+        assert (counters == 0) == (arch >= 90 and self.dtype != torch.float32)
         sizes = np.array(
             [
                 CODES[self.dtype],
@@ -109,7 +111,7 @@ class Batch:
             x.address += self.gap * self.x.element_size()
             y = raw(torch.nn.functional.pad(self.y, (self.gap, 0), value=pad))
             count = partial = None
-            if arch < 90 or self.dtype == torch.float32:
+            if counters:
                 count = memory.put(np.zeros(counters, np.uint32))
                 partial = memory.empty(partials, np.float32)
             for _ in range(launches):

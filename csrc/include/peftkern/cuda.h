@@ -114,11 +114,11 @@ const char* lora_row_norm(const LoraRowNormArgs& args);
 // out[i] = host[i], where `host` alone is in host memory, read before the call returns.
 const char* store_addresses(const uint64_t* host, int64_t count, uint64_t* out, void* stream);
 
-// out (M, N) += s[a] B[a] A[a] x, row by row; see csrc/cuda/sgmv.cu. Rows of x and out have adjacent columns.
-// tensors (addresses of `weights`), table, scaling, order and starts (see peftkern/ops/multi_lora_linear.py)
-// are in device memory. partial: sgmv_partials floats. counters: sgmv_counters words, zero before the first
-// launch that uses them and after each; not for two launches at the same time. dependent: the launch before
-// may still run, and writes out.
+// out (M, N) += s[a] B[a] A[a] x, row by row; see csrc/cuda/sgmv.cu and sgmv_cluster.cu. Rows of x and out
+// have adjacent columns. tensors (addresses of `weights`), table, scaling, order and starts (see
+// peftkern/ops/multi_lora_linear.py) are in device memory. partial: sgmv_partials floats, null if that is 0.
+// counters: sgmv_counters words, null if that is 0, zero before the first launch that uses them and after
+// each; not for two launches at the same time. dependent: the launch before may still run, and writes out.
 struct SgmvArgs {
   DType dtype, adapter_dtype;
   void* out;
@@ -137,10 +137,8 @@ struct SgmvArgs {
   int arch;  // compute capability of the device: 80, 90, 100
   void* stream;
 };
-// Whether the device's clusters do it: then partial and counters are not used and may be null.
-bool sgmv_in_clusters(const SgmvArgs& args);
-int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank);
-int64_t sgmv_counters(int64_t M);
+int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int arch);
+int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch);
 const char* sgmv_add(const SgmvArgs& args);  // fp32 too
 
 }  // namespace peftkern::cuda

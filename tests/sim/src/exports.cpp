@@ -55,10 +55,10 @@ EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, 
   return peftkern::cuda::sgmv_add(args);
 }
 
-EXPORT int64_t sim_sgmv_partials(int64_t M, int64_t K, int64_t max_rank) {
-  return peftkern::cuda::sgmv_partials(M, K, max_rank);
+EXPORT int64_t sim_sgmv_partials(int64_t M, int64_t K, int64_t max_rank, int dtype, int arch) {
+  return peftkern::cuda::sgmv_partials(M, K, max_rank, static_cast<peftkern::DType>(dtype), arch);
 }
 
-EXPORT int64_t sim_sgmv_counters(int64_t M) {
-  return peftkern::cuda::sgmv_counters(M);
+EXPORT int64_t sim_sgmv_counters(int64_t M, int64_t max_rank, int dtype, int arch) {
+  return peftkern::cuda::sgmv_counters(M, max_rank, static_cast<peftkern::DType>(dtype), arch);
 }
