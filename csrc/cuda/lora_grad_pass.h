@@ -167,6 +167,43 @@ PEFTKERN_DEVICE void make_down(float (&sums)[2][4], const uint32_t (&p)[4][2][Te
   }
 }
 
+// Where a thread adds what the column groups have of `down`: one rank of two or four rows of every stage.
+class GradDown {
+ public:
+  PEFTKERN_DEVICE GradDown(const LoraGradArgs& args, const GradPlan& plan, const GradBlock& block)
+      : shift_(plan.ranks == 16 ? 4 : 5) {
+    const int64_t rank = block.rank0 + r();
+    rows_ = rank < args.R ? static_cast<int>(block.row1 - block.row0) : 0;
+    if (plan.down_at < 0) {
+      to_ = args.down + block.row0 * args.R + rank;
+      factor_ = args.rank_scale != nullptr && rank < args.R ? args.down_alpha * args.rank_scale[rank]
+                                                            : args.down_alpha;
+    } else {
+      to_ = args.partial + plan.down_at + (block.strip * args.M + block.row0) * args.R + rank;
+      factor_ = 1;
+    }
+  }
+
+  PEFTKERN_DEVICE void store(const float* parts, int64_t R) {
+    const int stride = grad_down_stride(1 << shift_);
+    for (int row = static_cast<int>(threadIdx.x) >> shift_; row < kGradRows; row += kGradThreads >> shift_) {
+      float sum = 0;
+#pragma unroll
+      for (int group = 0; group < 4; ++group) sum += parts[(group * kGradRows + row) * stride + r()];
+      if (row < rows_) to_[row * R] = sum * factor_;
+    }
+    to_ += kGradRows * R;
+    rows_ -= kGradRows;
+  }
+
+ private:
+  PEFTKERN_DEVICE int r() const { return static_cast<int>(threadIdx.x) & ((1 << shift_) - 1); }
+
+  int shift_, rows_;  // rows that are left, of the next stage
+  float* to_;
+  float factor_;
+};
+
 // Terms: of v. DownTerms: of p; 1, p enters as it is, in T; 0, no `down`.
 template <class T, int Terms, int DownTerms>
 __global__ void __launch_bounds__(kGradThreads, DownTerms == 0 ? 2 : 1)
@@ -182,6 +219,7 @@ __global__ void __launch_bounds__(kGradThreads, DownTerms == 0 ? 2 : 1)
   const GradBlock block = grad_block(args, plan);
   GradTile tile(args, block);
   GradVector<Terms> vector(args, plan, block, fragments);
+  GradDown down(args, plan, block);
   const bool dropping = plan.grad && args.dropout.seed != nullptr;
 #pragma unroll
   for (int s = 0; s < kGradStages - 1; ++s) {
@@ -277,20 +315,7 @@ __global__ void __launch_bounds__(kGradThreads, DownTerms == 0 ? 2 : 1)
     }
     if constexpr (DownTerms > 0) {
       sync_threads();
-      const int stride = grad_down_stride(plan.ranks);
-      for (int i = t; i < kGradRows * plan.ranks; i += kGradThreads) {
-        const int row = i / plan.ranks, r = i % plan.ranks;
-        float sum = 0;
-#pragma unroll
-        for (int group = 0; group < 4; ++group) sum += parts[(group * kGradRows + row) * stride + r];
-        const int64_t m = block.row0 + static_cast<int64_t>(s) * kGradRows + row, rank = block.rank0 + r;
-        if (m >= block.row1 || rank >= args.R) continue;
-        if (plan.down_at < 0) {
-          finish_down(args, m, rank, sum);
-        } else {
-          args.partial[plan.down_at + (block.strip * args.M + m) * args.R + rank] = sum;
-        }
-      }
+      down.store(parts, args.R);
     }
   }
   grid_launch_dependents();
