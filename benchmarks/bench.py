@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
-from . import machine, populations
+from . import gpu, machine, populations
+from .candidates import NOT_HERE
 from .case import DTYPES, Bench
+from .device_timing import CudaClock
 from .registry import OPS
 from .result import write
 from .runner import Runner, Settings, blocks
 from .timing import copy_bandwidth
 
 SCHEMA = 1
-SECONDS = {"quick": 1.5, "full": 3.0}
-LIMITS = {"quick": 2.0, "full": 4.0}
+SECONDS = {"quick": 1.5, "full": 3.0, "gpu": 8.0}
+LIMITS = {"quick": 2.0, "full": 4.0, "gpu": 4.0}
 EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
 training step, fwd_bwd the whole step (gradients of x and the adapters). Provider names: {providers}.
 """
@@ -47,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
         "--tune", action="store_true", help="measure what is fastest on this GPU instead; --tune --help says more"
     )
     p.add_argument(
-        "--preset", choices=("quick", "full"), default="quick", help="quick: a minute; full: 10 to 15 minutes"
+        "--preset",
+        choices=("quick", "full", "gpu"),
+        default="quick",
+        help="quick: a minute; full: 10 to 15 minutes; gpu: what a GPU is judged on, a few minutes",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees one")
     p.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="dtypes of x and weight")
@@ -70,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, help="skip what takes longer than this many seconds a step")
     p.add_argument("--threads", type=int, help="torch.set_num_threads")
     p.add_argument("--memory", action="store_true", help="also measure the peak memory of a step")
-    p.add_argument("--no-gate", action="store_true", help="do not check peftkern's accuracy before timing it")
+    p.add_argument(
+        "--graph", action="store_true", help="on a GPU: time CUDA graphs (decoding always is, as far as it can be)"
+    )
+    p.add_argument("--no-gate", action="store_true", help="do not check results before timing them")
     p.add_argument("--json", type=Path, metavar="FILE", help="write header and rows; updated after every block")
     p.add_argument("--plot", type=Path, metavar="DIR", help="write plots as PNG")
     p.add_argument(
@@ -100,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return rerun(args.rerun, console, repeats=max(args.repeats, 7))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _not_measured(device, args)
+    if reason:
+        console.print(f"nothing is measured: {reason}", style="red")
+        return 2
     bench = OPS[args.op]
     extra = _extra(args, bench)
     cases = bench.cases(
@@ -109,33 +121,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
         return 2
-    bandwidth = copy_bandwidth(device)
-    result = {"schema": SCHEMA, "header": machine.header(device, bandwidth) | {"preset": args.preset, "op": args.op}}
-    result |= {"rows": [], "reruns": []}
+    clock, bandwidth, products = _rates(device, cases)
+    header = machine.header(device, bandwidth, products) | {"preset": args.preset, "op": args.op}
+    result = {"schema": SCHEMA, "header": header, "rows": [], "reruns": []}
     settings = Settings(
         preset=args.preset, seconds=args.seconds or SECONDS[args.preset], bandwidth=bandwidth,
         limit=args.limit or LIMITS[args.preset], min_repeats=args.repeats, max_repeats=max(60, args.repeats),
-        cache=result["header"]["cache_bytes"], memory=args.memory, providers=tuple(args.provider or ()),
-        gate=not args.no_gate,
+        cache=header["cache_bytes"], memory=args.memory or device == "cuda", providers=tuple(args.provider or ()),
+        gate=not args.no_gate, clock=clock, flops=products, graph=args.graph,
     )  # fmt: skip
-    describe(result["header"], console)
+    describe(header, console)
     started = time.perf_counter()
     for rows in _progress(Runner(bench, settings), cases, console):
         result["rows"] += rows
-        result["header"]["seconds"] = round(time.perf_counter() - started, 1)
+        header["seconds"] = round(time.perf_counter() - started, 1)
+        if device == "cuda":
+            header["gpu"]["smi_after"] = gpu.smi()
         if args.json:
             write(args.json, result)
-    from .table import tables
-
-    for table in (bench.tables or tables)(result["rows"], bench):
+    for table in _tables(bench, device)(result["rows"], bench):
         console.print(table)
-    console.print(f"{len(result['rows'])} rows in {result['header']['seconds']:.0f} s")
+    console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s")
     if args.plot:
         from .plots import plot
 
         for file in (bench.plot or plot)(result, bench, args.plot):
             console.print(f"wrote {file}")
     return failures(result["rows"], bench, console)
+
+
+def _not_measured(device: str, args) -> str | None:
+    if device == "cuda":
+        return gpu.unavailable()
+    if args.preset == "gpu" or args.graph:
+        why = gpu.unavailable()
+        return ("--graph" if args.graph else "--preset gpu") + " is for --device cuda" + (f", and {why}" if why else "")
+    return None
+
+
+def _rates(device: str, cases) -> tuple[CudaClock | None, float, dict[str, float]]:
+    # What measures, and the rates that floors are made from.
+    if device != "cuda":
+        return None, copy_bandwidth(device), {}
+    clock = CudaClock(machine.cache_bytes(device))
+    return clock, gpu.copy_rate(clock), gpu.product_rates(clock, dict.fromkeys(case.dtype for case in cases))
+
+
+def _tables(bench: Bench, device: str):
+    from . import device_table, table
+
+    return device_table.tables if device == "cuda" else bench.tables or table.tables
 
 
 def _extra(args, bench: Bench) -> dict:
@@ -166,8 +201,9 @@ def describe(header: dict, console) -> None:
     """One line on what is measured on."""
     versions, cpu = header["versions"], header["cpu"]
     isa = header["gpu"]["arch"] if header["gpu"] else cpu["torch_isa"]
+    products = "".join(f"{name} product {rate:.0f} TFLOP/s, " for name, rate in header["product_tflop_per_s"].items())
     console.print(
-        f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, "
+        f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, {products}"
         f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
     )
     if header["load"] is not None and header["load"] > 0.5:
@@ -175,8 +211,8 @@ def describe(header: dict, console) -> None:
 
 
 def failures(rows: list[dict], bench: Bench, console) -> int:
-    """1 if a provider broke or ours was wrong (a slow provider that was skipped is no failure), else 0."""
-    bad = {r["skipped"] for r in rows if r["skipped"] and not r["skipped"].startswith("hopelessly slow")}
+    """1 if a provider broke or was wrong (one that is slow, or not for this machine, is no failure), else 0."""
+    bad = {r["skipped"] for r in rows if r["skipped"] and not r["skipped"].startswith(("hopelessly slow", NOT_HERE))}
     bad -= {reason for p in bench.providers.values() if (reason := p.missing())}
     for reason in sorted(bad):
         console.print(f"not measured: {reason}", style="red")

@@ -5,6 +5,7 @@ A Bench is one op. Adding one takes a file that builds a Bench and a line in reg
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,8 @@ class Provider:
     at a small shape stands for this one's; ``warm_steps`` full steps run before the first timed one.
 
     ``passes``: what it can do at all. ``gated``: ours, timed only if the bench's gate finds it accurate. ``floor``: its
-    own, if it computes something else than the whole op.
+    own, if it computes something else than the whole op. ``unusable(case)`` says why it cannot take a case, which is no
+    failure. ``around`` makes the context that its steps run in. ``no_graph``: why it is not captured in a CUDA graph.
     """
 
     name: str
@@ -124,6 +126,9 @@ class Provider:
     passes: tuple[str, ...] = PASSES
     gated: bool = False
     floor: Callable[[Case, str], Floor] | None = None
+    unusable: Callable[[Case], str | None] = lambda case: None
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    no_graph: str | None = None
 
     def timed(self, case: Case) -> tuple[str, ...]:
         """The passes of ``case`` that this provider has."""
@@ -135,7 +140,8 @@ class Bench:
     """One op: its cases, data, providers, floor and accuracy gate.
 
     ``cases(preset, options)``; ``data(case, copies)`` makes tensors shared by a block; ``plan(case, preset)`` names
-    the providers to time; ``floor(case, pass)``; ``gate(case)`` returns a reason if our result is not accurate.
+    the providers to time; ``floor(case, pass)``; ``gate(case)`` returns a reason if our result is not accurate, and
+    ``check(provider, case)`` one if a peer computes something else than the op.
     ``options`` are the arguments of ``cases`` that not every op has; ``plot(result, bench, folder)`` and
     ``tables(rows, bench)`` stand for those of plots.py and table.py.
     """
@@ -149,6 +155,7 @@ class Bench:
     gate: Callable[[Case], str | None]
     copies: Callable[[Case, int], int] = field(default=lambda case, cache_bytes: 1)
     options: tuple[str, ...] = ()
+    check: Callable[[Provider, Case], str | None] = lambda provider, case: None
     plot: Callable[[dict, Bench, Path], list[Path]] | None = None
     tables: Callable[[list[dict], Bench], list] | None = None
 

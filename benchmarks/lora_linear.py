@@ -1,11 +1,14 @@
 """The benchmark of ``lora_linear``: shapes, providers, and what each is timed on.
 
 Providers: the frozen nn.Linear in the activation's dtype and in fp32; HF PEFT as users run it (fp32 adapters on any
-base), with adapters in the base's dtype, and under torch.compile; the ``addmm_`` function (addmm.py); peftkern.
+base), with adapters in the base's dtype, and under torch.compile; the ``addmm_`` function (addmm.py) and the split of
+the graph at the rank-sized products (split.py), two published designs; peftkern, and on a GPU each of its ways
+(candidates.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from dataclasses import dataclass, field
@@ -15,11 +18,15 @@ from torch import Tensor, nn
 
 import peftkern
 
+from . import candidates, peer_check
 from .addmm import addmm_lora
 from .case import BASE, FP32_BASE, Bench, Case, Provider, Step
+from .device_timing import rotation
 from .floor import lora_floor
+from .split import split_lora
 
 SCALING = 2.0
+OPS = ("lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input")
 FULL = [(512, 1024, 1024), (2048, 1024, 1024), (2048, 4096, 4096), (1024, 4096, 14336), (1024, 14336, 4096),
         (16, 4096, 4096), (1, 4096, 4096)]  # fmt: skip
 QUICK = [(512, 1024, 1024), (1024, 2048, 2048), (16, 4096, 4096)]
@@ -29,6 +36,13 @@ PRESETS = {
     "quick": dict(shapes=QUICK, dtypes=("fp32", "bf16"), ranks=(16,), dropouts=(0.0, 0.1), adapters=("fp32",)),
     "full": dict(
         shapes=FULL, dtypes=("fp32", "bf16"), ranks=(8, 16, 64), dropouts=(0.0, 0.1), adapters=("fp32", "same")
+    ),
+    "gpu": dict(
+        shapes=[(M, 4096, N) for N in (4096, 14336) for M in (8192, 2048, 512)],
+        dtypes=("bf16",),
+        ranks=(16,),
+        dropouts=(0.0, 0.1),
+        adapters=("fp32", "same"),
     ),
 }
 
@@ -81,7 +95,9 @@ def make_data(case: Case, copies: int) -> Data:
 def copies(case: Case, cache_bytes: int) -> int:
     """With few rows the time is that of reading W, and in a real model each layer's W comes from memory, not from a
     cache: take turns over enough copies to exceed the last cache twice (eight at most). With many rows, or a W that
-    is small itself, one copy."""
+    is small itself, one copy. On a GPU, where a layer takes less time than its cache takes to turn over, always."""
+    if case.device == "cuda":
+        return rotation((case.M * (case.K + case.N) + case.K * case.N) * case.dtype.itemsize, cache_bytes)
     weight = case.K * case.N * case.dtype.itemsize
     return 1 if case.M > 64 or weight < 1 << 20 else max(1, min(8, -(-2 * cache_bytes // weight)))
 
@@ -141,6 +157,12 @@ def _addmm(case: Case, data: Data) -> Step:
     return Step(forward, leaves, data.dy, [*data.weight, A, B])
 
 
+def _split(case: Case, data: Data) -> Step:
+    A, B = data.adapters(case.R, case.adapter_dtype)
+    forward = lambda i: split_lora(data.x[i], data.weight[i], A, B, SCALING, case.dropout)  # noqa: E731
+    return Step(forward, [[x, A, B] for x in data.x], data.dy, [*data.weight, A, B])
+
+
 def _ours(case: Case, data: Data) -> Step:
     A, B = data.adapters(case.R, case.adapter_dtype)
 
@@ -164,9 +186,17 @@ PROVIDERS = {
         Provider("peft", "PEFT", _peft, _no_peft),
         Provider("peft_compile", "PEFT compiled", _peft_compiled, _no_peft, probe_as="peft", warm_steps=2),
         Provider("addmm", "addmm_ function", _addmm),
+        Provider("split", "split", _split),
         Provider("peftkern", "peftkern", _ours, gated=True),
+        *(
+            Provider(
+                f"peftkern_{way.suffix}", f"peftkern: {way.title}", _ours, gated=True,
+                unusable=candidates.unusable(way, OPS), around=functools.partial(candidates.active, way),
+            )
+            for way in candidates.LINEAR
+        ),
     )
-}
+}  # fmt: skip
 
 
 def cases(
@@ -192,6 +222,10 @@ def cases(
 def plan(case: Case, preset: str) -> list[str]:
     """The providers of a case. PEFT, which R and the adapter's dtype hardly slow down, is left out where it says
     nothing new, so that a full run ends in a quarter of an hour; ``--provider`` asks for all of them."""
+    if case.device == "cuda":
+        users = case.adapter_dtype == torch.float32 and case.dropout and case.M == 8192
+        ways = [f"peftkern_{way.suffix}" for way in candidates.LINEAR]
+        return ["peft", *(["peft_compile"] if users else []), "addmm", "split", "peftkern", *ways]
     names = ["addmm", "peftkern"]
     users = case.adapter_dtype == torch.float32
     big = case.M * case.K * case.N > 2**35
@@ -215,4 +249,26 @@ def gate(case: Case) -> str | None:
     return f"failed the accuracy check ({', '.join(bad)} of the error bound)" if bad else None
 
 
-BENCH = Bench("lora_linear", PROVIDERS, cases, make_data, plan, lora_floor, gate, copies)
+def check(provider: Provider, case: Case) -> str | None:
+    """Why a peer's result for this kind of case is wrong, or None: at a small size, against fp64."""
+    build = PROVIDERS[provider.probe_as or provider.name].build
+    small = dataclasses.replace(case, M=48, K=160, N=96, dropout=0.0)
+    data = make_data(small, 1)
+    A, B = data.adapters(case.R, case.adapter_dtype)
+    x, A, B = (t.detach().double().requires_grad_() for t in (data.x[0], A, B))
+    branch = SCALING * (x @ A.t()) @ B.t()
+    y = x @ data.weight[0].double().t() + branch
+    exact = [y.detach(), *torch.autograd.grad(y, (x, A, B), data.dy[0].double())]
+    reason = peer_check.wrong(build(small, data), exact)
+    if reason or not case.dropout:
+        return reason
+    data.weight[0].zero_()
+    # Each kept element of x is divided by 1 - p: the variance of its part in y is p / (1 - p) times its square.
+    columns = (SCALING * B @ A).square().sum(0)
+    variance = case.dropout / (1 - case.dropout) * (x.square() @ columns).sum().item()
+    return peer_check.wrong_dropout(
+        build(dataclasses.replace(case, M=48, K=160, N=96), data), branch.detach(), variance
+    )
+
+
+BENCH = Bench("lora_linear", PROVIDERS, cases, make_data, plan, lora_floor, gate, copies, check=check)

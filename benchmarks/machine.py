@@ -11,6 +11,8 @@ import torch
 
 from peftkern import doctor
 
+from . import gpu
+
 
 def commit() -> str | None:
     """Commit of the source tree (with ``+`` if there are changes), None for an installed package."""
@@ -38,19 +40,21 @@ def cache_bytes(device: str) -> int:
     return max(found, default=32 << 20)
 
 
-def header(device: str, bandwidth: float) -> dict:
-    """Versions, processor or GPU, threads, settings, commit, date and the measured copy bandwidth."""
+def header(device: str, bandwidth: float, products: dict[str, float] | None = None) -> dict:
+    """Versions, processor or GPU, threads, settings, commit, date and the measured rates: bytes per second of a copy and,
+    on a GPU, FLOPs per second of a product by dtype."""
     return {
         "versions": doctor.versions(),
         "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu()["model"],
         "cpu": doctor.cpu(),
-        "gpu": doctor.gpu(),
+        "gpu": doctor.gpu() | gpu.details() if device == "cuda" else doctor.gpu(),
         "threads": torch.get_num_threads(),
         "settings": doctor.settings_in_use(),
         "base_products": doctor.base_products(),
         "cache_bytes": cache_bytes(device),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "product_tflop_per_s": {name: round(rate / 1e12, 1) for name, rate in (products or {}).items()},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

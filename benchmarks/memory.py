@@ -35,13 +35,13 @@ def saved_bytes(step: Step, i: int = 0) -> int:
     return sum(seen.values())
 
 
-def peak_bytes(step: Step, i: int = 0) -> int | None:
+def peak_bytes(step: Step, i: int = 0, backward: bool = True) -> int | None:
     """Most memory that one step takes beyond what was in use before; None where that cannot be measured."""
     if step.dy[i].is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _step(step, i)
+        _step(step, i, backward)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
@@ -49,14 +49,16 @@ def peak_bytes(step: Step, i: int = 0) -> int | None:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the peak
         before = _status("VmRSS")
-        _step(step, i)
+        _step(step, i, backward)
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
 
 
-def _step(step: Step, i: int) -> None:
-    torch.autograd.grad(step.forward(i), step.leaves[i], step.dy[i])
+def _step(step: Step, i: int, backward: bool) -> None:
+    y = step.forward(i)
+    if backward:
+        torch.autograd.grad(y, step.leaves[i], step.dy[i])
 
 
 def _trim_heap() -> None:

@@ -16,6 +16,7 @@ import peftkern
 
 from . import lora_linear
 from .case import Case
+from .device_timing import rotation
 from .populations import adapter_ids, adapter_ranks
 
 # Scalings of the adapters, in turn: not all alike, so that a provider that mixes them up is found out.
@@ -27,7 +28,9 @@ _PAD = 8
 
 def copies(case: Case, cache_bytes: int) -> int:
     """Decoding reads adapters and W from memory, as a model of many layers does: enough sets of adapters in use to
-    exceed the last cache twice. In training, or where a layer is small itself, one."""
+    exceed the last cache twice. In training, or where a layer is small itself, one; on a GPU never one."""
+    if case.device == "cuda" and case.phase != "decode":
+        return rotation((case.M * (case.K + case.N) + case.K * case.N) * case.dtype.itemsize, cache_bytes)
     if case.phase != "decode" or case.K * case.N * case.dtype.itemsize < 1 << 20:
         return 1
     ranks = adapter_ranks(case.ranks, case.R, case.adapters)
@@ -134,6 +137,7 @@ class MultiData:
 
 def make_data(case: Case, copies: int) -> MultiData:
     """As many weights as ``lora_linear`` rotates, ``copies`` sets of adapters."""
-    few = min(copies, 8, max(1, -(-(64 << 20) // (case.K * case.N * case.dtype.itemsize))))
+    most = 8 if case.device == "cuda" else max(1, -(-(64 << 20) // (case.K * case.N * case.dtype.itemsize)))
+    few = min(copies, 8, most)
     base = lora_linear.make_data(case, few)
     return MultiData(case, copies, base.x, base.weight, base.dy)

@@ -8,6 +8,7 @@ adapters that have a row at all: only their weights have to be read.
     branch_bytes  forward  e M'K + a U (K+N)
                   backward e M'(N+K) + 2 a U (K+N)
     the branch alone, forward: no base; e (M'K + MN) + a U (K+N), since it has to write y itself
+    the same, added to a y that is there: e (M'K + 2 M'N) + a U (K+N)
 """
 
 from __future__ import annotations
@@ -48,4 +49,11 @@ def branch_floor(case: Case, which: str) -> Floor:
     """FLOPs and bytes of the branch alone, forward (whatever ``which``: it has no other pass here)."""
     (rows, rank_rows, used), both = counts(case), case.K + case.N
     moved = case.dtype.itemsize * (rows * case.K + case.M * case.N) + case.adapter_dtype.itemsize * used * both
+    return Floor(0.0, 2.0 * rank_rows * both, 0.0, float(moved))
+
+
+def add_floor(case: Case, which: str) -> Floor:
+    """The same for a branch that is added to a y that is there: rows with an adapter are read and written."""
+    (rows, rank_rows, used), both = counts(case), case.K + case.N
+    moved = case.dtype.itemsize * rows * (case.K + 2 * case.N) + case.adapter_dtype.itemsize * used * both
     return Floor(0.0, 2.0 * rank_rows * both, 0.0, float(moved))

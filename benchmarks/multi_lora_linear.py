@@ -2,15 +2,18 @@
 
 Decoding (up to 256 rows) is a forward pass without gradients, training (more rows) both passes. Providers: the frozen
 nn.Linear; peftkern's own base product; a loop over adapters, gather + einsum and grouped_mm in plain PyTorch
-(multi_peers.py); HF PEFT's ``adapter_names``; peftkern with a list of adapters, which trains, and with an AdapterBank,
-which serves. ``sgmv`` (of a bank) and names that end in ``_branch`` are the branch alone, without the frozen linear:
-their ``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is what the branch would
-add to a linear layer. ``copy`` is the large copy that is the measure of bandwidth.
+(multi_peers.py); shrink and expand over padded adapters (padded.py, Triton); HF PEFT's ``adapter_names``; peftkern with a
+list of adapters, which trains, and with an AdapterBank, which serves. ``sgmv`` (of a bank), ``sgmv_add`` (into an output
+that is there) and names that end in ``_branch`` are the branch alone, without the frozen linear: their
+``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is what the branch would add to a
+linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back end is a provider of its own
+besides (candidates.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -21,12 +24,14 @@ from torch import Tensor
 import peftkern
 from peftkern.backends import cpu_base, cpu_native
 
+from . import candidates, padded, peer_check
 from .case import BASE, COPY, DTYPES, FP32_BASE, OWN_BASE, Bench, Case, Floor, Provider, Step
 from .lora_linear import _no_peft
 from .multi_data import MultiData, copies, make_data
-from .multi_floor import branch_floor, multi_floor
-from .multi_peers import Gather, Grouped, Loop, PeftLayer, no_grouped_mm
+from .multi_floor import add_floor, branch_floor, multi_floor
+from .multi_peers import Gather, Grouped, Loop, PeftLayer, no_grouped_mm, ungrouped
 from .multi_plots import plot
+from .multi_presets import DTYPES as PRESET_DTYPES
 from .multi_presets import PRESETS, TRAINING_ROWS
 from .populations import adapter_ranks
 
@@ -84,7 +89,9 @@ def _no_extension() -> str | None:
 
 def _copied(case: Case, which: str = "fwd") -> Floor:
     # As large as lora_linear's measure of bandwidth needs to be: beyond every cache. Small layers get a small one.
-    size = 64 << 20 if case.K * case.N * case.dtype.itemsize >= 1 << 20 else 1 << 20
+    size = 1 << 20
+    if case.K * case.N * case.dtype.itemsize >= 1 << 20:
+        size = 512 << 20 if case.device == "cuda" else 64 << 20
     return Floor(0.0, 0.0, 0.0, 2.0 * size)
 
 
@@ -135,6 +142,40 @@ def _sgmv(case: Case, data: MultiData) -> Step:
     return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, bank, ids[i]), grad=False)
 
 
+def _sgmv_add(case: Case, data: MultiData) -> Step:
+    bank, ids = data.bank(case.adapter_dtype)
+    out = [data.x[0].new_zeros((case.M, case.N)) for _ in range(data.copies)]
+    return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, bank, ids[i], out=out[i]), grad=False)
+
+
+ROUTE, FWD = "multi_lora_linear_route", "multi_lora_linear_fwd"
+TRAINING = (ROUTE, FWD, "multi_lora_linear_bwd_adapter", "multi_lora_linear_bwd_input")
+# peftkern's own, and what each asks of a back end.
+OURS = {
+    "peftkern": (Provider("peftkern", "peftkern list", _list, gated=True), TRAINING),
+    "peftkern_bank": (
+        Provider("peftkern_bank", "peftkern bank", _bank, passes=FORWARD, gated=True),
+        (ROUTE, FWD),
+    ),
+    "sgmv": (Provider("sgmv", "sgmv", _sgmv, passes=FORWARD, gated=True, floor=branch_floor), (ROUTE, "sgmv_add")),
+    "sgmv_add": (
+        Provider("sgmv_add", "sgmv, in place", _sgmv_add, passes=FORWARD, gated=True, floor=add_floor),
+        (ROUTE, "sgmv_add"),
+    ),
+}
+
+
+def _forced() -> list[Provider]:
+    return [
+        dataclasses.replace(
+            provider, name=f"{provider.name}_{way.suffix}", title=f"{provider.title}: {way.title}",
+            unusable=candidates.unusable(way, ops), around=functools.partial(candidates.active, way),
+        )
+        for provider, ops in OURS.values() if provider.name != "sgmv" for way in candidates.MULTI
+    ]  # fmt: skip
+
+
+_NO_GRAPH = "its indices are lists, which the host copies to the GPU in every call"
 PROVIDERS = {
     p.name: p
     for p in (
@@ -144,15 +185,17 @@ PROVIDERS = {
         Provider(COPY, "copy", _copy, passes=FORWARD, floor=_copied),
         Provider("loop", "loop", _peer(Loop)),
         Provider("gather", "gather + einsum", _peer(Gather), passes=FORWARD),
-        Provider("grouped_mm", "grouped mm", _peer(Grouped), no_grouped_mm),
-        Provider("peft", "PEFT adapter names", _peft, _no_peft, passes=FORWARD),
-        Provider("peftkern", "peftkern list", _list, gated=True),
-        Provider("peftkern_bank", "peftkern bank", _bank, passes=FORWARD, gated=True),
-        Provider("sgmv", "sgmv", _sgmv, passes=FORWARD, gated=True, floor=branch_floor),
+        Provider("grouped_mm", "grouped mm", _peer(Grouped), no_grouped_mm, unusable=ungrouped),
+        Provider("padded", "padded stack", _peer(padded.Padded), passes=FORWARD, unusable=padded.unusable),
+        Provider("peft", "PEFT adapter names", _peft, _no_peft, passes=FORWARD, no_graph=_NO_GRAPH),
+        *(provider for provider, _ in OURS.values()),
+        *_forced(),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("gather_branch", "gather + einsum", _peer(Gather, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("grouped_mm_branch", "grouped mm", _peer(Grouped, branch=True), no_grouped_mm, passes=FORWARD,
-                 floor=branch_floor),
+                 floor=branch_floor, unusable=ungrouped),
+        Provider("padded_branch", "padded stack", _peer(padded.Padded, branch=True), passes=FORWARD,
+                 floor=branch_floor, unusable=padded.unusable),
     )
 }  # fmt: skip
 
@@ -164,7 +207,7 @@ def cases(
     """The preset's cases with fields replaced by every combination of the given ones. ``adapters`` are dtypes (``fp32``,
     ``same`` or a name), ``ranks`` the largest rank, ``rank_kinds`` ``same`` or ``mixed``."""
     out = []
-    for name in dtypes or ("fp32", "bf16"):
+    for name in dtypes or PRESET_DTYPES.get(preset, ("fp32", "bf16")):
         dtype = DTYPES[name]
         for entry in PRESETS[preset]:
             lists = (
@@ -185,7 +228,9 @@ def cases(
 
 def plan(case: Case, preset: str) -> list[str]:
     """The providers of a case: fewer where many rows take a quick run's time, or where there is no branch."""
-    names = [OWN_BASE, COPY] if case.device == "cpu" else [COPY]
+    if case.device == "cuda":
+        return _plan_gpu(case)
+    names = [OWN_BASE, COPY]
     grouped = ["grouped_mm"] if _takes_grouped(case) else []
     if case.base_share == 1.0:
         return [*names, "peftkern", *([] if case.dropout else ["peftkern_bank"])]
@@ -201,6 +246,16 @@ def plan(case: Case, preset: str) -> list[str]:
     return [*names, "loop", "gather", *grouped, "peft", "peftkern", "peftkern_bank", *branches]
 
 
+def _plan_gpu(case: Case) -> list[str]:
+    grouped = ["grouped_mm"] if _takes_grouped(case) else []
+    forced = [provider.name for provider in _forced()]
+    peers = ["loop", *grouped, "padded", "peft"]
+    if case.phase == "training":
+        return [COPY, *peers, "peftkern", "peftkern_bank", *(n for n in forced if not n.startswith("sgmv"))]
+    branches = [*(f"{g}_branch" for g in grouped), "padded_branch", "gather_branch"]
+    return [COPY, *peers, "gather", *OURS, *forced, *branches]
+
+
 def _takes_grouped(case: Case) -> bool:
     # Strides of 16 bytes everywhere, and bf16 alone on a GPU.
     aligned = case.K % 8 == 0 and case.N % 8 == 0
@@ -213,7 +268,7 @@ def gate(case: Case) -> str | None:
     from peftkern.testing.multi_problems import MultiLoRALinearProblem
 
     count = min(case.adapters, 12)
-    mix = {"identical": "one", "skewed": "skewed"}.get(case.mix, "uniform")
+    mix = {"identical": "one", "skewed": "skewed", "sorted": "sorted"}.get(case.mix, "uniform")
     weights = frozenset(f"{m}{i}" for i in range(count) for m in "AB")
     listed = MultiLoRALinearProblem(
         seed=1, M=min(case.M, 192), K=min(case.K, 512), N=min(case.N, 512),
@@ -229,6 +284,21 @@ def gate(case: Case) -> str | None:
     return None
 
 
+def check(provider: Provider, case: Case) -> str | None:
+    """Why a peer's result for this kind of case is wrong, or None: y at a small size, against fp64."""
+    count = min(case.adapters, 12)
+    small = dataclasses.replace(case, M=max(count, 24), K=96, N=80, adapters=count, dropout=0.0)
+    data = make_data(small, 1)
+    x, y = data.x[0].detach().double(), torch.zeros(small.M, small.N, dtype=torch.float64, device=case.device)
+    for a, (A, B, s) in enumerate(data.lists(case.adapter_dtype)[0]):
+        rows = (data.ids == a).nonzero()[:, 0]
+        y[rows] = s * (x[rows] @ A.detach().double().t()) @ B.detach().double().t()
+    if provider.floor is None:
+        y += x @ data.weight[0].double().t()
+    step = provider.build(small, data)
+    return peer_check.wrong(step, [y])
+
+
 def _tables(rows: list[dict], bench: Bench) -> list:
     from .multi_table import tables
 
@@ -237,5 +307,5 @@ def _tables(rows: list[dict], bench: Bench) -> list:
 
 BENCH = Bench(
     "multi_lora_linear", PROVIDERS, cases, make_data, plan, multi_floor, gate, copies,
-    options=("counts", "mixes", "base_shares", "rank_kinds"), plot=plot, tables=_tables,
+    options=("counts", "mixes", "base_shares", "rank_kinds"), plot=plot, tables=_tables, check=check,
 )  # fmt: skip

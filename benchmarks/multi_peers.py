@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .candidates import NOT_HERE
+from .case import Case
 from .multi_data import MultiData, Stack
 
 
@@ -99,6 +101,20 @@ class Grouped(_Stacked):
         """(rows, N) of x (rows, K)."""
         u = F.grouped_mm(x, stack.A.transpose(1, 2), offs=self.ends) * self.scaling
         return F.grouped_mm(u, stack.B.transpose(1, 2), offs=self.ends)
+
+
+def ungrouped(case: Case) -> str | None:
+    """Why Grouped cannot run a case on this GPU, or None."""
+    if case.device == "cpu":
+        return None
+    if not case.adapter_dtype == case.dtype == torch.bfloat16:
+        return f"{NOT_HERE}torch.nn.functional.grouped_mm takes bf16 alone on a GPU"
+    x, w = (torch.ones(*shape, dtype=case.dtype, device=case.device) for shape in ((2, 16), (1, 16, 16)))
+    try:
+        F.grouped_mm(x, w, offs=torch.tensor([2], dtype=torch.int32, device=case.device))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"{NOT_HERE}torch.nn.functional.grouped_mm does not run: {str(error).splitlines()[0]}"
+    return None
 
 
 def no_grouped_mm() -> str | None:

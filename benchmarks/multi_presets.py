@@ -54,4 +54,16 @@ FULL = (
     Entry(2048, 8, "zipf", 0.5, "mixed", R=64),
 )
 
-PRESETS = {"quick": QUICK, "full": FULL}
+# What a GPU is judged on, and what lies around it. bf16 alone.
+GPU = (
+    Entry(64, 64, "distinct", adapter_dtypes=BOTH),
+    Entry(64, 64, "distinct", N=14336),
+    Entry(64, 8),
+    Entry(64, 1),
+    Entry(64, 64, "distinct", 0.5),
+    Entry(64, 64, "distinct", ranks="mixed", R=64),
+    Entry(8 * 512, 8, "sorted", adapter_dtypes=BOTH),
+)
+
+PRESETS = {"quick": QUICK, "full": FULL, "gpu": GPU}
+DTYPES = {"gpu": ("bf16",)}

@@ -4,12 +4,13 @@ Populations, as punica's benchmark names them, for a number of adapters that is 
 
     distinct    neighbours differ: rows take the adapters in turn, so with as many adapters as rows each has its own
     uniform     the same number of rows each
+    sorted      the same, rows of one adapter side by side: a prefill of sequences
     zipf        the k-th adapter as often as 1 / k
     identical   all rows take the first; the others are listed, and idle
     skewed      nine rows in ten take the first, the others share the rest evenly
 
-``base_share`` of the rows, spread evenly, take the base alone (-1). But for ``distinct``, rows are in random order:
-each adapter's are all over the batch.
+``base_share`` of the rows, spread evenly, take the base alone (-1). But for ``distinct`` and ``sorted``, rows are in
+random order: each adapter's are all over the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIXES = ("distinct", "uniform", "zipf", "identical", "skewed")
+MIXES = ("distinct", "uniform", "sorted", "zipf", "identical", "skewed")
 RANKS = ("same", "mixed")
 # Parts of the largest rank that mixed adapters take in turn; the last but one leaves odd ranks.
 _PARTS = (1.0, 0.5, 0.25, 0.3, 0.125)
@@ -25,7 +26,7 @@ _PARTS = (1.0, 0.5, 0.25, 0.3, 0.125)
 
 def shares(mix: str, adapters: int) -> list[float]:
     """The share of the rows that each adapter is to have."""
-    if mix in ("distinct", "uniform"):
+    if mix in ("distinct", "uniform", "sorted"):
         weights = [1.0] * adapters
     elif mix == "zipf":
         weights = [1.0 / (k + 1) for k in range(adapters)]
@@ -46,7 +47,8 @@ def adapter_ids(mix: str, adapters: int, rows: int, base_share: float) -> Tensor
         taken = torch.arange(sum(counts), dtype=torch.int32) % adapters
     else:
         taken = torch.repeat_interleave(torch.arange(adapters, dtype=torch.int32), torch.tensor(counts))
-        taken = taken[torch.randperm(taken.numel(), generator=torch.Generator().manual_seed(0))]
+        if mix != "sorted":
+            taken = taken[torch.randperm(taken.numel(), generator=torch.Generator().manual_seed(0))]
     ids = torch.full((rows,), -1, dtype=torch.int32)
     # Row floor(i rows / n) for the i-th of n: apart from each other, whatever the share.
     ids[torch.arange(taken.numel()) * rows // max(taken.numel(), 1)] = taken

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import generate, multi_judge, multi_report
+from . import generate, gpu_judge, multi_judge, multi_report
 from .case import BASE, FP32_BASE
 from .judge import Figure, figures, geomean, slow_half
 
@@ -129,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.judge:
         result = json.loads(args.judge.read_text())
-        lines, code = verdict(JUDGES.get(result["header"]["op"], figures)(result))
+        on_gpu = any(row["device"] == "cuda" for row in result["rows"])
+        judge = gpu_judge.figures if on_gpu else JUDGES.get(result["header"]["op"], figures)
+        lines, code = verdict(judge(result))
         print(lines)
         return code
     old = args.readme.read_text()

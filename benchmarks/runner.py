@@ -10,6 +10,7 @@ reads another set of adapters in each round, so that none finds in a cache what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench, Case, Provider, short
+from . import launches
+from .case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench, Case, Floor, Provider, short
+from .device_timing import Clock, DeviceEntry
 from .floor import bytes_bound_fraction, floor_ratio
 from .memory import peak_bytes, saved_bytes
 from .probe import Probe
@@ -30,7 +33,10 @@ from .timing import Entry, interleave
 class Settings:
     """How long to measure, and on what. ``seconds``: time for a block, exceeded where ``min_repeats`` take longer.
     ``limit``: seconds of the longest step worth timing. ``bandwidth``: of copies, bytes per second. ``cache``: size of
-    the last cache. ``providers``: instead of the bench's plan. ``gate``: check our accuracy before timing it."""
+    the last cache. ``providers``: instead of the bench's plan. ``gate``: check results before timing them.
+
+    On a GPU: ``clock``; ``flops``, of a product, per second by dtype; ``graph``: time CUDA graphs (decoding always is).
+    """
 
     preset: str
     seconds: float
@@ -42,6 +48,9 @@ class Settings:
     memory: bool = False
     providers: tuple[str, ...] = ()
     gate: bool = True
+    clock: Clock | None = None
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    graph: bool = False
 
 
 def blocks(cases: list[Case]) -> list[list[Case]]:
@@ -57,7 +66,8 @@ class _Slot:
     skipped: dict[str, str]
     entry: Entry | None = None
     saved: int | None = None
-    peak: int | None = None
+    peak: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    launches: dict[str, int | None] = dataclasses.field(default_factory=dict)
 
     @property
     def is_reference(self) -> bool:
@@ -74,7 +84,7 @@ class Runner:
     def __init__(self, bench: Bench, settings: Settings):
         self.bench, self.settings = bench, settings
         self.probe = Probe(bench, settings.limit)
-        self._gates: dict[tuple, str | None] = {}
+        self._checks: dict[tuple, str | None] = {}
         self._fp32: dict[tuple, dict[str, float | None]] = {}
 
     def run(self, cases: list[Case], announce: Callable[[str], None] = lambda text: None) -> Iterator[list[dict]]:
@@ -96,21 +106,33 @@ class Runner:
             interleave(
                 running, copies, seconds=s.seconds, min_repeats=s.min_repeats, max_repeats=s.max_repeats, often=(BASE,)
             )
-        if s.memory:
-            for slot in slots:
-                if slot.entry and slot.entry.backward:
-                    slot.peak = peak_bytes(slot.entry.step)
+        for slot in slots:
+            self._count(slot)
         for slot in slots:
             for which, took in (slot.entry.stopped if slot.entry else {}).items():
                 slot.skipped[which] = f"hopelessly slow here: one step took {took:.1f} s, limit {s.limit:g} s"
         reference = {slot.provider.name: slot for slot in slots if slot.is_reference}
         return [self._row(slot, reference, which, copies) for slot in slots for which in slot.provider.timed(slot.case)]
 
+    def _count(self, slot: _Slot) -> None:
+        # What is counted, not timed: memory and, on a GPU, launches.
+        entry, device = slot.entry, isinstance(slot.entry, DeviceEntry)
+        if entry is None:
+            return
+        for which in entry.passes if device else ("fwd_bwd",) * entry.backward:
+            backward = which == "fwd_bwd"
+            with slot.provider.around():
+                if self.settings.memory:
+                    slot.peak[which] = peak_bytes(entry.step, 0, backward)
+                if device and slot.provider.no_graph is None:
+                    slot.launches[which] = launches.count(entry.step, 0, backward)
+
     def _slots(self, block: list[Case]) -> list[_Slot]:
         first, asked = block[0], self.settings.providers
         slots = [self._slot(BASE, first)]
-        # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is what to compare with.
-        needed = self._slow(slots[0]) or (first.shape, first.device) not in self._fp32
+        # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is what to compare with. On a GPU
+        # nobody would take it instead.
+        needed = first.device == "cpu" and (self._slow(slots[0]) or (first.shape, first.device) not in self._fp32)
         if first.dtype != torch.float32 and needed:
             slots.append(self._slot(FP32_BASE, first))
         planned = self.bench.plan(first, self.settings.preset)
@@ -127,15 +149,22 @@ class Runner:
 
     def _slot(self, name: str, case: Case) -> _Slot:
         provider = self.bench.providers[name]
-        reason = provider.missing()
-        if reason is None and provider.gated and self.settings.gate:
-            key = (case.dtype, case.adapter_dtype, case.R, case.dropout, case.M > 64, *case.many.values())
-            if key not in self._gates:
-                self._gates[key] = self._failure(lambda: self.bench.gate(case))
-            reason = self._gates[key]
+        reason = provider.missing() or self._failure(lambda: provider.unusable(case))
+        if reason is None and self.settings.gate and name not in REFERENCES:
+            reason = self._checked(provider, case)
         skipped: dict[str, str] = {}
         reason = reason or self._failure(lambda: skipped.update(self.probe.skips(name, case)))
         return _Slot(provider, case, dict.fromkeys(PASSES, reason) if reason else skipped)
+
+    def _checked(self, provider: Provider, case: Case) -> str | None:
+        # Once for a kind of case: what is wrong with the provider's result.
+        own = "" if provider.gated and provider.around is contextlib.nullcontext else provider.name
+        key = (own, case.dtype, case.adapter_dtype, case.R, case.dropout, case.M > 64, *case.many.values())
+        if key not in self._checks:
+            check = (lambda: self.bench.gate(case)) if provider.gated else lambda: self.bench.check(provider, case)
+            with provider.around():
+                self._checks[key] = self._failure(check)
+        return self._checks[key]
 
     @staticmethod
     def _failure(call: Callable[[], str | None]) -> str | None:
@@ -155,14 +184,23 @@ class Runner:
 
     def _start(self, slot: _Slot, data) -> None:
         # The first forward also counts what is saved; full steps on top only where they are cheap or have to compile.
-        provider = slot.provider
-        step = provider.build(slot.case, data)
-        slot.saved = saved_bytes(step)
-        entry = Entry(provider.name, step, "fwd_bwd" in provider.timed(slot.case) and "fwd_bwd" not in slot.skipped)
-        cheap = sum(self.probe.predict(provider.name, slot.case)) < 0.2
+        provider, case, s = slot.provider, slot.case, self.settings
+        with provider.around():
+            step = provider.build(case, data)
+            slot.saved = saved_bytes(step)
+        backward = "fwd_bwd" in provider.timed(case) and "fwd_bwd" not in slot.skipped
+        if s.clock is not None:
+            slot.entry = DeviceEntry(
+                provider.name, step, backward, limit=s.limit, clock=s.clock, copies=len(step.leaves),
+                graph=s.graph or case.phase == "decode", around=provider.around, no_graph=provider.no_graph,
+            )  # fmt: skip
+            slot.entry.warm()
+            return
+        entry = Entry(provider.name, step, backward)
+        cheap = sum(self.probe.predict(provider.name, case)) < 0.2
         for _ in range(provider.warm_steps or int(cheap)):
             entry.warm()
-        entry.limit = self.settings.limit
+        entry.limit = s.limit
         slot.entry = entry
 
     def _row(self, slot: _Slot, reference: dict[str, _Slot], which: str, copies: int) -> dict:
@@ -206,11 +244,23 @@ class Runner:
             row["ratio_to_best_base"] = _ratio(median, min(filter(None, (base, own_base)), default=None))
             row["copy_gb_per_s"] = round(bandwidth / 1e9, 2)
         row["saved_bytes"] = slot.saved if which == "fwd_bwd" else None
-        row["peak_bytes"] = slot.peak if which == "fwd_bwd" else None
+        row["peak_bytes"] = slot.peak.get(which)
+        row |= self._device_fields(slot, which, own, median)
         row["skipped"] = slot.skipped.get(which)
         if row["ratio_to_base"] is None and row["skipped"] is None:
             row["no_base"] = reference[BASE].skipped.get(which)
         return row
+
+    def _device_fields(self, slot: _Slot, which: str, floor: Floor, median: float | None) -> dict:
+        entry = slot.entry
+        if not isinstance(entry, DeviceEntry):
+            return {}
+        peak, flops = self.settings.flops.get(short(slot.case.dtype)), floor.base_flops + floor.branch_flops
+        return dict(
+            graph=entry.graph and entry.no_graph is None, no_graph=entry.no_graph, steps=entry.steps.get(which),
+            launches=slot.launches.get(which),
+            flops_bound_fraction=round(flops / peak / median, 4) if median and peak else None,
+        )  # fmt: skip
 
     def _bandwidth(self, reference: dict[str, _Slot]) -> float:
         median = reference[COPY].median("fwd") if COPY in reference else None

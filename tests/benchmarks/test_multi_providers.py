@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -13,7 +14,11 @@ from peftkern.benchmarks.multi_data import copies, make_data
 
 CASE = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 12, 40, 24, 8, 0.0, 3, "zipf", 0.25, "same",
             "training")  # fmt: skip
-NAMES = [n for n in multi_lora_linear.PROVIDERS if n not in (BASE, FP32_BASE, OWN_BASE, COPY)]
+# Without those that force a back end (test_candidates.py) and those that are Triton (test_peer_kernels.py).
+NAMES = [
+    n for n, p in multi_lora_linear.PROVIDERS.items()
+    if n not in (BASE, FP32_BASE, OWN_BASE, COPY) and p.around is contextlib.nullcontext and not n.startswith("padded")
+]  # fmt: skip
 DTYPES = [
     (torch.float32, torch.float32, 1e-5),
     (torch.bfloat16, torch.float32, 3e-2),

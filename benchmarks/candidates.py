@@ -1,0 +1,80 @@
+"""peftkern's ways to compute one op on a GPU, each forced, so that a table shows them side by side.
+
+``auto`` is what users get. Others name a back end (PEFTKERN_BACKEND) and, for Triton, who computes the base product
+(``kernels/tl/configs.py``). Settings are those of the process while a step runs, its backward pass included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .case import Case
+
+NOT_HERE = "not here: "
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``suffix`` ends the provider's name; ``base``: see ``kernels.configs.BASES``, None for its own choice."""
+
+    suffix: str
+    title: str
+    backend: str
+    base: str | None = None
+
+
+CUDA = Candidate("cuda", "CUDA", "cuda")
+TRITON = Candidate("triton", "Triton", "triton")
+LINEAR = (
+    CUDA,
+    Candidate("fused", "Triton, one kernel", "triton", "fused"),
+    Candidate("epilogue", "Triton, vendor's product and a pass", "triton", "epilogue"),
+    Candidate("addmm", "Triton, vendor's product and addmm_", "triton", "addmm"),
+)
+MULTI = (CUDA, TRITON)
+
+
+@contextlib.contextmanager
+def active(candidate: Candidate) -> Iterator[None]:
+    """The candidate's settings in force inside."""
+    before = os.environ.get("PEFTKERN_BACKEND")
+    os.environ["PEFTKERN_BACKEND"] = candidate.backend
+    try:
+        with _override(candidate):
+            yield
+    finally:
+        if before is None:
+            del os.environ["PEFTKERN_BACKEND"]
+        else:
+            os.environ["PEFTKERN_BACKEND"] = before
+
+
+def _override(candidate: Candidate):
+    if candidate.base is None:
+        return contextlib.nullcontext()
+    return importlib.import_module("peftkern.kernels.configs").override(base=candidate.base)
+
+
+def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str | None]:
+    """A function that says why the candidate cannot run a case, with NOT_HERE in front, or None."""
+
+    def reason(case: Case) -> str | None:
+        from peftkern import dispatch, settings
+
+        back_end = dispatch.load(candidate.backend)
+        why = back_end.unavailable()
+        interpreted = candidate.backend == "triton" and settings.current().triton_interpret
+        if why is None and case.device != ("cpu" if interpreted else "cuda"):
+            why = f"back end {candidate.backend} takes no tensors on {case.device}"
+        lacking = [op for op in ops if op not in back_end.OPS]
+        if why is None and lacking:
+            why = f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
+        if why is None and candidate.base == "addmm" and case.adapter_dtype != case.dtype:
+            why = "addmm_ takes adapters in the activation's dtype"
+        return None if why is None else NOT_HERE + why
+
+    return reason

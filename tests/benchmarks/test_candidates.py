@@ -1,0 +1,119 @@
+"""Providers that force one way of peftkern's: they are what they say while they run, and say why where they cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from peftkern import settings
+from peftkern.benchmarks import candidates, lora_linear, multi_lora_linear
+from peftkern.benchmarks.case import Case, Provider
+from peftkern.benchmarks.registry import OPS
+from peftkern.benchmarks.runner import Runner, Settings
+
+CASE = Case("lora_linear", "cpu", torch.float32, torch.float32, 24, 40, 32, 4, 0.0)
+FUSED = next(way for way in candidates.LINEAR if way.base == "fused")
+
+
+def test_settings_hold_inside_and_are_put_back(monkeypatch):
+    monkeypatch.delenv("PEFTKERN_BACKEND", raising=False)
+    with candidates.active(candidates.CUDA):
+        assert settings.current().backend == "cuda"
+    assert "PEFTKERN_BACKEND" not in os.environ
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    with pytest.raises(ZeroDivisionError), candidates.active(candidates.CUDA):
+        raise ZeroDivisionError
+    assert settings.current().backend == "reference"
+
+
+def test_the_owner_of_the_base_product_is_forced():
+    pytest.importorskip("triton")
+    from peftkern.kernels import configs
+
+    with candidates.active(FUSED):
+        assert configs.pick("base", "epilogue") == "fused" and settings.current().backend == "triton"
+    assert configs.pick("base", "epilogue") == "epilogue"
+
+
+def test_every_way_is_a_provider_of_both_ops():
+    ways = {f"peftkern_{way.suffix}" for way in candidates.LINEAR}
+    assert ways <= set(lora_linear.PROVIDERS)
+    for name in ("peftkern", "peftkern_bank", "sgmv_add"):
+        assert {name, f"{name}_cuda", f"{name}_triton"} <= set(multi_lora_linear.PROVIDERS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_reasons_without_a_gpu():
+    for op in OPS.values():
+        for provider in op.providers.values():
+            if isinstance(provider.around, type):
+                continue
+            reason = provider.unusable(dataclasses.replace(CASE, device="cuda"))
+            assert reason is not None and reason.startswith(candidates.NOT_HERE) and "\n" not in reason
+
+
+def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
+    from peftkern import dispatch
+
+    back_end = dispatch.load("cuda")
+    monkeypatch.setattr(back_end, "unavailable", lambda: None)
+    monkeypatch.setattr(back_end, "OPS", {"lora_linear_fwd": None})
+    reason = candidates.unusable(candidates.CUDA, lora_linear.OPS)
+    case = dataclasses.replace(CASE, device="cuda")
+    assert "no kernel for lora_linear_bwd_adapter, lora_linear_bwd_input" in reason(case)
+    assert candidates.unusable(candidates.CUDA, ("lora_linear_fwd",))(case) is None
+    assert "takes no tensors on cpu" in candidates.unusable(candidates.CUDA, ("lora_linear_fwd",))(CASE)
+
+
+def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
+    from peftkern import dispatch
+
+    monkeypatch.setattr(dispatch.load("triton"), "unavailable", lambda: None)
+    reason = lora_linear.PROVIDERS["peftkern_addmm"].unusable
+    case = dataclasses.replace(CASE, device="cuda", dtype=torch.bfloat16)
+    assert "addmm_ takes adapters in the activation's dtype" in reason(case)
+    assert reason(dataclasses.replace(case, adapter_dtype=torch.bfloat16)) is None
+
+
+def test_steps_and_checks_run_inside_the_context_and_a_reason_is_no_failure():
+    from peftkern.benchmarks.bench import failures
+
+    seen = []
+
+    def gate(case):
+        seen.append(settings.current().backend)
+        return None
+
+    def forced(name, **changes):
+        return dataclasses.replace(lora_linear.PROVIDERS["peftkern"], name=name, **changes)
+
+    reference = candidates.Candidate("reference", "reference", "reference")
+    providers = {
+        "ours": forced("ours", around=lambda: candidates.active(reference)),
+        "absent": forced("absent", unusable=lambda case: f"{candidates.NOT_HERE}because"),
+        "broken": forced("broken", unusable=lambda case: 1 / 0),
+    }
+    assert all(isinstance(p, Provider) for p in providers.values())
+    built = lora_linear.PROVIDERS["peftkern"].build
+
+    def build(case, data):
+        seen.append(settings.current().backend)
+        return built(case, data)
+
+    providers["ours"] = dataclasses.replace(providers["ours"], build=build)
+    bench = dataclasses.replace(
+        lora_linear.BENCH, providers=lora_linear.PROVIDERS | providers, plan=lambda *a: list(providers), gate=gate
+    )  # fmt: skip
+    rows = next(Runner(bench, Settings(preset="quick", seconds=0.01, bandwidth=1e10, min_repeats=2)).run([CASE]))
+    by = {r["provider"]: r for r in rows if r["pass"] == "fwd_bwd"}
+    assert seen == ["reference", "reference"] and by["ours"]["median_ms"] > 0
+    assert by["absent"]["skipped"] == "not here: because" and "ZeroDivisionError" in by["broken"]["skipped"]
+
+    class Console:
+        def print(self, *args, **kwargs):
+            pass
+
+    assert failures([by["absent"]], bench, Console()) == 0 and failures([by["broken"]], bench, Console()) == 1
