@@ -1,7 +1,8 @@
 """peftkern's ways to compute one op on a GPU, each forced, so that a table shows them side by side.
 
-``auto`` is what users get. Others name a back end (PEFTKERN_BACKEND) and, for Triton, who computes the base product
-(``kernels/tl/configs.py``). Settings are those of the process while a step runs, its backward pass included.
+Each names a back end (PEFTKERN_BACKEND) and, for Triton, who computes the base product (``kernels/tl/configs.py``), or
+what dispatch is to take as measured (``tuned.py``): then ops that the back end has no kernel for go where they go. All
+this holds for the process while a step runs, its backward pass included.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from peftkern import dispatch, settings, tuned
+
 from .case import Case
 
 NOT_HERE = "not here: "
@@ -19,28 +22,38 @@ NOT_HERE = "not here: "
 
 @dataclass(frozen=True)
 class Candidate:
-    """``suffix`` ends the provider's name; ``base``: see ``kernels.configs.BASES``, None for its own choice."""
+    """``suffix`` ends the provider's name; ``base``: see ``kernels.configs.BASES``, None for its own choice; ``only``:
+    the back end takes every op, or fails."""
 
     suffix: str
     title: str
     backend: str
     base: str | None = None
+    only: bool = True
 
 
-CUDA = Candidate("cuda", "CUDA", "cuda")
-TRITON = Candidate("triton", "Triton", "triton")
 LINEAR = (
-    CUDA,
+    Candidate("cuda", "CUDA", "cuda"),
     Candidate("fused", "Triton, one kernel", "triton", "fused"),
     Candidate("epilogue", "Triton, vendor's product and a pass", "triton", "epilogue"),
+    Candidate("overlap", "the same, u on a second stream", "triton", "overlap"),
     Candidate("addmm", "Triton, vendor's product and addmm_", "triton", "addmm"),
 )
-MULTI = (CUDA, TRITON)
+# The route of a batch is made once for all layers, and not by the CUDA kernels.
+MULTI = (Candidate("cuda", "CUDA", "cuda", only=False), Candidate("triton", "Triton", "triton"))
 
 
 @contextlib.contextmanager
 def active(candidate: Candidate) -> Iterator[None]:
     """The candidate's settings in force inside."""
+    if not candidate.only:
+        try:
+            with tuned.forced(candidate.backend):
+                dispatch.forget()
+                yield
+        finally:
+            dispatch.forget()
+        return
     before = os.environ.get("PEFTKERN_BACKEND")
     os.environ["PEFTKERN_BACKEND"] = candidate.backend
     try:
@@ -63,8 +76,6 @@ def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str
     """A function that says why the candidate cannot run a case, with NOT_HERE in front, or None."""
 
     def reason(case: Case) -> str | None:
-        from peftkern import dispatch, settings
-
         back_end = dispatch.load(candidate.backend)
         why = back_end.unavailable()
         interpreted = candidate.backend == "triton" and settings.current().triton_interpret

@@ -20,7 +20,7 @@ import torch
 from .timing import Entry
 
 SAMPLE_SECONDS = 4e-3
-LEAST_STEPS, MOST_STEPS = 4, 256
+LEAST_STEPS, MOST_STEPS = 2, 256
 WARM_STEPS = 3
 
 

@@ -15,18 +15,32 @@ from peftkern.benchmarks.registry import OPS
 from peftkern.benchmarks.runner import Runner, Settings
 
 CASE = Case("lora_linear", "cpu", torch.float32, torch.float32, 24, 40, 32, 4, 0.0)
+CUDA = candidates.LINEAR[0]
 FUSED = next(way for way in candidates.LINEAR if way.base == "fused")
 
 
 def test_settings_hold_inside_and_are_put_back(monkeypatch):
     monkeypatch.delenv("PEFTKERN_BACKEND", raising=False)
-    with candidates.active(candidates.CUDA):
+    with candidates.active(CUDA):
         assert settings.current().backend == "cuda"
     assert "PEFTKERN_BACKEND" not in os.environ
     monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
-    with pytest.raises(ZeroDivisionError), candidates.active(candidates.CUDA):
+    with pytest.raises(ZeroDivisionError), candidates.active(CUDA):
         raise ZeroDivisionError
     assert settings.current().backend == "reference"
+
+
+def test_dispatch_is_told_what_was_measured_and_asked_again(monkeypatch):
+    from peftkern import dispatch, tuned
+    from peftkern.problem import Problem
+
+    problem = Problem("sgmv_add", "cpu", "AVX2", torch.bfloat16, torch.bfloat16, 64, 64, 64, 16)
+    forgotten = []
+    monkeypatch.setattr(dispatch, "forget", lambda: forgotten.append(tuned.choice(problem)))
+    before = tuned.choice(problem)
+    with candidates.active(candidates.MULTI[0]):
+        assert tuned.choice(problem) == "cuda"
+    assert tuned.choice(problem) == before and forgotten == ["cuda", before]
 
 
 def test_the_owner_of_the_base_product_is_forced():
@@ -61,11 +75,11 @@ def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
     back_end = dispatch.load("cuda")
     monkeypatch.setattr(back_end, "unavailable", lambda: None)
     monkeypatch.setattr(back_end, "OPS", {"lora_linear_fwd": None})
-    reason = candidates.unusable(candidates.CUDA, lora_linear.OPS)
+    reason = candidates.unusable(CUDA, lora_linear.OPS)
     case = dataclasses.replace(CASE, device="cuda")
     assert "no kernel for lora_linear_bwd_adapter, lora_linear_bwd_input" in reason(case)
-    assert candidates.unusable(candidates.CUDA, ("lora_linear_fwd",))(case) is None
-    assert "takes no tensors on cpu" in candidates.unusable(candidates.CUDA, ("lora_linear_fwd",))(CASE)
+    assert candidates.unusable(CUDA, ("lora_linear_fwd",))(case) is None
+    assert "takes no tensors on cpu" in candidates.unusable(CUDA, ("lora_linear_fwd",))(CASE)
 
 
 def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
