@@ -1,8 +1,8 @@
 """Builds the C++ extension ``peftkern._C`` with CMake and Ninja; everything else is in pyproject.toml.
 
 CMakeLists.txt is the only list of sources and flags. ``PEFTKERN_CUDA`` (AUTO, ON or OFF; an environment variable) looks
-for nvcc, never for a GPU. Without a C++ compiler the package installs without the extension and runs on its PyTorch
-reference and on Triton.
+for nvcc, never for a GPU; ``PEFTKERN_CUDA_ARCHITECTURES`` ("90", or "80;90") builds for fewer GPUs. Without a C++
+compiler the package installs without the extension and runs on its PyTorch reference and on Triton.
 """
 
 import os
@@ -67,6 +67,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11}", f"-DPEFTKERN_CUDA={cuda}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}", f"-DPEFTKERN_SUFFIX={target.name.split('.', 1)[1]}",
         ]  # fmt: skip
+        if architectures := os.environ.get("PEFTKERN_CUDA_ARCHITECTURES"):
+            configure.append(f"-DPEFTKERN_CUDA_ARCHITECTURES={architectures}")
         for command in (configure, [cmake, "--build", str(build)]):
             if (code := subprocess.run(command, cwd=ROOT).returncode) != 0:
                 raise SystemExit(f"peftkern: `{' '.join(command[:3])} ...` failed with exit status {code} (see above)")

@@ -51,8 +51,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def planned(args) -> list[Job]:
-    """The jobs of all ops, those of the first op first."""
-    return [job for op in args.op for job in jobs(op, dtypes=args.dtype, ranks=args.rank)]
+    """The jobs of all ops, each op's spread evenly over the whole: a run that stops early has measured some of each."""
+    lists = [jobs(op, dtypes=args.dtype, ranks=args.rank) for op in args.op]
+    spread = [(i / len(part), k, job) for k, part in enumerate(lists) for i, job in enumerate(part)]
+    return [job for _, _, job in sorted(spread, key=lambda entry: entry[:2])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

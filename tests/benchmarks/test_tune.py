@@ -32,6 +32,12 @@ def test_what_users_run_comes_first():
     assert {j.op for j in jobs("multi_lora_linear")} == {"sgmv_add"}
 
 
+def test_a_run_that_stops_early_has_some_of_each_op():
+    work = tune.planned(tune.parser().parse_args([]))
+    assert sorted(map(str, work)) == sorted(str(j) for op in OPS for j in jobs(op))
+    assert work[0] == USERS and {j.op for j in work[:20]} == {op for ops in OPS.values() for op in ops}
+
+
 def test_any_number_of_rows_is_near_a_planned_one():
     rows = tuned.parse({"schema": 1, "rows": [vars(j) | {"choice": "cuda"} for j in jobs("lora_linear")]}, "x")
     for m in range(1, 16384, 7):

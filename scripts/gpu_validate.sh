@@ -1,0 +1,202 @@
+#!/usr/bin/env bash
+# All that a machine with an NVIDIA GPU is needed for, in under ten minutes and without a network: builds the package for
+# this GPU, runs tests/gpu, tunes, benchmarks, and sums up with the worst rows last.
+#
+# Usage: scripts/gpu_validate.sh OUTDIR [--only build|tests|tune|bench] [--dry-run]
+#
+# OUTDIR gets log, one JSON a stage (bench: two) and summary.json. A stage that ended well is not run again until a
+# source changes; --only runs that one in any case. A stage that fails does not stop those after it, except build; the
+# exit status is 0 only if none failed. Without a GPU, or with --dry-run, nothing is timed: it builds (or takes the build
+# that is there), collects the GPU tests, holds the simulator to the golden vectors, and plans tuning and benchmark.
+# PYTHON names the interpreter (default python3); it needs torch, pytest, pybind11, cmake and ninja.
+set -eu
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+SELF=$ROOT/scripts/$(basename "$0")
+PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "$PYTHON")
+export PATH="$(dirname "$PYTHON"):$PATH" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+STAGES="build tests tune bench"
+# Where neither a GPU nor pip is at hand: the package as a folder of links (see in_place).
+LINKS=$ROOT/build/links
+
+usage() {
+  sed -n '/^# Usage/,/^#$/s/^# \{0,1\}//p' "$SELF" >&2
+  exit 2
+}
+
+# Seconds that a stage may take, 570 in all; without a GPU there is no hurry.
+limit() {
+  local seconds
+  case $1 in build) seconds=150 ;; tests) seconds=200 ;; tune) seconds=90 ;; bench) seconds=130 ;; esac
+  echo $((seconds * (1 + 7 * DRY)))
+}
+
+report() { "$PYTHON" "$ROOT/scripts/gpu_report.py" "$@"; }
+
+# What the result of a stage depends on: sources, the device, and whether this is a dry run. Tables that a run writes
+# are no sources.
+key() {
+  (
+    cd "$ROOT"
+    find csrc kernels peftkern benchmarks tests scripts setup.py CMakeLists.txt pyproject.toml -type f \
+      ! -name '*.pyc' ! -name '*.so' ! -path 'peftkern/tuned/*' ! -path 'benchmarks/results/*' -print0 |
+      LC_ALL=C sort -z | xargs -0 sha256sum
+    echo "$DRY $DEVICE"
+  ) | sha256sum | cut -c1-16
+}
+
+device() { "$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'; }
+
+imports() { "$PYTHON" -c 'import peftkern._C, peftkern.kernels.configs, peftkern.benchmarks.bench' 2>/dev/null; }
+
+# The package by links, for a Python that pip cannot install into. Not the source folder itself: it lacks the folders
+# that pyproject.toml maps into the package.
+in_place() {
+  "$PYTHON" setup.py -q build_ext --inplace
+  rm -rf "$LINKS"
+  mkdir -p "$LINKS/peftkern"
+  for file in peftkern/*; do ln -s "$ROOT/$file" "$LINKS/peftkern/"; done
+  ln -sfn "$ROOT/kernels/tl" "$LINKS/peftkern/kernels"
+  ln -sfn "$ROOT/benchmarks" "$LINKS/peftkern/benchmarks"
+}
+
+use_links() {
+  if [ -d "$LINKS" ]; then export PYTHONPATH="$LINKS${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1; fi
+}
+
+stage_build() {
+  if [ "$DRY" = 1 ] && imports; then
+    echo "the build that is there is taken"
+  else
+    if [ "$DRY" = 0 ]; then
+      PEFTKERN_CUDA_ARCHITECTURES=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+      export PEFTKERN_CUDA_ARCHITECTURES PEFTKERN_CUDA=ON
+    fi
+    rm -rf "$LINKS"
+    "$PYTHON" -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e . || in_place
+    use_links
+    imports
+  fi
+  "$PYTHON" -m peftkern doctor --json "$OUT/build.json"
+  report build "$OUT/build.json" "$DRY"
+}
+
+# Several processes compile Triton kernels at once, where pytest can.
+workers() {
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then echo "-n 8 --dist loadgroup"; fi
+}
+
+stage_tests() {
+  local junit status=0
+  junit=$(mktemp)
+  # Interrupted in time, pytest still writes what it has.
+  if [ "$DRY" = 1 ]; then
+    "$PYTHON" -m pytest -q -p no:cacheprovider --collect-only tests/gpu >"$junit.collected" || status=$?
+    tail -n 1 "$junit.collected"
+    "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$junit" tests/sim/test_golden.py -k "not nvcc" || status=$?
+  else
+    # shellcheck disable=SC2046
+    timeout -s INT -k 10 $(($(limit tests) - 15)) "$PYTHON" -m pytest -q -p no:cacheprovider --durations 15 \
+      $(workers) --junitxml "$junit" tests/gpu || status=$?
+  fi
+  report tests "$junit" "$OUT/tests.json" || status=1
+  rm -f "$junit" "$junit.collected"
+  return "$status"
+}
+
+stage_tune() {
+  if [ "$DRY" = 1 ]; then
+    "$PYTHON" -m peftkern bench --tune --dry-run --json "$OUT/tune.json"
+    return
+  fi
+  "$PYTHON" -m peftkern bench --tune --seconds $(($(limit tune) - 25)) --json "$OUT/tune.json"
+  # The benchmark after this chooses by it.
+  report install "$OUT/tune.json"
+}
+
+stage_bench() {
+  local status=0
+  if [ "$DRY" = 1 ]; then
+    report plan "$OUT/bench.json" lora_linear "$OUT/decode.json" multi_lora_linear
+    return
+  fi
+  "$PYTHON" -m peftkern bench --op lora_linear --preset gpu --seconds 2.5 --json "$OUT/bench.json" || status=1
+  "$PYTHON" -m peftkern bench --op multi_lora_linear --preset gpu --seconds 1.5 --json "$OUT/decode.json" || status=1
+  return "$status"
+}
+
+# One stage in a process of its own, so that its time can be limited.
+inside() {
+  cd "$ROOT"
+  use_links
+  "stage_$1"
+}
+
+run_stage() {
+  local name=$1 started=$SECONDS status=0
+  printf '== %s (at most %s s)\n' "$name" "$(limit "$name")"
+  timeout -k 15 "$(limit "$name")" bash "$SELF" --inside "$name" "$OUT" "$DRY" "$DEVICE" || status=$?
+  [ "$status" != 124 ] || echo "$name: out of time"
+  report stage "$OUT" "$name" "$status" $((SECONDS - started)) "$KEY"
+  return "$status"
+}
+
+run_all() {
+  local failed=0
+  for name in $STAGES; do
+    if [ -n "$ONLY" ] && [ "$ONLY" != "$name" ]; then continue; fi
+    if [ -z "$ONLY" ] && report current "$OUT" "$name" "$KEY"; then
+      echo "== $name: done before, nothing has changed"
+    elif ! run_stage "$name"; then
+      failed=1
+      if [ "$name" = build ]; then break; fi
+    fi
+  done
+  use_links
+  report summary "$OUT" "$DRY" || failed=1
+  return "$failed"
+}
+
+# The log stays under 1 MB: its beginning and its end.
+trim() {
+  if [ "$(wc -c <"$1")" -gt 900000 ]; then
+    { head -c 300000 "$1" && printf '\n...\n' && tail -c 590000 "$1"; } >"$1.part"
+    mv "$1.part" "$1"
+  fi
+}
+
+main() {
+  OUT="" ONLY="" DRY=0
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --only) [ $# -gt 1 ] || usage; ONLY=$2; shift ;;
+      --dry-run) DRY=1 ;;
+      -*) usage ;;
+      *) [ -z "$OUT" ] || usage; OUT=$1 ;;
+    esac
+    shift
+  done
+  [ -n "$OUT" ] || usage
+  case " $STAGES  " in *" $ONLY "*) ;; *) usage ;; esac
+  mkdir -p "$OUT"
+  OUT=$(cd "$OUT" && pwd)
+  DEVICE=$(device)
+  if [ -z "$DEVICE" ] && [ "$DRY" = 0 ]; then
+    echo "torch sees no CUDA device: a dry run"
+    DRY=1
+  fi
+  KEY=$(key)
+  local status=0
+  { run_all || echo failed >"$OUT/.failed"; } 2>&1 | tee -a "$OUT/log"
+  if [ -e "$OUT/.failed" ]; then status=1; fi
+  rm -f "$OUT/.failed"
+  trim "$OUT/log"
+  return "$status"
+}
+
+if [ "${1:-}" = --inside ]; then
+  OUT=$3 DRY=$4 DEVICE=$5
+  inside "$2"
+else
+  main "$@"
+fi
