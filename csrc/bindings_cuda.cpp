@@ -68,6 +68,44 @@ void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, u
   check("lora_shrink", cuda::lora_shrink(args));
 }
 
+cuda::LoraGradArgs grad_args(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R,
+                             uintptr_t v, uintptr_t v_scale, float alpha, uintptr_t column_scale,
+                             const MatrixTuple& grad, const MatrixTuple& p, uintptr_t rank_scale,
+                             float down_alpha, uintptr_t down, uintptr_t colsum) {
+  cuda::LoraGradArgs args{};
+  args.in = adjacent("in", read("in", in, M, C)), args.dropout = dropout(drop);
+  args.M = M, args.C = C, args.R = R;
+  args.v = pointer<float>(v), args.v_scale = pointer<float>(v_scale), args.alpha = alpha;
+  args.column_scale = pointer<float>(column_scale);
+  if (v != 0) args.grad = written("grad", grad, R, C);
+  if (std::get<0>(p) != 0) {
+    args.p = read("p", p, R, C);
+    check_block("down", down, M, R);
+  }
+  args.rank_scale = pointer<float>(rank_scale), args.down_alpha = down_alpha;
+  args.down = pointer<float>(down), args.colsum = pointer<float>(colsum);
+  return args;
+}
+
+int64_t lora_grad_partials(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R,
+                           uintptr_t v, uintptr_t v_scale, float alpha, uintptr_t column_scale,
+                           const MatrixTuple& grad, const MatrixTuple& p, uintptr_t rank_scale,
+                           float down_alpha, uintptr_t down, uintptr_t colsum) {
+  return cuda::lora_grad_partials(grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p,
+                                            rank_scale, down_alpha, down, colsum));
+}
+
+void lora_grad(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t v,
+               uintptr_t v_scale, float alpha, uintptr_t column_scale, const MatrixTuple& grad,
+               const MatrixTuple& p, uintptr_t rank_scale, float down_alpha, uintptr_t down, uintptr_t colsum,
+               uintptr_t partial, uintptr_t stream) {
+  cuda::LoraGradArgs args = grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p, rank_scale,
+                                      down_alpha, down, colsum);
+  check_block("partial", partial, cuda::lora_grad_partials(args), 1);
+  args.partial = pointer<float>(partial), args.stream = pointer<void>(stream);
+  check("lora_grad", cuda::lora_grad(args));
+}
+
 // --- many adapters ---
 void store_addresses(const std::vector<uint64_t>& addresses, uintptr_t out, uintptr_t stream) {
   const auto count = static_cast<int64_t>(addresses.size());
@@ -114,6 +152,12 @@ void peftkern::bind_cuda(py::module_& m) {
       "M"_a, "C"_a, "R"_a, "dtype"_a);
   m.def("cuda_lora_shrink", &lora_shrink, nogil, "in"_a, "p"_a, "scale"_a, "rank_scale"_a, "alpha"_a,
         "dropout"_a, "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
+  m.def("cuda_lora_grad_partials", &lora_grad_partials, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a,
+        "v_scale"_a, "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a,
+        "colsum"_a);
+  m.def("cuda_lora_grad", &lora_grad, nogil, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a, "v_scale"_a,
+        "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a, "colsum"_a,
+        "partial"_a, "stream"_a);
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def(

@@ -14,10 +14,6 @@ from ..problem import Problem
 from . import cuda_native as native
 from .cuda_native import dropout, floats, matrix, pointer, rows, vector
 
-# The widest rank whose u the spare warps of the sm_90 kernel make beside its first tile.
-_FUSED_SHRINK_RANK = 32
-# The widest rank of the sm_90 kernel.
-_SM90_RANK = 256
 _UNSUPPORTED = {
     "lora_linear_fwd": ("base_in_scale", "save_base"),
     "lora_linear_bwd_input": ("base_out_scale", "need_base_in"),
@@ -35,11 +31,6 @@ def decline(problem: Problem) -> str | None:
     if problem.R > 512 or max(problem.M, problem.N, problem.K) >= 2**31:
         return "R is over 512, or a size is 2^31 or more"
     return None
-
-
-def _aligned(t: Tensor) -> bool:
-    """As the TMA unit wants it: 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0
 
 
 def _shrink(x: Tensor, p: Tensor, *, scale=None, rank_scale=None, alpha=1.0, drop=native.NO_DROPOUT) -> Tensor:
@@ -63,20 +54,25 @@ def _linear(
     (M, K), N, R = x.shape, w.shape[0], b.shape[1]
     by_row = w.stride(1) != 1 and w.stride(0) == 1
     w = rows(w.t()) if by_row else rows(w)
-    hopper = device.arch == 90 and R <= _SM90_RANK and min(M, N, K) > 0 and _aligned(x) and _aligned(w)
-    inside = hopper and a is not None and delta_in_scale is None and R <= _FUSED_SHRINK_RANK
-    if a is not None and not inside:
-        v, a, drop = _shrink(x, a, scale=delta_in_scale, drop=drop), None, native.NO_DROPOUT
-    elif a is not None:
-        v = torch.empty((M, R), dtype=torch.float32, device=x.device)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    counters = native.counters(native._C.cuda_lora_linear_counters(M), x) if a is not None else None
-    native._C.cuda_lora_linear(
-        hopper, matrix(x), matrix(w), by_row, matrix(out), M, N, K, R, pointer(v), matrix(a), matrix(b), scaling,
-        pointer(rank_scale), pointer(base_scale), pointer(low_scale), pointer(bias),
-        native.CODES[x.dtype if bias is None else bias.dtype], drop, pointer(counters), device.multiprocessors,
-        native.stream(x),
-    )  # fmt: skip
+
+    def taken(hopper: bool, v: Tensor, a: Tensor | None, drop) -> bool:
+        counters = None if a is None else native.counters(native._C.cuda_lora_linear_counters(M), x)
+        return native._C.cuda_lora_linear(
+            hopper, matrix(x), matrix(w), by_row, matrix(out), M, N, K, R, pointer(v), matrix(a), matrix(b), scaling,
+            pointer(rank_scale), pointer(base_scale), pointer(low_scale), pointer(bias),
+            native.CODES[x.dtype if bias is None else bias.dtype], drop, pointer(counters), device.multiprocessors,
+            native.stream(x),
+        )  # fmt: skip
+
+    if a is not None:
+        if device.arch == 90 and delta_in_scale is None:
+            v = torch.empty((M, R), dtype=torch.float32, device=x.device)
+            if taken(True, v, a, drop):
+                return out, v
+        v, drop = _shrink(x, a, scale=delta_in_scale, drop=drop), native.NO_DROPOUT
+    if not (device.arch == 90 and taken(True, v, None, drop)) and not taken(False, v, None, drop):
+        raise RuntimeError(f"no CUDA kernel takes M={M} N={N} K={K} R={R} {x.dtype}")
     return out, v
 
 
@@ -102,6 +98,11 @@ def _grad(
     (M, C), R = t.shape, (p if grad is None else grad).shape[0]
     down = torch.empty((M, R), dtype=torch.float32, device=t.device) if p is not None else None
     sums = torch.empty(C, dtype=torch.float32, device=t.device) if colsum else None
+    if t.numel() == 0:  # an address of 0 would mean something else
+        for out in (grad, down, sums):
+            if out is not None:
+                out.zero_()
+        return down, sums
     args = (
         matrix(t), drop, M, C, R, pointer(v), pointer(v_scale), alpha, pointer(column_scale), matrix(grad), matrix(p),
         pointer(rank_scale), down_alpha, pointer(down), pointer(sums),

@@ -11,6 +11,7 @@ from peftkern import AdapterBank
 from peftkern.backends import cuda_lora, cuda_native
 from peftkern.backends.cuda import OPS
 from peftkern.ops.dropout_mask import dropout_mask_ref
+from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref
 from peftkern.ops.multi_lora_linear import multi_lora_linear_route_ref
 from peftkern.ops.sgmv import sgmv_add_ref
 
@@ -68,3 +69,63 @@ def test_sgmv_add(device, dtype):
     sgmv_add_ref(expected, x, *rest)
     OPS["sgmv_add"](out, x, *rest)
     torch.testing.assert_close(out, expected)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """One rounding to ``dtype`` beside fp32 sums."""
+    assert got.shape == expected.shape and got.dtype == dtype
+    if expected.numel():
+        unit = {torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
+        assert (got.double() - expected).abs().max() <= unit * expected.abs().max()
+
+
+def double(args):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+HALVES = (torch.bfloat16, torch.float16)
+# M, N, K, R; dtype; adapters in fp32; dropout; scale vectors; bias
+LAYERS = [
+    (70, 72, 136, 16, torch.bfloat16, True, True, False, False),
+    (5, 33, 40, 3, torch.float16, True, False, True, True),
+    (130, 264, 64, 33, torch.bfloat16, False, True, True, True),
+    (1, 8, 8, 1, torch.float16, False, True, False, True),
+    (33, 17, 29, 8, torch.bfloat16, True, True, True, False),
+    (0, 16, 24, 4, torch.bfloat16, True, False, False, True),
+    (9, 16, 24, 0, torch.bfloat16, True, False, False, True),
+    (9, 0, 24, 4, torch.bfloat16, True, True, False, True),
+    (9, 16, 0, 4, torch.bfloat16, True, True, False, True),
+]
+
+
+def layer(M, N, K, R, dtype, wide, drop, scales, bias):
+    """Tensors of one layer by name; missing ones are None."""
+    gen = torch.Generator().manual_seed(M + N + K)
+
+    def normal(*shape, scale=1.0, dtype=dtype):
+        return (torch.randn(*shape, generator=gen) * scale).to(dtype)
+
+    adapter = torch.float32 if wide else dtype
+    t = dict(
+        x=normal(M, K), weight=normal(N, K, scale=K**-0.5), A=normal(R, K, scale=K**-0.5, dtype=adapter),
+        B=normal(N, R, scale=max(R, 1) ** -0.5, dtype=adapter), dy=normal(M, N), seed=torch.tensor([41]) if drop else None,
+        p=0.25 if drop else 0.0, bias=normal(N) if bias else None,
+    )  # fmt: skip
+    for name, size in dict(d=R, p_d=K, p_b=K, g_b=N, g_d=N).items():
+        t[name] = normal(size) if scales else None
+    return t
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_adapter_gradients(device, case):
+    t = layer(*case)
+    M, _, _, R = case[:4]
+    u = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
+    for needs in ((True,) * 4, (False, True, True, False), (True, False, False, False), (False,) * 4):
+        args = (
+            t["dy"], t["x"] if needs[0] else None, u, None, t["A"], t["B"], -1.5, t["p"], t["seed"], t["d"], t["p_d"],
+            t["g_d"], *needs, False, False, False,
+        )  # fmt: skip
+        got = OPS["lora_linear_bwd_adapter"](*args)
+        for ours, expected in zip(got, lora_linear_bwd_adapter_ref(*double(args)), strict=True):
+            close(ours, expected, ours.dtype)
