@@ -107,7 +107,7 @@ def layer(M, N, K, R, dtype, wide, drop, scales, bias):
 
     adapter = torch.float32 if wide else dtype
     t = dict(
-        x=normal(M, K), weight=normal(N, K, scale=K**-0.5), A=normal(R, K, scale=K**-0.5, dtype=adapter),
+        x=normal(M, K), weight=normal(N, K, scale=max(K, 1) ** -0.5), A=normal(R, K, scale=max(K, 1) ** -0.5, dtype=adapter),
         B=normal(N, R, scale=max(R, 1) ** -0.5, dtype=adapter), dy=normal(M, N), seed=torch.tensor([41]) if drop else None,
         p=0.25 if drop else 0.0, bias=normal(N) if bias else None,
     )  # fmt: skip
