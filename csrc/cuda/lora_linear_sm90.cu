@@ -35,7 +35,7 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Make
   Ring<Layout<Columns, MakesV>::kStages> ring;
   tensor_map_prefetch(x);
   tensor_map_prefetch(w);
-  for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
+  for (int index = walk.first; index < walk.tiles; index += walk.step) {
     const Tile tile = walk.at(index);
     if (walk.rank_first) grant(shared, ring, walk.rank_steps);
     for (int step = 0; step < walk.steps; ++step) {
@@ -44,12 +44,21 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Make
       mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
       mbarrier_arrive_expect(full, shared.kStage);
       tile_load(shared.left(ring.slot), x, full, tile.row, k);
+      const auto load_w = [&](int at, int row, int column) {
+        const uint32_t to = right + static_cast<uint32_t>(at) * kDepth * 2;
+        if constexpr (kCluster<Columns> > 1) {
+          tile_load_multicast(to, w, full, row, column, (1 << kCluster<Columns>)-1);
+        } else {
+          tile_load(to, w, full, row, column);
+        }
+      };
+      constexpr int kShare = Columns / kCluster<Columns>;  // columns of the tile that this block loads
+      const int first = walk.rank * kShare;
       if (ByRow) {
 #pragma unroll
-        for (int i = 0; i < Columns / 64; ++i)
-          tile_load(right + static_cast<uint32_t>(i) * 8192, w, full, k, tile.column + i * 64);
+        for (int i = 0; i < kShare; i += 64) load_w(first + i, k, tile.column + first + i);
       } else {
-        tile_load(right, w, full, tile.column, k);
+        load_w(first, tile.column + first, k);
       }
       ring.advance();
     }
@@ -68,9 +77,9 @@ PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Mak
   const RowBlocks<T> row_blocks{args, extra, reinterpret_cast<uint32_t*>(shared.memory + shared.kTicketAt),
                                 t};
   uint32_t mask_parity = 1, granted = 0;  // of the next wait; for each slot
-  for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
+  for (int index = walk.first; index < walk.tiles; index += walk.step) {
     const Tile tile = walk.at(index);
-    if constexpr (MakesV) row_blocks.wait_for(tile, index == static_cast<int>(blockIdx.x));
+    if constexpr (MakesV) row_blocks.wait_for(tile, index == walk.first);
     if (walk.rank_first) {
       mbarrier_wait(shared.mask_read(), mask_parity);
       mask_parity ^= 1;
@@ -99,13 +108,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (uint32_t s = 0; s < Shared::kStages; ++s) {
       mbarrier_init(shared.full(s), 1);
-      mbarrier_init(shared.empty(s), 8);  // the multiplying warps
+      mbarrier_init(shared.empty(s), 8 * kCluster<Columns>);  // the multiplying warps
       mbarrier_init(shared.granted(s), 1);
     }
     mbarrier_init(shared.mask_read(), 8);
     mbarrier_init_fence();
   }
-  sync_threads();
+  if constexpr (kCluster<Columns> > 1) {
+    cluster_sync();
+  } else {
+    sync_threads();
+  }
   // 104 + 2 * 200 registers: the 3 * 168 that the block starts with. Products of 256 columns need 154 at the
   // start, so there is no room for a fourth warpgroup.
   if (warp < 4) {
@@ -119,32 +132,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_increase<176>();
     multiply<T, Columns, MakesV, ByRow>(args, shared, warp / 4 - 1, t);
   }
+  if constexpr (kCluster<Columns> > 1) {
+    sync_warp();
+    cluster_sync();  // the other block may still arrive at this one's barriers
+  }
 }
+
+// Blocks that work at the same time, and how often they do.
+template <int Columns>
+struct Grid {
+  int64_t clusters, turns;
+
+  explicit Grid(const LoraLinearArgs& args) {
+    constexpr int kRowsTogether = kCluster<Columns> * kRows;
+    const int64_t tiles = (args.M + kRowsTogether - 1) / kRowsTogether * ((args.N + Columns - 1) / Columns);
+    const int64_t most = args.multiprocessors / kCluster<Columns>;
+    clusters = tiles < most ? tiles : most > 0 ? most : 1;
+    turns = (tiles + clusters - 1) / clusters;
+  }
+};
 
 template <class T, int Columns, bool MakesV, bool ByRow>
 const char* start(const LoraLinearArgs& args) {
-  const auto tiles = (args.M + kRows - 1) / kRows * ((args.N + Columns - 1) / Columns);
   const bool is_f16 = args.x.dtype == DType::f16;
   TensorMap x, w;
   const TensorMapShape of_x{
       const_cast<void*>(args.x.data), is_f16, args.M, args.K, args.x.row, kRows, kDepth, true};
   if (const char* error = encode_tensor_map(of_x, &x)) return error;
-  TensorMapShape of_w{
-      const_cast<void*>(args.w.data), is_f16, args.N, args.K, args.w.row, Columns, kDepth, true};
+  TensorMapShape of_w{const_cast<void*>(args.w.data), is_f16, args.N, args.K, args.w.row,
+                      Columns / kCluster<Columns>,    kDepth, true};
   if (ByRow) of_w = {of_w.data, is_f16, args.K, args.N, args.w.row, kDepth, 64, true};
   if (const char* error = encode_tensor_map(of_w, &w)) return error;
-  const auto blocks = static_cast<unsigned>(tiles < args.multiprocessors ? tiles : args.multiprocessors);
-  const Launch how{{blocks}, {kThreads}, Layout<Columns, MakesV>::kBytes, args.stream};
+  const auto blocks = static_cast<unsigned>(Grid<Columns>(args).clusters * kCluster<Columns>);
+  Launch how{{blocks}, {kThreads}, Layout<Columns, MakesV>::kBytes, args.stream};
+  how.cluster = kCluster<Columns>;
   return launch(how, lora_linear_kernel<T, Columns, MakesV, ByRow>, x, w, args);
 }
 
-// Narrow tiles multiply a little slower, but leave fewer multiprocessors idle where there are few tiles.
+// Narrow tiles load 2.7 times as many bytes for a product, but leave fewer multiprocessors idle where there
+// are few tiles.
 bool narrow_tiles(const LoraLinearArgs& args) {
-  const auto turns = [&](int64_t columns) {
-    const int64_t tiles = (args.M + kRows - 1) / kRows * ((args.N + columns - 1) / columns);
-    return (tiles + args.multiprocessors - 1) / args.multiprocessors * columns;
-  };
-  return 8 * turns(256) > 9 * turns(128);
+  return 2 * 256 * Grid<256>(args).turns > 3 * 128 * Grid<128>(args).turns;
 }
 
 template <class T, int Columns>

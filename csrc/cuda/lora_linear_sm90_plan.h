@@ -2,6 +2,7 @@
 // many stages each tile takes.
 #pragma once
 
+#include "cuda/cluster.h"
 #include "cuda/mbarrier.h"
 #include "peftkern/cuda.h"
 
@@ -17,6 +18,11 @@ constexpr int kThreads = 384, kAdapterThreads = 96;
 constexpr int kAdapterBarrier = 1;  // and one for each multiplying warpgroup
 constexpr int kRowBlock = 48;       // rows of v made at a time, 16 by a warp
 constexpr int kRowTileGroup = 16;   // row tiles walked together, so that their operands stay in L2
+
+// Blocks that work on tiles below each other at the same time and share what they load of w: each loads half
+// of it, for both. Wide tiles alone: narrow ones are for small problems, down to a single row of tiles.
+template <int Columns>
+constexpr int kCluster = Columns == 256 ? 2 : 1;
 
 // A ring of stages between those that fill and those that multiply. Everyone counts for himself; one who
 // skips stages has no use for the parity.
@@ -74,28 +80,33 @@ struct Tile {
   int row, column;  // of its first element
 };
 
-// Tiles and their stages. A block takes tiles blockIdx.x, + gridDim.x, ...
+// Tiles and their stages, for the blocks of a cluster together: it takes tiles number `first`, + `step`, ...,
+// and each block its own row of them, which may lie below the matrix.
 template <int Columns>
 struct Walk {
-  int row_tiles, column_tiles, tiles;
+  int row_tiles, column_tiles, tiles, first, step, rank;
   int steps;       // stages of the base product
   int rank_steps;  // stages of the low-rank term
   // Dropout of the low-rank term: it comes first, is masked in place, and the base accumulates on top.
   bool rank_first;
 
   PEFTKERN_DEVICE explicit Walk(const LoraLinearArgs& args) {
-    row_tiles = static_cast<int>((args.M + kRows - 1) / kRows);
+    constexpr int kTogether = kCluster<Columns>;
+    row_tiles = static_cast<int>((args.M + kTogether * kRows - 1) / (kTogether * kRows));
     column_tiles = static_cast<int>((args.N + Columns - 1) / Columns);
     tiles = row_tiles * column_tiles;
+    first = static_cast<int>(blockIdx.x) / kTogether;
+    step = static_cast<int>(gridDim.x) / kTogether;
+    rank = static_cast<int>(blockIdx.x) % kTogether;
     steps = static_cast<int>((args.K + kDepth - 1) / kDepth);
     rank_steps = static_cast<int>((args.R + kRankDepth - 1) / kRankDepth);
     rank_first = rank_steps > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
   }
   PEFTKERN_DEVICE Tile at(int tile) const {
-    const int per_group = kRowTileGroup * column_tiles, group = tile / per_group;
-    const int first = group * kRowTileGroup, left = row_tiles - first;
-    const int rows = left < kRowTileGroup ? left : kRowTileGroup, within = tile - group * per_group;
-    return {(first + within % rows) * kRows, within / rows * Columns};
+    constexpr int kTogether = kCluster<Columns>, kGroup = kRowTileGroup / kTogether;
+    const int group = tile / (kGroup * column_tiles), above = group * kGroup, left = row_tiles - above;
+    const int rows = left < kGroup ? left : kGroup, within = tile - above * column_tiles;
+    return {((above + within % rows) * kTogether + rank) * kRows, within / rows * Columns};
   }
 };
 

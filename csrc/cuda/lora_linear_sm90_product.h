@@ -20,7 +20,13 @@ struct Products {
   bool in_flight = false;
 
   PEFTKERN_DEVICE void release() {
-    if (in_flight && lane == 0) mbarrier_arrive(shared.empty(before));
+    if constexpr (kCluster<Columns> > 1) {
+      // Stages of every block are filled by every block.
+      if (in_flight && lane < kCluster<Columns>)
+        mbarrier_arrive_unordered(shared.empty(before), static_cast<uint32_t>(lane));
+    } else {
+      if (in_flight && lane == 0) mbarrier_arrive(shared.empty(before));
+    }
   }
   // Everything but the stage just issued is done.
   PEFTKERN_DEVICE void next() {
@@ -98,7 +104,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
   float* const bias = scale + Columns;
   Products<T, Columns, MakesV, ByRow> products{shared, static_cast<uint32_t>(group) * 64 * 128, lane};
   float sums[Columns / 2];
-  for (int index = static_cast<int>(blockIdx.x); index < walk.tiles; index += static_cast<int>(gridDim.x)) {
+  for (int index = walk.first; index < walk.tiles; index += walk.step) {
     const Tile tile = walk.at(index);
     // Read now, needed after the product.
     float my_scale[Columns / 128], my_bias[Columns / 128];

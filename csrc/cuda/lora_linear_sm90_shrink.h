@@ -284,10 +284,12 @@ struct RowBlocks {
   // with `first`, some in any case.
   PEFTKERN_DEVICE void wait_for(const Tile& tile, bool first) const {
     const int64_t end = tile.row + kRows < args.M ? tile.row + kRows : args.M;
-    const int64_t low = tile.row / kRowBlock, high = (end - 1) / kRowBlock;
+    // A tile below the matrix wants none.
+    const int64_t low = tile.row / kRowBlock, high = tile.row < args.M ? (end - 1) / kRowBlock : -1;
     while (true) {
       uint32_t taken = kNone;
-      if (t == 0 && (first || load_published(args.counters) <= high)) taken = atomic_add(args.counters, 1);
+      if (t == 0 && (first || static_cast<int64_t>(load_published(args.counters)) <= high))
+        taken = atomic_add(args.counters, 1);
       first = false;
       taken = broadcast(taken);
       if (taken == kNone) break;

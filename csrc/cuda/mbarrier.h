@@ -41,6 +41,20 @@ PEFTKERN_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
       : "memory");
 }
 
+// The same for what ordinary loads and stores have no part in, as a slot that wgmma reads and copies fill: it
+// orders none of them, which at the scope of a cluster takes a fence of the whole device each time. Waited
+// for with mbarrier_wait.
+PEFTKERN_DEVICE void mbarrier_arrive_unordered(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives, and announces bytes that copies will bring.
 PEFTKERN_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

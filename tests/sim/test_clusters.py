@@ -39,6 +39,13 @@ def multicast(sim, bug: int, seed: int, mode=(1, 0), steps: int = 5, clusters: i
         return np.array_equal(out.array, expected)
 
 
+def handover(sim, bug: int, seed: int, mode=(1, 0), clusters: int = 2) -> bool:
+    with sim.memory() as memory:
+        out = memory.empty((2 * clusters, 32), np.uint32)
+        sim.run("sim_cluster_handover", clusters, out, bug, seed=seed, mode=mode)
+        return np.array_equal(out.array, 100 * (np.arange(2 * clusters)[:, None] ^ 1) + np.arange(32))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_correct_kernels_pass(sim, mode):
     for seed in range(6):
@@ -46,6 +53,7 @@ def test_correct_kernels_pass(sim, mode):
             assert exchange(sim, 0, seed, mode, size)
         for steps in (1, 2, 5):
             assert multicast(sim, 0, seed, mode, steps)
+        assert handover(sim, 0, seed, mode)
 
 
 SAID = {
@@ -62,6 +70,7 @@ SAID = {
 PLANTED = [
     *((exchange, i, n) for i, n in enumerate(bugs("ExchangeBug")) if i),
     *((multicast, i, n) for i, n in enumerate(bugs("MulticastBug")) if i),
+    *((handover, i, n) for i, n in enumerate(bugs("HandoverBug")) if i),
 ]
 
 

@@ -232,7 +232,7 @@ def test_input_gradient(sim, case, dtype):
     [
         Case(1, 1, 1, 1),
         Case(130, 264, 200, 16, p=0.3, multiprocessors=2),
-        Case(300, 300, 330, 32, p=0.1, multiprocessors=3),
+        Case(300, 300, 330, 32, p=0.1, multiprocessors=4),
         Case(97, 136, 1100, 5, multiprocessors=1, scales="base rank low", bias=F32),
         Case(49, 20, 37, 17, p=0.5, multiprocessors=1, misaligned=True),
         Case(520, 8, 64, 8),
@@ -284,10 +284,11 @@ def test_the_low_rank_term_alone_keeps_its_bits(sim, rank, adapter):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_schedule_gives_the_same_bits(sim, mode):
     for case in (
-        Case(200, 300, 330, 40, scales="base", bias=F32),
+        Case(300, 520, 330, 40, scales="base", bias=F32, multiprocessors=4),
         Case(200, 300, 330, 40, p=0.5, by_row=True, multiprocessors=2),
         Case(100, 130, 600, 200, multiprocessors=1),
         Case(300, 130, 140, 9, makes_v=True, p=0.5),
+        Case(300, 300, 140, 32, makes_v=True, multiprocessors=4),
     ):
         t = case.operands()
         expected, _ = case.run(sim, t)

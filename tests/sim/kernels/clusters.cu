@@ -148,6 +148,33 @@ __global__ void __launch_bounds__(kThreads)
   if (bug != kNoClusterBarrierAtEnd) cluster_sync();
 }
 
+enum HandoverBug { kHandoverCorrect, kUnordered };
+
+// Two blocks hand each other a word per thread. First they meet without handing anything over.
+__global__ void handover_kernel(uint32_t* out, int bug) {
+  auto* box = reinterpret_cast<uint32_t*>(shared_memory());
+  const unsigned t = threadIdx.x, other = 1 - cluster_rank();
+  const uint32_t met = shared_address(box + 32), filled = met + 8;
+  if (t == 0) {
+    mbarrier_init(met, 32);
+    mbarrier_init(filled, 32);
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+  mbarrier_arrive_unordered(met, other);
+  mbarrier_wait(met, 0);
+  cluster_store(cluster_address(shared_address(box + t), other), 100 * blockIdx.x + t);
+  if (bug == kUnordered) {
+    mbarrier_arrive_unordered(filled, other);
+    mbarrier_wait(filled, 0);
+  } else {
+    mbarrier_arrive_cluster(filled, other);
+    mbarrier_wait_cluster(filled, 0);
+  }
+  out[blockIdx.x * 32 + t] = box[t];
+  cluster_sync();
+}
+
 // A launch that depends on the one before: it may read `in` and write `out` after the wait only.
 __global__ void dependent_kernel(const uint32_t* in, uint32_t* out, int waits) {
   const uint32_t first = threadIdx.x == 0 ? 0 : 1;
@@ -177,6 +204,12 @@ PEFTKERN_EXPORT const char* sim_multicast(uint16_t* data, int steps, unsigned cl
   Launch how{{clusters * kSize}, {kThreads}, 128 + kStages * (kTileBytes + 16)};
   how.cluster = kSize;
   return launch(how, multicast_kernel, map, steps, out, bug);
+}
+
+PEFTKERN_EXPORT const char* sim_cluster_handover(unsigned clusters, uint32_t* out, int bug) {
+  Launch how{{clusters * 2}, {32}, 32 * 4 + 16};
+  how.cluster = 2;
+  return launch(how, handover_kernel, out, bug);
 }
 
 PEFTKERN_EXPORT const char* sim_dependent(const uint32_t* in, uint32_t* out, int waits) {

@@ -95,13 +95,13 @@ void cluster_store(uint32_t address, const void* value, int bytes) {
   self->stores.push_back(store);
 }
 
-void barrier_arrive_cluster(uint32_t address, uint32_t rank) {
+void barrier_arrive_cluster(uint32_t address, uint32_t rank, bool ordered) {
   maybe_yield(4);
-  release();
+  if (ordered) release();
   Block* block = member(rank, "mbarrier.arrive at another block");
   if (block->transactions.count(address) == 0)
     fail("mbarrier.arrive: block %u has no mbarrier at shared address %#x", rank, address);
-  block->transactions[address].cluster |= block != self->block;
+  if (ordered) block->transactions[address].cluster |= block != self->block;
   add_bulk({[=] { barrier_arrived(block, address, 0); }, block, "an arrival", self});
 }
 

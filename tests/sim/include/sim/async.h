@@ -16,7 +16,8 @@ void barrier_invalidate(uint32_t address);
 // One arrival, which also announces bytes.
 void barrier_arrive(uint32_t address, int64_t bytes);
 // At the barrier of another block, some time later.
-void barrier_arrive_cluster(uint32_t address, uint32_t rank);
+// ordered: what the thread stored before is there for those that wait at the scope of the cluster.
+void barrier_arrive_cluster(uint32_t address, uint32_t rank, bool ordered);
 void barrier_arrived(Block* block, uint32_t address, int64_t bytes);
 void barrier_complete(Block* block, uint32_t address, int64_t bytes);
 // `cluster`: the wait also orders what threads of other blocks did before they arrived.

@@ -17,7 +17,10 @@ PEFTKERN_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   ::sim::barrier_arrive(barrier, bytes);
 }
 PEFTKERN_DEVICE void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
-  ::sim::barrier_arrive_cluster(barrier, rank);
+  ::sim::barrier_arrive_cluster(barrier, rank, true);
+}
+PEFTKERN_DEVICE void mbarrier_arrive_unordered(uint32_t barrier, uint32_t rank) {
+  ::sim::barrier_arrive_cluster(barrier, rank, false);
 }
 PEFTKERN_DEVICE bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   return ::sim::barrier_test(barrier, parity, false);
