@@ -1,10 +1,11 @@
-"""Tables in README from committed results, and the verdict on a result.
+"""Tables in README and docs/performance.md from committed results, and the verdict on a result.
 
-    python -m peftkern.benchmarks.report            write the tables between the markers in README.md
-    python -m peftkern.benchmarks.report --check    exit code 1 if README.md is not what the results say
+    python -m peftkern.benchmarks.report            write what stands between the markers in both documents
+    python -m peftkern.benchmarks.report --check    exit code 1 if a document is not what the results say
     python -m peftkern.benchmarks.report --judge FILE
 
-A table stands between ``<!-- benchmarks:OP -->`` and ``<!-- /benchmarks:OP -->``; everything between is generated.
+A table stands between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->``; everything between is generated. NAME
+is an op, or one of VIEWS. ``calculated`` instead of ``benchmarks`` marks what follows from formulas alone (performance.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import generate, gpu_judge, multi_judge, multi_report
+from . import generate, gpu_judge, multi_judge, multi_report, performance
 from .case import BASE, FP32_BASE
 from .judge import Figure, figures, geomean, slow_half
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-MARKERS = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.S)
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
+MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
 COLUMNS = (
     ("PEFT", "peft", "fp32"),
     ("PEFT compiled", "peft_compile", "fp32"),
@@ -34,6 +36,12 @@ RANKS = (8, 16)
 # Ops whose rows are judged and shown in their own way.
 JUDGES = {"multi_lora_linear": multi_judge.figures}
 TABLES = {"multi_lora_linear": multi_report.markdown, "generate": generate.markdown}
+# What else can be told of the results of an op: name, the op, lines of one result, and whether of GPUs alone.
+VIEWS = {
+    "gap_lora_linear": ("lora_linear", performance.gap, False),
+    "gap_multi_lora_linear": ("multi_lora_linear", performance.gap_many, False),
+    "ways_lora_linear": ("lora_linear", performance.ways, True),
+}
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
@@ -47,19 +55,40 @@ def tables(op: str, results: list[dict]) -> str:
     return "\n".join(_machine(r) for r in results if r["header"]["op"] == op) or "No results yet.\n"
 
 
+def part(name: str, results: list[dict]) -> str:
+    """What stands between the markers of that name."""
+    kind, _, name = name.partition(":")
+    if kind == "calculated":
+        return performance.CALCULATED[name]() + "\n"
+    if name not in VIEWS:
+        return tables(name, results)
+    op, view, gpu = VIEWS[name]
+    chosen = [r for r in results if r["header"]["op"] == op and (not gpu or on_gpu(r))]
+    return "\n".join("\n".join([*_heading(r["header"]), *view(r)]) for r in chosen) or performance.NOTHING
+
+
+def on_gpu(result: dict) -> bool:
+    """Whether a GPU was measured."""
+    return any(row.get("device") == "cuda" for row in result["rows"])
+
+
 def _machine(result: dict) -> str:
     header, rows = result["header"], result["rows"]
-    isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
-    versions = header["versions"]
-    lines = [
-        f"**{header['device']}** ({isa}), {header['threads']} threads, torch {versions['torch']}, "
-        f"PEFT {versions['peft']}, {header['date'][:10]}, commit {(header['commit'] or 'unknown')[:10]}",
-        "",
-    ]
+    lines = _heading(header)
     table = TABLES.get(header["op"], _table)
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         lines += table([r for r in rows if r["dtype"] == dtype], dtype)
     return "\n".join(lines)
+
+
+def _heading(header: dict) -> list[str]:
+    isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
+    versions = header["versions"]
+    return [
+        f"**{header['device']}** ({isa}), {header['threads']} threads, torch {versions['torch']}, "
+        f"PEFT {versions['peft']}, {header['date'][:10]}, commit {(header['commit'] or 'unknown')[:10]}",
+        "",
+    ]
 
 
 def _isa(cpu: dict) -> str:
@@ -102,7 +131,7 @@ def _cell(rows: list[dict], provider: str, adapter: str, dropout: float, field: 
 
 def render(text: str, results: list[dict]) -> str:
     """``text`` with every marked part replaced."""
-    return MARKERS.sub(lambda m: m[1] + tables(m[2], results) + m[3], text)
+    return MARKERS.sub(lambda m: m[1] + part(m[2], results) + m[3], text)
 
 
 def verdict(found: list[Figure]) -> tuple[str, int]:
@@ -122,28 +151,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m peftkern.benchmarks.report", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if README is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a document is stale")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="the figures of this result against the limits")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--readme", type=Path, help="this document alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.judge:
         result = json.loads(args.judge.read_text())
-        on_gpu = any(row["device"] == "cuda" for row in result["rows"])
-        judge = gpu_judge.figures if on_gpu else JUDGES.get(result["header"]["op"], figures)
+        judge = gpu_judge.figures if on_gpu(result) else JUDGES.get(result["header"]["op"], figures)
         lines, code = verdict(judge(result))
         print(lines)
         return code
-    old = args.readme.read_text()
+    documents = [args.readme] if args.readme else [README, PERFORMANCE]
+    return max(_document(path, load(args.results), check=args.check) for path in documents)
+
+
+def _document(path: Path, results: list[dict], *, check: bool) -> int:
+    old = path.read_text()
     if not MARKERS.search(old):
-        print(f"{args.readme} has no <!-- benchmarks:OP --> ... <!-- /benchmarks:OP -->", file=sys.stderr)
+        print(f"{path} has no <!-- benchmarks:OP --> ... <!-- /benchmarks:OP -->", file=sys.stderr)
         return 1
-    new = render(old, load(args.results))
-    if args.check:
+    new = render(old, results)
+    if check:
         if new != old:
-            print(f"{args.readme} is stale: run python -m peftkern.benchmarks.report", file=sys.stderr)
+            print(f"{path} is stale: run python -m peftkern.benchmarks.report", file=sys.stderr)
         return int(new != old)
-    args.readme.write_text(new)
+    path.write_text(new)
     return 0
 
 

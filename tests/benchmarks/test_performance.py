@@ -1,0 +1,133 @@
+"""docs/performance.md: every figure is read from a result or marked as a calculation, and the calculations are right."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+
+from peftkern.benchmarks import model, performance, report
+from peftkern.benchmarks.floor import lora_floor
+
+pytestmark = pytest.mark.skipif(not report.PERFORMANCE.exists(), reason="an installed package has no docs")
+# What a measurement looks like: a decimal number, or a number with a unit.
+FIGURE = re.compile(
+    r"\d+\.\d+|\b\d+ ?(?:%|[mµun]s\b|seconds?\b|[KMGT]i?B\b|[GT]B/s|[GT]FLOP|[x×](?![\w])|times\b|percent\b)", re.I
+)
+PROVENANCE = ("*A calculation from sizes and data-sheet rates, not a measurement.*", "*Limits, not measurements.*")
+
+
+def parts():
+    return {m[2]: m[0] for m in report.MARKERS.finditer(report.PERFORMANCE.read_text())}
+
+
+def typed(text):
+    """Figures that stand outside of the generated parts."""
+    return FIGURE.findall(report.MARKERS.sub("", text))
+
+
+def test_no_figure_was_typed():
+    assert typed(report.PERFORMANCE.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["takes 12 us", "1.05 of it", "70 % of", "70% of", "2x faster", "3.35 TB/s", "in 5 ms"]
+)
+def test_a_typed_figure_is_found(text):
+    assert typed(f"words\n{text} words\n<!-- benchmarks:x -->\n1.5\n<!-- /benchmarks:x -->\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["2 M K N", "sm_90", "64 columns", "56 M N + 48 M K bytes", "16 ranks", "sm_80 to sm_89"]
+)
+def test_formulas_and_names_are_no_figures(text):
+    assert not typed(text)
+
+
+def test_every_part_is_known_and_says_what_it_is():
+    found = parts()
+    assert {name for name in found if name.startswith("calculated:")} == {
+        f"calculated:{n}" for n in performance.CALCULATED
+    }
+    assert {f"benchmarks:{n}" for n in report.VIEWS} <= set(found)
+    for name, text in found.items():
+        lines = text.splitlines()
+        if name.startswith("calculated:"):
+            assert lines[1] in PROVENANCE, name
+        else:
+            assert lines[1].startswith("**") or text.split("\n", 1)[1].startswith(performance.NOTHING), name
+
+
+def test_measured_parts_follow_the_results():
+    results = report.load()
+    for name in ("benchmarks:gap_lora_linear", "benchmarks:gap_multi_lora_linear"):
+        assert report.part(name, results) in parts()[name]
+        changed = copy.deepcopy(results)
+        for row in (row for result in changed for row in result["rows"]):
+            for field in ("ratio_to_base", "ratio_to_fp32_base", "median_ms"):
+                if row.get(field):
+                    row[field] *= 1.5
+        assert report.part(name, changed) != report.part(name, results)
+
+
+def test_without_results_a_part_says_so():
+    assert report.part("benchmarks:gap_lora_linear", []) == performance.NOTHING
+    cpu = [r for r in report.load() if not report.on_gpu(r)]
+    assert report.part("benchmarks:ways_lora_linear", cpu) == performance.NOTHING
+
+
+def test_parts_of_a_step_by_hand():
+    M, K, N = 8192, 4096, 14336
+    forward, backward = model.forward(M, K, N), model.backward(M, K, N)
+    h100 = model.CHIPS[0]
+    assert forward[0].seconds(h100) == pytest.approx(2 * 8192 * 4096 * 14336 / 700e12)
+    # Three products of bf16 terms, 16 deep each, behind 4096.
+    assert forward[1].seconds(h100) / forward[0].seconds(h100) == pytest.approx(48 / 4096)
+    assert model.forward(M, K, N, adapter=2)[1].flops == pytest.approx(2 * M * N * 32)
+    assert model.forward(M, K, N, 17)[1].flops == pytest.approx(2 * M * N * 96)
+    assert forward[2].alone(h100) == pytest.approx(2 * M * K / 3.35e12) and forward[2].seconds(h100) == 0
+    assert [p.seconds(h100) for p in backward[2:4]] == pytest.approx([2 * M * N / 3.35e12, 2 * M * K / 3.35e12])
+    assert model.total(forward, h100) == pytest.approx(sum(p.seconds(h100) for p in forward[:2]))
+
+
+def test_passes_are_cut_as_the_kernels_cut_them():
+    # 16 or 56 strips of 256 columns; 43 ranges of at least 192 rows.
+    assert model.ranges_that_fill(16, 43, 132) == 8 and model.ranges_that_fill(56, 43, 132) == 7
+    assert model.shares(8192, 4096, 16, down=True) == 8 * 16 * (4096 * 8 + 16 * 8192)
+    assert model.shares(8192, 4096, 16, down=False) == 8 * 16 * 4096 * 15
+    assert model.shares(64, 256, 16, down=True) == 0
+
+
+def test_decoding_by_hand():
+    base, adapters, rows = model.decode(64, 4096, 4096, 64)
+    assert adapters.bytes == 64 * 16 * (4096 + 4096) * 2 and rows.bytes == 2 * 64 * (4096 + 2 * 4096)
+    assert base.bytes == 2 * (4096 * 4096 + 2 * 64 * 4096)
+    assert model.decode(64, 4096, 4096, 64, adapter=4)[1].bytes == 2 * adapters.bytes
+
+
+def test_calculated_floors_are_those_of_the_benchmark():
+    floor = lora_floor(model.case(8192, 4096, 4096), "fwd_bwd")
+    text = performance.floors()
+    assert f"{(floor.base_flops + floor.branch_flops) / 700e12 * 1e3:.3f}" in text
+    assert f"{(floor.base_bytes + floor.branch_bytes) / 4.8e12 * 1e3:.3f}" in text
+
+
+def _gpu_result():
+    common = dict(op="lora_linear", device="cuda", dtype="bf16", M=8192, K=4096, N=4096, R=16, skipped=None)
+    rows = []
+    for provider, ms in (("base", 0.5), ("peftkern", 0.6), ("peftkern_cuda", None)):
+        row = common | dict(provider=provider, median_ms=ms, ratio_to_base=ms and ms / 0.5)
+        row |= dict(adapter_dtype=None, dropout=None) if provider == "base" else dict(adapter_dtype="fp32", dropout=0.1)
+        rows += [row | {"pass": which} for which in ("fwd", "fwd_bwd")]
+    cpu = dict(features=[], torch_isa="AVX2")
+    header = dict(op="lora_linear", device="A GPU", gpu={"arch": "sm_90"}, cpu=cpu, threads=2, commit="c" * 40,
+                  date="2026-01-02", versions={"torch": "2.13.0", "peft": "0.21.2"})  # fmt: skip
+    return {"header": header, "rows": rows}
+
+
+def test_ways_of_a_gpu():
+    text = report.part("benchmarks:ways_lora_linear", [*report.load(), _gpu_result()])
+    assert "**A GPU** (sm_90)" in text and "EPYC" not in text
+    assert "| base | 0.500 ms | 0.500 ms |  |  |" in text and "| peftkern | 1.200 | 1.200 |  |  |" in text
+    assert "| peftkern_cuda |  |  |  |  |" in text
