@@ -23,6 +23,11 @@ __host__ PEFTKERN_DEVICE constexpr int grad_down_stride(int ranks) {
 constexpr int kGradExchangeRow = kGradColumns + 8;
 static_assert(4 * (2 * 16 * kGradExchangeRow + 2 * kGradColumns) <= kGradStages * kGradStageBytes);
 
+static_assert(kGradStages * kGradStageBytes +
+                      4 * (2 * grad_words(32, 3) + 4 * kGradRows * grad_down_stride(32)) <=
+                  99 * 1024,
+              "what a block may have on sm_86 and sm_120");
+
 inline size_t grad_shared_bytes(const GradPlan& plan, int terms) {
   const int words = 2 * grad_words(plan.ranks, terms);
   const int floats = plan.down ? 4 * kGradRows * grad_down_stride(plan.ranks) : 0;

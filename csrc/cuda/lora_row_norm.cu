@@ -107,22 +107,23 @@ PEFTKERN_DEVICE void load_b(const LoraRowNormArgs& args, int64_t n, int64_t r,
   }
 }
 
-// A lane's part of 32 columns of w: rows g and g + 8, 8 columns; zeros outside.
-PEFTKERN_DEVICE void load_w(const LoraRowNormArgs& args, int64_t n, int64_t c, bool vector, Vec16 (&w)[2]) {
-  const auto* from = static_cast<const uint16_t*>(args.w.data) + n * args.w.row + c;
+// A lane's part of 32 columns of w: 8 columns of rows g and g + 8, from `from` on; zeros outside.
+PEFTKERN_DEVICE void load_w(const uint16_t* from, int64_t row, int rows, int columns, bool vector,
+                            Vec16 (&w)[2]) {
+  if (vector && rows > 8 && columns >= 8) {
+    w[0] = load_once(reinterpret_cast<const Vec16*>(from));
+    w[1] = load_once(reinterpret_cast<const Vec16*>(from + 8 * row));
+    return;
+  }
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int64_t left = n + 8 * row < args.N ? args.K - c : 0;
-    if (vector && left >= 8) {
-      w[row] = load_once(reinterpret_cast<const Vec16*>(from));
-    } else {
+  for (int i = 0; i < 2; ++i) {
+    const int left = 8 * i < rows ? columns : 0;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t low = 2 * e < left ? from[2 * e] : 0, high = 2 * e + 1 < left ? from[2 * e + 1] : 0;
-        w[row].word[e] = low | high << 16;
-      }
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t low = 2 * e < left ? from[8 * i * row + 2 * e] : 0;
+      const uint32_t high = 2 * e + 1 < left ? from[8 * i * row + 2 * e + 1] : 0;
+      w[i].word[e] = low | high << 16;
     }
-    from += 8 * args.w.row;
   }
 }
 
@@ -167,9 +168,16 @@ __global__ void __launch_bounds__(kThreads, Chunked ? 1 : 2)
       reinterpret_cast<uintptr_t>(args.w.data) % 16 == 0 && (args.w.row % 8 == 0 || args.N == 1);
 
   int64_t n = range * plan.range_rows + 16 * warp + g;
+  const int64_t c = column0 + 8 * t;
+  const auto* from = static_cast<const uint16_t*>(args.w.data) + n * args.w.row + c;
+  const int columns = args.K - c < plan.columns ? static_cast<int>(args.K - c) : plan.columns;
+  // Of the range, from the tile that w holds on.
+  int rows = static_cast<int>(row1 - n);
   Vec16 w[2][2];  // by 32 columns and row; replaced as soon as they are used
 #pragma unroll
-  for (int half = 0; half < 2; ++half) load_w(args, n, column0 + 32 * half + 8 * t, vector, w[half]);
+  for (int half = 0; half < 2; ++half) {
+    load_w(from + 32 * half, args.w.row, rows, columns - 32 * half, vector, w[half]);
+  }
   if (!Chunked) stage_a<Adapter>(args, plan, column0, 0, fragments);
   sync_threads();
   // Warps take as many tiles each, so that all meet where a is replaced.
@@ -196,9 +204,12 @@ __global__ void __launch_bounds__(kThreads, Chunked ? 1 : 2)
               delta, b, fragments + 4 * piece * stride + step * kTerms<Adapter> * 128 + 4 * lane, stride);
         }
       }
-      const bool last = piece + 1 == pieces;
-      const int64_t next_n = last ? n + kBlockRows : n;
-      const int64_t next_c = column0 + 8 * t + (last ? 0 : (piece + 1) * kPiece);
+      int next = (piece + 1) * kPiece;
+      if (Chunked || piece + 1 == pieces) {
+        next = 0;
+        from += kBlockRows * args.w.row;
+        rows -= kBlockRows;
+      }
       float piece_sums[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -213,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, Chunked ? 1 : 2)
             piece_sums[row] += high * high;
           }
         }
-        load_w(args, next_n, next_c + 32 * half, vector, w[half]);
+        load_w(from + next + 32 * half, args.w.row, rows, columns - next - 32 * half, vector, w[half]);
       }
       sums[0] += piece_sums[0];
       sums[1] += piece_sums[1];
