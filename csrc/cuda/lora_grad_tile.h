@@ -40,7 +40,7 @@ class GradTile {
     columns_ = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
     rows_ = columns_ > 0 ? static_cast<int>(block.row1 - row) : 0;
     source_ = static_cast<const uint16_t*>(args.in.data) + row * args.in.row + column;
-    vector_ = reinterpret_cast<uintptr_t>(args.in.data) % 16 == 0 && (args.in.row % 8 == 0 || args.M == 1);
+    vector_ = reinterpret_cast<uintptr_t>(args.in.data) % 16 == 0 && args.in.row % 8 == 0;
   }
 
   // Starts copies of the next stage, into the slot of the one kGradStages before.

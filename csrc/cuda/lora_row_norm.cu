@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(kThreads, Chunked ? 1 : 2)
   const int64_t row1 = (range + 1) * plan.range_rows < args.N ? (range + 1) * plan.range_rows : args.N;
   const int pieces = plan.columns / kPiece, steps = plan.ranks / 16;
   const int stride = steps * kTerms<Adapter> * 128;  // words of two tiles
-  const bool vector =
-      reinterpret_cast<uintptr_t>(args.w.data) % 16 == 0 && (args.w.row % 8 == 0 || args.N == 1);
+  const bool vector = reinterpret_cast<uintptr_t>(args.w.data) % 16 == 0 && args.w.row % 8 == 0;
 
   int64_t n = range * plan.range_rows + 16 * warp + g;
   const int64_t c = column0 + 8 * t;
