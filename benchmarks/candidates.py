@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from peftkern import dispatch, settings, tuned
+from peftkern import dispatch, tuned
+from peftkern.problem import Problem
 
 from .case import Case
 
@@ -46,24 +47,26 @@ MULTI = (Candidate("cuda", "CUDA", "cuda", only=False), Candidate("triton", "Tri
 @contextlib.contextmanager
 def active(candidate: Candidate) -> Iterator[None]:
     """The candidate's settings in force inside."""
-    if not candidate.only:
-        try:
-            with tuned.forced(candidate.backend):
-                dispatch.forget()
-                yield
-        finally:
-            dispatch.forget()
-        return
     before = os.environ.get("PEFTKERN_BACKEND")
-    os.environ["PEFTKERN_BACKEND"] = candidate.backend
+    os.environ["PEFTKERN_BACKEND"] = candidate.backend if candidate.only else "auto"
     try:
-        with _override(candidate):
+        with _override(candidate) if candidate.only else _measured(candidate):
             yield
     finally:
         if before is None:
             del os.environ["PEFTKERN_BACKEND"]
         else:
             os.environ["PEFTKERN_BACKEND"] = before
+
+
+@contextlib.contextmanager
+def _measured(candidate: Candidate) -> Iterator[None]:
+    try:
+        with tuned.forced(candidate.backend):
+            dispatch.forget()
+            yield
+    finally:
+        dispatch.forget()
 
 
 def _override(candidate: Candidate):
@@ -76,16 +79,29 @@ def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str
     """A function that says why the candidate cannot run a case, with NOT_HERE in front, or None."""
 
     def reason(case: Case) -> str | None:
-        back_end = dispatch.load(candidate.backend)
-        why = back_end.unavailable()
-        interpreted = candidate.backend == "triton" and settings.current().triton_interpret
-        if why is None and case.device != ("cpu" if interpreted else "cuda"):
-            why = f"back end {candidate.backend} takes no tensors on {case.device}"
-        lacking = [op for op in ops if op not in back_end.OPS]
-        if why is None and lacking:
-            why = f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
-        if why is None and candidate.base == "addmm" and case.adapter_dtype != case.dtype:
-            why = "addmm_ takes adapters in the activation's dtype"
+        why = _why(candidate, ops, case)
         return None if why is None else NOT_HERE + why
 
     return reason
+
+
+def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
+    back_end = dispatch.load(candidate.backend)
+    why = back_end.unavailable()
+    if why is not None:
+        return why
+    lacking = [op for op in ops if op not in back_end.OPS]
+    if lacking:
+        return f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
+    if candidate.base == "addmm" and case.adapter_dtype != case.dtype:
+        return "addmm_ takes adapters in the activation's dtype"
+    flags = frozenset({"dropout"} if case.dropout else ())
+    with active(candidate):
+        for op in ops:
+            problem = Problem(
+                op, case.device, "", case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, flags
+            )  # fmt: skip
+            why = back_end.decline(problem)
+            if why is not None:
+                return f"back end {candidate.backend}: {why}"
+    return None

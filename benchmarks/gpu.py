@@ -17,8 +17,8 @@ from .case import DTYPE_NAMES
 # What nvidia-smi is asked, and what the header calls it. Clocks in MHz, power in W, temperature in degrees C.
 QUERIES = {
     "driver_version": "driver", "clocks.sm": "sm_clock", "clocks.mem": "memory_clock", "clocks.max.sm": "max_sm_clock",
-    "clocks.max.mem": "max_memory_clock", "power.limit": "power_limit", "temperature.gpu": "temperature",
-    "clocks_throttle_reasons.active": "throttle_reasons",
+    "clocks.max.mem": "max_memory_clock", "power.draw": "power", "power.limit": "power_limit",
+    "temperature.gpu": "temperature", "pstate": "state",
 }  # fmt: skip
 PRODUCTS = ((8192, 8192, 8192), (8192, 4096, 4096), (8192, 4096, 14336))
 

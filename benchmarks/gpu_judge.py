@@ -82,7 +82,7 @@ def _many(rows: list[dict]) -> list[Figure]:
     for kind in ("bf16", "fp32"):
         own = [r for r in decode if r["adapter_dtype"] == kind]
         name = f"bf16, 64 rows, 64 {kind} adapters"
-        branch = [r for r in own if r["provider"] == BRANCH]
+        branch = [r for r in own if r["provider"] == BRANCH and r["median_ms"] is not None]
         share, bank = _mean(branch, "bytes_bound_fraction"), [r for r in own if r["provider"] == BANK]
         if kind == "fp32" and share is None:
             continue
@@ -101,5 +101,5 @@ def _many(rows: list[dict]) -> list[Figure]:
 
 
 def _launches(ours: list[dict], base: list[dict]) -> float | None:
-    mine, theirs = ([r["launches"] for r in rows if r["launches"] is not None] for rows in (ours, base))
+    mine, theirs = ([r["launches"] for r in rows if r.get("launches") is not None] for rows in (ours, base))
     return float(max(mine) - max(theirs)) if mine and theirs else None

@@ -38,8 +38,10 @@ def test_dispatch_is_told_what_was_measured_and_asked_again(monkeypatch):
     forgotten = []
     monkeypatch.setattr(dispatch, "forget", lambda: forgotten.append(tuned.choice(problem)))
     before = tuned.choice(problem)
+    monkeypatch.setenv("PEFTKERN_BACKEND", "triton")
     with candidates.active(candidates.MULTI[0]):
-        assert tuned.choice(problem) == "cuda"
+        assert tuned.choice(problem) == "cuda" and settings.current().backend == "auto"
+    assert settings.current().backend == "triton"
     assert tuned.choice(problem) == before and forgotten == ["cuda", before]
 
 
@@ -78,8 +80,9 @@ def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
     reason = candidates.unusable(CUDA, lora_linear.OPS)
     case = dataclasses.replace(CASE, device="cuda")
     assert "no kernel for lora_linear_bwd_adapter, lora_linear_bwd_input" in reason(case)
-    assert candidates.unusable(CUDA, ("lora_linear_fwd",))(case) is None
-    assert "takes no tensors on cpu" in candidates.unusable(CUDA, ("lora_linear_fwd",))(CASE)
+    only = candidates.unusable(CUDA, ("lora_linear_fwd",))
+    assert only(dataclasses.replace(case, dtype=torch.bfloat16)) is None
+    assert "not torch.float32" in only(case) and "the tensors are on cpu" in only(CASE)
 
 
 def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
@@ -88,6 +91,7 @@ def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
     monkeypatch.setattr(dispatch.load("triton"), "unavailable", lambda: None)
     reason = lora_linear.PROVIDERS["peftkern_addmm"].unusable
     case = dataclasses.replace(CASE, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "addmm_ takes adapters in the activation's dtype" in reason(case)
     assert reason(dataclasses.replace(case, adapter_dtype=torch.bfloat16)) is None
 

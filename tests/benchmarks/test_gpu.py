@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import json
+import time
 
 import pytest
 import torch
 
-from peftkern.benchmarks import bench, gpu, launches
+from peftkern.benchmarks import bench, gpu, launches, machine, report
+from peftkern.benchmarks.candidates import LINEAR, NOT_HERE
+from peftkern.benchmarks.registry import OPS
 
 pytest.importorskip("rich")
 
 
 def test_smi_answer():
-    found = gpu.parse("570.86.15, 345, 2619, 1980, 2619, 700.00, 31, 0x0000000000000001\n")
+    found = gpu.parse("570.86.15, 345, 2619, 1980, 2619, 70.21, 700.00, 31, P0\n")
     assert found["driver"] == "570.86.15" and found["sm_clock"] == 345 and found["power_limit"] == 700
-    assert found["throttle_reasons"] == "0x0000000000000001"
-    assert gpu.parse("570, 345, [N/A], 1980, 2619, , 31, 0x0")["memory_clock"] is None
-    assert gpu.parse("570, 345, [N/A], 1980, 2619, , 31, 0x0")["driver"] == "570"
+    assert found["power"] == 70.21 and found["state"] == "P0"
+    unknown = gpu.parse("570, 345, [N/A], 1980, 2619, , 700.00, 31, P8")
+    assert unknown["memory_clock"] is None and unknown["power"] is None and unknown["driver"] == "570"
     assert gpu.parse("No devices were found") is None and gpu.parse("") is None
 
 
@@ -55,6 +60,46 @@ def test_no_gpu_is_one_line(argv, capsys):
     assert bench.main(argv) == 2
     out = capsys.readouterr().out.strip()
     assert "\n" not in out and out.startswith("nothing is measured: ") and gpu.unavailable() in out
+
+
+def test_the_command_on_a_device(monkeypatch, tmp_path, capsys):
+    """From the command line to JSON, table and exit code, with the CPU in the device's place."""
+    pytest.importorskip("peft")
+    told = {"name": "A GPU", "arch": "sm_90", "memory_gib": 80.0}
+    more = {"multiprocessors": 132, "l2_bytes": 1 << 20, "torch_cuda": "13.0", "nvcc": None, "smi": {"driver": "570"}}
+    own = dataclasses.replace(
+        OPS["lora_linear"], cases=lambda preset, device, **given: OPS["lora_linear"].cases(preset, "cpu", **given),
+        plan=lambda case, preset: OPS["lora_linear"].plan(dataclasses.replace(case, device="cuda"), preset),
+    )  # fmt: skip
+    monkeypatch.setattr(bench, "OPS", {"lora_linear": own})
+    monkeypatch.setattr(bench, "_not_measured", lambda device, args: None)
+    monkeypatch.setattr(bench, "_rates", lambda device, cases: (_Wall(), 1e10, {"fp32": 1e11}))
+    monkeypatch.setattr(machine.doctor, "gpu", lambda: told)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(gpu, "details", lambda: more)
+    monkeypatch.setattr(gpu, "smi", lambda: {"driver": "570", "sm_clock": 1980.0})
+    file = tmp_path / "r.json"
+    argv = ["--device", "cuda", "--preset", "gpu", "--shape", "32,64,48", "--dtype", "fp32", "--rank", "8", "--seconds",
+            "0.01", "--repeats", "2", "--json", str(file)]  # fmt: skip
+    assert bench.main(argv) == 0
+    result = json.loads(file.read_text())
+    assert result["header"]["gpu"] == told | more | {"smi_after": {"driver": "570", "sm_clock": 1980.0}}
+    assert result["header"]["product_tflop_per_s"] == {"fp32": 0.1} and result["header"]["device"] == "A GPU"
+    by = {(r["provider"], r["dropout"], r["pass"]): r for r in result["rows"]}
+    for name in ("peft", "addmm", "split", "peftkern"):
+        assert by[name, 0.1, "fwd_bwd"]["median_ms"] > 0 and by[name, 0.1, "fwd"]["graph"] is False
+    assert all(by[f"peftkern_{way.suffix}", 0.1, "fwd"]["skipped"].startswith(NOT_HERE) for way in LINEAR)
+    out = capsys.readouterr().out
+    assert "A GPU (sm_90)" in out and "peftkern: CUDA" in out and "lora_linear fp32, M x 64 x 48" in out
+    assert report.tables("lora_linear", [result]).startswith("**A GPU** (sm_90)")
+
+
+class _Wall:
+    def seconds(self, call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
 
 class _Driver:
