@@ -5,8 +5,8 @@
 
 namespace {
 
-// sizes: dtype, M, C, R, row stride of in, dtype, row and column stride of grad, the same of p. numbers:
-// alpha, down_alpha, keep_scale.
+// sizes: dtype, M, C, R, row stride of in, dtype, row and column stride of grad, the same of p, whether the
+// launches may overlap. numbers: alpha, down_alpha, keep_scale.
 peftkern::cuda::LoraGradArgs arguments(const int64_t* sizes, const float* numbers, const void* in,
                                        const float* v, const float* v_scale, const float* column_scale,
                                        void* grad, const void* p, const float* rank_scale, float* down,
@@ -27,6 +27,7 @@ peftkern::cuda::LoraGradArgs arguments(const int64_t* sizes, const float* number
   args.down_alpha = numbers[1];
   args.down = down;
   args.colsum = colsum;
+  args.dependent = sizes[11] != 0;
   return args;
 }
 

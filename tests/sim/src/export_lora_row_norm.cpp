@@ -7,7 +7,8 @@ EXPORT int64_t sim_lora_row_norm_partials(int64_t N, int64_t K, int64_t R) {
   return peftkern::cuda::lora_row_norm_partials(N, K, R);
 }
 
-// sizes: dtype, N, K, R, row stride of w, dtype of a and b, row and column stride of a, the same of b.
+// sizes: dtype, N, K, R, row stride of w, dtype of a and b, row and column stride of a, the same of b,
+// whether the launches may overlap.
 EXPORT const char* sim_lora_row_norm(const int64_t* sizes, const void* w, const void* a, const void* b,
                                      const float* scaling, float* out, float* partial) {
   peftkern::cuda::LoraRowNormArgs args{};
@@ -21,5 +22,6 @@ EXPORT const char* sim_lora_row_norm(const int64_t* sizes, const void* w, const 
   args.R = sizes[3];
   args.out = out;
   args.partial = partial;
+  args.dependent = sizes[10] != 0;
   return peftkern::cuda::lora_row_norm(args);
 }
