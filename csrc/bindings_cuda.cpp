@@ -68,6 +68,35 @@ void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, u
   check("lora_shrink", cuda::lora_shrink(args));
 }
 
+// Whether the kernel takes the call; then it was started.
+bool lora_linear(bool hopper, const MatrixTuple& x, const MatrixTuple& w, bool w_by_row,
+                 const MatrixTuple& out, int64_t M, int64_t N, int64_t K, int64_t R, uintptr_t v,
+                 const MatrixTuple& a, const MatrixTuple& b, float scaling, uintptr_t rank_scale,
+                 uintptr_t base_scale, uintptr_t low_scale, uintptr_t bias, int bias_dtype,
+                 const DropoutTuple& drop, uintptr_t counters, int multiprocessors, uintptr_t stream) {
+  cuda::LoraLinearArgs args{};
+  args.x = adjacent("x", read("x", x, M, K)), args.w = adjacent("w", read("w", w, N, K));
+  args.w_by_row = w_by_row;
+  args.out = adjacent("out", written("out", out, M, N));
+  require(args.x.dtype == args.w.dtype && args.x.dtype == args.out.dtype, "x, w and out: one dtype");
+  args.M = M, args.N = N, args.K = K, args.R = R;
+  check_block("v", v, M, R);
+  args.v = pointer<float>(v), args.b = read("b", b, N, R);
+  const bool shrinks = std::get<0>(a) != 0;
+  if (shrinks) {
+    args.a = read("a", a, R, K);
+    check_block("counters", counters, cuda::lora_linear_counters(M), 1);
+  }
+  args.scaling = scaling, args.rank_scale = pointer<float>(rank_scale);
+  args.base_scale = pointer<float>(base_scale), args.low_scale = pointer<float>(low_scale);
+  args.bias = pointer<void>(bias), args.bias_dtype = check_dtype(bias_dtype);
+  args.dropout = dropout(drop), args.counters = pointer<uint32_t>(counters);
+  args.multiprocessors = multiprocessors, args.stream = pointer<void>(stream);
+  if (!(hopper ? cuda::lora_linear_sm90_takes(args) : cuda::lora_linear_sm80_takes(args))) return false;
+  check("lora_linear", hopper ? cuda::lora_linear_sm90(args) : cuda::lora_linear_sm80(args));
+  return true;
+}
+
 cuda::LoraGradArgs grad_args(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R,
                              uintptr_t v, uintptr_t v_scale, float alpha, uintptr_t column_scale,
                              const MatrixTuple& grad, const MatrixTuple& p, uintptr_t rank_scale,
@@ -104,6 +133,18 @@ void lora_grad(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64
   check_block("partial", partial, cuda::lora_grad_partials(args), 1);
   args.partial = pointer<float>(partial), args.stream = pointer<void>(stream);
   check("lora_grad", cuda::lora_grad(args));
+}
+
+void lora_row_norm(const MatrixTuple& w, const MatrixTuple& a, const MatrixTuple& b, float scaling, int64_t N,
+                   int64_t K, int64_t R, uintptr_t out, uintptr_t partial, uintptr_t stream) {
+  cuda::LoraRowNormArgs args{};
+  args.w = adjacent("w", read("w", w, N, K)), args.a = read("a", a, R, K), args.b = read("b", b, N, R);
+  args.scaling = scaling, args.N = N, args.K = K, args.R = R;
+  check_block("out", out, N, 1);
+  check_block("partial", partial, cuda::lora_row_norm_partials(N, K, R), 1);
+  args.out = pointer<float>(out), args.partial = pointer<float>(partial);
+  args.stream = pointer<void>(stream);
+  check("lora_row_norm", cuda::lora_row_norm(args));
 }
 
 // --- many adapters ---
@@ -152,12 +193,19 @@ void peftkern::bind_cuda(py::module_& m) {
       "M"_a, "C"_a, "R"_a, "dtype"_a);
   m.def("cuda_lora_shrink", &lora_shrink, nogil, "in"_a, "p"_a, "scale"_a, "rank_scale"_a, "alpha"_a,
         "dropout"_a, "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
+  m.def("cuda_lora_linear_counters", &cuda::lora_linear_counters, "M"_a);
+  m.def("cuda_lora_linear", &lora_linear, nogil, "hopper"_a, "x"_a, "w"_a, "w_by_row"_a, "out"_a, "M"_a,
+        "N"_a, "K"_a, "R"_a, "v"_a, "a"_a, "b"_a, "scaling"_a, "rank_scale"_a, "base_scale"_a, "low_scale"_a,
+        "bias"_a, "bias_dtype"_a, "dropout"_a, "counters"_a, "multiprocessors"_a, "stream"_a);
   m.def("cuda_lora_grad_partials", &lora_grad_partials, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a,
         "v_scale"_a, "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a,
         "colsum"_a);
   m.def("cuda_lora_grad", &lora_grad, nogil, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a, "v_scale"_a,
         "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a, "colsum"_a,
         "partial"_a, "stream"_a);
+  m.def("cuda_lora_row_norm_partials", &cuda::lora_row_norm_partials, "N"_a, "K"_a, "R"_a);
+  m.def("cuda_lora_row_norm", &lora_row_norm, nogil, "w"_a, "a"_a, "b"_a, "scaling"_a, "N"_a, "K"_a, "R"_a,
+        "out"_a, "partial"_a, "stream"_a);
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def(

@@ -25,7 +25,7 @@ def decline(problem: Problem) -> str | None:
     """Why no kernel here can take the problem."""
     if problem.dtype not in native.HALVES:
         return f"has kernels for bfloat16 and float16, not {problem.dtype}"
-    found = [flag for flag in _UNSUPPORTED[problem.op] if flag in problem.flags]
+    found = [flag for flag in _UNSUPPORTED.get(problem.op, ()) if flag in problem.flags]
     if found:
         return f"no kernel with {', '.join(found)}"
     if problem.R > 512 or max(problem.M, problem.N, problem.K) >= 2**31:
@@ -152,7 +152,22 @@ def lora_linear_bwd_input(
     return dx, du.new_empty(0)
 
 
+def lora_row_norm(weight, lora_A, lora_B, scaling):
+    """fp32 (N,), see ``peftkern.ops.lora_row_norm``."""
+    (N, K), R = weight.shape, lora_A.shape[0]
+    with native.on_device(weight):
+        weight = rows(weight)
+        out = torch.empty(N, dtype=torch.float32, device=weight.device)
+        partial = floats(native._C.cuda_lora_row_norm_partials(N, K, R), weight)
+        native._C.cuda_lora_row_norm(
+            matrix(weight), matrix(lora_A), matrix(lora_B), scaling, N, K, R, pointer(out), pointer(partial),
+            native.stream(weight),
+        )  # fmt: skip
+    return out
+
+
 OPS = {
+    "lora_row_norm": lora_row_norm,
     "lora_linear_fwd": lora_linear_fwd,
     "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
     "lora_linear_bwd_input": lora_linear_bwd_input,

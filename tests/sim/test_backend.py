@@ -11,7 +11,8 @@ from peftkern import AdapterBank
 from peftkern.backends import cuda_lora, cuda_native
 from peftkern.backends.cuda import OPS
 from peftkern.ops.dropout_mask import dropout_mask_ref
-from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref
+from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
+from peftkern.ops.lora_row_norm import lora_row_norm_ref
 from peftkern.ops.multi_lora_linear import multi_lora_linear_route_ref
 from peftkern.ops.sgmv import sgmv_add_ref
 
@@ -129,3 +130,61 @@ def test_adapter_gradients(device, case):
         got = OPS["lora_linear_bwd_adapter"](*args)
         for ours, expected in zip(got, lora_linear_bwd_adapter_ref(*double(args)), strict=True):
             close(ours, expected, ours.dtype)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_forward(device, case):
+    t = layer(*case)
+    args = (
+        t["x"], t["weight"], t["A"], t["B"], t["bias"], -1.5, t["p"], t["seed"], t["d"], None, t["p_d"], t["g_b"],
+        t["g_d"], False,
+    )  # fmt: skip
+    y, u, h = OPS["lora_linear_fwd"](*args)
+    expected = lora_linear_fwd_ref(*double(args))
+    close(y, expected[0], t["x"].dtype)
+    close(u, expected[1], torch.float32)
+    assert h.numel() == 0
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_input_gradient(device, case):
+    t = layer(*case)
+    M, _, _, R = case[:4]
+    du = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
+    args = t["dy"], du, None, t["weight"], t["A"], t["p"], t["seed"], t["p_b"], t["p_d"], None, False
+    dx, dbase_in = OPS["lora_linear_bwd_input"](*args)
+    close(dx, lora_linear_bwd_input_ref(*double(args))[0], t["x"].dtype)
+    assert dbase_in.numel() == 0
+
+
+@pytest.mark.parametrize("layout", ["transposed", "padded", "misaligned"])
+def test_any_layout(device, layout):
+    def lay_out(a: torch.Tensor) -> torch.Tensor:
+        if layout == "transposed":
+            return a.t().contiguous().t()
+        wide = torch.full((a.shape[0], a.shape[1] + (8 if layout == "padded" else 3)), float("nan"), dtype=a.dtype)
+        first = 0 if layout == "padded" else 1
+        wide[:, first : first + a.shape[1]] = a
+        return wide[:, first : first + a.shape[1]]
+
+    t = layer(37, 40, 48, 8, torch.bfloat16, True, True, False, False)
+    x, weight, A, B, dy = (lay_out(t[name]) for name in ("x", "weight", "A", "B", "dy"))
+    args = x, weight, A, B, None, 2.0, t["p"], t["seed"], *[None] * 5, False
+    y, u, _ = OPS["lora_linear_fwd"](*args)
+    expected = lora_linear_fwd_ref(*double(args))
+    close(y, expected[0], y.dtype)
+    close(u, expected[1], u.dtype)
+    args = dy, u, None, weight, A, t["p"], t["seed"], None, None, None, False
+    close(OPS["lora_linear_bwd_input"](*args)[0], lora_linear_bwd_input_ref(*double(args))[0], y.dtype)
+    args = dy, x, u, None, A, B, 2.0, t["p"], t["seed"], None, None, None, *[True] * 3, *[False] * 4
+    for ours, right in zip(
+        OPS["lora_linear_bwd_adapter"](*args), lora_linear_bwd_adapter_ref(*double(args)), strict=True
+    ):
+        close(ours, right, ours.dtype)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_row_norm(device, case):
+    t = layer(*case)
+    args = t["weight"], t["A"], t["B"], -1.5
+    close(OPS["lora_row_norm"](*args), lora_row_norm_ref(*double(args)), torch.float32)
