@@ -28,6 +28,11 @@ PEFTKERN_DEVICE void cluster_arrive() {
 PEFTKERN_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Says that this thread has come this far, and nothing about its memory but what mbarrier_init_fence has
+// said.
+PEFTKERN_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 PEFTKERN_DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
@@ -39,8 +44,8 @@ PEFTKERN_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 
-// Of what lies in block `rank` where `address`, a shared_address of this block, points to here. For
-// cluster_load and cluster_store alone.
+// Of what lies in block `rank` where `address`, a shared_address of this block, points to here. For the
+// functions below alone.
 PEFTKERN_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
@@ -82,6 +87,32 @@ PEFTKERN_DEVICE void cluster_store(uint32_t address, const T& value) {
                  : "memory");
   } else {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(w.word[0]) : "memory");
+  }
+}
+
+// The value arrives some time later, and its bytes then at `barrier`, the cluster_address of an mbarrier of
+// the same block, which expects them. The block exits after it has waited for them. T is 4, 8 or 16 bytes.
+template <class T>
+PEFTKERN_DEVICE void cluster_store_async(uint32_t address, const T& value, uint32_t barrier) {
+  detail::Words<T> w;
+  w.value = value;
+  if constexpr (sizeof(T) == 16) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::
+            "r"(address),
+        "r"(w.word[0]), "r"(w.word[1]), "r"(w.word[2]), "r"(w.word[3]), "r"(barrier)
+        : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
+            address),
+        "r"(w.word[0]), "r"(w.word[1]), "r"(barrier)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address),
+        "r"(w.word[0]), "r"(barrier)
+        : "memory");
   }
 }
 

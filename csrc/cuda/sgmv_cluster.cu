@@ -2,9 +2,9 @@
 //
 //   out[t] += s[a] B[a] (A[a] x[t])
 //
-// A cluster of 8 blocks takes up to 64 rows of one adapter. Each block shrinks its slice of K and leaves the
-// sums in its shared memory; behind a cluster barrier every block adds up the slices of all, scales, and
-// expands its own slice of N. Adapters are read once per cluster, each block's slices of A and B under way at
+// A cluster of 8 blocks takes up to 64 rows of one adapter. Each block shrinks its slice of K, the slices are
+// added up and scaled through each other's shared memory (sgmv_exchange.h), and each expands its slice of N.
+// Adapters are read once per cluster, each block's slices of A and B under way at
 // the same time: A's straight into the registers of tensor-core operands (sgmv_pieces.h), B's into L2.
 //
 // A row's sum runs in an order that K and the rank alone decide: by warp along K, then by warp, then by
@@ -15,6 +15,7 @@
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 #include "cuda/sgmv.h"
+#include "cuda/sgmv_exchange.h"
 #include "cuda/sgmv_pieces.h"
 #include "cuda/sync.h"
 #include "cuda/warp.h"
@@ -70,38 +71,37 @@ struct Branch {
   const SgmvArgs& args;
   const int32_t* order;  // of this item's rows
   int rows, K, N;
-  int rank, stride;  // row_floats(rank)
+  int rank;
   const Adapter* a;
   const Adapter* b;
   int64_t a_row, b_n, b_r;
-  float scaling;
-  float* mine;   // rows x stride: this block's sums
+  const Exchange<kCluster, kThreads> sums_of_all;
   float* parts;  // warps x rows x 16: the warps' sums of a chunk
-  float* v;      // rows x stride, in the place of `parts`
 
-  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows)
+  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows, const int64_t* table,
+                         int rank)
       : args(args),
         order(args.order + item.first),
         rows(item.rows),
         K(static_cast<int>(args.K)),
         N(static_cast<int>(args.N)),
-        scaling(args.scaling[item.slot]) {
-    const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
-    rank = static_cast<int>(table[cpu::kRank]);
-    stride = row_floats(rank);
-    a = matrix<Adapter>(args, table, cpu::kATensor, cpu::kAOffset), a_row = table[cpu::kARow];
-    b = matrix<Adapter>(args, table, cpu::kBTensor, cpu::kBOffset), b_n = table[cpu::kBN],
-    b_r = table[cpu::kBR];
-    mine = reinterpret_cast<float*>(shared_memory());
-    parts = v = mine + (rows <= kTile ? kTile : most_rows) * stride;
-  }
+        rank(rank),
+        a(matrix<Adapter>(args, table, cpu::kATensor, cpu::kAOffset)),
+        b(matrix<Adapter>(args, table, cpu::kBTensor, cpu::kBOffset)),
+        a_row(table[cpu::kARow]),
+        b_n(table[cpu::kBN]),
+        b_r(table[cpu::kBR]),
+        sums_of_all(shared_memory(), rows, (rank + kTile - 1) / kTile * (kTile / 4), row_floats(rank),
+                    args.scaling[item.slot]),
+        parts(sums_of_all.v + (rows <= kTile ? kTile : most_rows) * sums_of_all.stride) {}
 
   PEFTKERN_DEVICE static int g() { return lane_index() / 4; }
   PEFTKERN_DEVICE static int t() { return lane_index() % 4; }
   PEFTKERN_DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   PEFTKERN_DEVICE static int block() { return static_cast<int>(cluster_rank()); }
 
-  // Sums over this block's slice of K for rows row0 to row0 + 16 Tiles - 1 of the item, left in `mine`.
+  // Sums over this block's slice of K for rows row0 to row0 + 16 Tiles - 1 of the item, sent to who adds up
+  // the slices.
   template <int Tiles, bool Vector>
   PEFTKERN_DEVICE void shrink(int row0) const {
     // Under way per block with one tile of rows: 8 loads of 16 bytes of A by each of 128 lanes, 16 KiB.
@@ -163,12 +163,18 @@ struct Branch {
           for (int h = 0; h < 2; ++h) parts[row * kTile + 8 * h + 2 * t() + i % 2] = sums[m][h][i];
         }
       }
+      if (row0 == 0 && r0 == 0) cluster_wait();  // until all blocks have started
       sync_threads();
-      for (int i = static_cast<int>(threadIdx.x); i < Tiles * kTile * kTile; i += kThreads) {
-        float sum = parts[i];
+      const int count = (rows - row0 < Tiles * kTile ? rows - row0 : Tiles * kTile) * (kTile / 4);
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+        const auto* part = reinterpret_cast<const Float4*>(parts) + i;
+        Float4 sum = part[0];
 #pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum += parts[w * Tiles * kTile * kTile + i];
-        mine[(row0 + i / kTile) * stride + r0 + i % kTile] = sum;
+        for (int w = 1; w < kWarps; ++w) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum.value[e] += part[w * Tiles * kTile * (kTile / 4)].value[e];
+        }
+        sums_of_all.send(row0 + i / (kTile / 4), r0 / 4 + i % (kTile / 4), sum);
       }
       sync_threads();
     }
@@ -204,27 +210,6 @@ struct Branch {
     }
   }
 
-  // v = scaling times the sum of all blocks' sums.
-  PEFTKERN_DEVICE void add_slices() const {
-    const int quads = (rank + kTile - 1) / kTile * (kTile / 4);
-    for (int i = static_cast<int>(threadIdx.x); i < rows * quads; i += kThreads) {
-      const int at = i / quads * stride + i % quads * 4;
-      const uint32_t here = shared_address(mine + at);
-      Float4 part[kCluster];
-#pragma unroll
-      for (int c = 0; c < kCluster; ++c) {
-        part[c] = cluster_load<Float4>(cluster_address(here, static_cast<uint32_t>(c)));
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float sum = part[0].value[e];
-#pragma unroll
-        for (int c = 1; c < kCluster; ++c) sum += part[c].value[e];
-        v[at + e] = scaling * sum;
-      }
-    }
-  }
-
   // This lane's part of 16 ranks from r0 on and 64 columns of out from n0 on.
   PEFTKERN_DEVICE Square<Adapter> load_b(int n0, int r0) const {
     const int n = n0 + 8 * g(), r = r0 + 4 * t();
@@ -237,11 +222,11 @@ struct Branch {
       float sums[8][4] = {};
       for (int r0 = 0; r0 < rank; r0 += kTile) {
         if (r0 > 0 || (row0 > 0 && rank > kTile)) square = load_b(n0, r0);
-        const float* from = v + (row0 + g()) * stride + r0 + 4 * t();
+        const float* from = sums_of_all.v + (row0 + g()) * sums_of_all.stride + r0 + 4 * t();
         uint32_t of_v[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Float4 some = *reinterpret_cast<const Float4*>(from + 8 * h * stride);
+          const Float4 some = *reinterpret_cast<const Float4*>(from + 8 * h * sums_of_all.stride);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             uint32_t terms[2];
@@ -258,16 +243,21 @@ struct Branch {
           mma_16x8x16<bf16>(sums[j], of_v[0], of_b[0]);
         }
       }
+      grid_wait();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row0 + g() + 8 * h, n = n0 + 16 * t();
-        if (row >= rows) continue;
-        T* out = static_cast<T*>(args.out) + order[row] * args.out_row + n;
-        float low[8], high[8];
+        const int row = row0 + g() + 8 * h, n = n0 + 16 * t(), left = row < rows ? N - n : 0;
+        T* out = static_cast<T*>(args.out) + (row < rows ? order[row] : 0) * args.out_row + n;
+        Run<T> before[2];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) low[j] = sums[j][2 * h], high[j] = sums[j][2 * h + 1];
-        add_eight(out, low, N - n);
-        add_eight(out + 8, high, N - n - 8);
+        for (int i = 0; i < 2; ++i) before[i].load(out + 8 * i, left - 8 * i);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float more[8];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) more[j] = sums[j][2 * h + i];
+          before[i].add_and_store(out + 8 * i, more, left - 8 * i);
+        }
       }
     }
   }
@@ -287,35 +277,27 @@ struct Branch {
       shrink<4, true>(0);
     }
 
-    cluster_arrive();
     int group = begin + warp();
     Square<Adapter> square;
     if (group < end) square = load_b(group * kGroup, 0);
-    cluster_wait();
-    add_slices();
-    cluster_arrive();
-    sync_threads();
-    grid_wait();
+    sums_of_all.collect();
     while (group < end) {
       expand(group * kGroup, square);
       group += kWarps;
       if (group < end) square = load_b(group * kGroup, 0);
     }
-    cluster_wait();  // until nobody reads `mine` any more
+    grid_wait();
   }
 
-  // This block's part of B, columns first to last - 1 of out, on its way to L2: 1 KiB per thread and turn.
+  // This block's part of B, columns first to last - 1 of out, on its way to L2.
   PEFTKERN_DEVICE void prefetch_b(int first, int last) const {
-    constexpr int64_t kPiece = 1024 / sizeof(Adapter);
-    const bool by_rank = b_n == 1;
-    if (!by_rank && (b_r != 1 || b_n != rank)) return;
-    const int64_t count = by_rank ? rank : 1, length = (last - first) * b_n;
-    const int64_t pieces = (length + kPiece - 1) / kPiece;
-    for (int64_t i = threadIdx.x; i < count * pieces; i += kThreads) {
-      const int64_t at = i % pieces * kPiece, left = length - at;
-      const Adapter* p = b + first * b_n + i / pieces * b_r + at;
-      const auto bytes = static_cast<uint32_t>((left < kPiece ? left : kPiece) * sizeof(Adapter)) & ~15u;
-      if (bytes != 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0) prefetch_bulk(p, bytes);
+    if (lane_index() != 0) return;
+    if (b_n == 1) {
+      for (int r = warp(); r < rank; r += kWarps) prefetch_inside(b + first + r * b_r, last - first);
+    } else if (b_r == 1 && b_n == rank) {
+      const int64_t count = int64_t{last - first} * rank, each = (count + kWarps - 1) / kWarps,
+                    at = warp() * each;
+      if (at < count) prefetch_inside(b + first * b_n + at, at + each < count ? each : count - at);
     }
   }
 };
@@ -336,9 +318,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
   if constexpr (kHasClusters) {
     const SgmvArgs& args = p.args;
     const Item item = find_item(p, blockIdx.x / static_cast<unsigned>(kCluster));
-    const bool adapter = item.rows > 0 && item.slot < args.slots;
-    if (adapter && args.table[item.slot * cpu::kMultiColumns + cpu::kRank] > 0) {
-      Branch<T, Adapter>(args, item, p.rows).run();
+    const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
+    const int rank = item.rows > 0 && item.slot < args.slots ? static_cast<int>(table[cpu::kRank]) : 0;
+    if (rank > 0) {
+      Branch<T, Adapter>(args, item, p.rows, table, rank).run();
     } else {
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
@@ -367,9 +350,10 @@ const char* sgmv_cluster_add(const SgmvArgs& args) {
   const int64_t blocks = kCluster * (p.by_position ? args.M : by_segment);
   if (blocks > 0x7fffffff || args.K > 0x7fffffff - kStep || args.N > 0x7fffffff - kGroup)
     return "cudaErrorInvalidConfiguration";
-  const int stride = row_floats(static_cast<int>(args.max_rank));
-  const int floats = p.rows * (stride + (stride > kWarps * kTile ? stride : kWarps * kTile));
-  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, static_cast<size_t>(floats) * 4, args.stream};
+  const int rank = static_cast<int>(args.max_rank), quads = (rank + kTile - 1) / kTile * (kTile / 4);
+  const int bytes =
+      Exchange<kCluster, kThreads>::front(p.rows, quads) + 4 * p.rows * (row_floats(rank) + kWarps * kTile);
+  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, static_cast<size_t>(bytes), args.stream};
   how.cluster = kCluster;
   how.dependent = args.dependent;
   return args.dtype == DType::bf16 ? start<bf16>(p, how) : start<f16>(p, how);

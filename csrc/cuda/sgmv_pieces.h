@@ -65,23 +65,43 @@ PEFTKERN_DEVICE Eight<E> load_eight(const E* p, int left) {
   return v;
 }
 
-// out += sums, up to `left` values.
+// Up to 8 adjacent values of a row of out, which is added to.
 template <class T>
-PEFTKERN_DEVICE void add_eight(T* out, const float (&sums)[8], int left) {
-  if (left >= 8 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-    Vec16 all = *reinterpret_cast<const Vec16*>(out);
+struct Run {
+  Vec16 words;
+
+  PEFTKERN_DEVICE static bool at_once(const T* p, int left) {
+    return left >= 8 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  }
+
+  PEFTKERN_DEVICE void load(const T* p, int left) {
+    if (at_once(p, left)) words = *reinterpret_cast<const Vec16*>(p);
+  }
+
+  PEFTKERN_DEVICE void add_and_store(T* p, const float (&more)[8], int left) {
+    if (at_once(p, left)) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float low = low_half<T>(all.word[i]), high = high_half<T>(all.word[i]);
-      all.word[i] = pack<T>(low + sums[2 * i], high + sums[2 * i + 1]);
-    }
-    *reinterpret_cast<Vec16*>(out) = all;
-  } else {
+      for (int i = 0; i < 4; ++i) {
+        const float low = low_half<T>(words.word[i]), high = high_half<T>(words.word[i]);
+        words.word[i] = pack<T>(low + more[2 * i], high + more[2 * i + 1]);
+      }
+      *reinterpret_cast<Vec16*>(p) = words;
+    } else {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < left) out[e] = from_float<T>(to_float(out[e]) + sums[e]);
+      for (int e = 0; e < 8; ++e) {
+        if (e < left) p[e] = from_float<T>(to_float(p[e]) + more[e]);
+      }
     }
   }
+};
+
+// What of `count` values lies in whole units of 16 bytes, on its way to L2.
+template <class E>
+PEFTKERN_DEVICE void prefetch_inside(const E* p, int64_t count) {
+  constexpr auto kUnit = uintptr_t{15};
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + kUnit) & ~kUnit;
+  const auto end = reinterpret_cast<uintptr_t>(p + count) & ~kUnit;
+  if (begin < end) prefetch_bulk(reinterpret_cast<const void*>(begin), static_cast<uint32_t>(end - begin));
 }
 
 // As words of two values of 16 bits, term by term.

@@ -30,6 +30,15 @@ def exchange(sim, bug: int, seed: int, mode=(1, 0), size: int = 3, clusters: int
         return np.array_equal(out.array, expected)
 
 
+def push(sim, bug: int, seed: int, mode=(1, 0), size: int = 3, clusters: int = 2) -> bool:
+    block, source, t, i = np.ogrid[: size * clusters, :size, :64, :7]
+    expected = 10000 * (block // size * size + source) + 10 * t + i
+    with sim.memory() as memory:
+        out = memory.empty(expected.shape, np.uint32)
+        sim.run("sim_push", size, clusters, out, bug, seed=seed, mode=mode)
+        return np.array_equal(out.array, expected)
+
+
 def multicast(sim, bug: int, seed: int, mode=(1, 0), steps: int = 5, clusters: int = 2) -> bool:
     data = np.random.default_rng(seed).integers(0, 1000, (16 * steps, 64)).astype(np.uint16)
     expected = data.sum(0, dtype=np.uint32) * np.tile([1, 2], clusters)[:, None]
@@ -51,6 +60,7 @@ def test_correct_kernels_pass(sim, mode):
     for seed in range(6):
         for size in (1, 2, 3, 8):
             assert exchange(sim, 0, seed, mode, size)
+            assert push(sim, 0, seed, mode, size)
         for steps in (1, 2, 5):
             assert multicast(sim, 0, seed, mode, steps)
         assert handover(sim, 0, seed, mode)
@@ -59,7 +69,11 @@ def test_correct_kernels_pass(sim, mode):
 SAID = {
     "kNoBarrierBeforeExit": "has exited",
     "kAddressOfThisBlock": "no cluster_address",
-    "kOnlyArrives": "cluster_arrive twice|wrong values",
+    "kOnlyArrives": "wrong values",
+    "kPushTooManyBytes": "deadlock",
+    "kPushNoWait": "in flight|wrong values",
+    "kPushNoClusterBarrier": "has no mbarrier",
+    "kPushBarrierOfThisBlock": "st.async to block",
     "kMaskOfOtherBlock": "deadlock|wrong values|in flight",
     "kNoRemoteArrival": "deadlock",
     "kBytesTooMany": "deadlock",
@@ -69,6 +83,7 @@ SAID = {
 }
 PLANTED = [
     *((exchange, i, n) for i, n in enumerate(bugs("ExchangeBug")) if i),
+    *((push, i, n) for i, n in enumerate(bugs("PushBug")) if i),
     *((multicast, i, n) for i, n in enumerate(bugs("MulticastBug")) if i),
     *((handover, i, n) for i, n in enumerate(bugs("HandoverBug")) if i),
 ]

@@ -70,6 +70,48 @@ __global__ void exchange_kernel(unsigned size, uint32_t* out, int bug) {
   if (bug != kNoBarrierBeforeExit) cluster_sync();
 }
 
+enum PushBug {
+  kPushCorrect,
+  kPushTooFewBytes,
+  kPushTooManyBytes,
+  kPushNoWait,
+  kPushNoClusterBarrier,
+  kPushBarrierOfThisBlock,
+};
+
+// Every thread sends 16, 8 and 4 bytes to each block of the cluster, all of which wait for the bytes alone.
+// out (blocks, size, 64, 7): what came from each block.
+__global__ void push_kernel(unsigned size, uint32_t* out, int bug) {
+  const unsigned t = threadIdx.x, rank = cluster_rank(), slot = 7 * kExchangeThreads;
+  auto* inbox = reinterpret_cast<uint32_t*>(shared_memory());
+  const uint32_t barrier = shared_address(inbox + size * slot);
+  if (t == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    const uint32_t bytes = 4 * size * slot;
+    mbarrier_arrive_expect(barrier, bug == kPushTooFewBytes    ? bytes - 28
+                                    : bug == kPushTooManyBytes ? bytes + 4
+                                                               : bytes);
+  }
+  cluster_arrive_relaxed();
+  if (bug != kPushNoClusterBarrier) cluster_wait();
+  const uint32_t value = 10000 * blockIdx.x + 10 * t;
+  for (uint32_t r = 0; r < size; ++r) {
+    const uint32_t to = cluster_address(shared_address(inbox + rank * slot), r),
+                   there = cluster_address(barrier, bug == kPushBarrierOfThisBlock ? rank : r);
+    cluster_store_async(to + 16 * t, Vec16{{value, value + 1, value + 2, value + 3}}, there);
+    cluster_store_async(to + 16 * kExchangeThreads + 8 * t, Pair{{value + 4, value + 5}}, there);
+    cluster_store_async(to + 24 * kExchangeThreads + 4 * t, value + 6, there);
+  }
+  if (bug != kPushNoWait) mbarrier_wait_cluster(barrier, 0);
+  out += blockIdx.x * size * slot + 7 * t;
+  for (unsigned r = 0; r < size; ++r, out += slot, inbox += slot) {
+    for (unsigned i = 0; i < 4; ++i) out[i] = inbox[4 * t + i];
+    for (unsigned i = 0; i < 2; ++i) out[4 + i] = inbox[4 * kExchangeThreads + 2 * t + i];
+    out[6] = inbox[6 * kExchangeThreads + t];
+  }
+}
+
 enum MulticastBug {
   kMulticastCorrect,
   kMaskOfThisBlock,
@@ -192,6 +234,12 @@ PEFTKERN_EXPORT const char* sim_exchange(unsigned size, unsigned clusters, uint3
   Launch how{{clusters * size}, {kExchangeThreads}, 44 * kExchangeThreads};
   how.cluster = size;
   return launch(how, exchange_kernel, size, out, bug);
+}
+
+PEFTKERN_EXPORT const char* sim_push(unsigned size, unsigned clusters, uint32_t* out, int bug) {
+  Launch how{{clusters * size}, {kExchangeThreads}, 28 * kExchangeThreads * size + 8};
+  how.cluster = size;
+  return launch(how, push_kernel, size, out, bug);
 }
 
 PEFTKERN_EXPORT const char* sim_multicast(uint16_t* data, int steps, unsigned clusters, uint32_t* out,

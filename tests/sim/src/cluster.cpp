@@ -39,13 +39,15 @@ void release() {
 
 }  // namespace
 
-void cluster_arrive() {
+void cluster_arrive(bool releases) {
   meet("cluster_arrive", self->warp->present, nullptr, nullptr);
   Cluster& cluster = *self->block->cluster;
   if (self->cluster_waits) fail("cluster_arrive twice without cluster_wait");
   step_aside(8);
-  release();
-  complete_arrivals(self);
+  if (releases) {
+    release();
+    complete_arrivals(self);
+  }
   self->cluster_phase = cluster.phase;
   self->cluster_waits = true;
   --cluster.missing;
@@ -93,6 +95,26 @@ void cluster_store(uint32_t address, const void* value, int bytes) {
   store.dst = pointer(address, bytes, "cluster_store", &store.block);
   std::memcpy(store.value, value, static_cast<size_t>(bytes));
   self->stores.push_back(store);
+}
+
+void cluster_store_async(uint32_t address, const void* value, int bytes, uint32_t barrier) {
+  maybe_yield(8);
+  Block *block, *same;
+  unsigned char* to = pointer(address, bytes, "st.async", &block);
+  pointer(barrier, 8, "mbarrier of st.async", &same);
+  const uint32_t there = barrier & ((1u << kRankShift) - 1);
+  if (block != same)
+    fail("st.async to block %u, mbarrier of block %u", block->cluster_rank, same->cluster_rank);
+  if (block->transactions.count(there) == 0)
+    fail("st.async: block %u has no mbarrier at shared address %#x", block->cluster_rank, there);
+  LateStore store{to, {}, bytes, block};
+  std::memcpy(store.value, value, static_cast<size_t>(bytes));
+  const auto complete = [=] {
+    std::memcpy(store.dst, store.value, static_cast<size_t>(bytes));
+    barrier_complete(block, there, bytes);
+  };
+  block->transactions[there].cluster |= block != self->block;
+  add_bulk({complete, block, "a store", nullptr});
 }
 
 void barrier_arrive_cluster(uint32_t address, uint32_t rank, bool ordered) {

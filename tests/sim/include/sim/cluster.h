@@ -5,11 +5,12 @@
 
 namespace sim {
 
-void cluster_arrive();
+void cluster_arrive(bool release);
 void cluster_wait();
 uint32_t cluster_address(uint32_t address, uint32_t rank);
 void cluster_load(uint32_t address, void* value, int bytes);
 void cluster_store(uint32_t address, const void* value, int bytes);
+void cluster_store_async(uint32_t address, const void* value, int bytes, uint32_t barrier);
 
 }  // namespace sim
 
@@ -18,7 +19,10 @@ namespace peftkern::cuda {
 constexpr bool kHasClusters = true;
 
 PEFTKERN_DEVICE void cluster_arrive() {
-  ::sim::cluster_arrive();
+  ::sim::cluster_arrive(true);
+}
+PEFTKERN_DEVICE void cluster_arrive_relaxed() {
+  ::sim::cluster_arrive(false);
 }
 PEFTKERN_DEVICE void cluster_wait() {
   ::sim::cluster_wait();
@@ -46,6 +50,12 @@ template <class T>
 PEFTKERN_DEVICE void cluster_store(uint32_t address, const T& value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   ::sim::cluster_store(address, &value, sizeof(T));
+}
+
+template <class T>
+PEFTKERN_DEVICE void cluster_store_async(uint32_t address, const T& value, uint32_t barrier) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  ::sim::cluster_store_async(address, &value, sizeof(T), barrier);
 }
 
 }  // namespace peftkern::cuda
