@@ -68,7 +68,8 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Make
 
 // Stages of the low-rank term, by three warps; with MakesV, v before.
 template <class T, int Columns, bool MakesV>
-PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int t) {
+PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared) {
+  const int t = static_cast<int>(threadIdx.x) - 32;
   const Walk<Columns> walk(args);
   if (walk.rank_steps == 0) return;
   Ring<Layout<Columns, MakesV>::kStages> ring;
@@ -103,7 +104,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                        const __grid_constant__ LoraLinearArgs args) {
   using Shared = Layout<Columns, MakesV>;
   const Shared shared(shared_memory());
-  const int t = static_cast<int>(threadIdx.x) % 128;
   const int warp = shuffle(static_cast<int>(threadIdx.x) / 32, 0);  // the same in all lanes
   if (threadIdx.x == 0) {
     for (uint32_t s = 0; s < Shared::kStages; ++s) {
@@ -124,13 +124,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     registers_decrease<152>();
     if (warp == 0) {
-      if (t == 0) load<Columns, MakesV, ByRow>(args, shared, &x, &w);
+      if (threadIdx.x == 0) load<Columns, MakesV, ByRow>(args, shared, &x, &w);
     } else {
-      adapt<T>(args, shared, t - 32);
+      adapt<T>(args, shared);
     }
   } else {
     registers_increase<176>();
-    multiply<T, Columns, MakesV, ByRow>(args, shared, warp / 4 - 1, t);
+    multiply<T, Columns, MakesV, ByRow>(args, shared, warp / 4 - 1);
   }
   if constexpr (kCluster<Columns> > 1) {
     sync_warp();

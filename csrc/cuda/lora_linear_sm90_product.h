@@ -95,8 +95,8 @@ PEFTKERN_DEVICE void meet(int group) {
 }
 
 template <class T, int Columns, bool MakesV, bool ByRow>
-PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int group,
-                              int t) {
+PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int group) {
+  const int t = static_cast<int>(threadIdx.x) % 128;
   const Walk<Columns> walk(args);
   const int lane = t % 32, warp = t / 32;
   const bool single = one_term(args), has_vectors = args.base_scale != nullptr || args.bias != nullptr;

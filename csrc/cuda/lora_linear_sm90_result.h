@@ -77,15 +77,17 @@ PEFTKERN_DEVICE void transpose_quad(uint32_t (&word)[4], int lane) {
   }
 }
 
-// Rounds the sums and stores them, 16 bytes of a row at a time. row, column: of the warp's first element.
-template <class T, int Columns>
-PEFTKERN_DEVICE void store_sums(const LoraLinearArgs& args, const float (&sums)[Columns / 2], int64_t row,
+// Rounds the sums and stores them. row, column: of the warp's first element. Inside: all of its elements are
+// in the matrix, and 16 bytes of a row can be stored at a time.
+template <class T, int Columns, bool Inside>
+PEFTKERN_DEVICE void store_rows(const LoraLinearArgs& args, const float (&sums)[Columns / 2], int64_t row,
                                 int column, int lane) {
-  const bool aligned = reinterpret_cast<uintptr_t>(args.out.data) % 16 == 0 && args.out.row % 8 == 0;
+  T* start = static_cast<T*>(args.out.data) + (row + lane / 4) * args.out.row + column + lane % 4 * 8;
+  const int columns = static_cast<int>(args.N) - column - lane % 4 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t mine = row + lane / 4 + 8 * half;
-    T* const out = static_cast<T*>(args.out.data) + mine * args.out.row;
+    const int left = row + lane / 4 + 8 * half < args.M ? columns : 0;
+    if (half == 1) start += 8 * args.out.row;
 #pragma unroll
     for (int group = 0; group < Columns / 8; group += 4) {
       uint32_t word[4];
@@ -95,20 +97,31 @@ PEFTKERN_DEVICE void store_sums(const LoraLinearArgs& args, const float (&sums)[
         word[i] = pack<T>(pair[0], pair[1]);
       }
       transpose_quad(word, lane);
-      const int first = column + (group + lane % 4) * 8, left = static_cast<int>(args.N) - first;
-      if (mine >= args.M) continue;
-      if (aligned && left >= 8) {
+      T* const to = start + group * 8;
+      if constexpr (Inside) {
         Vec16 value;
 #pragma unroll
         for (int i = 0; i < 4; ++i) value.word[i] = word[i];
-        *reinterpret_cast<Vec16*>(out + first) = value;
+        *reinterpret_cast<Vec16*>(to) = value;
       } else {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          if (e < left) out[first + e].bits = static_cast<uint16_t>(word[e / 2] >> 16 * (e % 2));
+          if (group * 8 + e < left) to[e].bits = static_cast<uint16_t>(word[e / 2] >> 16 * (e % 2));
         }
       }
     }
+  }
+}
+
+template <class T, int Columns>
+PEFTKERN_DEVICE void store_sums(const LoraLinearArgs& args, const float (&sums)[Columns / 2], int64_t row,
+                                int column, int lane) {
+  const bool aligned = reinterpret_cast<uintptr_t>(args.out.data) % 16 == 0 && args.out.row % 8 == 0;
+  // The same in all lanes, as the vote tells the compiler.
+  if (vote_all(aligned && row + 16 <= args.M && column + Columns <= args.N)) {
+    store_rows<T, Columns, true>(args, sums, row, column, lane);
+  } else {
+    store_rows<T, Columns, false>(args, sums, row, column, lane);
   }
 }
 
