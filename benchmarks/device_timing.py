@@ -8,7 +8,6 @@ launches than they take to run, the host is what is measured. A graph shows the 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,7 +86,7 @@ def _repeat(call: Callable[[], None], times: int) -> None:
 
 @dataclass
 class DeviceEntry(Entry):
-    """An Entry whose samples are many steps. ``around`` makes the context that every step runs in.
+    """An Entry whose samples are many steps.
 
     ``graph``: time graphs where they can be captured; ``no_graph`` says why one could not, and is None otherwise.
     """
@@ -95,7 +94,6 @@ class DeviceEntry(Entry):
     clock: Clock | None = None
     copies: int = 1
     graph: bool = False
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     steps: dict[str, int] = field(default_factory=dict)
     no_graph: str | None = None
     _replays: dict[str, tuple[Callable[[], None], int]] = field(default_factory=dict)

@@ -196,7 +196,7 @@ class Runner:
             )  # fmt: skip
             slot.entry.warm()
             return
-        entry = Entry(provider.name, step, backward)
+        entry = Entry(provider.name, step, backward, around=provider.around)
         cheap = sum(self.probe.predict(provider.name, case)) < 0.2
         for _ in range(provider.warm_steps or int(cheap)):
             entry.warm()

@@ -8,9 +8,11 @@ Freeing the results is not timed; the garbage collector is off.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,7 +26,7 @@ class Entry:
     """A provider at work: its step, whether its backward pass runs, and seconds per round for each pass.
 
     A step over ``limit`` seconds ends that pass: it is not run again, and ``stopped`` holds how long it took.
-    ``shift``: how many copies of the data ahead of the round this one is.
+    ``shift``: how many copies of the data ahead of the round this one is. ``around`` makes the context of a step.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Entry:
     backward: bool = True
     limit: float = math.inf
     shift: int = 0
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"fwd": [], "fwd_bwd": []})
     stopped: dict[str, float] = field(default_factory=dict)
 
@@ -39,7 +42,8 @@ class Entry:
         """One step on copy ``i``, recorded."""
         if "fwd" in self.stopped:
             return
-        fwd, both = timed_step(self.step, i, self.backward)
+        with self.around():
+            fwd, both = timed_step(self.step, i, self.backward)
         self.seconds["fwd"].append(fwd)
         if self.backward:
             self.seconds["fwd_bwd"].append(both)

@@ -118,8 +118,13 @@ def test_steps_and_checks_run_inside_the_context_and_a_reason_is_no_failure():
     built = lora_linear.PROVIDERS["peftkern"].build
 
     def build(case, data):
-        seen.append(settings.current().backend)
-        return built(case, data)
+        step = built(case, data)
+
+        def forward(i):
+            seen.append(settings.current().backend)
+            return step.forward(i)
+
+        return dataclasses.replace(step, forward=forward)
 
     providers["ours"] = dataclasses.replace(providers["ours"], build=build)
     bench = dataclasses.replace(
@@ -127,7 +132,8 @@ def test_steps_and_checks_run_inside_the_context_and_a_reason_is_no_failure():
     )  # fmt: skip
     rows = next(Runner(bench, Settings(preset="quick", seconds=0.01, bandwidth=1e10, min_repeats=2)).run([CASE]))
     by = {r["provider"]: r for r in rows if r["pass"] == "fwd_bwd"}
-    assert seen == ["reference", "reference"] and by["ours"]["median_ms"] > 0
+    # The gate, the count of saved bytes, one warm step and two rounds.
+    assert seen == ["reference"] * 5 and by["ours"]["median_ms"] > 0
     assert by["absent"]["skipped"] == "not here: because" and "ZeroDivisionError" in by["broken"]["skipped"]
 
     class Console:

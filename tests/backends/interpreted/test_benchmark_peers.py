@@ -70,3 +70,34 @@ def test_padded_splits_the_sum_and_leaves_base_rows_alone():
             else:
                 A, B, s = data.lists(torch.float32)[i][a]
                 torch.testing.assert_close(y[row], before[row] + s * (x[row] @ A.t()) @ B.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op, names", [
+    ("lora_linear", ["peftkern_fused", "peftkern_epilogue", "peftkern_overlap", "peftkern_addmm"]),
+    ("multi_lora_linear", ["peftkern_bank_triton", "sgmv_add_triton"]),
+])  # fmt: skip
+def test_forced_ways_are_checked_and_timed(monkeypatch, op, names):
+    from peftkern import settings
+    from peftkern.benchmarks.runner import Runner, Settings
+    from peftkern.kernels import configs
+
+    # Outside of a way's own context, nothing goes to Triton.
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    seen = []
+    original = configs.base_product
+
+    def spy(*args):
+        seen.append((settings.current().backend, configs.pick("base", "none")))
+        return original(*args)
+
+    monkeypatch.setattr(configs, "base_product", spy)
+    case = dataclasses.replace(SINGLE if op == "lora_linear" else dataclasses.replace(MANY, M=12, K=40, N=24), R=8)
+    run = Runner(
+        multi_lora_linear.BENCH if op != "lora_linear" else lora_linear.BENCH,
+        Settings(preset="quick", seconds=0.0, bandwidth=1e10, min_repeats=1, max_repeats=1, providers=tuple(names)),
+    )
+    rows = [r for r in next(run.run([case])) if r["provider"] in names]
+    assert {r["provider"] for r in rows} == set(names)
+    assert all(r["skipped"] is None and r["median_ms"] > 0 for r in rows), [r["skipped"] for r in rows]
+    if op == "lora_linear":
+        assert set(seen) == {("triton", base) for base in ("fused", "epilogue", "overlap", "addmm")}
