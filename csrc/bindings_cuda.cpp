@@ -127,23 +127,24 @@ int64_t lora_grad_partials(const MatrixTuple& in, const DropoutTuple& drop, int6
 void lora_grad(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t v,
                uintptr_t v_scale, float alpha, uintptr_t column_scale, const MatrixTuple& grad,
                const MatrixTuple& p, uintptr_t rank_scale, float down_alpha, uintptr_t down, uintptr_t colsum,
-               uintptr_t partial, uintptr_t stream) {
+               uintptr_t partial, bool dependent, uintptr_t stream) {
   cuda::LoraGradArgs args = grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p, rank_scale,
                                       down_alpha, down, colsum);
   check_block("partial", partial, cuda::lora_grad_partials(args), 1);
   args.partial = pointer<float>(partial), args.stream = pointer<void>(stream);
+  args.dependent = dependent;
   check("lora_grad", cuda::lora_grad(args));
 }
 
 void lora_row_norm(const MatrixTuple& w, const MatrixTuple& a, const MatrixTuple& b, float scaling, int64_t N,
-                   int64_t K, int64_t R, uintptr_t out, uintptr_t partial, uintptr_t stream) {
+                   int64_t K, int64_t R, uintptr_t out, uintptr_t partial, bool dependent, uintptr_t stream) {
   cuda::LoraRowNormArgs args{};
   args.w = adjacent("w", read("w", w, N, K)), args.a = read("a", a, R, K), args.b = read("b", b, N, R);
   args.scaling = scaling, args.N = N, args.K = K, args.R = R;
   check_block("out", out, N, 1);
   check_block("partial", partial, cuda::lora_row_norm_partials(N, K, R), 1);
   args.out = pointer<float>(out), args.partial = pointer<float>(partial);
-  args.stream = pointer<void>(stream);
+  args.dependent = dependent, args.stream = pointer<void>(stream);
   check("lora_row_norm", cuda::lora_row_norm(args));
 }
 
@@ -202,10 +203,10 @@ void peftkern::bind_cuda(py::module_& m) {
         "colsum"_a);
   m.def("cuda_lora_grad", &lora_grad, nogil, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a, "v_scale"_a,
         "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a, "colsum"_a,
-        "partial"_a, "stream"_a);
+        "partial"_a, "dependent"_a, "stream"_a);
   m.def("cuda_lora_row_norm_partials", &cuda::lora_row_norm_partials, "N"_a, "K"_a, "R"_a);
   m.def("cuda_lora_row_norm", &lora_row_norm, nogil, "w"_a, "a"_a, "b"_a, "scaling"_a, "N"_a, "K"_a, "R"_a,
-        "out"_a, "partial"_a, "stream"_a);
+        "out"_a, "partial"_a, "dependent"_a, "stream"_a);
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def(

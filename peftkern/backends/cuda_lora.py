@@ -14,6 +14,8 @@ from ..problem import Problem
 from . import cuda_native as native
 from .cuda_native import dropout, floats, matrix, pointer, rows, vector
 
+# Beyond, du's partial sums in the pass that makes dB cost more than a pass of its own over dy.
+_FUSED_DOWN_RANK = 64
 _UNSUPPORTED = {
     "lora_linear_fwd": ("base_in_scale", "save_base"),
     "lora_linear_bwd_input": ("base_out_scale", "need_base_in"),
@@ -95,7 +97,7 @@ def _grad(
     column_scale=None, p: Tensor | None = None, rank_scale=None, down_alpha=1.0, colsum=False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(down (M, R), colsum (C)) of one pass over t (M, C), and into ``grad`` (R, C) its product with v."""
-    (M, C), R = t.shape, (p if grad is None else grad).shape[0]
+    (M, C), R = t.shape, max(0 if m is None else m.shape[0] for m in (p, grad))
     down = torch.empty((M, R), dtype=torch.float32, device=t.device) if p is not None else None
     sums = torch.empty(C, dtype=torch.float32, device=t.device) if colsum else None
     if t.numel() == 0:  # an address of 0 would mean something else
@@ -108,7 +110,7 @@ def _grad(
         pointer(rank_scale), down_alpha, pointer(down), pointer(sums),
     )  # fmt: skip
     partial = floats(native._C.cuda_lora_grad_partials(*args), t)
-    native._C.cuda_lora_grad(*args, pointer(partial), native.stream(t))
+    native._C.cuda_lora_grad(*args, pointer(partial), native.device(t).overlaps, native.stream(t))
     return down, sums
 
 
@@ -124,13 +126,15 @@ def lora_linear_bwd_adapter(
     dA, dB, dbias, drank = lora_A.new_empty(lora_A.shape if need_A else 0), lora_B.new_empty(0), empty, empty
     with native.on_device(dy):
         dy, p = rows(dy), lora_B.t()
+        du = None
         if need_B or need_bias:
             dB = lora_B.new_empty(lora_B.shape if need_B else 0)
             du, dbias = _grad(
                 dy, u if need_B else None, dB.t() if need_B else None, alpha=scaling, v_scale=rank_scale,
-                column_scale=delta_out_scale, p=p, rank_scale=d, down_alpha=scaling, colsum=need_bias,
+                column_scale=delta_out_scale, p=p if p.shape[0] <= _FUSED_DOWN_RANK else None, rank_scale=d,
+                down_alpha=scaling, colsum=need_bias,
             )  # fmt: skip
-        else:
+        if du is None:
             du = _shrink(dy, p, scale=delta_out_scale, rank_scale=d, alpha=scaling)
         if need_rank_scale:
             drank = (du * u).sum(0)
@@ -161,7 +165,7 @@ def lora_row_norm(weight, lora_A, lora_B, scaling):
         partial = floats(native._C.cuda_lora_row_norm_partials(N, K, R), weight)
         native._C.cuda_lora_row_norm(
             matrix(weight), matrix(lora_A), matrix(lora_B), scaling, N, K, R, pointer(out), pointer(partial),
-            native.stream(weight),
+            native.device(weight).overlaps, native.stream(weight),
         )  # fmt: skip
     return out
 

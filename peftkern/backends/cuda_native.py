@@ -25,6 +25,11 @@ class Device(NamedTuple):
     arch: int
     multiprocessors: int
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may start before the one that it depends on has ended."""
+        return self.arch >= 90
+
 
 @functools.cache
 def _device(index: int) -> Device:

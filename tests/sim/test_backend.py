@@ -94,6 +94,7 @@ LAYERS = [
     (33, 17, 29, 8, torch.bfloat16, True, True, True, False),
     (0, 16, 24, 4, torch.bfloat16, True, False, False, True),
     (9, 16, 24, 0, torch.bfloat16, True, False, False, True),
+    (20, 72, 64, 80, torch.bfloat16, True, True, False, True),
     (9, 0, 24, 4, torch.bfloat16, True, True, False, True),
     (9, 16, 0, 4, torch.bfloat16, True, True, False, True),
 ]
