@@ -15,7 +15,10 @@ pytestmark = pytest.mark.skipif(not report.PERFORMANCE.exists(), reason="an inst
 FIGURE = re.compile(
     r"\d+\.\d+|\b\d+ ?(?:%|[mµun]s\b|seconds?\b|[KMGT]i?B\b|[GT]B/s|[GT]FLOP|[x×](?![\w])|times\b|percent\b)", re.I
 )
-PROVENANCE = ("*A calculation from sizes and data-sheet rates, not a measurement.*", "*Limits, not measurements.*")
+PROVENANCE = (
+    "*A calculation from sizes and data-sheet rates, not a measurement.*",
+    "*Limits, and calculations from sizes and data-sheet rates; not measurements.*",
+)
 
 
 def parts():
@@ -104,6 +107,16 @@ def test_decoding_by_hand():
     assert adapters.bytes == 64 * 16 * (4096 + 4096) * 2 and rows.bytes == 2 * 64 * (4096 + 2 * 4096)
     assert base.bytes == 2 * (4096 * 4096 + 2 * 64 * 4096)
     assert model.decode(64, 4096, 4096, 64, adapter=4)[1].bytes == 2 * adapters.bytes
+
+
+def test_what_is_left_for_the_product():
+    M, K, N = model.SHAPES[1]
+    base, added = 2 * M * K * N / 700e12, 2 * M * 48 * (N + K) / 700e12 + 2 * M * (N + K) / 4.8e12
+    over = (2 * base + added) / (2 * base)
+    text = performance.limits()
+    assert f"{over:.3f} |\n" in text and f"{2.08 - over:.3f} |\n" in text
+    theirs = 2 * base + (56 * M * N + 48 * M * K) / 4.8e12
+    assert f"{theirs / (2 * base + added):.2f} |\n" in text
 
 
 def test_calculated_floors_are_those_of_the_benchmark():
