@@ -6,8 +6,12 @@ import copy
 import re
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from peftkern.benchmarks import model, performance, report
+from peftkern.benchmarks import lora_linear, model, performance, report
+from peftkern.benchmarks.case import Case
 from peftkern.benchmarks.floor import lora_floor
 
 pytestmark = pytest.mark.skipif(not report.PERFORMANCE.exists(), reason="an installed package has no docs")
@@ -144,3 +148,44 @@ def test_ways_of_a_gpu():
     assert "**A GPU** (sm_90)" in text and "EPYC" not in text
     assert "| base | 0.500 ms | 0.500 ms |  |  |" in text and "| peftkern | 1.200 | 1.200 |  |  |" in text
     assert "| peftkern_cuda |  |  |  |  |" in text
+
+
+class _Bytes(TorchDispatchMode):
+    """Adds up what operations read and write, those apart that only look at a tensor in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if (
+            not {t.data_ptr() for t in made} <= {t.data_ptr() for t in read}
+            or function.__name__.split(".")[0][-1] == "_"
+        ):
+            self.total += sum(t.numel() * t.element_size() for t in read + made)
+        return out
+
+
+def test_bytes_of_peft_are_counted_on_its_operations():
+    pytest.importorskip("peft")
+
+    def count(M, K, N, dropout):
+        case = Case("lora_linear", "cpu", torch.bfloat16, torch.float32, M, K, N, 1, dropout)
+        data = lora_linear.make_data(case, 1)
+        step = lora_linear.PROVIDERS["peft"].build(case, data)
+        with _Bytes() as bytes_:
+            y = step.forward(0)
+            torch.autograd.grad(y, step.leaves[0], step.dy[0])
+        # The two base products, and the adapters in the four others.
+        return bytes_.total - 4 * (M * K + K * N + M * N) - 12 * (K + N)
+
+    M, K, N = 24, 40, 56
+    per_N = (count(M, K, 2 * N, 0.1) - count(M, K, N, 0.1)) / (M * N)
+    assert per_N == pytest.approx(sum(model.EAGER_MN.values()), abs=0.1)
+    # Dropout is several operations on a CPU and one on a GPU; without it the rest is the same.
+    per_K = (count(M, 2 * K, N, 0.0) - count(M, K, N, 0.0)) / (M * K)
+    dropped = model.EAGER_MK["dropout and its mask"] + model.EAGER_MK["backward: dropout"]
+    assert per_K == pytest.approx(sum(model.EAGER_MK.values()) - dropped, abs=0.1)
