@@ -55,6 +55,8 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
         if job.op == "lora_linear_bwd_adapter":
             needs = True, True, False, False, False, False, False
             return normal(M, N), normal(M, K), rank(), None, A, B, SCALING, p, drop, None, None, None, *needs
+        if job.op == "lora_row_norm":
+            return normal(N, K, scale=K**-0.5), A, B, SCALING
         return _branch(normal, small, M, N, K, R)
 
     masks = []
@@ -80,6 +82,8 @@ def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[
     job, arguments = inputs.job, inputs.arguments
     if candidate.name == COMPOSITION:
         return functools.partial(_composition, inputs), None
+    if candidate.name == "reference":
+        return lambda i: dispatch.OPS[job.op].reference(*arguments[i]), None
     module = dispatch.load("cuda" if candidate.name == "cuda" else "triton")
     reason = module.unavailable()
     if reason is None and job.op not in module.OPS:

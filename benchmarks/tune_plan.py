@@ -21,6 +21,7 @@ DROPOUT_P = 0.1
 OPS = {
     "lora_linear": ("lora_linear_fwd", "lora_linear_bwd_input", "lora_linear_bwd_adapter"),
     "multi_lora_linear": ("sgmv_add",),
+    "lora_row_norm": ("lora_row_norm",),
 }
 _PRODUCTS = ("lora_linear_fwd", "lora_linear_bwd_input")
 # (N, K): square, up and down of an 8B model's MLP, and its narrow keys and values.
@@ -65,6 +66,8 @@ class Job:
     def bytes_read(self) -> int:
         """Of the large operands of one call."""
         size = DTYPES[self.dtype].itemsize
+        if self.op == "lora_row_norm":
+            return size * self.N * self.K
         if self.op == "sgmv_add":
             adapters = min(self.M, 64) * self.R * (self.N + self.K) * DTYPES[self.adapter_dtype].itemsize
             return adapters + size * self.M * (self.N + self.K)
@@ -107,14 +110,22 @@ def _sgmv(dtype: str, R: int) -> Iterator[Job]:
                 yield Job("sgmv_add", dtype, adapter, False, M, N, K, R)
 
 
+def _row_norm(dtype: str, R: int) -> Iterator[Job]:
+    for adapter in ("fp32", dtype):
+        for N, K in SHAPES:
+            yield Job("lora_row_norm", dtype, adapter, False, 0, N, K, R)
+
+
 def jobs(op: str, *, dtypes=("bf16", "fp16"), ranks=(16, 64, 8, 32)) -> list[Job]:
     """All problems of an op, what matters most first: whoever stops early has measured that."""
-    make = {"lora_linear": _lora_linear, "multi_lora_linear": _sgmv}[op]
+    make = {"lora_linear": _lora_linear, "multi_lora_linear": _sgmv, "lora_row_norm": _row_norm}[op]
     return [job for R in ranks for dtype in dtypes for job in make(dtype, R)]
 
 
 def candidates(job: Job, arch: int) -> list[Candidate]:
     """What is measured, the default first. Whether a kernel runs here shows when it is tried."""
+    if job.op == "lora_row_norm":
+        return [Candidate("reference", "reference"), Candidate("cuda", "cuda")]
     if job.op not in _PRODUCTS:
         found = [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
         return found + ([Candidate(COMPOSITION, COMPOSITION, eligible=False)] if job.op != "sgmv_add" else [])

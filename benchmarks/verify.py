@@ -249,7 +249,7 @@ def check_one(target: Target, name: str) -> list[dict]:
     problem = _problem(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
-        with _takers(target) as taken:
+        with takers() if target.preferred else contextlib.nullcontext([]) as taken:
             results = check(problem, target.device)
         if target.preferred and not any(name == target.preferred for _, name, _ in taken):
             raise dispatch.Declined(taken[0][2].removeprefix("; ") if taken else "no op was called")
@@ -265,14 +265,11 @@ def check_one(target: Target, name: str) -> list[dict]:
 
 
 @contextlib.contextmanager
-def _takers(target: Target) -> Iterator[list[tuple]]:
-    """Which back end took each op inside: (problem, name, who declined and why), where a target has a preferred one."""
+def takers() -> Iterator[list[tuple]]:
+    """Which back end took each op inside: (problem, name, who declined and why)."""
     from peftkern import dispatch
 
     taken: list[tuple] = []
-    if target.preferred is None:
-        yield taken
-        return
 
     class Keep(logging.Handler):
         def emit(self, record):

@@ -23,8 +23,8 @@ from .problem import Problem
 
 FOLDER = Path(__file__).parent / "tuned"
 SCHEMA = 1
-# Those of kernels/tl/configs.py (BASES), for ops without a product Triton as such, and the CUDA kernels.
-CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda")
+# Those of kernels/tl/configs.py (BASES), for ops without a product Triton as such, the CUDA kernels, and plain torch.
+CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda", "reference")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
 _OPTIONS = frozenset({"bias", "dropout", "need_A", "need_B", "need_bias"})
@@ -55,7 +55,9 @@ def slug(device: str) -> str:
 
 
 def bucket(M: int) -> int:
-    """The power of two nearest to M >= 1, as a ratio."""
+    """The power of two nearest to M, as a ratio; 0 for an op without rows."""
+    if M == 0:
+        return 0
     low = 1 << (M.bit_length() - 1)
     return low if M * M < 2 * low * low else 2 * low
 
@@ -90,11 +92,13 @@ def _device_name(index: int) -> str:
 
 def lookup(rows: dict[Key, dict[int, Entry]], problem: Problem) -> Entry | None:
     """The entry of the same sizes and dtypes whose number of rows is nearest, at most a factor of two away."""
-    if problem.M < 1 or not problem.flags <= _OPTIONS:
+    if not problem.flags <= _OPTIONS:
         return None
     dtype, adapter = DTYPES.get(problem.dtype), DTYPES.get(problem.adapter_dtype)
     key = Key(problem.op, dtype, adapter, "dropout" in problem.flags, problem.N, problem.K, problem.R)
     here, near = bucket(problem.M), rows.get(key, {})
+    if here == 0 or not near:
+        return near.get(0)
     close = [m for m in near if here <= 2 * m and m <= 2 * here]
     return near[min(close, key=lambda m: (abs(math.log2(problem.M / m)), m))] if close else None
 

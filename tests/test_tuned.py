@@ -63,6 +63,9 @@ def test_the_nearest_row_decides(packaged):
     assert {m: tuned.choice(problem(m), FAKE) for m in expected} == expected
     assert tuned.entry(problem(), FAKE).config == {"block_m": 128}
     assert tuned.entry(problem(2048), FAKE).config is None
+    packaged([row(0, "cuda", op="lora_row_norm", dropout=False)])
+    assert tuned.choice(problem(0, op="lora_row_norm", flags=()), FAKE) == "cuda"
+    packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused")])
     # More than a factor of two from any row, or no rows at all.
     assert [tuned.choice(problem(m), FAKE) for m in (0, 1, 128, 40_000)] == [None] * 4
 

@@ -19,8 +19,11 @@ FAKE = "Imaginary GPU X-1"
 USERS = Job("lora_linear_fwd", "bf16", "fp32", True, 8192, 4096, 4096, 16)
 SMALL = [
     Job(op, "bf16", adapter, dropout, 6, 24, 40, 4)
-    for op in OPS["lora_linear"] for adapter in ("fp32", "bf16") for dropout in (False, True)
-] + [Job("sgmv_add", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]  # fmt: skip
+    for op in OPS["lora_linear"]
+    for adapter in ("fp32", "bf16")
+    for dropout in (False, True)
+] + [Job("sgmv_add", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]
+SMALL += [Job("lora_row_norm", "bf16", adapter, False, 0, 24, 40, 4) for adapter in ("fp32", "bf16")]  # fmt: skip
 
 
 def test_what_users_run_comes_first():
@@ -46,13 +49,13 @@ def test_any_number_of_rows_is_near_a_planned_one():
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_candidates(arch):
-    for job in [*jobs("lora_linear"), *jobs("multi_lora_linear")]:
+    for job in [job for op in OPS for job in jobs(op)]:
         found = candidates(job, arch)
         labels = [c.label for c in found]
         assert len(set(labels)) == len(labels) and all(c.label.split()[0] == c.name for c in found)
         assert {c.name for c in found if c.eligible} <= set(tuned.CANDIDATES)
         assert set(configs.BASES) <= set(tuned.CANDIDATES)
-        assert (COMPOSITION in labels) == (job.op != "sgmv_add")
+        assert (COMPOSITION in labels) == (job.op in OPS["lora_linear"])
         for c in found:
             assert c.config is None or c.config.invalid(2, arch) is None
         # A cast of fp32 adapters, or a branch dropped in half precision, is not exact enough to be chosen.
@@ -152,9 +155,11 @@ def test_calls(job, monkeypatch):
         call, reason = tune_calls.call_of(candidate, inputs, 90)
         assert reason is None
         results[candidate.label] = call(1)
-        if candidate.name != COMPOSITION:
+        if candidate.name not in (COMPOSITION, "reference"):
             assert used.pop() == (candidate.name if candidate.name in configs.BASES else None)
-    if job.op == "sgmv_add" or job.dropout:
+    if job.op == "lora_row_norm":
+        assert torch.equal(results["reference"], results["cuda"])
+    if job.op not in OPS["lora_linear"] or job.dropout:
         return
     got = results.pop(COMPOSITION)
     expected = next(iter(results.values()))

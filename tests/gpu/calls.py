@@ -118,6 +118,16 @@ def _branch(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call
     return Call("sgmv", inputs, compute, ("multi_lora_linear_route", "sgmv_add"))
 
 
+def _norm(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    make = _normal(device, dtype, 4)
+    inputs = dict(weight=make(N, K), A=make(R, K, dtype=adapter_dtype), B=make(N, R, dtype=adapter_dtype))
+
+    def compute(t):
+        return [torch.ops.peftkern.lora_row_norm(t["weight"], t["A"], t["B"], 0.5)]
+
+    return Call("lora_row_norm", inputs, compute, ("lora_row_norm",))
+
+
 def _mask(device: str) -> Call:
     def compute(t):
         return [torch.ops.peftkern.dropout_mask(t["seed"], M, K, 0.3)]
@@ -129,11 +139,12 @@ def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch
     """All of them."""
     return [
         _training(device, dtype, adapter_dtype, 0.0), _training(device, dtype, adapter_dtype, 0.25),
-        _many(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype), _mask(device),
+        _many(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype), _norm(device, dtype, adapter_dtype),
+        _mask(device),
     ]  # fmt: skip
 
 
-NAMES = ("lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "sgmv", "dropout_mask")
+NAMES = ("lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "sgmv", "lora_row_norm", "dropout_mask")
 
 
 def call(name: str, device: str = "cuda", **kinds) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 BACKENDS = ("reference", "cuda", "triton")
+# A kernel that never ends can't be interrupted: the process ends instead, with a traceback. Under pytest-xdist that fails
+# one test, and another process goes on with the rest.
+SECONDS, SANITIZER_SECONDS = 80, 165
 
 
 def pytest_collection_modifyitems(items):
@@ -34,6 +38,15 @@ def backend(request):
 
     with using(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def an_end(request):
+    """A limit for every test."""
+    seconds = SANITIZER_SECONDS if "sanitizer" in request.node.name else SECONDS
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)
