@@ -19,7 +19,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-WORST = 12
+WORST, REASONS = 12, 15
 NOT_RUN = "GPU tests, timing of candidates, timing against peers: no GPU, or a dry run"
 
 
@@ -129,6 +129,20 @@ def bench_lines(data: dict) -> list[str]:
     ]
 
 
+def limits(out: Path) -> list[str]:
+    """What the package demands of itself on a GPU, what is missed last."""
+    from peftkern.benchmarks.gpu_judge import figures
+
+    results = [load(out / file) for file in ("bench.json", "decode.json")]
+    judged = [f for result in results if result.get("rows") for f in figures(result) if f.ok is not None]
+    judged.sort(key=lambda f: not f.ok)
+    return [
+        f"{'kept' if f.ok else 'MISSED'}: {f.name}: {'not measured' if f.value is None else format(f.value, '.3f')} "
+        f"({f.limit}{', ' if f.note else ''}{f.note})"
+        for f in judged
+    ]
+
+
 PARTS = (
     ("tests", "tests.json", "accuracy", accuracy_lines),
     ("tune", "tune.json", "tuning", tune_lines),
@@ -147,9 +161,11 @@ def summary(out: Path, dry: bool) -> tuple[dict, list[str]]:
         found[title] = rows[-WORST:]
         if rows:
             lines += ["", f"{title}: {len(rows)} rows, the worst last", *(f"  {line}" for line in rows[-WORST:])]
+    found["limits"] = [] if dry else limits(out)
+    lines += ["", *found["limits"]] if found["limits"] else []
     results = load(out / "tests.json") if "tests" in stages else {}
     found["tests"] = {k: results[k] for k in ("counts", "failures", "skips") if k in results}
-    lines += ["", *(f"skipped: {count} tests: {reason}" for reason, count in results.get("skips", {}).items())]
+    lines += ["", *(f"skipped: {n} tests: {why}" for why, n in list(results.get("skips", {}).items())[:REASONS])]
     lines += [
         f"FAILED {f['name']}: {(f['message'].splitlines() or [''])[0][:200]}" for f in results.get("failures", ())
     ]

@@ -99,7 +99,7 @@ stage_tests() {
   else
     # shellcheck disable=SC2046
     timeout -s INT -k 10 $(($(limit tests) - 15)) "$PYTHON" -m pytest -q -p no:cacheprovider --durations 15 \
-      $(workers) --junitxml "$junit" tests/gpu || status=$?
+      $(workers) --junitxml "$junit" -o junit_family=xunit1 tests/gpu || status=$?
   fi
   report tests "$junit" "$OUT/tests.json" || status=1
   rm -f "$junit" "$junit.collected"

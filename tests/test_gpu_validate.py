@@ -137,7 +137,8 @@ def test_the_worst_rows_come_last(tmp_path):
         ("peftkern_cuda", "fwd", None),
     )
     rows = [base | {"provider": p, "pass": w, "ratio_to_base": r} for p, w, r in timed]
-    report.save(tmp_path / "bench.json", dict(rows=rows))
+    rows = [r | dict(device="cuda", median_ms=1.0) for r in rows]
+    report.save(tmp_path / "bench.json", dict(rows=rows, header=dict(op="lora_linear")))
     for i, name in enumerate(("build", "tests", "tune", "bench")):
         report.record(tmp_path, name, int(name == "tests"), i, "k")
     found, lines = report.summary(tmp_path, dry=False)
@@ -145,6 +146,11 @@ def test_the_worst_rows_come_last(tmp_path):
     assert lines[-1] == "tests: FAILED, status 1, 1 s"
     assert [line.split("x addmm_")[0].strip() for line in found["tuning"]] == ["0.700", "0.900", "1.300"]
     assert [line.split("x frozen")[0].strip() for line in found["one adapter"]] == ["1.040", "1.200"]
+    assert found["limits"][0].startswith("kept: bf16 8192x4096x4096: forward over the frozen linear: 1.040 (<= 1.05")
+    assert (
+        found["limits"][-1].startswith("MISSED: bf16 8192x4096x4096: forward + backward")
+        and "1.200" in found["limits"][-1]
+    )
     assert "1.25 of its bound  triton fp16 fp16:4 dB" in found["accuracy"][-1]
     text = "\n".join(lines)
     assert "FAILED test_accuracy::test_random_problem[b]: AssertionError: dB: 1.25 of its bound" in text

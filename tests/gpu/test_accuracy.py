@@ -120,6 +120,6 @@ def taker_is_another(backend: str, run) -> str | None:
         try:
             run()
         except dispatch.Declined as error:
-            return str(error)
+            return str(error).rpartition("]: ")[2]
     _, name, declined = taken[-1]
     return None if name == backend else f"{name} took it{declined}"
