@@ -210,6 +210,7 @@ def _hopper_cases() -> list[Case]:
         args = size, 2, Out((2 * size, 64, 4 * size + 7), np.uint32), 0
         found.append(Case(f"exchange-{size}", "sim_exchange", args, 90))
         found.append(Case(f"push-{size}", "sim_push", (size, 2, Out((2 * size, size, 64, 7), np.uint32), 0), 90))
+    found.append(Case("cluster-handover", "sim_cluster_handover", (2, Out((4, 32), np.uint32), 0), 90))
     for steps in (1, 2, 5):
         data = In(numbers((16 * steps, 64), 0, 999, 30).astype(np.uint16))
         found.append(Case(f"multicast-{steps}", "sim_multicast", (data, steps, 2, Out((4, 64), np.uint32), 0), 90))
