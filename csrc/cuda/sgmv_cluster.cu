@@ -27,11 +27,11 @@ constexpr int kCluster = 8, kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kTile = 16;   // rows of a product, and ranks of a chunk
 constexpr int kStep = 32;   // columns of K that a warp multiplies at a time
 constexpr int kGroup = 64;  // columns of out that a warp makes at a time
-constexpr int kMaxRank = 512, kMaxRankOfManyRows = 128;
+constexpr int kMaxRank = 512, kManyRows = 1024, kMaxRankOfManyRows = 128;
 
 struct Parameters {
   SgmvArgs args;
-  int rows;          // of an item at most: 16 or 64
+  int shift;         // an item has up to 1 << shift rows: 16 or 64
   bool by_position;  // how items are numbered
 };
 
@@ -46,23 +46,25 @@ struct Item {
   int64_t slot;   // args.slots and up: no adapter, or an invalid one
 };
 
-// Segments (those of the slots, the rows without an adapter, the invalid ones) are cut into items of p.rows
-// rows. Item `index` is the one that begins at that position of `order`; or, with fewer items than rows,
-// segment s has the numbers from starts[s] / p.rows + s on: as many as it needs, before the next segment's.
+// Segments (those of the slots, the rows without an adapter, the invalid ones) are cut into items. Item
+// `index` is the one that begins at that position of `order`; or, with fewer items than rows, segment s has
+// the numbers from (starts[s] >> shift) + s on: as many as it needs, before the next segment's.
 PEFTKERN_DEVICE Item find_item(const Parameters& p, int64_t index) {
   const int32_t* starts = p.args.starts;
-  const auto number = [&](int64_t s) { return p.by_position ? int64_t{starts[s]} : starts[s] / p.rows + s; };
+  const auto number = [&](int64_t s) {
+    return p.by_position ? int64_t{starts[s]} : (starts[s] >> p.shift) + s;
+  };
   int64_t low = 0, high = p.args.slots + 2;  // number(low) <= index < number(high)
   while (high - low > 1) {
-    const int64_t step = (high - low + 31) / 32, probe = low + lane_index() * step;
+    const int64_t step = (high - low + 31) >> 5, probe = low + lane_index() * step;
     const uint32_t below = ballot(probe < high && number(probe) <= index);
     low += (count_ones(below) - 1) * step;
     high = low + step < high ? low + step : high;
   }
-  const int64_t offset = p.by_position ? index - starts[low] : (index - number(low)) * p.rows;
-  const int64_t first = starts[low] + offset, left = starts[low + 1] - first;
-  const bool begins = left > 0 && offset % p.rows == 0 && low != p.args.slots;
-  return {first, begins ? static_cast<int>(left < p.rows ? left : p.rows) : 0, low};
+  const int64_t offset = p.by_position ? index - starts[low] : (index - number(low)) << p.shift;
+  const int64_t first = starts[low] + offset, left = starts[low + 1] - first, most = int64_t{1} << p.shift;
+  const bool begins = left > 0 && (offset & (most - 1)) == 0 && low != p.args.slots;
+  return {first, begins ? static_cast<int>(left < most ? left : most) : 0, low};
 }
 
 template <class T, class Adapter>
@@ -109,34 +111,36 @@ struct Branch {
     constexpr int kAhead = Tiles == 1 ? kDepth : 2;  // tiles of x under way
     const int steps = (K + kStep - 1) / kStep, each = (steps + kCluster - 1) / kCluster;
     const int begin = block() * each, end = begin + each < steps ? begin + each : steps;
-    int source[Tiles][2];  // rows of x
+    int x_row[Tiles][2];  // which, -1 for none
 #pragma unroll
     for (int m = 0; m < 2 * Tiles; ++m) {
       const int row = row0 + 8 * m + g();
-      source[m / 2][m % 2] = row < rows ? order[row] : -1;
+      x_row[m / 2][m % 2] = row < rows ? order[row] : -1;
     }
     for (int r0 = 0; r0 < rank; r0 += kTile) {
-      const Adapter* a_chunk = a + (r0 + g()) * a_row + 8 * t();
+      const Adapter* a_row0 = a + (r0 + g()) * a_row + 8 * t();
       float sums[Tiles][2][4] = {};
       for (int step = begin + warp(); step < end; step += kWarps * kDepth) {
         Eight<Adapter> a_piece[kDepth][2];
         Eight<T> x_piece[kAhead][2];
+        const int k = step * kStep;
         const auto load_x = [&](int i) {
-          const int d = i / Tiles, k = (step + d * kWarps) * kStep, left = left_from(step + d * kWarps, end);
+          const int d = i / Tiles, left = left_from(step + d * kWarps, end);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int from = source[i % Tiles][h];
-            const T* x = static_cast<const T*>(args.x) + from * args.x_row + 8 * t() + k;
-            x_piece[i % kAhead][h] = load_eight<Vector>(x, from < 0 ? 0 : left);
+            const int row = x_row[i % Tiles][h];
+            const T* from = static_cast<const T*>(args.x) + row * args.x_row + 8 * t() + k;
+            x_piece[i % kAhead][h] = load_eight<Vector>(from + d * kWarps * kStep, row < 0 ? 0 : left);
           }
         };
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
-          const int k = (step + d * kWarps) * kStep, left = left_from(step + d * kWarps, end);
+          const int left = left_from(step + d * kWarps, end);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
+            const Adapter* from = a_row0 + 8 * h * a_row + k;
             const bool inside = r0 + g() + 8 * h < rank;
-            a_piece[d][h] = load_eight<Vector>(a_chunk + 8 * h * a_row + k, inside ? left : 0);
+            a_piece[d][h] = load_eight<Vector>(from + d * kWarps * kStep, inside ? left : 0);
           }
         }
 #pragma unroll
@@ -273,6 +277,8 @@ struct Branch {
       for (int row0 = 0; row0 < rows; row0 += kTile) shrink<1, false>(row0);
     } else if (rows <= kTile) {
       shrink<1, true>(0);
+    } else if constexpr (sizeof(Adapter) == 4) {
+      for (int row0 = 0; row0 < rows; row0 += 2 * kTile) shrink<2, true>(row0);
     } else {
       shrink<4, true>(0);
     }
@@ -289,16 +295,20 @@ struct Branch {
     grid_wait();
   }
 
-  // This block's part of B, columns first to last - 1 of out, on its way to L2.
+  // This block's part of B, columns first to last - 1 of out, on its way to L2 if it lies in whole units
+  // there.
   PEFTKERN_DEVICE void prefetch_b(int first, int last) const {
-    if (lane_index() != 0) return;
-    if (b_n == 1) {
-      for (int r = warp(); r < rank; r += kWarps) prefetch_inside(b + first + r * b_r, last - first);
-    } else if (b_r == 1 && b_n == rank) {
-      const int64_t count = int64_t{last - first} * rank, each = (count + kWarps - 1) / kWarps,
-                    at = warp() * each;
-      if (at < count) prefetch_inside(b + first * b_n + at, at + each < count ? each : count - at);
-    }
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Adapter));
+    const bool by_rank = b_n == 1, together = b_r == 1 && b_n == rank;
+    // The next rank, or a quarter of adjacent rows.
+    const int64_t count = by_rank ? last - first : (int64_t{last - first} * rank / kWarps) & ~int64_t{15};
+    const int64_t next = by_rank ? b_r : count;
+    const Adapter* p = b + first * b_n + warp() * next;
+    const bool whole = ((reinterpret_cast<uintptr_t>(p) | next * kSize) & 15) == 0;
+    const auto bytes = static_cast<uint32_t>(count * kSize) & ~15u;
+    if (lane_index() != 0 || bytes == 0 || !whole || !(by_rank || together)) return;
+    for (int r = warp(); r < (by_rank ? rank : kWarps); r += kWarps, p += kWarps * next)
+      prefetch_bulk(p, bytes);
   }
 };
 
@@ -321,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
     const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
     const int rank = item.rows > 0 && item.slot < args.slots ? static_cast<int>(table[cpu::kRank]) : 0;
     if (rank > 0) {
-      Branch<T, Adapter>(args, item, p.rows, table, rank).run();
+      Branch<T, Adapter>(args, item, 1 << p.shift, table, rank).run();
     } else {
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
@@ -343,16 +353,17 @@ bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch) {
 }
 
 const char* sgmv_cluster_add(const SgmvArgs& args) {
-  Parameters p{args, 4 * kTile, true};
-  if (args.M <= kTile || args.max_rank > kMaxRankOfManyRows) p.rows = kTile;
-  const int64_t by_segment = (args.M + p.rows - 1) / p.rows + args.slots + 2;
+  // With few rows in all, many blocks count for more than reading an adapter once for 64 of them.
+  Parameters p{args, args.M < kManyRows || args.max_rank > kMaxRankOfManyRows ? 4 : 6, true};
+  const int rows = 1 << p.shift;
+  const int64_t by_segment = (args.M + rows - 1) / rows + args.slots + 2;
   p.by_position = args.M <= by_segment;
   const int64_t blocks = kCluster * (p.by_position ? args.M : by_segment);
   if (blocks > 0x7fffffff || args.K > 0x7fffffff - kStep || args.N > 0x7fffffff - kGroup)
     return "cudaErrorInvalidConfiguration";
   const int rank = static_cast<int>(args.max_rank), quads = (rank + kTile - 1) / kTile * (kTile / 4);
   const int bytes =
-      Exchange<kCluster, kThreads>::front(p.rows, quads) + 4 * p.rows * (row_floats(rank) + kWarps * kTile);
+      Exchange<kCluster, kThreads>::front(rows, quads) + 4 * rows * (row_floats(rank) + kWarps * kTile);
   Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, static_cast<size_t>(bytes), args.stream};
   how.cluster = kCluster;
   how.dependent = args.dependent;

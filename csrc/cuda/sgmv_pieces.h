@@ -95,15 +95,6 @@ struct Run {
   }
 };
 
-// What of `count` values lies in whole units of 16 bytes, on its way to L2.
-template <class E>
-PEFTKERN_DEVICE void prefetch_inside(const E* p, int64_t count) {
-  constexpr auto kUnit = uintptr_t{15};
-  const auto begin = (reinterpret_cast<uintptr_t>(p) + kUnit) & ~kUnit;
-  const auto end = reinterpret_cast<uintptr_t>(p + count) & ~kUnit;
-  if (begin < end) prefetch_bulk(reinterpret_cast<const void*>(begin), static_cast<uint32_t>(end - begin));
-}
-
 // As words of two values of 16 bits, term by term.
 template <class E, int Terms>
 PEFTKERN_DEVICE void to_terms(const Eight<E>& v, uint32_t (&terms)[Terms][4]) {
