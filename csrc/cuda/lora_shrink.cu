@@ -64,14 +64,6 @@ PEFTKERN_DEVICE Vec16 load_eight(const T* p, int64_t stride, int left, bool vect
   return v;
 }
 
-PEFTKERN_DEVICE void drop(Vec16& v, uint32_t kept) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = kept >> 2 * i & 1, high = kept >> (2 * i + 1) & 1;
-    v.word[i] &= low * 0xffffu | high * 0xffff0000u;
-  }
-}
-
 // 8 columns of a row of the adapter on their way to shared memory.
 template <class T, bool Native>
 struct Piece {
@@ -245,8 +237,8 @@ __global__ void __launch_bounds__(kThreads, Tiles == 2 ? 2 : 1)
       Vec16 upper = ring[s % S::kDepth * 2 * kThreads], lower = ring[(s % S::kDepth * 2 + 1) * kThreads];
       if (args.dropout.seed != nullptr) {
         const int piece = (first + s * kStep + group * 32) / 8 + t;
-        drop(upper, keep_bits(seed, row, piece, args.dropout.threshold));
-        drop(lower, keep_bits(seed, row + 8, piece, args.dropout.threshold));
+        drop_halves(upper.word, seed, row, piece, args.dropout.threshold);
+        drop_halves(lower.word, seed, row + 8, piece, args.dropout.threshold);
       }
       uint32_t a[S::kInTerms][2][4];
       operands<S::kInTerms>(upper, lower, a);
