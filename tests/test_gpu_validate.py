@@ -137,7 +137,7 @@ def test_the_worst_rows_come_last(tmp_path):
         ("peftkern_cuda", "fwd", None),
     )
     rows = [base | {"provider": p, "pass": w, "ratio_to_base": r} for p, w, r in timed]
-    rows = [r | dict(device="cuda", median_ms=1.0) for r in rows]
+    rows = [r | dict(device="cuda", median_ms=1.0, op="lora_linear") for r in rows]
     report.save(tmp_path / "bench.json", dict(rows=rows, header=dict(op="lora_linear")))
     for i, name in enumerate(("build", "tests", "tune", "bench")):
         report.record(tmp_path, name, int(name == "tests"), i, "k")

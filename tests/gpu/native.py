@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "tests/sim/kernels"
 INCLUDES = (ROOT / "csrc", ROOT / "csrc/include")
 # Headers of instructions that sm_90 brought.
-HOPPER = {"cuda/tma.h", "cuda/wgmma.h", "cuda/mbarrier.h"}
+HOPPER = {"cuda/cluster.h", "cuda/tma.h", "cuda/wgmma.h", "cuda/mbarrier.h"}
 
 
 def nvcc() -> str | None:
