@@ -2,7 +2,7 @@
 
 The launchers are those of tests/sim/kernels, built for the simulator or by nvcc. Operands are a plain function of their
 position, small integers wherever sums are formed, so that results are exact and no rounding can differ. The vectors in
-golden/instructions.npz were computed by the simulator; tests/sim/test_golden.py holds it to them, and
+golden/, a file for each launcher, were computed by the simulator; tests/sim/test_golden.py holds it to them, and
 tests/gpu/test_instructions.py the GPU.
 
     python tests/gpu/golden_cases.py --write        after a change of a launcher or a case
@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-FILE = HERE / "golden/instructions.npz"
+FOLDER = HERE / "golden"
 # Launchers without a golden vector, and why.
 LEFT_OUT = {
     "sim_diverged": "a wrong use, which only the simulator reports",
@@ -230,11 +230,12 @@ def smallest(array: np.ndarray) -> np.ndarray:
 def expected() -> dict[str, list[np.ndarray]]:
     """The committed vectors: results by case."""
     found: dict[str, list[np.ndarray]] = {}
-    with np.load(FILE) as data:
-        for key in sorted(data.files):
-            name, _, i = key.rpartition("/")
-            assert len(found.setdefault(name, [])) == int(i)
-            found[name].append(data[key])
+    for file in sorted(FOLDER.glob("*.npz")):
+        with np.load(file) as data:
+            for key in sorted(data.files):
+                name, _, i = key.rpartition("/")
+                assert len(found.setdefault(name, [])) == int(i)
+                found[name].append(data[key])
     return found
 
 
@@ -263,19 +264,30 @@ class SimulatorRunner:
 
 
 def write() -> None:
-    """Computes all vectors on the simulator and writes the file."""
+    """Computes all vectors on the simulator and writes the files whose vectors have changed."""
     sys.path.insert(0, str(HERE.parent / "sim"))
     import conftest
 
     sim = conftest.Simulator(conftest.build(conftest.ROOT / "build/sim"))
-    arrays = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     for case in CASES:
         with sim.memory() as memory:
             for i, result in enumerate(case.run(SimulatorRunner(sim, memory))):
-                arrays[f"{case.name}/{i}"] = smallest(result)
-    FILE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(FILE, **arrays)
-    print(f"{len(CASES)} cases, {FILE.stat().st_size} bytes: {FILE}")
+                arrays.setdefault(case.launcher.removeprefix("sim_"), {})[f"{case.name}/{i}"] = smallest(result)
+    for old in set(FOLDER.glob("*.npz")) - {FOLDER / f"{name}.npz" for name in arrays}:
+        old.unlink()
+    for name, vectors in arrays.items():
+        if not _is(FOLDER / f"{name}.npz", vectors):
+            np.savez_compressed(FOLDER / f"{name}.npz", **vectors)
+            print(f"{len(vectors)} vectors: {FOLDER / name}.npz")
+
+
+def _is(file: Path, vectors: dict[str, np.ndarray]) -> bool:
+    if not file.is_file():
+        return False
+    with np.load(file) as data:
+        same = data.files == list(vectors)
+        return same and all(np.array_equal(data[k], v) and data[k].dtype == v.dtype for k, v in vectors.items())
 
 
 if __name__ == "__main__":
