@@ -55,10 +55,22 @@ class CudaClock:
         with torch.cuda.stream(side):
             call()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        return captured(call, pool=self._pool).replay
+
+
+def captured(call: Callable[[], object], *, pool=None, keep_graph: bool = False) -> torch.cuda.CUDAGraph:
+    """The graph of ``call``. Raises if it cannot be captured, and leaves torch able to draw random numbers then."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+    try:
+        with torch.cuda.graph(graph, pool=pool):
             call()
-        return graph.replay
+    except Exception:
+        # A capture that ends in an error leaves the generator waiting for its end.
+        generator.graphsafe_set_state(before)
+        raise
+    return graph
 
 
 def rotation(each: int, cache: int, most: int = 8) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
-
-from .device_timing import run
+from .device_timing import captured, run
 
 # CUgraphNodeType: what the GPU has to start. Others order launches, or stand for nothing.
 KERNEL, MEMCPY, MEMSET = 0, 1, 2
@@ -16,9 +14,7 @@ WORK = (KERNEL, MEMCPY, MEMSET)
 def count(step, i: int, backward: bool) -> int | None:
     """Kernels, copies and fills of one step that has run before; None if it cannot be captured or counted."""
     try:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph):
-            run(step, i, backward)
+        graph = captured(lambda: run(step, i, backward), keep_graph=True)
         return work_nodes(graph.raw_cuda_graph(), ctypes.CDLL("libcuda.so.1"))
     except Exception:
         # What was captured by then is lost; what went wrong on the device shows in the next step that is timed.

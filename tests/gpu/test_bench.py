@@ -75,3 +75,9 @@ def test_launches():
     assert launches.count(type(step)(waits, step.leaves, step.dy), 0, False) is None
     torch.cuda.synchronize()
     assert launches.count(step, 0, False) == alone
+    # Random numbers can be drawn as before, outside and in a graph.
+    torch.nn.functional.dropout(torch.ones(64, device="cuda"), 0.5)
+    data = make_data(CASE, 1)
+    dropped = PROVIDERS["addmm"].build(CASE, data)
+    dropped.forward(0)
+    assert launches.count(dropped, 0, True) > alone
