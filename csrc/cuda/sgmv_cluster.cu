@@ -41,30 +41,29 @@ __host__ __device__ constexpr int row_floats(int rank) {
 }
 
 struct Item {
-  int64_t first;  // position of its first row in `order`
-  int rows;       // 0: nothing to do
-  int64_t slot;   // args.slots and up: no adapter, or an invalid one
+  int first;  // position of its first row in `order`
+  int rows;   // 0: nothing to do
+  int slot;   // args.slots and up: no adapter, or an invalid one
 };
 
 // Segments (those of the slots, the rows without an adapter, the invalid ones) are cut into items. Item
 // `index` is the one that begins at that position of `order`; or, with fewer items than rows, segment s has
 // the numbers from (starts[s] >> shift) + s on: as many as it needs, before the next segment's.
-PEFTKERN_DEVICE Item find_item(const Parameters& p, int64_t index) {
+PEFTKERN_DEVICE Item find_item(const Parameters& p, int index) {
   const int32_t* starts = p.args.starts;
-  const auto number = [&](int64_t s) {
-    return p.by_position ? int64_t{starts[s]} : (starts[s] >> p.shift) + s;
-  };
-  int64_t low = 0, high = p.args.slots + 2;  // number(low) <= index < number(high)
+  const auto number = [&](int s) { return p.by_position ? starts[s] : (starts[s] >> p.shift) + s; };
+  const int slots = static_cast<int>(p.args.slots), most = 1 << p.shift;
+  int low = 0, high = slots + 2;  // number(low) <= index < number(high)
   while (high - low > 1) {
-    const int64_t step = (high - low + 31) >> 5, probe = low + lane_index() * step;
+    const int step = (high - low + 31) / 32, probe = low + lane_index() * step;
     const uint32_t below = ballot(probe < high && number(probe) <= index);
     low += (count_ones(below) - 1) * step;
     high = low + step < high ? low + step : high;
   }
-  const int64_t offset = p.by_position ? index - starts[low] : (index - number(low)) << p.shift;
-  const int64_t first = starts[low] + offset, left = starts[low + 1] - first, most = int64_t{1} << p.shift;
-  const bool begins = left > 0 && (offset & (most - 1)) == 0 && low != p.args.slots;
-  return {first, begins ? static_cast<int>(left < most ? left : most) : 0, low};
+  const int start = starts[low], offset = p.by_position ? index - start : (index - number(low)) << p.shift;
+  const int left = starts[low + 1] - start - offset;
+  const bool begins = left > 0 && (offset & (most - 1)) == 0 && low != slots;
+  return {start + offset, !begins ? 0 : left < most ? left : most, low};
 }
 
 template <class T, class Adapter>
@@ -80,14 +79,14 @@ struct Branch {
   const Exchange<kCluster, kThreads> sums_of_all;
   float* parts;  // warps x rows x 16: the warps' sums of a chunk
 
-  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows, const int64_t* table,
-                         int rank)
+  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows,
+                         const int64_t (&table)[cpu::kMultiColumns])
       : args(args),
         order(args.order + item.first),
         rows(item.rows),
         K(static_cast<int>(args.K)),
         N(static_cast<int>(args.N)),
-        rank(rank),
+        rank(static_cast<int>(table[cpu::kRank])),
         a(matrix<Adapter>(args, table, cpu::kATensor, cpu::kAOffset)),
         b(matrix<Adapter>(args, table, cpu::kBTensor, cpu::kBOffset)),
         a_row(table[cpu::kARow]),
@@ -298,17 +297,20 @@ struct Branch {
   // This block's part of B, columns first to last - 1 of out, on its way to L2 if it lies in whole units
   // there.
   PEFTKERN_DEVICE void prefetch_b(int first, int last) const {
-    constexpr auto kSize = static_cast<int64_t>(sizeof(Adapter));
-    const bool by_rank = b_n == 1, together = b_r == 1 && b_n == rank;
-    // The next rank, or a quarter of adjacent rows.
-    const int64_t count = by_rank ? last - first : (int64_t{last - first} * rank / kWarps) & ~int64_t{15};
+    constexpr int kUnit = 16 / static_cast<int>(sizeof(Adapter));
+    const bool by_rank = b_n == 1;
+    if (lane_index() != 0 || !(by_rank || (b_r == 1 && b_n == rank))) return;
+    // The columns of a rank, or a quarter of all.
+    const int pieces = by_rank ? rank : kWarps;
+    const int64_t all = by_rank ? last - first : int64_t{last - first} * rank / kWarps,
+                  count = all / kUnit * kUnit;
     const int64_t next = by_rank ? b_r : count;
     const Adapter* p = b + first * b_n + warp() * next;
-    const bool whole = ((reinterpret_cast<uintptr_t>(p) | next * kSize) & 15) == 0;
-    const auto bytes = static_cast<uint32_t>(count * kSize) & ~15u;
-    if (lane_index() != 0 || bytes == 0 || !whole || !(by_rank || together)) return;
-    for (int r = warp(); r < (by_rank ? rank : kWarps); r += kWarps, p += kWarps * next)
-      prefetch_bulk(p, bytes);
+    if (count == 0 || reinterpret_cast<uintptr_t>(p) % 16 != 0 || next % kUnit != 0) return;
+#pragma unroll 1
+    for (int i = warp(); i < pieces; i += kWarps, p += kWarps * next) {
+      prefetch_bulk(p, static_cast<uint32_t>(count * sizeof(Adapter)));
+    }
   }
 };
 
@@ -327,11 +329,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
     sgmv_cluster_kernel(const __grid_constant__ Parameters p) {
   if constexpr (kHasClusters) {
     const SgmvArgs& args = p.args;
-    const Item item = find_item(p, blockIdx.x / static_cast<unsigned>(kCluster));
-    const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
-    const int rank = item.rows > 0 && item.slot < args.slots ? static_cast<int>(table[cpu::kRank]) : 0;
-    if (rank > 0) {
-      Branch<T, Adapter>(args, item, 1 << p.shift, table, rank).run();
+    const Item item = find_item(p, static_cast<int>(blockIdx.x) / kCluster);
+    // Its row of the table at once: what waits for one of these loads has waited for all.
+    int64_t row[cpu::kMultiColumns] = {};
+    if (item.rows > 0 && item.slot < args.slots) {
+#pragma unroll
+      for (int i = cpu::kRank; i <= cpu::kBR; ++i) row[i] = args.table[item.slot * cpu::kMultiColumns + i];
+    }
+    if (row[cpu::kRank] > 0) {
+      Branch<T, Adapter>(args, item, 1 << p.shift, row).run();
     } else {
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
