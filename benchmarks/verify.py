@@ -9,6 +9,8 @@ fewer and smaller problems, without bf16, which the interpreter gets wrong by it
 ``triton``, ``auto``, which is what a user gets, and ``cuda``, where the CUDA kernels take all that they can and others
 the rest: a problem of which they take nothing is counted as declined. A back end without kernels for the op is named
 and left out.
+
+``--static`` runs nothing: it audits what the compilers made of every kernel (static_audit.py), GPU or not.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from . import static_audit
 from .case import DTYPES, short
 from .problem_sets import SETS, set_of
 
@@ -138,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the first problem; the i-th has seed + i")
     p.add_argument("--problem", nargs="+", metavar="NAME", help="these problems only, as named by a failure")
     p.add_argument("--json", type=Path, metavar="FILE", help="write every row")
+    static_audit.add_arguments(p)
     return p
 
 
@@ -145,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable, or takes no
     problem."""
     args = _parser().parse_args(argv)
+    if args.static:
+        return static_audit.run(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elsewhere = set(args.backend) - {"all", *BACKENDS[device]}
     if elsewhere:

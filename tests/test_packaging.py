@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_wheel_contains_the_package_only(distributions):
     assert {t for t in top if not t.endswith(".dist-info")} == {"peftkern"}
     for wanted in ("py.typed", "cli.py", "kernels/lora_linear.py", "benchmarks/bench.py", "demo/main.py"):
         assert f"peftkern/{wanted}" in names
+    assert "peftkern/benchmarks/bounds/cuda.json" in names
     assert any(name.startswith("peftkern/_C.") for name in names)
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".pyc"))]
@@ -121,6 +123,8 @@ def test_installed_wheel_works(installed, tmp_path):
     assert installed.parents[1] in Path(file).parents
     run(installed, "-c", "import peftkern.benchmarks.registry, peftkern._C", cwd=tmp_path)
     assert "usable" in run(installed, "-m", "peftkern", "doctor", cwd=tmp_path)
+    audit = "from peftkern.benchmarks import static_cuda; print(static_cuda.origin())"
+    assert re.search("built without CUDA, and there is no source|not found", run(installed, "-c", audit, cwd=tmp_path))
     assert run(installed.parent / "peftkern", "--version", cwd=tmp_path).startswith("peftkern ")
 
 

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void dropout_mask_kernel(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold,
-                                    uint8_t* out) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_mask_kernel(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold, uint8_t* out) {
   const int64_t groups = (K + 7) / 8;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= M * groups) return;

@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(kThreads, Chunked ? 1 : 2)
   grid_launch_dependents();
 }
 
-__global__ void row_norm_finish_kernel(const LoraRowNormArgs args, int64_t strips) {
+__global__ void __launch_bounds__(kThreads, 4)
+    row_norm_finish_kernel(const LoraRowNormArgs args, int64_t strips) {
   grid_wait();
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= args.N) return;

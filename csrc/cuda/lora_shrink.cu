@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 2 ? 2 : 1)
   }
 }
 
-__global__ void add_chunks_kernel(const LoraShrinkArgs args, int chunks) {
+__global__ void __launch_bounds__(kThreads) add_chunks_kernel(const LoraShrinkArgs args, int chunks) {
   const int64_t size = args.M * args.R, i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0;

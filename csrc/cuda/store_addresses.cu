@@ -12,7 +12,8 @@ struct Addresses {
   uint64_t value[kEach];
 };
 
-__global__ void store_addresses_kernel(const __grid_constant__ Addresses from, int count, uint64_t* out) {
+__global__ void __launch_bounds__(kEach)
+    store_addresses_kernel(const __grid_constant__ Addresses from, int count, uint64_t* out) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < count) out[i] = from.value[i];
 }

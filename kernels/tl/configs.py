@@ -138,6 +138,8 @@ def adapter_grad(
             # wgmma takes 64 rows from four warps: of eight, four would repeat the others' product with b.
             return LaunchConfig(64, 128, 0, rank, warps=4, stages=3)
         columns = 256 // (1 + (rank > 64)) // (1 + products)
+        if smem_bytes(arch) < 128 << 10:  # sm_120
+            columns = min(columns, 128)
         return LaunchConfig(64, columns, 0, rank, warps=8, stages=3)
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pybind11
 import pytest
+
+from peftkern.benchmarks import static_launches, static_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
@@ -45,19 +46,6 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def _closure(source: Path) -> list[Path]:
-    """A file and all files of ours that it includes, directly or not."""
-    found, todo = set(), [source]
-    while todo:
-        path = todo.pop()
-        if path not in found:
-            found.add(path)
-            names = re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.M)
-            places = [[folder / name for folder in (path.parent, *INCLUDES)] for name in names]
-            todo += [next(p for p in options if p.is_file()).resolve() for options in places]
-    return sorted(found)
-
-
 def build(folder: Path) -> Path:
     """The library; a file is compiled unless an object made of the same text with the same flags is there."""
     compiler = _compiler()
@@ -73,7 +61,7 @@ def build(folder: Path) -> Path:
         assert done.returncode == 0 and not done.stderr, f"{command}\n{done.stderr}"
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}-{digest([p.read_text() for p in _closure(source)])}.o"
+        target = folder / f"{source.stem}-{digest([p.read_text() for p in static_nvcc.closure(source, INCLUDES)])}.o"
         if not target.is_file():
             part = target.with_suffix(".part")
             run(compiler, *FLAGS, "-x", "c++", "-c", source, "-o", part)
@@ -140,6 +128,7 @@ class Simulator:
     """Runs launchers of the library under a schedule."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         loader = importlib.machinery.ExtensionFileLoader("peftkern_sim", str(path))
         # The functions that peftkern._C has for GPUs, on memory of the host.
@@ -150,6 +139,15 @@ class Simulator:
         self._library.sim_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._library.sim_written_before.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._library.sim_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
+
+    def launches(self) -> dict[str, dict[str, int]]:
+        """By kernel, the most that launches so far have asked for: threads and dynamic shared memory of a block."""
+        rows = (ctypes.c_uint64 * (3 * 4096))()
+        count = self._library.sim_launches(rows, 4096)
+        names = static_launches.symbols(self._path)
+        return {
+            names[rows[3 * i]]: {"threads": rows[3 * i + 1], "shared": rows[3 * i + 2]} for i in range(count)
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def memory(self, at_end: bool = True):
@@ -189,11 +187,13 @@ class Simulator:
 
 
 @pytest.fixture(scope="session")
-def sim() -> Simulator:
-    """The simulator, with every kernel in it."""
+def sim():
+    """The simulator, with every kernel in it. In the end, what launches asked for is held against what is recorded."""
     folder = ROOT / "build/sim"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         folder = Path(tempfile.gettempdir()) / f"peftkern-sim-{os.getuid()}"
-    return Simulator(build(folder))
+    simulator = Simulator(build(folder))
+    yield simulator
+    static_launches.settle(simulator.launches())

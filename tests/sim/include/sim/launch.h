@@ -3,6 +3,11 @@
 
 #include "sim/core.h"
 
+namespace sim {
+// Remembers what launches of a kernel ask for; sim_launches tells.
+void note_launch(const void* kernel, const LaunchShape& shape);
+}  // namespace sim
+
 namespace peftkern::cuda {
 
 template <class... Parameters, class... Arguments>
@@ -13,6 +18,7 @@ const char* launch(const Launch& how, void (*kernel)(Parameters...), Arguments..
   shape.shared = how.shared;
   shape.cluster = how.cluster;
   shape.dependent = how.dependent;
+  ::sim::note_launch(reinterpret_cast<const void*>(kernel), shape);
   return ::sim::run(shape, [&] { kernel(arguments...); });
 }
 
