@@ -158,8 +158,8 @@ void store_addresses(const std::vector<uint64_t>& addresses, uintptr_t out, uint
 
 void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N, int64_t K,
               int adapter_dtype, uintptr_t tensors, uintptr_t table, int64_t slots, int64_t max_rank,
-              uintptr_t scaling, uintptr_t order, uintptr_t starts, uintptr_t partial, uintptr_t counters,
-              bool dependent, int arch, uintptr_t stream) {
+              uintptr_t scaling, uintptr_t order, uintptr_t starts, uintptr_t u, uintptr_t partial,
+              uintptr_t counters, bool dependent, int arch, uintptr_t stream) {
   cuda::SgmvArgs args{};
   const Matrix to = adjacent("out", written("out", out, M, N));
   const ConstMatrix from = adjacent("x", read("x", x, M, K));
@@ -174,6 +174,7 @@ void sgmv_add(const MatrixTuple& out, const MatrixTuple& x, int64_t M, int64_t N
   args.tensors = pointer<uint64_t>(tensors), args.table = pointer<int64_t>(table);
   args.scaling = pointer<float>(scaling), args.order = pointer<int32_t>(order);
   args.starts = pointer<int32_t>(starts);
+  args.u = pointer<float>(u);
   args.partial = pointer<float>(partial), args.counters = pointer<uint32_t>(counters);
   args.dependent = dependent, args.arch = arch, args.stream = pointer<void>(stream);
   check("sgmv_add", cuda::sgmv_add(args));
@@ -210,6 +211,12 @@ void peftkern::bind_cuda(py::module_& m) {
   // --- many adapters ---
   m.def("cuda_store_addresses", &store_addresses, nogil, "addresses"_a, "out"_a, "stream"_a);
   m.def(
+      "cuda_sgmv_in_clusters",
+      [](int64_t max_rank, int dtype, int arch) {
+        return cuda::sgmv_in_clusters(max_rank, check_dtype(dtype), arch);
+      },
+      "max_rank"_a, "dtype"_a, "arch"_a);
+  m.def(
       "cuda_sgmv_partials",
       [](int64_t M, int64_t K, int64_t max_rank, int dtype, int arch) {
         return cuda::sgmv_partials(M, K, max_rank, check_dtype(dtype), arch);
@@ -222,7 +229,7 @@ void peftkern::bind_cuda(py::module_& m) {
       },
       "M"_a, "max_rank"_a, "dtype"_a, "arch"_a);
   m.def("cuda_sgmv_add", &sgmv_add, nogil, "out"_a, "x"_a, "M"_a, "N"_a, "K"_a, "adapter_dtype"_a,
-        "tensors"_a, "table"_a, "slots"_a, "max_rank"_a, "scaling"_a, "order"_a, "starts"_a, "partial"_a,
-        "counters"_a, "dependent"_a, "arch"_a, "stream"_a);
+        "tensors"_a, "table"_a, "slots"_a, "max_rank"_a, "scaling"_a, "order"_a, "starts"_a, "u"_a,
+        "partial"_a, "counters"_a, "dependent"_a, "arch"_a, "stream"_a);
   // --- end of many adapters ---
 }

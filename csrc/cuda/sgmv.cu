@@ -238,8 +238,9 @@ int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch) {
 const char* sgmv_add(const SgmvArgs& args) {
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
   const int64_t blocks = args.M * (splits + chunks);
-  if (args.M == 0 || args.N == 0) return nullptr;
+  if (args.M == 0 || (args.N == 0 && args.u == nullptr)) return nullptr;
   if (sgmv_in_clusters(args.max_rank, args.dtype, args.arch)) return sgmv_cluster_add(args);
+  if (args.u != nullptr) return "cudaErrorInvalidValue";
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
   const int64_t floats = kRows * (args.max_rank > kDepth ? args.max_rank : kDepth);
   Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, 16 + static_cast<size_t>(floats) * 4, args.stream};

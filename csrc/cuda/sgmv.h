@@ -12,8 +12,7 @@ PEFTKERN_DEVICE const Adapter* matrix(const SgmvArgs& args, const int64_t* row, 
   return reinterpret_cast<const Adapter*>(args.tensors[row[tensor]]) + row[offset];
 }
 
-// sgmv_cluster.cu: what it takes, and its launch.
-bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch);
+// The launch of sgmv_cluster.cu.
 const char* sgmv_cluster_add(const SgmvArgs& args);
 
 }  // namespace peftkern::cuda

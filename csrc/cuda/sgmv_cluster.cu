@@ -62,7 +62,8 @@ PEFTKERN_DEVICE Item find_item(const Parameters& p, int index) {
   }
   const int start = starts[low], offset = p.by_position ? index - start : (index - number(low)) << p.shift;
   const int left = starts[low + 1] - start - offset;
-  const bool begins = left > 0 && (offset & (most - 1)) == 0 && low != slots;
+  // Rows without an adapter are left alone, but for their row of u.
+  const bool begins = left > 0 && (offset & (most - 1)) == 0 && (low != slots || p.args.u != nullptr);
   return {start + offset, !begins ? 0 : left < most ? left : most, low};
 }
 
@@ -285,7 +286,14 @@ struct Branch {
     int group = begin + warp();
     Square<Adapter> square;
     if (group < end) square = load_b(group * kGroup, 0);
-    sums_of_all.collect();
+    sums_of_all.collect([&](int row, int quad, const Float4& sums) {
+      if (args.u == nullptr) return;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Beyond the rank the sums are zero.
+        if (4 * quad + e < args.max_rank) args.u[order[row] * args.max_rank + 4 * quad + e] = sums.value[e];
+      }
+    });
     while (group < end) {
       expand(group * kGroup, square);
       group += kWarps;
@@ -314,6 +322,18 @@ struct Branch {
   }
 };
 
+// Zeros in u for the item's rows, from a rank on.
+PEFTKERN_DEVICE void clear_u(const SgmvArgs& args, const Item& item, int64_t first) {
+  if (args.u == nullptr) return;
+  for (int row = 0; row < item.rows; ++row) {
+    float* u = args.u + args.order[item.first + row] * args.max_rank;
+    for (int64_t r = first + cluster_rank() * kThreads + threadIdx.x; r < args.max_rank;
+         r += kCluster * kThreads) {
+      u[r] = 0;
+    }
+  }
+}
+
 template <class T>
 PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
   for (int row = 0; row < item.rows; ++row) {
@@ -337,8 +357,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
       for (int i = cpu::kRank; i <= cpu::kBR; ++i) row[i] = args.table[item.slot * cpu::kMultiColumns + i];
     }
     if (row[cpu::kRank] > 0) {
+      clear_u(args, item, (row[cpu::kRank] + kTile - 1) / kTile * kTile);
       Branch<T, Adapter>(args, item, 1 << p.shift, row).run();
     } else {
+      clear_u(args, item, 0);
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
       if (item.rows > 0 && item.slot > args.slots) fill_nan<T>(args, item);

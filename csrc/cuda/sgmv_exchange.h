@@ -55,8 +55,9 @@ struct Exchange {
     cluster_store_async(cluster_address(shared_address(slot), owner), part, cluster_address(barriers, owner));
   }
 
-  // With all threads. Then v is there.
-  PEFTKERN_DEVICE void collect() const {
+  // With all threads. Then v is there. keep(row, quad, sums) gets each quad once, in the block that owns it.
+  template <class Keep>
+  PEFTKERN_DEVICE void collect(const Keep& keep) const {
     const int mine = owned();
     if (static_cast<int>(threadIdx.x) < mine) mbarrier_wait_cluster(barriers, 0);
     for (int i = static_cast<int>(threadIdx.x); i < mine; i += Threads) {
@@ -67,10 +68,11 @@ struct Exchange {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum.value[e] += part.value[e];
       }
+      const int at = i * Blocks + static_cast<int>(cluster_rank()), row = at / quads, quad = at % quads;
+      keep(row, quad, sum);
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum.value[e] *= scaling;
-      const int at = i * Blocks + static_cast<int>(cluster_rank());
-      const uint32_t to = shared_address(v + at / quads * stride + at % quads * 4);
+      const uint32_t to = shared_address(v + row * stride + quad * 4);
 #pragma unroll
       for (uint32_t b = 0; b < Blocks; ++b) {
         cluster_store_async(cluster_address(to, b), sum, cluster_address(barriers + 8, b));

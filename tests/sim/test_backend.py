@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from peftkern import AdapterBank
-from peftkern.backends import cuda_lora, cuda_native
+from peftkern.backends import cuda_lora, cuda_multi, cuda_native
 from peftkern.backends.cuda import OPS
 from peftkern.ops.dropout_mask import dropout_mask_ref
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.ops.lora_row_norm import lora_row_norm_ref
-from peftkern.ops.multi_lora_linear import multi_lora_linear_route_ref
+from peftkern.ops.multi_lora_linear import multi_lora_linear_fwd_ref, multi_lora_linear_route_ref
 from peftkern.ops.sgmv import sgmv_add_ref
+from peftkern.problem import Problem
 
 
 @pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
@@ -55,21 +56,48 @@ def test_shrink(device, M, C, R):
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def batch(dtype, ids, ranks=(8, 3), max_rank=8):
+    """(x, arguments of the branch) of rows that take the bank's adapters "0", "1", ..., None for none."""
+    gen = torch.Generator().manual_seed(1)
+    bank = AdapterBank(24, 40, max_adapters=len(ranks) + 1, max_rank=max_rank, dtype=dtype)
+    for name, rank in enumerate(ranks):
+        A, B = torch.randn(rank, 24, generator=gen), torch.randn(40, rank, generator=gen)
+        bank.add(str(name), A, B, scaling=0.5 * name)
+    state = bank.snapshot()
+    order, starts = multi_lora_linear_route_ref(bank.ids(ids), state.table, state.mask)
+    x = torch.randn(len(ids), 24, generator=gen).to(dtype)
+    return x, (state.weights, state.table, state.scaling, state.max_rank, order, starts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sgmv_add(device, dtype):
-    gen = torch.Generator().manual_seed(1)
-    bank = AdapterBank(24, 40, max_adapters=3, max_rank=8, dtype=dtype)
-    for name, rank in (("a", 8), ("b", 3)):
-        bank.add(name, torch.randn(rank, 24, generator=gen), torch.randn(40, rank, generator=gen), scaling=0.5)
-    state = bank.snapshot()
-    ids = bank.ids(["b", None, "a", "b", "a"])
-    order, starts = multi_lora_linear_route_ref(ids, state.table, state.mask)
-    x, out = (torch.randn(5, n, generator=gen).to(dtype) for n in (24, 40))
+    x, rest = batch(dtype, ["1", None, "0", "1", "0"])
+    out = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = out.clone()
-    rest = state.weights, state.table, state.scaling, state.max_rank, order, starts
     sgmv_add_ref(expected, x, *rest)
     OPS["sgmv_add"](out, x, *rest)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])
+def test_many_adapters(device, bias_dtype):
+    """The whole layer: u too, zeros in it where a row has no such rank, and a scaling of zero."""
+    x, rest = batch(torch.bfloat16, ["1", None, "2", "1", "0", None], ranks=(24, 3, 40), max_rank=64)
+    if device < 90:
+        problem = Problem(
+            "multi_lora_linear_fwd", "cuda", "sm_80", x.dtype, x.dtype, 6, 40, 24, 64, frozenset({"base"})
+        )
+        assert "sm_90" in cuda_multi.decline(problem)
+        return
+    gen = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 24, generator=gen).to(x.dtype)
+    bias = None if bias_dtype is None else torch.randn(40, generator=gen).to(bias_dtype)
+    args = x, weight, 40, bias, *rest, None, None
+    y, u = OPS["multi_lora_linear_fwd"](*args)
+    expected_y, expected_u = multi_lora_linear_fwd_ref(*args)
+    torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=4e-2)
+    torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-5)
+    assert (u[1] == 0).all() and (u[0, 3:] == 0).all() and (u[4, :24] != 0).all()
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
