@@ -75,8 +75,7 @@ PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Mak
   Ring<Layout<Columns, MakesV>::kStages> ring;
   unsigned char* const extra = shared.memory + shared.kExtraAt;
   const uint64_t seed = args.dropout.seed != nullptr ? static_cast<uint64_t>(*args.dropout.seed) : 0;
-  const RowBlocks<T> row_blocks{args, extra, reinterpret_cast<uint32_t*>(shared.memory + shared.kTicketAt),
-                                t};
+  const RowBlocks<T> row_blocks{args, extra, reinterpret_cast<int*>(shared.memory + shared.kTicketAt), t};
   uint32_t mask_parity = 1, granted = 0;  // of the next wait; for each slot
   for (int index = walk.first; index < walk.tiles; index += walk.step) {
     const Tile tile = walk.at(index);
@@ -198,7 +197,7 @@ int64_t lora_linear_counters(int64_t M) {
 bool lora_linear_sm90_takes(const LoraLinearArgs& args) {
   const auto fits = [&](const ConstMatrix& m, int64_t rows, int64_t columns) {
     return m.dtype == args.out.dtype && m.col == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-           m.row % 8 == 0 && m.row >= columns && rows < int64_t{1} << 31 && columns < int64_t{1} << 31;
+           m.row % 8 == 0 && m.row >= columns && rows <= hopper::kMaxSize && columns <= hopper::kMaxSize;
   };
   const auto adapter = [&](const ConstMatrix& m) {
     return m.dtype == DType::f32 || m.dtype == args.out.dtype;

@@ -8,16 +8,18 @@
 
 namespace peftkern::cuda::hopper {
 
-constexpr int kRows = 128;      // of a tile: 64 for each of the two warpgroups that multiply
-constexpr int kDepth = 64;      // of a stage along K: 128 bytes, one row of a swizzled tile
-constexpr int kRankDepth = 16;  // ranks in a stage of the low-rank term
+constexpr int kRows = 128;                // of a tile: 64 for each of the two warpgroups that multiply
+constexpr int kDepth = 64;                // of a stage along K: 128 bytes, one row of a swizzled tile
+constexpr int kRankDepth = 16;            // ranks in a stage of the low-rank term
+constexpr int64_t kMaxSize = 0x7fff0000;  // of M, N, K: with a few tiles more still an int
 constexpr int kMaxRank = 256;
 constexpr int kMaxMadeRank = 32;  // where v is made as well
 // Warpgroups: one whose first warp loads and whose other three make the adapter's part, two that multiply.
 constexpr int kThreads = 384, kAdapterThreads = 96;
-constexpr int kAdapterBarrier = 1;  // and one for each multiplying warpgroup
-constexpr int kRowBlock = 48;       // rows of v made at a time, 16 by a warp
-constexpr int kRowTileGroup = 16;   // row tiles walked together, so that their operands stay in L2
+constexpr uint32_t kShrinkBytes = 28 * 1024;  // of shared memory, to make v
+constexpr int kAdapterBarrier = 1;            // and one for each multiplying warpgroup
+constexpr int kRowBlock = 48;                 // rows of v made at a time, 16 by a warp
+constexpr int kRowTileGroup = 16;             // row tiles walked together, so that their operands stay in L2
 
 // Blocks that work on tiles below each other at the same time and share what they load of w: each loads half
 // of it, for both. Wide tiles alone: narrow ones are for small problems, down to a single row of tiles.
@@ -46,9 +48,8 @@ struct Layout {
   static constexpr int kStages = Columns == 256 ? 4 : 6;
   static constexpr uint32_t kLeft = kRows * kDepth * 2, kRight = Columns * kDepth * 2;
   static constexpr uint32_t kStage = kLeft + kRight;
-  // Dropout bits of a tile, or the terms of a tile of lora_A, twice.
-  static constexpr uint32_t kTerms = 3 * kMaxMadeRank * kDepth * 2;
-  static constexpr uint32_t kExtra = MakesV ? 2 * kTerms : kRows * Columns / 8;
+  // Dropout bits of a tile, or a tile of lora_A.
+  static constexpr uint32_t kExtra = MakesV ? kShrinkBytes : kRows * Columns / 8;
   // base_scale and bias of a tile's columns, for each multiplying warpgroup.
   static constexpr uint32_t kVectors = 2 * 2 * Columns * 4;
 

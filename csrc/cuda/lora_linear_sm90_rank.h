@@ -153,10 +153,11 @@ PEFTKERN_DEVICE void make_mask(const LoraLinearArgs& args, unsigned char* mask, 
   constexpr int kWords = Columns / 32;  // of a row
 #pragma unroll 1
   for (int at = t; at < kRows * kWords; at += kAdapterThreads) {
-    const int row = tile.row + at / kWords, group = tile.column / 8 + at % kWords * 4;
+    const auto row = static_cast<uint32_t>(tile.row + at / kWords),
+               group = static_cast<uint32_t>(tile.column / 8 + at % kWords * 4);
     uint32_t bits = 0;
 #pragma unroll
-    for (int byte = 0; byte < 4; ++byte)
+    for (uint32_t byte = 0; byte < 4; ++byte)
       bits |= keep_bits(seed, row, group + byte, args.dropout.threshold) << 8 * byte;
     reinterpret_cast<uint32_t*>(mask)[at] = bits;
   }

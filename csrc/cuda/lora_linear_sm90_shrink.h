@@ -1,14 +1,16 @@
 // v = drop(x) lora_A^T within the launch, by three warps: 48 rows at a time, whoever takes the ticket for
 // them.
 //
-// Rows of x go from memory straight into operands: within 32 columns a lane takes 8 that are adjacent, 16
-// bytes, for two products, and lora_A follows the same order, so the sums are the same. The terms of lora_A
-// are made once for all three warps, 64 columns at a time, while those before are multiplied.
+// Its transpose is what is multiplied: ranks are the 16 rows of a product, rows of x its 8 columns. Within 32
+// columns of x a lane takes 8 that are adjacent, 16 bytes, for two products, and lora_A follows the same
+// order, so the sums are the same. What a lane needs it copies for itself, tiles ahead; the terms of lora_A
+// alone are shared by the warps, as operands ready to be read.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
+#include "cuda/copy_async.h"
 #include "cuda/lora_linear_sm90_rank.h"
 #include "cuda/mma.h"
 #include "cuda/warp.h"
@@ -24,116 +26,129 @@ PEFTKERN_DEVICE float as_float(uint32_t word) {
 }
 
 // T is x's type. lora_A enters as bf16 terms: three if it is fp32, two if it is fp16 (exact, as are the two
-// of an fp16 x), one if it is bf16.
-template <class T>
+// of an fp16 x), one if it is bf16. Groups: of 16 ranks.
+template <class T, int Groups>
 struct Shrink {
   static constexpr bool kSplitsX = std::is_same_v<T, f16>;
-  static constexpr int kGroups = kMaxMadeRank / 8;
-  // A thread takes 8 of a tile's 64 columns of lora_A, of every 12th row.
-  static constexpr int kRankStep = kAdapterThreads / 8, kChunks = (kMaxMadeRank + kRankStep - 1) / kRankStep;
-  static constexpr int kTermBytes = kMaxMadeRank * kDepth * 2;
-  static constexpr int kAhead = 4;  // blocks of 32 columns whose loads are under way
+  static constexpr int kSets = Groups == 1 ? 2 : 1;  // of sums, so that products wait less for each other
+  static constexpr int kBuffers = kSets, kAhead = kSets;  // of terms; tiles of x
+  static constexpr int kOperands = 4 * Groups, kOperand = 512, kTermBytes = kOperands * kOperand;
+  static constexpr int kWarps = kAdapterThreads / 32;
+  // Shared memory: in each buffer three terms of a tile of lora_A, operands for each 16 columns and group;
+  // what lanes copy of lora_A; what they copy of x.
+  static constexpr int kRawAt = 3 * kBuffers * kTermBytes, kAt = kRawAt + 2 * kOperands * kOperand;
+  static constexpr int kBytes = kAt + kAhead * 4 * kAdapterThreads * 16;
+  static_assert(kBytes <= static_cast<int>(kShrinkBytes));
+
+  struct Sums {
+    float of[Groups][2][4];  // of two blocks of 8 rows of x
+  };
 
   const LoraLinearArgs& args;
-  unsigned char* terms;  // two buffers of three terms of a tile: for 32 columns, row by row
-  int t, lane, rank, count, groups;
-  int64_t row;             // of this lane's first row; the other is 8 below
-  const T* x[2];           // this lane's rows, from its first column of the tile on; null outside the matrix
-  const unsigned char* a;  // this thread's first row of lora_A, from its columns of the tile to be read on
-  int64_t a_rows;          // bytes from there to its next row
+  unsigned char* memory;
+  int t, warp, lane, count;
+  int row;                 // of this lane's first row of x; the other is 8 below
+  const T* x[2];           // the rows, from this lane's columns of the tile to be copied next on
+  const unsigned char* a;  // row lane / 4 of lora_A, the same
+  int64_t row_a;           // bytes from there to its next row
   int left_x, left_a;      // columns from there to the end
+  int ranks;               // rows of lora_A from there to the end
   bool wide;               // lora_A is fp32
 
-  PEFTKERN_DEVICE Shrink(const LoraLinearArgs& args, unsigned char* terms, int t, int64_t first)
-      : args(args), terms(terms), t(t), lane(t % 32), rank(t / 8), row(first + t / 32 * 16 + t % 32 / 4) {
+  PEFTKERN_DEVICE Shrink(const LoraLinearArgs& args, unsigned char* memory, int t, int first)
+      : args(args), memory(memory), t(t), warp(t / 32), lane(t % 32), row(first + t / 32 * 16 + t % 32 / 4) {
     wide = args.a.dtype == DType::f32;
     count = wide ? 3 : kSplitsX ? 2 : 1;
-    groups = static_cast<int>(args.R + 7) / 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t mine = row + 8 * half;
-      x[half] =
-          mine < args.M ? static_cast<const T*>(args.x.data) + mine * args.x.row + lane % 4 * 8 : nullptr;
+      const int mine = row + 8 * half;
+      x[half] = mine < args.M ? static_cast<const T*>(args.x.data) + int64_t{mine} * args.x.row + lane % 4 * 8
+                              : nullptr;
     }
-    const int64_t row_bytes = args.a.row * (wide ? 4 : 2);
-    a = static_cast<const unsigned char*>(args.a.data) + rank * row_bytes + t % 8 * (wide ? 32 : 16);
-    a_rows = kRankStep * row_bytes;
-    left_x = static_cast<int>(args.K) - lane % 4 * 8;
-    left_a = static_cast<int>(args.K) - t % 8 * 8;
+    row_a = args.a.row * (wide ? 4 : 2);
+    a = static_cast<const unsigned char*>(args.a.data) + lane / 4 * row_a + lane % 4 * (wide ? 32 : 16);
+    ranks = static_cast<int>(args.R) - lane / 4;
+    left_x = left_a = static_cast<int>(args.K) - lane % 4 * 8;
   }
 
-  // 8 adjacent columns of each of this thread's rows of lora_A, of the next tile.
-  PEFTKERN_DEVICE void load_a(Vec16 (&to)[kChunks][2]) {
+  // What this lane keeps of operand `operand`, rows `half` * 8 below its first; of two rows of x.
+  PEFTKERN_DEVICE unsigned char* raw_a(int operand, int half) const {
+    return memory + kRawAt + (2 * operand + half) * kOperand + lane * 16;
+  }
+  PEFTKERN_DEVICE unsigned char* raw_x(int tile, int block, int half) const {
+    return memory + kAt + ((tile % kAhead * 4 + 2 * block + half) * kAdapterThreads + t) * 16;
+  }
+
+  // Start to copy the next tile: of lora_A 4 columns of two rows for each operand that falls to this warp, of
+  // x 8 columns of each block of 32 of two rows. Zeros outside the matrix.
+  PEFTKERN_DEVICE void copy_a() {
+    const int size = wide ? 4 : 2;
+    // Unrolled, its addresses would be kept in registers for ever.
+#pragma unroll 1
+    for (int operand = warp; operand < kOperands; operand += kWarps) {
+      const int step = operand / Groups, up = operand % Groups * 16, from = step / 2 * 32 + step % 2 * 4;
+      const unsigned char* p = a + up * row_a + from * size;
+      const int left = left_a - from, inside = (left < 0 ? 0 : left < 4 ? left : 4) * size;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const unsigned char* p = a + i * a_rows;
-      to[i][0] = to[i][1] = {};
-      if (rank + i * kRankStep >= args.R || left_a <= 0) continue;
-      if (left_a >= 8) {
-        to[i][0] = *reinterpret_cast<const Vec16*>(p);
-        if (wide) to[i][1] = *reinterpret_cast<const Vec16*>(p + 16);
-      } else {
-        load_tail(to[i], p, wide ? left_a : (left_a + 1) / 2, !wide && left_a % 2 != 0);
+      for (int half = 0; half < 2; ++half) {
+        const int valid = up + 8 * half < ranks ? inside : 0;
+        const void* from_a = valid > 0 ? p + 8 * half * row_a : args.a.data;
+        if (wide) {
+          copy_async<16>(shared_address(raw_a(operand, half)), from_a, valid);
+        } else {
+          copy_async<8>(shared_address(raw_a(operand, half)), from_a, valid);
+        }
       }
     }
-    a += kDepth * (wide ? 4 : 2);
+    copy_commit();
+    a += kDepth * size;
     left_a -= kDepth;
   }
-  // `words` words, of the last of which only the lower half is there if `half`.
-  PEFTKERN_DEVICE void load_tail(Vec16 (&to)[2], const unsigned char* p, int words, bool half) const {
-#pragma unroll 1
-    for (int i = words - 1; i >= 0; --i) {
-#pragma unroll
-      for (int e = 7; e > 0; --e) to[e / 4].word[e % 4] = to[(e - 1) / 4].word[(e - 1) % 4];
-      to[0].word[0] = half && i == words - 1 ? *reinterpret_cast<const uint16_t*>(p + 4 * i)
-                                             : *reinterpret_cast<const uint32_t*>(p + 4 * i);
-    }
-  }
-  PEFTKERN_DEVICE void store_a(const Vec16 (&from)[kChunks][2], int buffer) const {
-    unsigned char* const to =
-        terms + buffer * 3 * kTermBytes + t % 8 / 4 * (kMaxMadeRank * 64) + rank * 64 + t % 4 * 16;
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      if (rank + i * kRankStep >= 8 * groups) continue;
-      Vec16 value[3] = {};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        uint32_t word[3] = {from[i][0].word[e]};
-        if (wide) {
-          split<3>(as_float(from[i][e / 2].word[e % 2 * 2]), as_float(from[i][e / 2].word[e % 2 * 2 + 1]),
-                   word);
-        } else if (kSplitsX) {
-          uint32_t both[2];
-          split_f16(word[0], both);
-          word[0] = both[0];
-          word[1] = both[1];
-        }
-#pragma unroll
-        for (int term = 0; term < 3; ++term) value[term].word[e] = word[term];
-      }
-#pragma unroll
-      for (int term = 0; term < 3; ++term) {
-        if (term < count)
-          *reinterpret_cast<Vec16*>(to + term * kTermBytes + i * kRankStep * 64) = value[term];
-      }
-    }
-  }
-
-  // This lane's 8 columns of 32, from column `from` of the tile on, of its two rows; zeros outside the
-  // matrix.
-  PEFTKERN_DEVICE void load_x(Vec16 (&to)[2], int from) const {
-    const int left = left_x - from;
+  PEFTKERN_DEVICE void copy_x(int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      to[half] = {};
-      if (x[half] == nullptr || left <= 0) continue;
-      if (left >= 8) {
-        to[half] = load_once(reinterpret_cast<const Vec16*>(x[half] + from));
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const int left = x[half] != nullptr ? left_x - 32 * block : 0;
+        const int valid = (left < 0 ? 0 : left < 8 ? left : 8) * 2;
+        const void* p = valid > 0 ? x[half] + 32 * block : args.x.data;
+        copy_async<16>(shared_address(raw_x(tile, block, half)), p, valid);
+      }
+      if (x[half] != nullptr) x[half] += kDepth;
+    }
+    copy_commit();
+    left_x -= kDepth;
+  }
+
+  // Makes operands of what copy_a brought.
+  PEFTKERN_DEVICE void make_operands(unsigned char* terms) const {
+#pragma unroll 1
+    for (int operand = warp; operand < kOperands; operand += kWarps) {
+      const Vec16 from[2] = {*reinterpret_cast<const Vec16*>(raw_a(operand, 0)),
+                             *reinterpret_cast<const Vec16*>(raw_a(operand, 1))};
+      Vec16 value[3];
+      if (wide) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          uint32_t word[3];
+          const uint32_t* pair = from[e % 2].word + e / 2 * 2;
+          split<3>(as_float(pair[0]), as_float(pair[1]), word);
+#pragma unroll
+          for (int term = 0; term < 3; ++term) value[term].word[e] = word[term];
+        }
       } else {
-        Vec16 both[2] = {};
-        load_tail(both, reinterpret_cast<const unsigned char*>(x[half] + from), (left + 1) / 2,
-                  left % 2 != 0);
-        to[half] = both[0];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          uint32_t both[2] = {from[e % 2].word[e / 2], 0};
+          if (kSplitsX) split_f16(both[0], both);
+          value[0].word[e] = both[0];
+          value[1].word[e] = both[1];
+        }
+      }
+      unsigned char* const to = terms + operand * kOperand + lane * 16;
+#pragma unroll
+      for (int term = 0; term < 3; ++term) {
+        if (term < count) *reinterpret_cast<Vec16*>(to + term * kTermBytes) = value[term];
       }
     }
   }
@@ -143,107 +158,109 @@ struct Shrink {
   PEFTKERN_DEVICE uint32_t kept(int tile) const {
     const auto seed = static_cast<uint64_t>(*args.dropout.seed);
     uint32_t bits = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < 4; ++i) {
-      const int64_t group = int64_t{2 * tile + i / 2} * 4 + lane % 4;
-      bits |= keep_bits(seed, row + i % 2 * 8, group, args.dropout.threshold) << 8 * i;
+      const auto mine = static_cast<uint32_t>(row + i % 2 * 8),
+                 group = static_cast<uint32_t>((2 * tile + i / 2) * 4 + lane % 4);
+      bits |= keep_bits(seed, mine, group, args.dropout.threshold) << 8 * i;
     }
     return bits;
   }
-  PEFTKERN_DEVICE void drop(Vec16 (&of_x)[2], uint32_t bits) const {
+  PEFTKERN_DEVICE void drop(Vec16 (&of_x)[2][2], uint32_t bits) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint32_t& word = of_x[i / 4].word[i % 4];
+    for (int i = 0; i < 16; ++i) {
+      uint32_t& word = of_x[i / 8][i / 4 % 2].word[i % 4];
       if ((bits >> 2 * i & 1) == 0) word &= 0xffff0000u;
       if ((bits >> 2 * i & 2) == 0) word &= 0x0000ffffu;
     }
   }
 
-  // Products with one term of lora_A over 32 columns.
-  template <int Term>
-  PEFTKERN_DEVICE void multiply_term(float (&sums)[kGroups][4], const uint32_t (&of_x)[2][2][4],
-                                     const unsigned char* a) const {
+  // Products of one term of lora_A and term I of x over a tile.
+  template <int TermsX, int I>
+  PEFTKERN_DEVICE void multiply_terms(Sums (&sums)[kSets], const uint32_t (&of_x)[TermsX][2][2][4],
+                                      const unsigned char* a) const {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if (group >= groups) break;
-      const int at = Term * kTermBytes + (group * 8 + lane / 4) * 64 + lane % 4 * 16;
-      const Vec16 of_a = *reinterpret_cast<const Vec16*>(a + at);
+    for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t right[2] = {of_a.word[2 * step], of_a.word[2 * step + 1]};
+      for (int group = 0; group < Groups; ++group) {
+        const Vec16 of_a =
+            *reinterpret_cast<const Vec16*>(a + (step * Groups + group) * kOperand + lane * 16);
+        const uint32_t left[4] = {of_a.word[0], of_a.word[1], of_a.word[2], of_a.word[3]};
 #pragma unroll
-        for (int i = kSplitsX && Term < 2 ? 1 : 0; i >= 0; --i) {
-          const uint32_t left[4] = {of_x[i][0][2 * step], of_x[i][1][2 * step], of_x[i][0][2 * step + 1],
-                                    of_x[i][1][2 * step + 1]};
-          mma_16x8x16<bf16>(sums[group], left, right);
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t (&words)[4] = of_x[I][step / 2][half];
+          const uint32_t right[2] = {words[step % 2 * 2], words[step % 2 * 2 + 1]};
+          mma_16x8x16<bf16>(sums[step / 2 % kSets].of[group][half], left, right);
         }
       }
     }
   }
-  // sums += x A^T over 32 columns, the smallest products of terms first.
-  PEFTKERN_DEVICE void multiply(float (&sums)[kGroups][4], const Vec16 (&mine)[2],
+  // sums += A x^T over a tile, the smallest products of terms first.
+  PEFTKERN_DEVICE void multiply(Sums (&sums)[kSets], const Vec16 (&mine)[2][2],
                                 const unsigned char* a) const {
-    uint32_t of_x[2][2][4];  // term, row, word
+    constexpr int kTermsX = kSplitsX ? 2 : 1;
+    uint32_t of_x[kTermsX][2][2][4];  // term, block of 32 columns, row, word
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t both[2] = {mine[half].word[i], 0};
-        if (kSplitsX) split_f16(mine[half].word[i], both);
-        of_x[0][half][i] = both[0];
-        of_x[1][half][i] = both[1];
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t word = mine[i / 8][i / 4 % 2].word[i % 4];
+      if constexpr (kSplitsX) {
+        uint32_t both[2];
+        split_f16(word, both);
+        of_x[0][i / 8][i / 4 % 2][i % 4] = both[0];
+        of_x[1][i / 8][i / 4 % 2][i % 4] = both[1];
+      } else {
+        of_x[0][i / 8][i / 4 % 2][i % 4] = word;
       }
     }
-    if (count == 3) multiply_term<2>(sums, of_x, a);
-    if (count >= 2) multiply_term<1>(sums, of_x, a);
-    multiply_term<0>(sums, of_x, a);
+    if (count == 3) multiply_terms<kTermsX, 0>(sums, of_x, a + 2 * kTermBytes);
+    if (count >= 2) {
+      if constexpr (kSplitsX) multiply_terms<kTermsX, 1>(sums, of_x, a + kTermBytes);
+      multiply_terms<kTermsX, 0>(sums, of_x, a + kTermBytes);
+    }
+    if constexpr (kSplitsX) multiply_terms<kTermsX, 1>(sums, of_x, a);
+    multiply_terms<kTermsX, 0>(sums, of_x, a);
   }
 
   // The rows of v; every warp of the three has 16 of x.
   PEFTKERN_DEVICE void run() {
     const int tiles = static_cast<int>((args.K + kDepth - 1) / kDepth);
-    float total[kGroups][4] = {}, sums[kGroups][4] = {};
-    Vec16 of_a[kChunks][2], ahead[kAhead][2];
-    load_a(of_a);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) load_x(ahead[i], 32 * i);
-    store_a(of_a, 0);
-    barrier_sync<kAdapterBarrier>(kAdapterThreads);
+    Sums total{}, sums[kSets]{};
+    copy_a();
+    for (int tile = 0; tile < kAhead; ++tile) copy_x(tile);
 #pragma unroll 1
-    for (int first = 0; first < tiles; first += 2) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      unsigned char* const terms = memory + tile % kBuffers * 3 * kTermBytes;
+      copy_wait<kAhead - 1>();
+      if (kBuffers == 1) barrier_sync<kAdapterBarrier>(kAdapterThreads);  // the tile before has been read
+      make_operands(terms);
+      Vec16 mine[2][2];  // columns of each block of 32, of each row
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int tile = first + odd;
-        if (tile >= tiles) break;
-        load_a(of_a);
-        const uint32_t bits = args.dropout.seed != nullptr ? kept(tile) : 0;
+      for (int i = 0; i < 4; ++i)
+        mine[i / 2][i % 2] = *reinterpret_cast<const Vec16*>(raw_x(tile, i / 2, i % 2));
+      copy_a();
+      copy_x(tile + kAhead);
+      barrier_sync<kAdapterBarrier>(kAdapterThreads);
+      if (args.dropout.seed != nullptr) drop(mine, kept(tile));
+      multiply(sums, mine, terms);
+      if ((tile + 1) % (kBlockDepth / kDepth) != 0 && tile + 1 != tiles) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          Vec16(&mine)[2] = ahead[2 * odd + i];
-          if (args.dropout.seed != nullptr) drop(mine, bits >> 16 * i);
-          multiply(sums, mine, terms + odd * 3 * kTermBytes + i * kMaxMadeRank * 64);
-          load_x(mine, 32 * (i + kAhead));
+      for (int i = 0; i < 8 * Groups; ++i) {
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          total.of[i / 8][i / 4 % 2][i % 4] += sums[set].of[i / 8][i / 4 % 2][i % 4];
+          sums[set].of[i / 8][i / 4 % 2][i % 4] = 0;
         }
-        if (x[0] != nullptr) x[0] += kDepth;
-        if (x[1] != nullptr) x[1] += kDepth;
-        left_x -= kDepth;
-        if ((tile + 1) % (kBlockDepth / kDepth) == 0 || tile + 1 == tiles) {
-#pragma unroll
-          for (int i = 0; i < 4 * kGroups; ++i) {
-            total[i / 4][i % 4] += sums[i / 4][i % 4];
-            sums[i / 4][i % 4] = 0;
-          }
-        }
-        store_a(of_a, 1 - odd);
-        barrier_sync<kAdapterBarrier>(kAdapterThreads);
       }
     }
+    copy_wait<0>();
+    barrier_sync<kAdapterBarrier>(kAdapterThreads);  // nobody reads the last tile any more
     const float factor = args.dropout.seed != nullptr ? args.dropout.keep_scale : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 4 * kGroups; ++i) {
-      const int64_t r = i / 4 * 8 + lane % 4 * 2 + i % 2, mine = row + i / 2 % 2 * 8;
+    for (int i = 0; i < 8 * Groups; ++i) {
+      const int r = i / 8 * 16 + lane / 4 + i / 2 % 2 * 8;
+      const int mine = row - lane / 4 + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
       if (r < args.R && mine < args.M)
-        store_published(args.v + mine * args.R + r, factor * total[i / 4][i % 4]);
+        store_published(args.v + int64_t{mine} * args.R + r, factor * total.of[i / 8][i / 4 % 2][i % 4]);
     }
   }
 };
@@ -254,26 +271,30 @@ struct Shrink {
 // counters: tickets taken, blocks of the grid that are done, then, of each block of rows, whether it is done.
 template <class T>
 struct RowBlocks {
-  static constexpr uint32_t kNone = ~0u;
+  static constexpr int kNone = -1;
   const LoraLinearArgs& args;
   unsigned char* terms;
-  uint32_t* ticket;  // in shared memory
+  int* ticket;  // in shared memory
   int t;
 
-  PEFTKERN_DEVICE uint32_t* done(int64_t block) const { return args.counters + 2 + block; }
-  PEFTKERN_DEVICE int64_t count() const { return (args.M + kRowBlock - 1) / kRowBlock; }
+  PEFTKERN_DEVICE uint32_t* done(int block) const { return args.counters + 2 + block; }
+  PEFTKERN_DEVICE int count() const { return (static_cast<int>(args.M) + kRowBlock - 1) / kRowBlock; }
 
   // The same in all three warps.
-  PEFTKERN_DEVICE uint32_t broadcast(uint32_t value) const {
+  PEFTKERN_DEVICE int broadcast(int value) const {
     if (t == 0) *ticket = value;
     barrier_sync<kAdapterBarrier>(kAdapterThreads);
-    const uint32_t got = *ticket;
+    const int got = *ticket;
     barrier_sync<kAdapterBarrier>(kAdapterThreads);
     return got;
   }
 
-  PEFTKERN_DEVICE void make(int64_t block) const {
-    Shrink<T>(args, terms, t, block * kRowBlock).run();
+  PEFTKERN_DEVICE void make(int block) const {
+    if (args.R <= 16) {
+      Shrink<T, 1>(args, terms, t, block * kRowBlock).run();
+    } else {
+      Shrink<T, 2>(args, terms, t, block * kRowBlock).run();
+    }
     barrier_sync<kAdapterBarrier>(kAdapterThreads);
     if (t == 0) {
       fence_device();
@@ -283,13 +304,13 @@ struct RowBlocks {
   // The rows of v that a tile wants, made by whomever; here are made those that nobody has taken yet, and,
   // with `first`, some in any case.
   PEFTKERN_DEVICE void wait_for(const Tile& tile, bool first) const {
-    const int64_t end = tile.row + kRows < args.M ? tile.row + kRows : args.M;
     // A tile below the matrix wants none.
-    const int64_t low = tile.row / kRowBlock, high = tile.row < args.M ? (end - 1) / kRowBlock : -1;
+    const int M = static_cast<int>(args.M), end = tile.row + kRows < M ? tile.row + kRows : M;
+    const int low = tile.row / kRowBlock, high = tile.row < M ? (end - 1) / kRowBlock : -1;
     while (true) {
-      uint32_t taken = kNone;
-      if (t == 0 && (first || static_cast<int64_t>(load_published(args.counters)) <= high))
-        taken = atomic_add(args.counters, 1);
+      int taken = kNone;
+      if (t == 0 && (first || static_cast<int>(load_published(args.counters)) <= high))
+        taken = static_cast<int>(atomic_add(args.counters, 1));
       first = false;
       taken = broadcast(taken);
       if (taken == kNone) break;
@@ -300,10 +321,11 @@ struct RowBlocks {
   }
   // The last block makes the counters ready for the next launch: nobody waits any more.
   PEFTKERN_DEVICE void leave() const {
-    const bool last = broadcast(t == 0 ? atomic_count(args.counters + 1, gridDim.x) : 0) == gridDim.x - 1;
+    const bool last = broadcast(t == 0 ? static_cast<int>(atomic_count(args.counters + 1, gridDim.x)) : 0) ==
+                      static_cast<int>(gridDim.x) - 1;
     if (!last) return;
     if (t == 0) *args.counters = 0;
-    for (int64_t i = t; i < count(); i += kAdapterThreads) *done(i) = 0;
+    for (int i = t; i < count(); i += kAdapterThreads) *done(i) = 0;
   }
 };
 

@@ -284,11 +284,11 @@ def test_the_low_rank_term_alone_keeps_its_bits(sim, rank, adapter):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_schedule_gives_the_same_bits(sim, mode):
     for case in (
-        Case(300, 520, 330, 40, scales="base", bias=F32, multiprocessors=4),
-        Case(200, 300, 330, 40, p=0.5, by_row=True, multiprocessors=2),
-        Case(100, 130, 600, 200, multiprocessors=1),
+        Case(260, 520, 200, 40, scales="base", bias=F32, multiprocessors=4),
+        Case(200, 300, 270, 40, p=0.5, by_row=True, multiprocessors=2),
+        Case(100, 130, 400, 200, multiprocessors=1),
         Case(300, 130, 140, 9, makes_v=True, p=0.5),
-        Case(300, 300, 140, 32, makes_v=True, multiprocessors=4),
+        Case(260, 300, 140, 32, makes_v=True, multiprocessors=4),
     ):
         t = case.operands()
         expected, _ = case.run(sim, t)
