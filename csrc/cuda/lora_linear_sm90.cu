@@ -88,7 +88,8 @@ PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Mak
       ring.skip(walk.steps);
     }
     for (int step = 0; step < walk.rank_steps; ++step) {
-      make_rank_stage<T>(args, shared, ring.slot, granted >> ring.slot & 1, tile, step * kRankDepth, t);
+      make_rank_stage<T>(args, shared, ring.slot, granted >> ring.slot & 1, tile, step * kRankDepth,
+                         known_here(t));
       granted ^= 1u << ring.slot;
       ring.skip(1);
     }
@@ -118,17 +119,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     sync_threads();
   }
-  // 104 + 2 * 200 registers: the 3 * 168 that the block starts with. Products of 256 columns need 154 at the
-  // start, so there is no room for a fourth warpgroup.
+  // Registers: a warpgroup of three may have more than the 168 that all start with, if others have less.
+  // Products of 256 columns need 154 at the start, so there is no room for a fourth warpgroup.
   if (warp < 4) {
-    registers_decrease<152>();
+    if constexpr (Columns == 256) {
+      registers_decrease<152>();
+    } else {
+      registers_increase<216>();
+    }
     if (warp == 0) {
       if (threadIdx.x == 0) load<Columns, MakesV, ByRow>(args, shared, &x, &w);
     } else {
       adapt<T>(args, shared);
     }
   } else {
-    registers_increase<176>();
+    if constexpr (Columns == 256) {
+      registers_increase<176>();
+    } else {
+      registers_decrease<144>();
+    }
     multiply<T, Columns, MakesV, ByRow>(args, shared, warp / 4 - 1);
   }
   if constexpr (kCluster<Columns> > 1) {

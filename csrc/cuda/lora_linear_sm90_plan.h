@@ -4,14 +4,16 @@
 
 #include "cuda/cluster.h"
 #include "cuda/mbarrier.h"
+#include "cuda/warp.h"
 #include "peftkern/cuda.h"
 
 namespace peftkern::cuda::hopper {
 
-constexpr int kRows = 128;                // of a tile: 64 for each of the two warpgroups that multiply
-constexpr int kDepth = 64;                // of a stage along K: 128 bytes, one row of a swizzled tile
-constexpr int kRankDepth = 16;            // ranks in a stage of the low-rank term
-constexpr int64_t kMaxSize = 0x7fff0000;  // of M, N, K: with a few tiles more still an int
+constexpr int kRows = 128;                  // of a tile: 64 for each of the two warpgroups that multiply
+constexpr int kDepth = 64;                  // of a stage along K: 128 bytes, one row of a swizzled tile
+constexpr int kRankGroup = 16;              // ranks of one product
+constexpr int kRankDepth = 2 * kRankGroup;  // in a stage of the low-rank term, two terms of each
+constexpr int64_t kMaxSize = 0x7fff0000;    // of M, N, K: with a few tiles more still an int
 constexpr int kMaxRank = 256;
 constexpr int kMaxMadeRank = 32;  // where v is made as well
 // Warpgroups: one whose first warp loads and whose other three make the adapter's part, two that multiply.
@@ -88,6 +90,7 @@ struct Walk {
   int row_tiles, column_tiles, tiles, first, step, rank;
   int steps;       // stages of the base product
   int rank_steps;  // stages of the low-rank term
+  bool rank_tail;  // the last of them is half full
   // Dropout of the low-rank term: it comes first, is masked in place, and the base accumulates on top.
   bool rank_first;
 
@@ -101,6 +104,7 @@ struct Walk {
     rank = static_cast<int>(blockIdx.x) % kTogether;
     steps = static_cast<int>((args.K + kDepth - 1) / kDepth);
     rank_steps = static_cast<int>((args.R + kRankDepth - 1) / kRankDepth);
+    rank_tail = rank_steps > 0 && (args.R - 1) % kRankDepth < kRankGroup;
     rank_first = rank_steps > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
   }
   PEFTKERN_DEVICE Tile at(int tile) const {
@@ -110,6 +114,12 @@ struct Walk {
     return {((above + within % rows) * kTogether + rank) * kRows, within / rows * Columns};
   }
 };
+
+// The number of a lane of a whole warp, as if it were known from here on only: what follows from it is then
+// not computed once and kept in registers for ever.
+PEFTKERN_DEVICE int known_here(int t) {
+  return shuffle(t, t % 32);
+}
 
 // lora_B enters as one bf16 term if that is exact.
 PEFTKERN_DEVICE bool one_term(const LoraLinearArgs& args) {

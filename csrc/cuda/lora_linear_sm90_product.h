@@ -61,8 +61,9 @@ struct Products {
     }
   }
 
-  // Terms: products of terms in a stage. The same of every stage, or the compiler would split its group.
-  template <int Terms>
+  // Groups of 16 ranks in each stage, and terms of lora_B: v1 b0 + v0 b0, with two v0 b1 before. Compile-time
+  // numbers, or the compiler would not let the products of a stage run as one group.
+  template <int Terms, int Groups>
   PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], int steps, bool fresh) {
     for (int step = 0; step < steps; ++step) {
       mbarrier_wait(shared.full(ring.slot), ring.parity);
@@ -70,17 +71,29 @@ struct Products {
       const uint64_t right = wgmma_descriptor(shared.right(ring.slot), 1024);
       wgmma_fence();
 #pragma unroll
-      for (int term = 0; term < Terms; ++term) {
-        wgmma<bf16, Columns>(sums, left + 2 * term, right + 2 * term, !(fresh && step == 0 && term == 0));
+      for (int group = 0; group < Groups; ++group) {
+        // A term takes 32 bytes of a row.
+        const uint64_t v = left + 4 * group, b = right + 4 * group;
+        const bool accumulate = !(fresh && step == 0 && group == 0);
+        if constexpr (Terms == 2) wgmma<bf16, Columns>(sums, v, b + 2, accumulate);
+        wgmma<bf16, Columns>(sums, v + 2, b, Terms == 2 || accumulate);
+        wgmma<bf16, Columns>(sums, v, b, true);
       }
       next();
     }
   }
-  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], int steps, bool one_term, bool fresh) {
+  template <int Terms>
+  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns>& walk, bool fresh) {
+    const int whole = walk.rank_steps - (walk.rank_tail ? 1 : 0);
+    low_rank<Terms, 2>(sums, whole, fresh);
+    if (walk.rank_tail) low_rank<Terms, 1>(sums, 1, fresh && whole == 0);
+  }
+  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns>& walk, bool one_term,
+                                bool fresh) {
     if (one_term) {
-      low_rank<2>(sums, steps, fresh);
+      low_rank<1>(sums, walk, fresh);
     } else {
-      low_rank<3>(sums, steps, fresh);
+      low_rank<2>(sums, walk, fresh);
     }
   }
 };
@@ -117,7 +130,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
       }
     }
     if (walk.rank_first) {
-      products.low_rank(sums, walk.rank_steps, single, true);
+      products.low_rank(sums, walk, single, true);
       products.finish();
       const unsigned char* mask = shared.memory + shared.kExtraAt + (group * 64 + warp * 16) * (Columns / 8);
       apply_mask<Columns>(sums, mask, lane);
@@ -139,7 +152,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
       products.finish();
       multiply_columns<Columns>(sums, scale, lane);
     }
-    if (!walk.rank_first) products.low_rank(sums, walk.rank_steps, single, false);
+    if (!walk.rank_first) products.low_rank(sums, walk, single, false);
     products.finish();
     if (args.bias != nullptr) add_columns<Columns>(sums, bias, lane);
     store_sums<T, Columns>(args, sums, int64_t{tile.row} + group * 64 + warp * 16, tile.column, lane);

@@ -31,13 +31,13 @@ PEFTKERN_DEVICE void load_row(float (&to)[Count], const ConstMatrix& m, int64_t 
   }
 }
 
-// A stage's ranks of one row of v, scaled; zeros beyond R. v may come from other blocks of this launch.
-PEFTKERN_DEVICE void load_v(float (&to)[kRankDepth], const LoraLinearArgs& args, int64_t row, int first) {
+// 16 ranks of one row of v, scaled; zeros beyond R. v may come from other blocks of this launch.
+PEFTKERN_DEVICE void load_v(float (&to)[kRankGroup], const LoraLinearArgs& args, int64_t row, int first) {
   const float* p = args.v + row * args.R + first;
   const int left = static_cast<int>(args.R) - first;
-  if (left >= kRankDepth && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+  if (left >= kRankGroup && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
 #pragma unroll
-    for (int v = 0; v < kRankDepth / 4; ++v) {
+    for (int v = 0; v < kRankGroup / 4; ++v) {
       union {
         Vec16 all;
         float each[4];
@@ -48,12 +48,12 @@ PEFTKERN_DEVICE void load_v(float (&to)[kRankDepth], const LoraLinearArgs& args,
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < kRankDepth; ++e) to[e] = e < left ? load_published(p + e) : 0.0f;
+    for (int e = 0; e < kRankGroup; ++e) to[e] = e < left ? load_published(p + e) : 0.0f;
   }
   const bool keeps = args.dropout.seed != nullptr && args.a.data == nullptr;
   const float factor = keeps ? args.scaling * args.dropout.keep_scale : args.scaling;
 #pragma unroll
-  for (int e = 0; e < kRankDepth; ++e) {
+  for (int e = 0; e < kRankGroup; ++e) {
     to[e] *= factor;
     if (args.rank_scale != nullptr && e < left) to[e] *= args.rank_scale[first + e];
   }
@@ -61,7 +61,7 @@ PEFTKERN_DEVICE void load_v(float (&to)[kRankDepth], const LoraLinearArgs& args,
 
 // The same of one column of the tile: a row of b.
 template <class T>
-PEFTKERN_DEVICE void load_b(float (&to)[kRankDepth], const LoraLinearArgs& args, int64_t column, int first) {
+PEFTKERN_DEVICE void load_b(float (&to)[kRankGroup], const LoraLinearArgs& args, int64_t column, int first) {
   const int limit = static_cast<int>(args.R);
   if (args.b.dtype == DType::f32) {
     load_row<float>(to, args.b, column, first, limit);
@@ -71,7 +71,7 @@ PEFTKERN_DEVICE void load_b(float (&to)[kRankDepth], const LoraLinearArgs& args,
   if (args.low_scale == nullptr) return;
   const float scale = args.low_scale[column];
 #pragma unroll
-  for (int e = 0; e < kRankDepth; ++e) to[e] *= scale;
+  for (int e = 0; e < kRankGroup; ++e) to[e] *= scale;
 }
 
 // 16 bf16 values, 16 * piece columns into a row of a swizzled tile.
@@ -85,60 +85,58 @@ PEFTKERN_DEVICE void store_piece(unsigned char* tile, int row, int piece, const 
   }
 }
 
-// Along the depth of a stage lie the products of terms, the smallest first: v0 b1 + v1 b0 + v0 b0, or, where
-// b is one term, v1 b + v0 b.
-template <bool IsV>
-PEFTKERN_DEVICE void store_terms(unsigned char* tile, int row, const float (&values)[kRankDepth],
+// Two terms of 16 ranks, side by side: high, low. Of lora_B the high one alone if it is exact.
+PEFTKERN_DEVICE void store_terms(unsigned char* tile, int row, int group, const float (&values)[kRankGroup],
                                  bool one_term) {
-  uint32_t term[2][8];
+  uint32_t high[8], low[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     uint32_t both[2];
     split<2>(values[2 * i], values[2 * i + 1], both);
-    term[0][i] = both[0];
-    term[1][i] = both[1];
+    high[i] = both[0];
+    low[i] = both[1];
   }
-  if (one_term) {
-    store_piece(tile, row, 0, term[IsV ? 1 : 0]);
-    store_piece(tile, row, 1, term[0]);
-  } else {
-    store_piece(tile, row, 0, term[IsV ? 0 : 1]);
-    store_piece(tile, row, 1, term[IsV ? 1 : 0]);
-    store_piece(tile, row, 2, term[0]);
-  }
+  store_piece(tile, row, 2 * group, high);
+  if (!one_term) store_piece(tile, row, 2 * group + 1, low);
 }
 
-// One stage of the low-rank term of a tile, ranks from `first` on. What a thread does first is read before
-// the slot is waited for.
+// One stage of the low-rank term of a tile, ranks from `first` on. A thread's share comes in units, 16 ranks
+// of a row of the left operand or, behind its rows, of the right one. Two units are read while those before
+// are stored; the first are read before the slot is waited for.
 template <class T, int Columns, bool MakesV>
 PEFTKERN_DEVICE void make_rank_stage(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared,
                                      uint32_t slot, uint32_t parity, Tile tile, int first, int t) {
-  constexpr int kOperandRows = kRows + Columns;  // of the left operand, then of the right one
-  constexpr int kTogether = 2;                   // rows of a thread
+  constexpr int kOperandRows = kRows + Columns;
   const bool single = one_term(args);
+  const int groups = args.R - first > kRankGroup ? 2 : 1;
+  const int units = (kOperandRows - t + kAdapterThreads - 1) / kAdapterThreads * groups;
   unsigned char* const operands = shared.memory + slot * shared.kStage;
+  float now[2][kRankGroup], next[2][kRankGroup];
 #pragma unroll 1
-  for (int start = t; start < kOperandRows; start += kTogether * kAdapterThreads) {
-    float values[kTogether][kRankDepth] = {};
+  for (int unit = 0; unit < units + 2; unit += 2) {
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int at = start + i * kAdapterThreads;
-      const int64_t row = int64_t{tile.row} + at, column = int64_t{tile.column} + at - kRows;
+    for (int i = 0; i < 2; ++i) {
+      const int at = (unit + i) / groups * kAdapterThreads + t, group = (unit + i) % groups;
+      const int row = tile.row + at, column = tile.column + at - kRows, rank = first + group * kRankGroup;
+#pragma unroll
+      for (int e = 0; e < kRankGroup; ++e) next[i][e] = 0;
+      if (unit + i >= units) continue;
       if (at < kRows) {
-        if (row < args.M) load_v(values[i], args, row, first);
-      } else if (at < kOperandRows && column < args.N) {
-        load_b<T>(values[i], args, column, first);
+        if (row < args.M) load_v(next[i], args, row, rank);
+      } else if (column < args.N) {
+        load_b<T>(next[i], args, column, rank);
       }
     }
-    if (start == t) mbarrier_wait(shared.granted(slot), parity);
+    if (unit == 2) mbarrier_wait(shared.granted(slot), parity);
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int at = start + i * kAdapterThreads;
-      if (at < kRows) {
-        store_terms<true>(operands, at, values[i], single);
-      } else if (at < kOperandRows) {
-        store_terms<false>(operands, at, values[i], single);  // kRows rows behind the left operand's first
+    for (int i = 0; i < 2; ++i) {
+      const int before = unit - 2 + i, at = before / groups * kAdapterThreads + t;
+      if (unit > 0 && before < units) {
+        // The right operand lies kRows rows behind the left one's first.
+        store_terms(operands, at, before % groups, now[i], single && at >= kRows);
       }
+#pragma unroll
+      for (int e = 0; e < kRankGroup; ++e) now[i][e] = next[i][e];
     }
   }
   fence_async_proxy();

@@ -290,10 +290,11 @@ struct RowBlocks {
   }
 
   PEFTKERN_DEVICE void make(int block) const {
+    const int here = known_here(t);
     if (args.R <= 16) {
-      Shrink<T, 1>(args, terms, t, block * kRowBlock).run();
+      Shrink<T, 1>(args, terms, here, block * kRowBlock).run();
     } else {
-      Shrink<T, 2>(args, terms, t, block * kRowBlock).run();
+      Shrink<T, 2>(args, terms, here, block * kRowBlock).run();
     }
     barrier_sync<kAdapterBarrier>(kAdapterThreads);
     if (t == 0) {
