@@ -31,7 +31,7 @@ PEFTKERN_DEVICE void grant(const Layout<Columns, MakesV>& shared,
 template <int Columns, bool MakesV, bool ByRow>
 PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared,
                           const TensorMap* x, const TensorMap* w) {
-  const Walk<Columns> walk(args);
+  const Walk<Columns, MakesV> walk(args);
   Ring<Layout<Columns, MakesV>::kStages> ring;
   tensor_map_prefetch(x);
   tensor_map_prefetch(w);
@@ -70,7 +70,7 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Make
 template <class T, int Columns, bool MakesV>
 PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared) {
   const int t = static_cast<int>(threadIdx.x) - 32;
-  const Walk<Columns> walk(args);
+  const Walk<Columns, MakesV> walk(args);
   if (walk.rank_steps == 0) return;
   Ring<Layout<Columns, MakesV>::kStages> ring;
   unsigned char* const extra = shared.memory + shared.kExtraAt;
@@ -80,7 +80,7 @@ PEFTKERN_DEVICE void adapt(const LoraLinearArgs& args, const Layout<Columns, Mak
   for (int index = walk.first; index < walk.tiles; index += walk.step) {
     const Tile tile = walk.at(index);
     if constexpr (MakesV) row_blocks.wait_for(tile, index == walk.first);
-    if (walk.rank_first) {
+    if (!MakesV && walk.rank_first) {
       mbarrier_wait(shared.mask_read(), mask_parity);
       mask_parity ^= 1;
       make_mask<Columns>(args, extra, tile, seed, t);

@@ -85,7 +85,7 @@ struct Tile {
 
 // Tiles and their stages, for the blocks of a cluster together: it takes tiles number `first`, + `step`, ...,
 // and each block its own row of them, which may lie below the matrix.
-template <int Columns>
+template <int Columns, bool MakesV>
 struct Walk {
   int row_tiles, column_tiles, tiles, first, step, rank;
   int steps;       // stages of the base product
@@ -105,7 +105,7 @@ struct Walk {
     steps = static_cast<int>((args.K + kDepth - 1) / kDepth);
     rank_steps = static_cast<int>((args.R + kRankDepth - 1) / kRankDepth);
     rank_tail = rank_steps > 0 && (args.R - 1) % kRankDepth < kRankGroup;
-    rank_first = rank_steps > 0 && args.dropout.seed != nullptr && args.a.data == nullptr;
+    rank_first = !MakesV && rank_steps > 0 && args.dropout.seed != nullptr;
   }
   PEFTKERN_DEVICE Tile at(int tile) const {
     constexpr int kTogether = kCluster<Columns>, kGroup = kRowTileGroup / kTogether;

@@ -83,12 +83,12 @@ struct Products {
     }
   }
   template <int Terms>
-  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns>& walk, bool fresh) {
+  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns, MakesV>& walk, bool fresh) {
     const int whole = walk.rank_steps - (walk.rank_tail ? 1 : 0);
     low_rank<Terms, 2>(sums, whole, fresh);
     if (walk.rank_tail) low_rank<Terms, 1>(sums, 1, fresh && whole == 0);
   }
-  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns>& walk, bool one_term,
+  PEFTKERN_DEVICE void low_rank(float (&sums)[Columns / 2], const Walk<Columns, MakesV>& walk, bool one_term,
                                 bool fresh) {
     if (one_term) {
       low_rank<1>(sums, walk, fresh);
@@ -110,7 +110,7 @@ PEFTKERN_DEVICE void meet(int group) {
 template <class T, int Columns, bool MakesV, bool ByRow>
 PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, MakesV>& shared, int group) {
   const int t = static_cast<int>(threadIdx.x) % 128;
-  const Walk<Columns> walk(args);
+  const Walk<Columns, MakesV> walk(args);
   const int lane = t % 32, warp = t / 32;
   const bool single = one_term(args), has_vectors = args.base_scale != nullptr || args.bias != nullptr;
   auto* const scale = reinterpret_cast<float*>(shared.memory + shared.kVectorsAt) + group * 2 * Columns;
@@ -129,7 +129,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
         my_bias[i] = args.bias != nullptr && column < args.N ? load_bias<T>(args, column) : 0.0f;
       }
     }
-    if (walk.rank_first) {
+    if (!MakesV && walk.rank_first) {
       products.low_rank(sums, walk, single, true);
       products.finish();
       const unsigned char* mask = shared.memory + shared.kExtraAt + (group * 64 + warp * 16) * (Columns / 8);
@@ -152,7 +152,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
       products.finish();
       multiply_columns<Columns>(sums, scale, lane);
     }
-    if (!walk.rank_first) products.low_rank(sums, walk, single, false);
+    if (MakesV || !walk.rank_first) products.low_rank(sums, walk, single, false);
     products.finish();
     if (args.bias != nullptr) add_columns<Columns>(sums, bias, lane);
     store_sums<T, Columns>(args, sums, int64_t{tile.row} + group * 64 + warp * 16, tile.column, lane);
