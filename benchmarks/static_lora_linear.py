@@ -89,7 +89,12 @@ def more_cases(arch: int) -> list[Case]:
 
 
 STANDARD = [case for arch in ARCHS for case in standard_cases(arch)]
-MORE = tuple(case for arch in ARCHS for case in more_cases(arch))
+# sm_120 has the registers of sm_90, less shared memory and neither wgmma nor tensor memory.
+MORE = (
+    *(case for arch in ARCHS for case in more_cases(arch)),
+    Case(120),
+    Case(120, adapter_dtype=torch.bfloat16, base="epilogue"),
+)
 
 
 def capture(case: Case) -> list[launch.Launch]:

@@ -79,7 +79,11 @@ def more_cases(arch: int) -> list[Case]:
 
 
 STANDARD = [case for arch in ARCHS for case in standard_cases(arch)]
-MORE = tuple(case for arch in ARCHS for case in more_cases(arch))
+MORE = (
+    *(case for arch in ARCHS for case in more_cases(arch)),
+    Case(120),
+    Case(120, K=2048, base="fused", adapter_dtype=torch.bfloat16),
+)
 
 
 def capture(case: Case) -> list[launch.Launch]:
