@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from peftkern import dispatch, tuned
-from peftkern.problem import Problem
+from peftkern.problem import Problem, device_arch
 
 from .case import Case
 
@@ -95,11 +95,12 @@ def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
         return f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
     if candidate.base == "addmm" and case.adapter_dtype != case.dtype:
         return "addmm_ takes adapters in the activation's dtype"
-    flags = frozenset({"dropout"} if case.dropout else ())
+    flags = frozenset({"base", "dropout"} if case.dropout else {"base"})
+    arch = device_arch(case.device, None)
     with active(candidate):
         for op in ops:
             problem = Problem(
-                op, case.device, "", case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, flags
+                op, case.device, arch, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, flags
             )  # fmt: skip
             why = back_end.decline(problem)
             if why is not None:

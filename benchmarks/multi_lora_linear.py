@@ -169,7 +169,7 @@ def _forced() -> list[Provider]:
     return [
         dataclasses.replace(
             provider, name=f"{provider.name}_{way.suffix}", title=f"{provider.title}: {way.title}",
-            unusable=candidates.unusable(way, ops if way.only else ops[1:]), around=functools.partial(candidates.active, way),
+            unusable=candidates.unusable(way, ops if way.only else ops[1:2]), around=functools.partial(candidates.active, way),
         )
         for provider, ops in OURS.values() if provider.name != "sgmv" for way in candidates.MULTI
     ]  # fmt: skip

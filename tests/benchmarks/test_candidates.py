@@ -77,12 +77,30 @@ def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
     back_end = dispatch.load("cuda")
     monkeypatch.setattr(back_end, "unavailable", lambda: None)
     monkeypatch.setattr(back_end, "OPS", {"lora_linear_fwd": None})
+    monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
     reason = candidates.unusable(CUDA, lora_linear.OPS)
     case = dataclasses.replace(CASE, device="cuda")
     assert "no kernel for lora_linear_bwd_adapter, lora_linear_bwd_input" in reason(case)
     only = candidates.unusable(CUDA, ("lora_linear_fwd",))
     assert only(dataclasses.replace(case, dtype=torch.bfloat16)) is None
     assert "not torch.float32" in only(case) and "the tensors are on cpu" in only(CASE)
+
+
+def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
+    from types import SimpleNamespace
+
+    from peftkern import dispatch
+    from peftkern.backends import cuda_multi
+
+    monkeypatch.setattr(dispatch.load("cuda"), "unavailable", lambda: None)
+    monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
+    monkeypatch.setattr(cuda_multi.native, "_C", SimpleNamespace(cuda_sgmv_in_clusters=lambda *a: True))
+    case = Case("multi_lora_linear", "cuda", torch.bfloat16, torch.bfloat16, 64, 64, 64, 16, 0.0, 4, "uniform", 0.0,
+                "same", "decode")  # fmt: skip
+    for name in ("peftkern_cuda", "peftkern_bank_cuda", "sgmv_add_cuda"):
+        assert multi_lora_linear.PROVIDERS[name].unusable(case) is None
+    dropped = dataclasses.replace(case, dropout=0.1, phase="training")
+    assert "no kernel with dropout" in multi_lora_linear.PROVIDERS["peftkern_cuda"].unusable(dropped)
 
 
 def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
@@ -92,6 +110,7 @@ def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
     reason = lora_linear.PROVIDERS["peftkern_addmm"].unusable
     case = dataclasses.replace(CASE, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
     assert "addmm_ takes adapters in the activation's dtype" in reason(case)
     assert reason(dataclasses.replace(case, adapter_dtype=torch.bfloat16)) is None
 
