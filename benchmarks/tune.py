@@ -166,7 +166,9 @@ def _first(call: Callable[[int], object], changed: Tensor | None) -> tuple[str |
 
 def differs(result: list[Tensor], expected: list[Tensor]) -> str | None:
     """Why a candidate's result is not the default's, or None. Accuracy proper is ``peftkern verify``'s business."""
-    for i, (a, b) in enumerate(zip(result, expected, strict=True)):
+    if len(result) != len(expected):
+        return f"has {len(result)} results, the default {len(expected)}"
+    for i, (a, b) in enumerate(zip(result, expected)):
         error = (a - b).abs().max().item() / max(b.abs().max().item(), 1e-30)
         if not error <= TOLERANCE:
             return f"result {i} differs from the default's by {error:.2g} of its largest value"

@@ -249,6 +249,7 @@ def test_a_candidate_that_cannot_run_says_why(monkeypatch):
 def test_a_wrong_result_is_not_timed():
     right = [torch.tensor([1.0, -2.0])]
     assert tune.differs([torch.tensor([1.0, -2.01])], right) is None
+    assert "has 0 results" in tune.differs([], right)
     assert "result 0 differs" in tune.differs([torch.tensor([1.0, 2.0])], right)
     assert "differs" in tune.differs([torch.tensor([1.0, float("nan")])], right)
 
