@@ -8,10 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import peftkern
 from peftkern import dispatch
 from peftkern.benchmarks import verify
 from peftkern.benchmarks.tune_plan import jobs
 from peftkern.testing.accuracy import _row, check
+from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
 
 # Problems of each op and dtype. Triton compiles anew for most of them.
@@ -135,3 +137,54 @@ def taker_is_another(backend: str, run) -> str | None:
             return str(error).rpartition("]: ")[2]
     _, name, declined = taken[-1]
     return None if name == backend else f"{name} took it{declined}"
+
+
+# M rows, adapters, K, N, ranks.
+BRANCHES = [
+    (64, 64, 4096, 4096, (16,)),
+    (64, 1, 4096, 1024, (64,)),
+    (7, 3, 1000, 333, (1, 128, 5)),
+    (700, 9, 520, 264, (8, 24, 16)),
+]
+
+
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+@pytest.mark.parametrize("sizes", BRANCHES, ids=lambda s: "x".join(map(str, s[:4])))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_branch_in_place(backend, dtype, sizes, adapters, record_property):
+    """sgmv into an output, as decoding calls it: with a bank, some rows without an adapter."""
+    M, count, K, N, ranks = sizes
+    kind = verify.DTYPES[dtype]
+    small = torch.float32 if adapters == "fp32" else kind
+    got, exact, eager = branch(M, count, K, N, ranks, kind, small, "cuda", backend)
+    if isinstance(got, str):
+        pytest.skip(got)
+    row = _row("y", got, eager, exact, exact)
+    head = dict(backend=backend, problem=f"sgmv {M}x{K}x{N}, {count} adapters", dtype=dtype, adapters=adapters)
+    _judge([head | dict(output="y", ratio=row.ratio, ok=row.ok, error=None)], record_property)
+
+
+def branch(M, count, K, N, ranks, kind, small, device, backend):
+    """(result, in fp64, in PEFT's order), or a reason why ``backend`` did not take it."""
+    make = torch.Generator().manual_seed(M + K)
+
+    def normal(*shape, scale=1.0, dtype=kind):
+        return torch.randn(*shape, generator=make).mul_(scale).to(dtype).to(device)
+
+    bank = peftkern.AdapterBank(K, N, max_adapters=count, max_rank=max(ranks), dtype=small, device=device)
+    pairs = [
+        (normal(r, K, scale=K**-0.5, dtype=small), normal(N, r, scale=r**-0.5, dtype=small), 0.5 + i)
+        for i, r in ((i, ranks[i % len(ranks)]) for i in range(count))
+    ]
+    numbers = torch.tensor([*(bank.add(str(i), *p) for i, p in enumerate(pairs)), -1], device=device)
+    which = torch.randperm(M, generator=make) % (count + (count < M))  # the last: no adapter
+    x, y = normal(M, K), normal(M, N)
+    got, exact, eager = y.clone(), y.double(), y.clone()
+    with torch.inference_mode():
+        reason = taker_is_another(backend, lambda: peftkern.sgmv(x, bank, numbers[which.to(device)], out=got))
+    for i, (A, B, s) in enumerate(pairs):
+        rows = (which == i).nonzero()[:, 0].to(device)
+        exact[rows] += s * (x[rows].double() @ A.double().T @ B.double().T)
+        delta = mm(mm(x[rows].to(small), A), B) * s
+        eager[rows] = (y[rows] + delta).to(kind)
+    return reason or got, exact, eager
