@@ -57,7 +57,10 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
             return normal(M, N), normal(M, K), rank(), None, A, B, SCALING, p, drop, None, None, None, *needs
         if job.op == "lora_row_norm":
             return normal(N, K, scale=K**-0.5), A, B, SCALING
-        return _branch(normal, small, M, N, K, R)
+        x, tables = _many(normal, small, M, N, K, R)
+        if job.op == "sgmv_add":
+            return normal(M, N), x, *tables
+        return x, normal(N, K, scale=K**-0.5), N, None, *tables, None, None
 
     masks = []
     if job.dropout and job.op == "lora_linear_bwd_input":
@@ -65,8 +68,8 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
     return Inputs(job, [one() for _ in range(count)], masks)
 
 
-def _branch(normal, small, M: int, N: int, K: int, R: int) -> tuple:
-    # Every copy has adapters of its own: they are most of what is read.
+def _many(normal, small, M: int, N: int, K: int, R: int) -> tuple[Tensor, tuple]:
+    # x, and what the ops take of adapters and route. Every copy has adapters of its own: they are most of what is read.
     from peftkern.adapter_table import table_of
     from peftkern.autograd.routes import route
 
@@ -74,7 +77,7 @@ def _branch(normal, small, M: int, N: int, K: int, R: int) -> tuple:
     pairs = [(small(R, K, scale=K**-0.5), small(N, R, scale=R**-0.5), SCALING) for _ in range(count)]
     state = table_of(pairs, x, x.dtype)
     order, starts = route(torch.arange(M, device=x.device) % count, x, state)
-    return normal(M, N), x, list(state.weights), state.table, state.scaling, state.max_rank, order, starts
+    return x, (list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
 
 
 def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[int], object] | None, str | None]:

@@ -20,7 +20,7 @@ COMPOSITION = "composition"
 DROPOUT_P = 0.1
 OPS = {
     "lora_linear": ("lora_linear_fwd", "lora_linear_bwd_input", "lora_linear_bwd_adapter"),
-    "multi_lora_linear": ("sgmv_add",),
+    "multi_lora_linear": ("sgmv_add", "multi_lora_linear_fwd"),
     "lora_row_norm": ("lora_row_norm",),
 }
 _PRODUCTS = ("lora_linear_fwd", "lora_linear_bwd_input")
@@ -57,6 +57,7 @@ class Job:
         """As dispatch sees it."""
         flags = {"dropout"} if self.dropout else set()
         flags |= {"need_A", "need_B"} if self.op == "lora_linear_bwd_adapter" else set()
+        flags |= {"base"} if self.op == "multi_lora_linear_fwd" else set()
         sizes = self.M, self.N, self.K, self.R
         return Problem(
             self.op, "cuda", f"sm_{arch}", DTYPES[self.dtype], DTYPES[self.adapter_dtype], *sizes, frozenset(flags)
@@ -68,9 +69,10 @@ class Job:
         size = DTYPES[self.dtype].itemsize
         if self.op == "lora_row_norm":
             return size * self.N * self.K
-        if self.op == "sgmv_add":
+        if self.op in OPS["multi_lora_linear"]:
             adapters = min(self.M, 64) * self.R * (self.N + self.K) * DTYPES[self.adapter_dtype].itemsize
-            return adapters + size * self.M * (self.N + self.K)
+            base = 0 if self.op == "sgmv_add" else size * self.N * self.K
+            return base + adapters + size * self.M * (self.N + self.K)
         if self.op == "lora_linear_bwd_adapter":
             return size * self.M * (self.N + self.K)
         return size * (self.N * self.K + self.M * (self.K if self.op == "lora_linear_fwd" else self.N))
@@ -103,11 +105,12 @@ def _lora_linear(dtype: str, R: int) -> Iterator[Job]:
                 yield Job("lora_linear_fwd", dtype, adapter, False, M, N, K, R)
 
 
-def _sgmv(dtype: str, R: int) -> Iterator[Job]:
+def _many(dtype: str, R: int) -> Iterator[Job]:
     for M in (*DECODE_ROWS, 512, 4096):
         for adapter in (dtype, "fp32"):
             for N, K in SHAPES:
-                yield Job("sgmv_add", dtype, adapter, False, M, N, K, R)
+                for op in OPS["multi_lora_linear"]:
+                    yield Job(op, dtype, adapter, False, M, N, K, R)
 
 
 def _row_norm(dtype: str, R: int) -> Iterator[Job]:
@@ -118,7 +121,7 @@ def _row_norm(dtype: str, R: int) -> Iterator[Job]:
 
 def jobs(op: str, *, dtypes=("bf16", "fp16"), ranks=(16, 64, 8, 32)) -> list[Job]:
     """All problems of an op, what matters most first: whoever stops early has measured that."""
-    make = {"lora_linear": _lora_linear, "multi_lora_linear": _sgmv, "lora_row_norm": _row_norm}[op]
+    make = {"lora_linear": _lora_linear, "multi_lora_linear": _many, "lora_row_norm": _row_norm}[op]
     return [job for R in ranks for dtype in dtypes for job in make(dtype, R)]
 
 
@@ -128,7 +131,7 @@ def candidates(job: Job, arch: int) -> list[Candidate]:
         return [Candidate("reference", "reference"), Candidate("cuda", "cuda")]
     if job.op not in _PRODUCTS:
         found = [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
-        return found + ([Candidate(COMPOSITION, COMPOSITION, eligible=False)] if job.op != "sgmv_add" else [])
+        return found + ([Candidate(COMPOSITION, COMPOSITION, eligible=False)] if job.op in OPS["lora_linear"] else [])
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]
     if job.op == "lora_linear_fwd":
         found.append(Candidate("overlap", "overlap"))

@@ -107,13 +107,15 @@ stage_tests() {
 }
 
 stage_tune() {
+  local status=0
   if [ "$DRY" = 1 ]; then
     "$PYTHON" -m peftkern bench --tune --dry-run --json "$OUT/tune.json"
     return
   fi
-  "$PYTHON" -m peftkern bench --tune --seconds $(($(limit tune) - 25)) --json "$OUT/tune.json"
+  "$PYTHON" -m peftkern bench --tune --seconds $(($(limit tune) - 25)) --json "$OUT/tune.json" || status=1
   # The benchmark after this chooses by it.
-  report install "$OUT/tune.json"
+  report install "$OUT/tune.json" || status=1
+  return "$status"
 }
 
 stage_bench() {

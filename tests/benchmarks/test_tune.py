@@ -23,6 +23,7 @@ SMALL = [
     for adapter in ("fp32", "bf16")
     for dropout in (False, True)
 ] + [Job("sgmv_add", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]
+SMALL += [Job("multi_lora_linear_fwd", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]
 SMALL += [Job("lora_row_norm", "bf16", adapter, False, 0, 24, 40, 4) for adapter in ("fp32", "bf16")]  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def test_what_users_run_comes_first():
     assert work[:3] == [dataclasses.replace(USERS, op=op) for op in OPS["lora_linear"]]
     first = {(j.N, j.K) for j in work[:12]}
     assert {(4096, 4096), (14336, 4096), (4096, 14336)} <= first
-    assert {j.op for j in jobs("multi_lora_linear")} == {"sgmv_add"}
+    assert {j.op for j in jobs("multi_lora_linear")} == {"sgmv_add", "multi_lora_linear_fwd"}
 
 
 def test_a_run_that_stops_early_has_some_of_each_op():
@@ -159,6 +160,8 @@ def test_calls(job, monkeypatch):
             assert used.pop() == (candidate.name if candidate.name in configs.BASES else None)
     if job.op == "lora_row_norm":
         assert torch.equal(results["reference"], results["cuda"])
+    if job.op == "multi_lora_linear_fwd":
+        assert torch.equal(results["triton"][0], results["cuda"][0]) and results["cuda"][0].shape == (job.M, job.N)
     if job.op not in OPS["lora_linear"] or job.dropout:
         return
     got = results.pop(COMPOSITION)
