@@ -115,7 +115,7 @@ def _reading(cubin: bytes) -> list[dict]:
         file = Path(folder, "kernels.cubin")
         file.write_bytes(cubin)
         described = _run("cuobjdump", "-res-usage", "-elf", file)
-        printed = _run("nvdisasm", "-c", file)
+        printed = _run("nvdisasm", "-ndf", "-c", file)
     usage = {m[1]: [int(n) for n in m.groups()[1:]] for m in _USAGE.finditer(described)}
     bounds = {
         m[1]: functools.reduce(lambda a, b: a * int(b, 16), t.groups(), 1)

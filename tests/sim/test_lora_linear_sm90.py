@@ -194,6 +194,7 @@ SHAPES = [
     Case(129, 65, 64, 64, multiprocessors=1),
     Case(64, 40, 200, 0),
     Case(20, 24, 8, 256),
+    Case(300, 520, 72, 40, multiprocessors=4),  # tiles of 256 columns
 ]
 
 

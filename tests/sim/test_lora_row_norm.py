@@ -77,9 +77,9 @@ def test_norms(sim, N, K, R, dtype, adapter):
         check(case, case.run(sim, seed=N, at_end=size > 0))
 
 
-@pytest.mark.parametrize("adapter", [BF16, F32])
-def test_more_ranks_than_a_block_holds(sim, adapter):
-    case = Case(20, 72, 200, adapter=adapter)
+@pytest.mark.parametrize("dtype, adapter", PAIRS)
+def test_more_ranks_than_a_block_holds(sim, dtype, adapter):
+    case = Case(20, 72, 200, dtype, adapter)
     check(case, case.run(sim))
 
 
