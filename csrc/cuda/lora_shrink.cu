@@ -1,7 +1,7 @@
 // out = (drop(in) * scale) p^T, a tall matrix against a few rows: one pass over `in` at the memory's speed.
 //
-// A block takes 64 rows and 16 or 64 ranks; of its 8 warps four share the rows and two the columns. A lane
-// copies 16 bytes of a row, 8 adjacent columns, into a ring of its own, and they are its part of two mma
+// A block takes 64 rows and 16, 32 or 64 ranks; of its 8 warps four share the rows and two the columns. A
+// lane copies 16 bytes of a row, 8 adjacent columns, into a ring of its own, and they are its part of two mma
 // operands: within a dot product columns may come in any order if both operands agree, so lane t of a quad
 // takes columns 8t to 8t + 7 of 32. No lane reads what another has copied, and one Philox call is the mask of
 // a piece. The adapter is brought into the same order, split into bf16 terms (split.h) and kept in shared
@@ -38,11 +38,11 @@ struct Shape {
   using Kind = std::conditional_t<Native, T, bf16>;
   static constexpr int kInTerms = !Native && std::is_same_v<T, f16> ? 2 : 1;
   static constexpr int kTerms = Native ? 1 : 3;
-  static constexpr int kPieces = Tiles == 2 ? 1 : 2;       // of 8 columns of the adapter that a thread brings
+  static constexpr int kPieces = Tiles == 8 ? 2 : 1;       // of 8 columns of the adapter that a thread brings
   static constexpr int kTermVectors = kThreads * kPieces;  // of one term of an adapter tile
   static constexpr int kTileVectors = kTerms * kTermVectors;
   static constexpr int kTileSteps = kTermVectors / (kGroups * Tiles * 32);
-  static constexpr int kDepth = Tiles == 2 ? 6 : 4;  // steps under way
+  static constexpr int kDepth = Tiles == 8 ? 4 : 6;  // steps under way
   static constexpr int kRing = kDepth * 2 * kThreads;
   static constexpr int kSumVectors = Tiles * kThreads / kGroups;
   static constexpr size_t kShared = 16 * (2 * kTileVectors + kRing + kSumVectors);
@@ -173,7 +173,7 @@ struct alignas(16) Sums {
 // Blocks along x: rank tiles of row tiles; along y: groups of `chunks` chunks. args.partial: chunks are
 // written there, else their sum to args.out.
 template <class T, bool Native, int Tiles>
-__global__ void __launch_bounds__(kThreads, Tiles == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, Tiles == 8 ? 1 : 2)
     lora_shrink_kernel(const LoraShrinkArgs args, int rank_tiles, int chunks, bool in_vector, bool p_vector) {
   using S = Shape<T, Native, Tiles>;
   auto* tiles = reinterpret_cast<Vec16*>(shared_memory());
@@ -316,15 +316,15 @@ __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const LoraShrinkAr
 
 // The blocks of a launch: chunks of a block, and whether chunks go through memory.
 struct Plan {
-  int64_t row_tiles, rank_tiles, chunks, per_block;
-  bool wide, partial;
+  int64_t ranks, row_tiles, rank_tiles, chunks, per_block;  // ranks: of a block
+  bool partial;
 };
 
 Plan plan(int64_t M, int64_t C, int64_t R) {
   Plan p{};
-  p.wide = R > 16;
+  p.ranks = R <= 16 ? 16 : R <= 32 ? 32 : 64;
   p.row_tiles = (M + kRows - 1) / kRows;
-  p.rank_tiles = p.wide ? (R + 63) / 64 : 1;
+  p.rank_tiles = (R + p.ranks - 1) / p.ranks;
   p.chunks = p.per_block = (C + kChunk - 1) / kChunk;
   const int64_t tiles = p.row_tiles * p.rank_tiles;
   if (tiles > 0 && tiles < kManyTiles && p.chunks > 1) {
@@ -350,7 +350,8 @@ const char* start(const LoraShrinkArgs& args, const Plan& p) {
     return launch(how, kernel, args, static_cast<int>(p.rank_tiles), static_cast<int>(p.per_block), in_vector,
                   p_vector);
   };
-  if (p.wide) return go(lora_shrink_kernel<T, Native, 8>, Shape<T, Native, 8>::kShared);
+  if (p.ranks == 64) return go(lora_shrink_kernel<T, Native, 8>, Shape<T, Native, 8>::kShared);
+  if (p.ranks == 32) return go(lora_shrink_kernel<T, Native, 4>, Shape<T, Native, 4>::kShared);
   return go(lora_shrink_kernel<T, Native, 2>, Shape<T, Native, 2>::kShared);
 }
 

@@ -121,7 +121,7 @@ def test_adapters_beyond_the_range_of_fp16(sim, dtype):
     problem.check(problem.run(sim))
 
 
-@pytest.mark.parametrize("dtype, adapter, R", [(*PAIRS[0], 24), (*PAIRS[1], 5), (*PAIRS[3], 5)])
+@pytest.mark.parametrize("dtype, adapter, R", [(*PAIRS[0], 24), (*PAIRS[1], 5), (*PAIRS[3], 40)])
 def test_rows_get_the_same_bits_in_every_batch(sim, dtype, adapter, R):
     """Alone, with a few others through memory, and with many in one kernel."""
     many = Problem(96 * 64, 1100, R, dtype, adapter, p=0.2)
