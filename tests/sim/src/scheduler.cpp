@@ -176,7 +176,8 @@ bool complete_one() {
   if (copier != nullptr) ways.push_back([&] { run_copy(copier, random_bits() % copier->copies.size()); });
   if (storer != nullptr) ways.push_back([&] { drain(storer->stores); });
   if (product != nullptr) ways.push_back([&] { run_product(product); });
-  if (!earlier.empty() && chance(8)) ways.push_back(finish_earlier_launch);
+  const bool early = config.completion == kRandom && chance(32);
+  if (!earlier.empty() && (ways.empty() || early)) ways.push_back(finish_earlier_launch);
   if (ways.empty()) return false;
   ways[random_bits() % ways.size()]();
   return true;
@@ -230,7 +231,7 @@ void written_before(void* p, size_t bytes) {
 
 void grid_wait() {
   step_aside(8);
-  finish_earlier_launch();
+  spin("the launch before", [] { return earlier.empty(); });
 }
 
 const char* last_error() {
