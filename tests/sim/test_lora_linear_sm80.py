@@ -31,8 +31,9 @@ def raw(t: torch.Tensor) -> np.ndarray:
     return t.numpy() if t.dtype in (torch.float32, torch.int64) else t.view(torch.int16).numpy()
 
 
-def padded(rows: int, columns: int, pad: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows that are ``pad`` elements longer than what may be read."""
+def padded(rows: int, columns: int, pad: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that are ``pad`` elements longer than what may be read; None: as many as aligned rows need."""
+    pad = -columns % 8 if pad is None else pad
     return torch.full((rows, columns + pad), float("nan"), dtype=dtype)
 
 
@@ -49,7 +50,7 @@ class Problem:
     seed: int = 0
     by_row: bool = False
     transposed: bool = False
-    pad: int = 0
+    pad: int | None = 0
     p: float = 0.0
     scaled: bool = False
     bias: torch.dtype | None = None
@@ -146,7 +147,7 @@ def tile_of(sim, problem: Problem) -> int:
 def test_small_tiles(sim, M, N, K, R, dtype, adapter):
     for i in range(4):
         problem = Problem(
-            M, N, K, R, dtype, adapter, seed=i, by_row=i % 2 == 1, transposed=i in (1, 2), pad=(0, 8, 3, 0)[i],
+            M, N, K, R, dtype, adapter, seed=i, by_row=i % 2 == 1, transposed=i in (1, 2), pad=(0, None, 3, None)[i],
             p=0.3 * (i % 2), scaled=i == 2, bias=(None, torch.float32, dtype, None)[i], zero=i == 3,
         )  # fmt: skip
         assert tile_of(sim, problem) == SMALL
@@ -160,7 +161,7 @@ def test_wide_tiles(sim, tile, by_row, dtype):
     rows, columns, units = TILES[tile]
     for i, (M, N, K, R) in enumerate([(rows, columns, 64, 16), (rows - 7, columns - 3, 105, 37)]):
         problem = Problem(
-            M, N, K, R, dtype, torch.float32, seed=i, by_row=by_row, transposed=i == 1, pad=8 * i, p=0.25 * i,
+            M, N, K, R, dtype, torch.float32, seed=i, by_row=by_row, transposed=i == 1, pad=None if i else 0, p=0.25 * i,
             scaled=i == 1, bias=torch.float32, multiprocessors=units,
         )  # fmt: skip
         assert tile_of(sim, problem) == tile
