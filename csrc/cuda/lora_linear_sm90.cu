@@ -1,14 +1,14 @@
 // out = base_scale * x w^T + low-rank term + bias in one launch, for Hopper: bf16 and fp16, forward and input
 // gradient.
 //
-// A persistent block per multiprocessor. One warpgroup loads tiles of x and w by TMA into a ring of stages;
-// two multiply, 64 rows each, and store; the adapter's warpgroup makes the low-rank term's operands and puts
-// them into the same ring, between the loads, as stages of their own: the term's products run on in the
-// base's accumulators. With lora_A given they make v as well, during the first tiles' products.
+// A persistent block per multiprocessor, in pairs. One warp loads tiles of x and w by TMA into a ring of
+// stages, w by multicast for both blocks of a pair. Three warps, the adapter's, put the operands of the
+// low-rank term into the same ring as stages of their own, so that its products run on in the base's
+// accumulators; with lora_A given they make v as well, under the first tiles' products. Two warpgroups
+// multiply, 64 rows each, and store.
 #include "cuda/launch.h"
 #include "cuda/lora_linear_sm90_product.h"
-#include "cuda/lora_linear_sm90_rank.h"
-#include "cuda/lora_linear_sm90_shrink.h"
+#include "cuda/lora_linear_sm90_row_blocks.h"
 #include "cuda/tma.h"
 
 namespace peftkern::cuda {
