@@ -298,6 +298,14 @@ def test_every_schedule_gives_the_same_bits(sim, mode):
             assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (case, seed)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_short_tiles(sim, mode):
+    """Of one stage: warps of a group may be a tile apart, and what is shared by a tile must outlast it."""
+    case = Case(140, 1100, 8, 0, scales="base", bias=F32, multiprocessors=1)
+    for seed in range(6):
+        case.check(sim, seed=seed, mode=mode)
+
+
 def test_tile_width_and_blocks_do_not_change_bits(sim):
     case = Case(140, 260, 200, 24, bias=BF16)
     t = case.operands()
