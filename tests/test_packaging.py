@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -16,11 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = [
-    pytest.mark.slow,
-    # One worker builds once for all tests of this file.
-    pytest.mark.xdist_group("packaging"),
-]
+pytestmark = pytest.mark.slow
 
 FORWARD = """
 import torch, peftkern
@@ -64,9 +61,14 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(source, tmp_path_factory) -> tuple[Path, Path]:
-    """(sdist, wheel); the wheel is built from the unpacked sdist, without CUDA."""
-    out = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source, PEFTKERN_CUDA="OFF")
+    """(sdist, wheel); the wheel is built from the unpacked sdist, without CUDA. Test processes share one build."""
+    own = tmp_path_factory.getbasetemp()
+    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "distributions"
+    out.mkdir(exist_ok=True)
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(out.glob("*.whl")):
+            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source, PEFTKERN_CUDA="OFF")
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 
