@@ -11,24 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
-from .attach_checkpoint import NO_KEY, Checkpoint, refuse
-from .attach_layer import AttachedLinear, Entry, Request, features, layer_reason, requests
+from .attach_checkpoint import Checkpoint, refuse
+from .attach_fit import Fitted, fit
+from .attach_layer import AttachedLinear, Entry, Request, features, requests
 
 __all__ = ["MultiLoRA", "attach_adapters"]
 
 _MAX_ADAPTERS, _MAX_RANK = 256, 64
-
-
-class _Fitted(NamedTuple):
-    checkpoint: Checkpoint
-    layers: dict[str, nn.Module]
 
 
 def attach_adapters(
@@ -205,14 +200,14 @@ class MultiLoRA:
                     f"no room for {len(adapters)} more adapters: {held} of {self._max_adapters} are held"
                 )
             modules = dict(self.model.named_modules(remove_duplicate=False))
-            fitted = {name: self._fit(Checkpoint(folder), modules) for name, folder in adapters.items()}
+            fitted = {name: fit(Checkpoint(folder), modules, self._attached) for name, folder in adapters.items()}
             max_rank = self._checked_rank(fitted)
             new = self._new_layers(fitted, max_rank)
             entries: dict[str, Entry] = {}
             try:
-                for name, fit in fitted.items():
+                for name, one in fitted.items():
                     entries[name] = Entry(f"{name}#{next(self._serial)}")
-                    self._load(entries[name], fit, {**self._attached, **new})
+                    self._load(entries[name], one, {**self._attached, **new})
             except BaseException:
                 for entry in entries.values():
                     self._free(entry)
@@ -223,43 +218,8 @@ class MultiLoRA:
             self._attached.update(new)
             self._entries.update(entries)
 
-    def _fit(self, checkpoint: Checkpoint, modules: dict[str, nn.Module]) -> _Fitted:
-        layers: dict[str, nn.Module] = {}
-        for name, part in checkpoint.parts.items():
-            layer = modules.get(name)
-            if layer is None:
-                raise refuse(checkpoint.file, part.key_A, f"the model has no module {name!r}")
-            reason = None if layer in self._attached else layer_reason(layer)
-            if reason is not None:
-                raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
-            if any(layer is other for other in layers.values()):
-                raise refuse(checkpoint.file, part.key_A, f"{name} shares its module with another key of the file")
-            K, N = features(layer)
-            if part.in_features != K:
-                shape = (part.rank, part.in_features)
-                raise refuse(checkpoint.file, part.key_A, f"has shape {shape}, expected ({part.rank}, {K})")
-            if part.out_features != N:
-                shape = (part.out_features, part.rank)
-                raise refuse(checkpoint.file, part.key_B, f"has shape {shape}, expected ({N}, {part.rank})")
-            layers[name] = layer
-        for key, name in checkpoint.copies.items():
-            module, _, last = name.rpartition(".")
-            own = getattr(modules.get(module), last, None)
-            if not isinstance(own, torch.Tensor):
-                raise refuse(checkpoint.file, key, NO_KEY)
-            saved = checkpoint.tensor(key)
-            if saved.shape != own.shape or not torch.equal(saved.to(own), own):
-                raise refuse(checkpoint.file, key, f"differs from the model's {name}, which is not changed here")
-        covered = set(layers.values())
-        for name, module in modules.items():
-            plain = module in self._attached or layer_reason(module) is None
-            if plain and module not in covered and checkpoint.targets(name):
-                key = f"base_model.model.{name}.lora_A.weight"
-                raise refuse(checkpoint.file, key, "is missing, though the config's target_modules name it")
-        return _Fitted(checkpoint, layers)
-
-    def _checked_rank(self, fitted: dict[str, _Fitted]) -> int:
-        parts = [(fit.checkpoint, part) for fit in fitted.values() for part in fit.checkpoint.parts.values()]
+    def _checked_rank(self, fitted: dict[str, Fitted]) -> int:
+        parts = [(one.checkpoint, part) for one in fitted.values() for part in one.checkpoint.parts.values()]
         if self._max_rank is None:
             return max(_MAX_RANK, *(part.rank for _, part in parts), 1)
         for checkpoint, part in parts:
@@ -268,12 +228,12 @@ class MultiLoRA:
                 raise refuse(checkpoint.file, part.key_A, reason)
         return self._max_rank
 
-    def _new_layers(self, fitted: dict[str, _Fitted], max_rank: int) -> dict[nn.Module, AttachedLinear]:
+    def _new_layers(self, fitted: dict[str, Fitted], max_rank: int) -> dict[nn.Module, AttachedLinear]:
         stored: dict[nn.Module, tuple[str, set[torch.dtype]]] = {}
-        for fit in fitted.values():
-            for name, layer in fit.layers.items():
+        for one in fitted.values():
+            for name, layer in one.layers.items():
                 if layer not in self._attached:
-                    stored.setdefault(layer, (name, set()))[1].update(fit.checkpoint.parts[name].dtypes)
+                    stored.setdefault(layer, (name, set()))[1].update(one.checkpoint.parts[name].dtypes)
         return {
             layer: AttachedLinear(self, name, layer, self._bank(name, layer, dtypes, max_rank))
             for layer, (name, dtypes) in stored.items()
@@ -291,7 +251,7 @@ class MultiLoRA:
             K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=layer.weight.device
         )
 
-    def _load(self, entry: Entry, fit: _Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:
-        for name, A, B in fit.checkpoint.tensors():
-            layer = attached[fit.layers[name]]
-            entry.ids[layer] = layer.bank.add(entry.key, A, B, fit.checkpoint.parts[name].scaling)
+    def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:
+        for name, A, B in fitted.checkpoint.tensors():
+            layer = attached[fitted.layers[name]]
+            entry.ids[layer] = layer.bank.add(entry.key, A, B, fitted.checkpoint.parts[name].scaling)
