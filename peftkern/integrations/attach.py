@@ -19,8 +19,8 @@ from torch import nn
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
 from .attach_checkpoint import Checkpoint, refuse
-from .attach_fit import Fitted, fit
 from .attach_entry import AttachedEntry, AttachedGenerate, entries_above
+from .attach_fit import Fitted, fit
 from .attach_layer import AttachedLinear, Replacement, features
 from .attach_request import Entry, Request, in_force, refuse_generators
 

@@ -7,22 +7,18 @@ op at the model's entry gives the batch a number; the op of each layer takes it,
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .attach_entry import AttachedEntry
-    from .attach_layer import AttachedLinear
-
 _serial = count(1)
 # What graphs name by numbers. Weak: a graph may outlive the model's adapters.
-_known: WeakValueDictionary[int, object] = WeakValueDictionary()
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
-def number_of(thing: AttachedEntry | AttachedLinear | object) -> int:
+def number_of(thing: Any) -> int:
     """A number for an entry, a layer or a batch, for as long as it lives."""
     number = next(_serial)
     _known[number] = thing

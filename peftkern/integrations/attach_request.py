@@ -12,15 +12,19 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..adapter_bank import AdapterBank
 from .attach_rows import Layout, Rows, RowTrace, layout_of
 
-if TYPE_CHECKING:
-    from .attach_layer import AttachedLinear
+
+class Layer(Protocol):
+    """What a request asks of a layer with attached adapters."""
+
+    bank: AdapterBank
 
 
 class Entry:
@@ -31,7 +35,7 @@ class Entry:
 
     def __init__(self, key: str):
         self.key = key  # its name in the banks: no two entries ever share one
-        self.ids: dict[AttachedLinear, int] = {}
+        self.ids: dict[Layer, int] = {}
         self.users = 0
         self.freed = False
 
@@ -53,7 +57,7 @@ class Request:
         self.ended = False
         self.last: Batch | None = None
         self.batches: dict[tuple, Batch] = {}  # of compiled calls
-        self._each: dict[AttachedLinear, tuple[int, ...]] = {}
+        self._each: dict[Layer, tuple[int, ...]] = {}
         self._ids: dict[tuple, Tensor] = {}
 
     def within_generate(self, copies: int) -> Request:
@@ -67,7 +71,7 @@ class Request:
                 return copies
         return 0
 
-    def each(self, layer: AttachedLinear) -> tuple[int, ...]:
+    def each(self, layer: Layer) -> tuple[int, ...]:
         """The id of each name in the layer's bank."""
         ids = self._each.get(layer)
         if ids is None:
@@ -75,7 +79,7 @@ class Request:
             self._each[layer] = ids
         return ids
 
-    def ids(self, layer: AttachedLinear, shape: torch.Size, device: torch.device, rows: Rows, copies: int) -> Tensor:
+    def ids(self, layer: Layer, shape: torch.Size, device: torch.device, rows: Rows, copies: int) -> Tensor:
         """int32: one id per leading index of an input of this shape, or per row if its batch lies elsewhere.
 
         ``copies`` = 0: one adapter for all rows. Layers whose banks agree share the tensor: it carries the route.
@@ -105,7 +109,7 @@ class Batch:
         number: by which a compiled call knows it.
     """
 
-    def __init__(self, request: Request, copies: int, layouts: dict[AttachedLinear, Layout]):
+    def __init__(self, request: Request, copies: int, layouts: dict[Layer, Layout]):
         self.request, self.copies, self.layouts = request, copies, layouts
         self.trace = None if layouts else RowTrace(self.rows)
         self.settled, self.number = True, 0
@@ -116,7 +120,7 @@ class Batch:
         """Rows at the model's entry."""
         return self.copies * len(self.request.names)
 
-    def rows_of(self, layer: AttachedLinear, x: Tensor) -> Rows | None:
+    def rows_of(self, layer: Layer, x: Tensor) -> Rows | None:
         """Whose rows a layer's input holds, or None if that is not known."""
         if self.trace is None:
             layout = self.layouts.get(layer)

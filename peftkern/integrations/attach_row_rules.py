@@ -84,7 +84,7 @@ def pointwise(call: Call) -> Place:
             places.append(Rows(axis, place.inner) if t.shape[place.axis] == call.shape[axis] else UNKNOWN)
             full |= t.shape == call.shape
         unknown |= place is UNKNOWN
-    if unknown and not full or UNKNOWN in places:
+    if (unknown and not full) or UNKNOWN in places:
         return UNKNOWN
     return _agreed(places, UNKNOWN if unknown else None)
 
@@ -201,6 +201,15 @@ def expanded(call: Call) -> Place:
     """expand and repeat: new axes come first; a repeated batch goes round once more."""
     place = call.place(call.first)
     return Rows(place.axis + len(call.shape) - call.first.dim(), place.inner) if isinstance(place, Rows) else place
+
+
+def padded(call: Call) -> Place:
+    """constant_pad_nd: pairs of widths, the last dimension's first."""
+    place, pad = call.place(call.first), call.arguments["pad"]
+    if not isinstance(place, Rows):
+        return place
+    pair = 2 * (call.first.dim() - 1 - place.axis)
+    return UNKNOWN if any(pad[pair : pair + 2]) else place
 
 
 def selected(call: Call) -> Place:
@@ -337,6 +346,7 @@ def _table() -> dict[str, Rule]:
         linear: "linear",
         permuted: "permute transpose t",
         expanded: "expand repeat",
+        padded: "constant_pad_nd",
         selected: "select unbind",
         sliced: "slice narrow",
         split: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split",

@@ -9,6 +9,7 @@ UNKNOWN.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -96,15 +97,13 @@ class RowTrace(TorchDispatchMode):
         written = [
             v for a in func._schema.arguments if _writes(a) and isinstance(v := call.arguments.get(a.name), Tensor)
         ]
-        if not results and not written or all(self.place(t) is None for t in call.tensors):
+        if (not results and not written) or all(self.place(t) is None for t in call.tensors):
             return out
         place = nothing_known(call)
         if results:
             rule = _rule(func)
-            try:
+            with contextlib.suppress(KeyError, IndexError, ZeroDivisionError):  # a form that the rule does not know
                 place = rule(call)
-            except (KeyError, IndexError, ZeroDivisionError):  # a form of the operation that the rule does not know
-                pass
         for t in results:
             # A rule speaks of the first result; others (parts, indices, statistics) have the same axes or are unknown.
             self.mark(t, place if self._fits(place, t, results[0]) else UNKNOWN)
