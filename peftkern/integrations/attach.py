@@ -168,7 +168,7 @@ class MultiLoRA:
                 self.remove(name)
             with self._lock:
                 self._attached, self._replaced = {}, {}
-            self.layouts.clear()
+            self.layouts = {}
 
     @property
     def names(self) -> list[str]:
@@ -263,10 +263,11 @@ class MultiLoRA:
             max_rank = self._checked_rank(fitted)
             new = self._new_layers(fitted, max_rank)
             entries: dict[str, Entry] = {}
+            layers = {**self._attached, **new}
             try:
                 for name, one in fitted.items():
                     entries[name] = Entry(f"{name}#{next(self._serial)}")
-                    self._load(entries[name], one, {**self._attached, **new})
+                    self._load(entries[name], one, layers)
             except BaseException:
                 for entry in entries.values():
                     self._free(entry)
@@ -277,11 +278,11 @@ class MultiLoRA:
                 self._replace_entries([attached.name for attached in new.values()])
             with self._lock:
                 self._max_rank = max_rank
-                self._attached = {**self._attached, **new}
+                self._attached = layers
                 self._entries.update(entries)
 
     def _replace_entries(self, layers: list[str]) -> None:
-        self.layouts.clear()
+        self.layouts = {}
         attached = {id(a.module) for a in self._attached.values()}
         for name, module in entries_above(self.model, layers).items():
             if name not in self._replaced and id(module) not in attached:

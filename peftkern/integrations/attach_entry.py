@@ -53,7 +53,8 @@ class AttachedEntry(Replacement):
         # All that may send a call another way through the model, sizes and values of tensors apart.
         described = tuple(map(_described, args)), tuple((n, _described(v)) for n, v in kwargs.items())
         kind = self, self.module.training, torch.is_grad_enabled(), described
-        batch = Batch(request, copies, self.owner.layouts.get(kind, {}))
+        layouts = self.owner.layouts  # another dictionary as soon as another layer gets adapters
+        batch = Batch(request, copies, layouts.get(kind, {}))
         with bound(batch):
             if batch.trace is None:
                 return self.inner(*args, **kwargs)
@@ -62,7 +63,6 @@ class AttachedEntry(Replacement):
             with batch.trace:
                 y = self.inner(*args, **kwargs)
         if batch.settled:
-            layouts = self.owner.layouts
             while len(layouts) >= _CALLS:
                 layouts.pop(next(iter(layouts)), None)
             layouts[kind] = batch.layouts
@@ -113,9 +113,10 @@ class AttachedEntry(Replacement):
         key = kind, self._copies(request, "an input", x)
         batch = request.batches.get(key)
         if batch is None:
-            layouts = self.owner.layouts.get(kind)
+            known = self.owner.layouts
+            layouts = known.get(kind)
             if not layouts:
-                layouts = self.owner.layouts[kind] = self._followed(Batch(request, key[1], {}), x)
+                layouts = known[kind] = self._followed(Batch(request, key[1], {}), x)
             batch = request.batches[key] = Batch(request, key[1], layouts)
             batch.number = number_of(batch)
         return batch

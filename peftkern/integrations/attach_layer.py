@@ -13,7 +13,7 @@ from ..adapter_bank import AdapterBank
 from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .attach_compiled import number_of
 from .attach_request import Batch, Request, batch_of, current_request
-from .attach_rows import Rows
+from .attach_rows import UNKNOWN, Rows
 
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,22 +111,26 @@ class AttachedLinear(Replacement):
         if request is None:
             self._outside()
             return self._base(x, weight, bias)
+        if batch is None and not request.uniform:
+            batch = batch_of(request)
+        rows = _FIRST
+        if batch is not None and batch.trace is not None:
+            rows = batch.rows_of(self, x)  # found for later batches, whether or not these adapters differ here
         each = request.each(self)
-        if max(each, default=-1) < 0 or not x.shape[:-1].numel():
+        if not each.any or not x.shape[:-1].numel():
             return self._base(x, weight, bias)
         self._trained |= x.requires_grad
-        rows, copies = _FIRST, 0
-        if len(set(each)) > 1:
-            batch = batch or batch_of(request)
+        copies = 0
+        if each.differ:
             rows, copies = self._rows(request, batch, x), batch.copies
-        ids = request.ids(self, x.shape if x.dim() > 1 else (1, *x.shape), x.device, rows, copies)
+        ids = request.ids(self, x.shape if x.dim() > 1 else (1, *x.shape), x.device, rows if copies else _FIRST, copies)
         if torch.is_grad_enabled() and weight.requires_grad:
             # The base stays trainable as it was; the fused op has no gradient for a weight.
             y = self._base(x, weight, bias) + sgmv(x, self.bank, ids)
         else:
             y = multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
-        if copies and batch.trace is not None:
-            batch.trace.mark(y, rows)
+        if batch is not None and batch.trace is not None:
+            batch.trace.mark(y, UNKNOWN if rows is None else rows)
         return y
 
     def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

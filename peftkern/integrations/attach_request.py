@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ class Entry:
         self.freed = False
 
 
+class Each(NamedTuple):
+    """What the names of a request are to one layer: ids of its bank (-1: none), whether any is there, and if they differ."""
+
+    ids: tuple[int, ...]
+    any: bool
+    differ: bool
+
+
 class Request:
     """The adapters of one batch. They stay as they are until the request ends, whatever is added or removed.
 
@@ -57,7 +65,7 @@ class Request:
         self.ended = False
         self.last: Batch | None = None
         self.batches: dict[tuple, Batch] = {}  # of compiled calls
-        self._each: dict[Layer, tuple[int, ...]] = {}
+        self._each: dict[Layer, Each] = {}
         self._ids: dict[tuple, Tensor] = {}
 
     def within_generate(self, copies: int) -> Request:
@@ -71,20 +79,20 @@ class Request:
                 return copies
         return 0
 
-    def each(self, layer: Layer) -> tuple[int, ...]:
+    def each(self, layer: Layer) -> Each:
         """The id of each name in the layer's bank."""
-        ids = self._each.get(layer)
-        if ids is None:
+        each = self._each.get(layer)
+        if each is None:
             ids = tuple(-1 if name is None else self.entries[name].ids.get(layer, -1) for name in self.names)
-            self._each[layer] = ids
-        return ids
+            each = self._each[layer] = Each(ids, max(ids, default=-1) >= 0, len(set(ids)) > 1)
+        return each
 
     def ids(self, layer: Layer, shape: torch.Size, device: torch.device, rows: Rows, copies: int) -> Tensor:
         """int32: one id per leading index of an input of this shape, or per row if its batch lies elsewhere.
 
         ``copies`` = 0: one adapter for all rows. Layers whose banks agree share the tensor: it carries the route.
         """
-        each = self.each(layer)
+        each = self.each(layer).ids
         lead = shape[:1] if rows.axis == 0 else shape[:-1]
         key = each, lead, rows, copies, device, layer.bank.snapshot().slots
         ids = self._ids.get(key)
@@ -182,6 +190,7 @@ def bound(batch: Batch) -> Iterator[None]:
         yield
     finally:
         _batch.reset(token)
+        batch.trace = None  # what is recomputed for backward goes by what was found
 
 
 def refuse_generators() -> None:

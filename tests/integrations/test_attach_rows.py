@@ -236,6 +236,26 @@ def test_layouts_of_real_models(tmp_path, kind):
     torch.testing.assert_close(y, alone(twin, "two", **inputs)[0], rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_layouts_are_known_to_batches_that_come_later(tmp_path):
+    """The first batch leaves layers alone that the next one changes; a later adapter brings layers of its own."""
+    torch.manual_seed(0)
+    plain, twin, multi = attached(_model("opt"), KNOWN["opt"], tmp_path / "all")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    few = peft.get_peft_model(copy.deepcopy(twin).unload(), config)
+    few.save_pretrained(tmp_path / "few")
+    multi.remove("three")
+    multi.add("few", tmp_path / "few")
+    inputs = _inputs("opt", 2, 5)
+    for names in (["few", None], ["one", "few"], ["two", "one"], [None, "few"]):
+        with multi.use(names):
+            y = plain(**inputs).logits
+        for b, name in enumerate(names):
+            own = {n: t[b : b + 1] for n, t in inputs.items()}
+            expected = few(**own) if name == "few" else alone(twin, name, **own)
+            torch.testing.assert_close(y[b : b + 1], expected.logits, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", UNKNOWABLE)
 @torch.no_grad()
 def test_rows_that_cannot_be_told_apart_raise(tmp_path, kind):
