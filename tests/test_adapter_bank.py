@@ -168,10 +168,13 @@ def change(bank: AdapterBank, seed: int) -> None:
 @pytest.mark.parametrize("first", ["replace", "add", "remove"])
 def test_a_state_stays_as_it_is_while_it_is_held(first):
     bank, _ = bank_of(3, 2)
-    held = bank.snapshot()
-    shown = [t.clone() for t in (held.table, held.scaling)]
-    rows = [(row[2], row[3], row[3] + row[1] * 48) for row in held.table.tolist()[:2]]
-    memory = [held.weights[chunk][start:end].clone() for chunk, start, end in rows]
+    # Its tensors are enough: a compiled call holds nothing else.
+    state = bank.snapshot()
+    weights, table, scaling = state.weights, state.table, state.scaling
+    del state
+    shown = [t.clone() for t in (table, scaling)]
+    rows = [(row[2], row[3], row[3] + row[1] * 48) for row in table.tolist()[:2]]
+    memory = [weights[chunk][start:end].clone() for chunk, start, end in rows]
     if first == "replace":
         bank.replace("a1", *adapter(5, 9), 7.0)
     elif first == "add":
@@ -180,19 +183,16 @@ def test_a_state_stays_as_it_is_while_it_is_held(first):
         bank.remove("a1")
     for i in range(5):
         change(bank, i)
-    assert torch.equal(held.table, shown[0]) and torch.equal(held.scaling, shown[1])
+    assert torch.equal(table, shown[0]) and torch.equal(scaling, shown[1])
     for (chunk, start, end), before in zip(rows, memory):
-        assert torch.equal(held.weights[chunk][start:end], before)
+        assert torch.equal(weights[chunk][start:end], before)
 
 
 def test_a_compiled_call_keeps_what_it_reads():
-    """It holds the tensors of a state, not the state."""
     bank, listed = bank_of(3, 5)
-    entered = []
 
     def run_later(graph, _):
         def run(*args):
-            entered.append(None)
             for i in range(4):
                 change(bank, i)
             return graph(*args)
@@ -205,7 +205,34 @@ def test_a_compiled_call_keeps_what_it_reads():
     x, W, ids = torch.randn(3, K), torch.randn(N, K), bank.ids(["a0", "a1", None])
     got = torch.compile(call, fullgraph=True, backend=run_later)(x, W, ids)
     torch.testing.assert_close(got, multi_lora_linear(x, W, listed, torch.tensor([0, 1, -1])).sin())
-    assert len(entered) == 1
+    assert sgmv(x, bank, ids)[0].ne(sgmv(x, listed[:1], torch.tensor([0, -1, -1]))[0]).any(), "changed meanwhile"
+
+
+def test_a_compiled_call_keeps_what_it_reads():
+    """It holds the tensors of a state, not the state."""
+    bank, listed = bank_of(3, 5)
+    changes, compiled = [], []
+
+    def run_later(graph, _):
+        def run(*args):
+            for i in changes:
+                change(bank, i)
+            return graph(*args)
+
+        compiled.append(graph)
+        return run
+
+    @torch.compile(fullgraph=True, backend=run_later)
+    def call(x, W, ids):
+        return multi_lora_linear(x, W, bank, ids).sin()
+
+    x, W, ids = torch.randn(3, K), torch.randn(N, K), bank.ids(["a0", "a1", None])
+    call(x, W, ids)
+    gc.collect()  # what compiling held
+    changes.extend(range(4))
+    got = call(x, W, ids)
+    torch.testing.assert_close(got, multi_lora_linear(x, W, listed, torch.tensor([0, 1, -1])).sin())
+    assert len(compiled) == 1
 
 
 class Operations(TorchDispatchMode):
