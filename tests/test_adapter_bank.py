@@ -208,33 +208,6 @@ def test_a_compiled_call_keeps_what_it_reads():
     assert sgmv(x, bank, ids)[0].ne(sgmv(x, listed[:1], torch.tensor([0, -1, -1]))[0]).any(), "changed meanwhile"
 
 
-def test_a_compiled_call_keeps_what_it_reads():
-    """It holds the tensors of a state, not the state."""
-    bank, listed = bank_of(3, 5)
-    changes, compiled = [], []
-
-    def run_later(graph, _):
-        def run(*args):
-            for i in changes:
-                change(bank, i)
-            return graph(*args)
-
-        compiled.append(graph)
-        return run
-
-    @torch.compile(fullgraph=True, backend=run_later)
-    def call(x, W, ids):
-        return multi_lora_linear(x, W, bank, ids).sin()
-
-    x, W, ids = torch.randn(3, K), torch.randn(N, K), bank.ids(["a0", "a1", None])
-    call(x, W, ids)
-    gc.collect()  # what compiling held
-    changes.extend(range(4))
-    got = call(x, W, ids)
-    torch.testing.assert_close(got, multi_lora_linear(x, W, listed, torch.tensor([0, 1, -1])).sin())
-    assert len(compiled) == 1
-
-
 class Operations(TorchDispatchMode):
     """Names of the operations that run, and the elements of what they make or change."""
 
