@@ -22,6 +22,7 @@ import hashlib
 import os
 import threading
 import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -241,8 +242,8 @@ class AdapterBank:
         """Put ``adapter`` (None: nothing) in the place of what goes by that name, if anything does."""
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
-        with torch.inference_mode(False):
-            row = torch.tensor([FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter))
+        row = array("q", [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter))
+        row = torch.frombuffer(row, dtype=torch.int64)
 
         def write() -> None:
             self._table[slot] = row
@@ -272,12 +273,15 @@ class AdapterBank:
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._table, self._scaling = self._table.clone(), self._scaling.clone()
+                    self._leave_rows()
                 write()
         finally:
             self._state = self._snapshot()
         # Without memory to give back too: what later changes give back may be seen by whoever sees the state before.
         self._chunks.retire(freed, seen)
+
+    def _leave_rows(self) -> None:
+        self._table, self._scaling = self._table.clone(), self._scaling.clone()
 
     def _wait(self) -> None:
         # Kernels of any stream, and replayed graphs, may still read memory that is to be used again.
