@@ -247,6 +247,8 @@ def cost_of_changes(size: int) -> tuple[int, float]:
         for _ in range(3):
             pair()
     assert seen.names.count("clone") == 2 and torch.equal(held.table, shown)
+    x, names = torch.randn(4, K), [str(size - 1), "5", None, "1"]
+    torch.testing.assert_close(sgmv(x, bank, bank.ids(names)), sgmv(x, [(A, B, 1.0)], torch.tensor([0, 0, -1, 0])))
     return elements, min(times)
 
 
