@@ -6,9 +6,10 @@ A call sees the state of the moment it started, whole, though a change copies no
    storage, but each has a tensor of its own, held by whoever reads the state: a call, also a compiled one, and a graph
    that waits for its backward.
 2. A change first takes the state out of the bank. If the state's tensor dies of that, nobody holds the state, and nobody
-   can get hold of it: the row is written in place. Otherwise table and scaling are copied, and the copies are written;
-   the originals never again. Then the bank gets its next state; a call that finds none waits for the lock.
-   So a change is O(1), plus at most one copy for each call that runs beside it, which cost that call's route as much.
+   can get hold of it: the row is written in place. Otherwise table and scaling are copied, and the copies are written,
+   the originals never again; so of the states that share a storage only the last can be held. Then the bank gets its
+   next state; a call that finds none waits for the lock. A change is O(1), plus at most one copy for each call that
+   runs beside it, and making that call's route costs as much.
 3. An adapter's weights are written to memory that no state shows, without the lock. Memory that the next state does not
    show is used again when all states are gone that do (``Chunks.retire``).
 
