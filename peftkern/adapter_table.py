@@ -17,7 +17,8 @@ class AdapterTable:
     """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``: as in the op.
 
     ``max_rank`` is the widest rank that a row can meet. ``slots``: equal for tables whose slots answer to the same ids,
-    so that layers can share the route of a batch.
+    so that layers can share the route of a batch. A bank leaves what ``weights`` and ``table`` show as it is for as long
+    as the tensor ``table`` lives: a compiled call, or one that waits for its backward, holds that and not this object.
     """
 
     __slots__ = (
@@ -28,7 +29,8 @@ class AdapterTable:
         self, weights: Sequence[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
         in_features: int, out_features: int, slots: Hashable,
     ):  # fmt: skip
-        self.weights, self.table, self.scaling = FixedList(weights), table, scaling
+        self.weights = weights if type(weights) is FixedList else FixedList(weights)
+        self.table, self.scaling = table, scaling
         self.mask, self.max_rank = mask, max_rank
         self.in_features, self.out_features, self.slots = in_features, out_features, slots
 
@@ -79,15 +81,15 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
 _constants: dict[tuple, Tensor] = {}
 
 
-def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device, repeats: int = 1) -> Tensor:
     # Made once per content: a copy to a GPU would make the host wait, and may not be captured in a graph.
     def make() -> Tensor:
         with torch.inference_mode(False):
-            return torch.tensor(values, dtype=dtype, device=device)
+            return torch.tensor(values * repeats, dtype=dtype, device=device)
 
     if torch.compiler.is_compiling():
         return make()
-    key = (values, dtype, device)
+    key = (values, dtype, device, repeats)
     if key not in _constants:
         if len(_constants) >= 1024:
             _constants.clear()
@@ -95,9 +97,9 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
     return _constants[key]
 
 
-def probabilities(each: tuple[float, ...], device: torch.device) -> Tensor:
-    """Drop probabilities as the op takes them: fp64 (slots,)."""
-    return _constant(each, torch.float64, device)
+def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -> Tensor:
+    """Drop probabilities as the op takes them: fp64 (slots,), ``each`` that many times over."""
+    return _constant(each, torch.float64, device, repeats)
 
 
 def _rows(ranks: tuple[int, ...], K: int, N: int, device: torch.device) -> Tensor:

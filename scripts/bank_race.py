@@ -1,10 +1,13 @@
 """Threads that read and change an AdapterBank, for ThreadSanitizer; scripts/sanitize_threads.sh runs it.
 
 ThreadSanitizer sees what the extension reads and writes, and the locks of Python (a hand-over of the interpreter's lock
-orders what was done before it). It does not see torch's own code. So the memory that the bank gives out for another
-adapter is first overwritten by the extension: if a call could still be reading it, that is a race, and is reported.
+orders what was done before it). It does not see torch's own code. So what the bank is about to write, memory that it
+gives out for another adapter and a table whose row it changes, is first overwritten by the extension: if a call could
+still be reading it, that is a race, and is reported.
 
-    python scripts/bank_race.py [--seconds S] [--broken]        --broken gives memory back at once, which must be reported
+    python scripts/bank_race.py [--seconds S] [--broken memory|table]
+
+--broken memory gives memory back at once, --broken table writes every row in place: both must be reported.
 """
 
 from __future__ import annotations
@@ -25,22 +28,39 @@ K, N, READERS, WRITERS = 96, 80, 4, 4
 ROWS, RANK = 400, 32  # enough for a call to be in the kernels most of the time
 
 
-def overwrite_what_is_given_out() -> None:
-    """Every range is full of NaN, written by the extension, when the bank gets it."""
-    take, nan = Chunks.take, torch.full((1, 1), float("nan"))
+def overwrite(memory: torch.Tensor, value: float) -> None:
+    """Fill fp32 memory with a value, by the extension."""
+    cpu_native.scale_copy(torch.full((1, 1), value).expand(1, memory.numel()), memory.view(1, -1))
+
+
+def overwrite_what_will_be_written() -> None:
+    """Every range is full of NaN when the bank gets it, and every table full of zeros before one of its rows is changed."""
+    take, advance = Chunks.take, AdapterBank._advance
 
     def overwritten(self, size: int):
         found = take(self, size)
-        memory = self.tensors[found.chunk].data[found.offset : found.offset + found.size]
-        cpu_native.scale_copy(nan.expand(1, found.size), memory.view(1, -1))
+        overwrite(self.tensors[found.chunk].data[found.offset : found.offset + found.size], float("nan"))
         return found
 
-    Chunks.take = overwritten
+    def advance_overwritten(self, write, freed=()):
+        def overwriting():
+            for tensor in (self._table, self._scaling):
+                kept = tensor.clone()
+                overwrite(tensor.view(torch.float32), 0.0)
+                tensor.copy_(kept)
+            write()
+
+        advance(self, overwriting, freed)
+
+    Chunks.take, AdapterBank._advance = overwritten, advance_overwritten
 
 
-def give_back_at_once() -> None:
-    """What the bank must not do: reuse memory that running calls read."""
-    Chunks.retire = lambda self, ranges, snapshot, idle=None: self.give_back(ranges)
+def break_it(how: str) -> None:
+    """What the bank must not do: use memory again, or write a table, that running calls read."""
+    if how == "memory":
+        Chunks.retire = lambda self, ranges, held: self.give_back(ranges)
+    else:
+        AdapterBank._leave_rows = lambda self: None
 
 
 def entry(value: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,34 +72,33 @@ def run(seconds: float, check: bool) -> tuple[int, list[str]]:
     """(calls, errors) of threads that forward and threads that add, replace and remove."""
     bank, weight = AdapterBank(K, N, max_adapters=2 * WRITERS, max_rank=RANK), torch.zeros(N, K)
     asked = [i % WRITERS for i in range(ROWS - 1)]
+    x, choose = torch.ones(ROWS, K), [random.Random(i) for i in range(WRITERS)]
     stop, errors, calls = time.monotonic() + seconds, [], [0] * READERS
     for i in range(WRITERS):
         bank.add(f"a{i}", *entry(i + 1, 1 + i))
 
     def reader(number: int) -> None:
-        x = torch.ones(ROWS, K)
-        while time.monotonic() < stop and not errors:
-            ids = bank.ids([*(f"a{i}" for i in asked), None])
-            y = (sgmv(x, bank, ids) if calls[number] % 2 else multi_lora_linear(x, weight, bank, ids)) / K
-            found = (y.round()[:, 0].long() % 8).tolist()
-            whole = torch.allclose(y, y[:, :1].expand_as(y), atol=1e-3)
-            if check and (found != [*(i + 1 for i in asked), 0] or not whole):
-                errors.append(f"rows of another adapter, or of parts of two: {found}")
-            calls[number] += 1
+        ids = bank.ids([*(f"a{i}" for i in asked), None])
+        y = (sgmv(x, bank, ids) if calls[number] % 2 else multi_lora_linear(x, weight, bank, ids)) / K
+        found = (y.round()[:, 0].long() % 8).tolist()
+        whole = torch.allclose(y, y[:, :1].expand_as(y), atol=1e-3)
+        if check and (found != [*(i + 1 for i in asked), 0] or not whole):
+            errors.append(f"rows of another adapter, or of parts of two: {found}")
+        calls[number] += 1
 
     def writer(number: int) -> None:
-        choose = random.Random(number)
-        while time.monotonic() < stop and not errors:
-            value = number + 1 + 8 * choose.randrange(64)
-            bank.replace(f"a{number}", *entry(value, choose.randint(1, RANK)))
-            bank.add(f"extra{number}", *entry(value + 4, choose.randint(1, RANK)))
-            bank.remove(f"extra{number}")
+        value = number + 1 + 8 * choose[number].randrange(64)
+        bank.replace(f"a{number}", *entry(value, choose[number].randint(1, RANK)))
+        bank.add(f"extra{number}", *entry(value + 4, choose[number].randint(1, RANK)))
+        bank.remove(f"extra{number}")
 
     def guarded(work, number: int) -> None:
-        try:
-            work(number)
-        except Exception as error:
-            errors.append(repr(error))
+        while time.monotonic() < stop and not errors:
+            try:
+                work(number)
+            except Exception as error:
+                if check:
+                    errors.append(repr(error))
 
     threads = [threading.Thread(target=guarded, args=(reader, i)) for i in range(READERS)]
     threads += [threading.Thread(target=guarded, args=(writer, i)) for i in range(WRITERS)]
@@ -94,12 +113,12 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--broken", choices=["memory", "table"])
     args = parser.parse_args()
     torch.set_num_threads(1)  # ThreadSanitizer knows nothing of OpenMP's barriers
-    overwrite_what_is_given_out()
     if args.broken:
-        give_back_at_once()
+        break_it(args.broken)
+    overwrite_what_will_be_written()
     calls, errors = run(args.seconds, check=not args.broken)
     print(f"{calls} calls, {errors[0] if errors else 'no wrong row'}")
     return int(bool(errors) or calls == 0)

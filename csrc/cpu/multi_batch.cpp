@@ -1,5 +1,5 @@
 // The route of a batch, and what its table says about the adapters that have rows.
-#include <cstring>
+#include <algorithm>
 #include <stdexcept>
 
 #include "peftkern/multi.h"
@@ -28,10 +28,14 @@ MultiBatch::MultiBatch(std::vector<uintptr_t> addresses, DType type, const int64
                        const float* scaling, const double* dropout_p, uint64_t dropout_seed)
     : weights(std::move(addresses)), dtype(type), M(rows), max_rank(rank), seed(dropout_seed) {
   require(starts[0] == 0 && starts[slots + 1] == M, "starts must cover all rows; each needs a valid adapter");
-  for (int64_t slot = 0; slot <= slots; ++slot) {
-    const int64_t begin = starts[slot], end = starts[slot + 1];
-    require(begin >= 0 && begin <= end && end <= M, "starts must not descend");
-    if (begin == end) continue;
+  // Slots without rows are passed over: a decoder's batch has few rows, a bank may have a hundred thousand
+  // slots.
+  const int32_t *next = starts, *last = starts + slots + 2;
+  for (int64_t begin = 0, end; begin < M; begin = end) {
+    next = std::upper_bound(next, last, begin);
+    require(next != starts && next != last && next[-1] == begin && *next <= M, "starts must not descend");
+    const int64_t slot = next - starts - 1;
+    end = *next;
     MultiGroup g{};
     g.rows = order + begin, g.count = end - begin;
     g.scaling = g.keep_scale = 1.0f;
@@ -65,8 +69,8 @@ MultiBatch::MultiBatch(std::vector<uintptr_t> addresses, DType type, const int64
 int64_t multi_route(const void* ids, bool wide, int64_t M, const int64_t* table, int64_t slots, int64_t mask,
                     int32_t* order, int32_t* starts) {
   int64_t invalid = -1;
-  std::vector<int32_t> place(static_cast<size_t>(M)), next(static_cast<size_t>(slots) + 2);
-  std::memset(starts, 0, sizeof(int32_t) * (slots + 3));
+  std::vector<int32_t> place(static_cast<size_t>(M));
+  std::fill_n(starts, slots + 2, 0);
   for (int64_t i = 0; i < M; ++i) {
     const int64_t id = wide ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
     const int64_t slot = id & mask;
@@ -74,13 +78,12 @@ int64_t multi_route(const void* ids, bool wide, int64_t M, const int64_t* table,
     if (id >= 0 && slot >= 0 && slot < slots && table[slot * kMultiColumns + kId] == id) at = slot;
     if (at > slots && invalid < 0) invalid = i;
     place[i] = static_cast<int32_t>(at);
-    ++starts[at + 1];
+    ++starts[at];
   }
-  for (int64_t s = 0; s < slots + 2; ++s) {
-    next[s] = starts[s];
-    starts[s + 1] += starts[s];
-  }
-  for (int64_t i = 0; i < M; ++i) order[next[place[i]]++] = static_cast<int32_t>(i);
+  // From the ends of the slots' rows, the last row first, to their beginnings.
+  for (int64_t s = 0, end = 0; s < slots + 2; ++s) starts[s] = static_cast<int32_t>(end += starts[s]);
+  for (int64_t i = M - 1; i >= 0; --i) order[--starts[place[i]]] = static_cast<int32_t>(i);
+  starts[slots + 2] = static_cast<int32_t>(M);
   return invalid;
 }
 

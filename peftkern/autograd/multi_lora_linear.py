@@ -91,7 +91,7 @@ def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) 
         check_p(p)
     if not training or not any(each):
         return None
-    return probabilities(tuple(map(float, each)) * (1 if each is dropout_p else slots), device)
+    return probabilities(tuple(map(float, each)), 1 if each is dropout_p else slots, device)
 
 
 def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dtype) -> Tensor:
@@ -104,9 +104,14 @@ def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dt
         )  # fmt: skip
     y, _ = _fwd(
         _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
-        state.weights, state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+        _weights(state), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
     )  # fmt: skip
     return _as_shape(y, x)
+
+
+def _weights(state: AdapterTable) -> list[Tensor]:
+    # A compiler takes no other list than a plain one.
+    return list(state.weights) if torch.compiler.is_compiling() else state.weights
 
 
 def _no_transforms(name: str) -> None:
@@ -204,5 +209,5 @@ def sgmv(
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
     order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _add(rows, _rows(x, dtype), state.weights, state.table, state.scaling, state.max_rank, order, starts)
+    _add(rows, _rows(x, dtype), _weights(state), state.table, state.scaling, state.max_rank, order, starts)
     return out

@@ -409,6 +409,10 @@ def test_route(ids_dtype):
     for bad in (0, 2, 5, 6, 7, 16, 3, -2, 2**31 - 1):
         with pytest.raises(ValueError, match=f"adapter_ids holds {bad},"):
             cpu_multi.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
+    many = torch.arange(5000).unsqueeze(1).repeat(1, len(op.COLUMNS))
+    ids = torch.tensor([4999, 17, -1, 4999, 0, 4998], dtype=ids_dtype)
+    got, want = (f(ids, many, 8191) for f in (cpu_multi.multi_lora_linear_route, op.multi_lora_linear_route_ref))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
     empty = cpu_multi.multi_lora_linear_route(torch.tensor([-1, -1], dtype=ids_dtype), table[:0], 7)
     assert [t.tolist() for t in empty] == [[0, 1], [0, 2, 2]]
 
@@ -431,7 +435,8 @@ def test_native_code_refuses_a_route_that_leads_astray():
     bad = (
         dict(order=changed(order, 1, 5)), dict(order=changed(order, 0, -1)), dict(order=changed(order, 1, 0)),
         dict(starts=changed(starts, 1, 9)), dict(starts=changed(starts, 1, -1)), dict(starts=changed(starts, 3, 4)),
-        dict(starts=changed(starts, 0, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
+        dict(starts=changed(starts, 0, 1)), dict(starts=changed(starts, 2, 6)), dict(starts=changed(starts, 2, 2)),
+        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
         dict(table=changed(adapters.table, (1, op.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, op.B_OFFSET), -1)),
         dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)),
     )  # fmt: skip
