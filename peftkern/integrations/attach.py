@@ -17,9 +17,19 @@ from torch import nn
 
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
-from .attach_checkpoint import Checkpoint, refuse
-from .attach_fit import Fitted, fit
-from .attach_layer import AttachedLinear, Entry, Request, features, requests
+from .attach_checkpoint import Checkpoint
+from .attach_fit import Edge, Fitted, check_in_place, edges, fit
+from .attach_layer import (
+    AttachedLinear,
+    Entry,
+    Request,
+    device_of,
+    drop_forward,
+    features,
+    put_forward,
+    requests,
+)
+from .attach_weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]
 
@@ -77,6 +87,7 @@ class MultiLoRA:
         self._entries: dict[str, Entry] = {}
         self._leaving: set[Entry] = set()
         self._attached: dict[nn.Module, AttachedLinear] = {}
+        self._edges: list[Edge] = []
         self._serial = count()
         self._lock = threading.RLock()
 
@@ -126,9 +137,8 @@ class MultiLoRA:
         """Make the model plain again and forget all adapters. Idempotent."""
         with self._lock:
             for layer, attached in self._attached.items():
-                if layer.__dict__.get("forward") is attached:
-                    del layer.forward
-            self._attached = {}
+                drop_forward(layer, attached)
+            self._attached, self._edges = {}, []
             for name in list(self._entries):
                 self.remove(name)
 
@@ -165,6 +175,7 @@ class MultiLoRA:
     def _begin(self, names: Sequence[str | None]) -> Request:
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names must be a list with one name or None per sequence, got {type(names).__name__}")
+        check_in_place(self._edges)
         with self._lock:
             entries = {name: self._find(name) for name in names if name is not None}
             for entry in entries.values():
@@ -213,9 +224,11 @@ class MultiLoRA:
                     self._free(entry)
                 raise
             for layer, attached in new.items():
-                layer.forward = attached
+                put_forward(layer, attached)
             self._max_rank = max_rank
             self._attached.update(new)
+            if new:
+                self._edges = edges(self.model, self.layers)
             self._entries.update(entries)
 
     def _checked_rank(self, fitted: dict[str, Fitted]) -> int:
@@ -248,7 +261,7 @@ class MultiLoRA:
             raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {allowed}")
         K, N = features(layer)
         return AdapterBank(
-            K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=layer.weight.device
+            K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=device_of(layer)
         )
 
     def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:

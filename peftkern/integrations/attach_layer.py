@@ -72,19 +72,51 @@ requests: ContextVar[Mapping[Any, Request]] = ContextVar("peftkern_requests", de
 
 def layer_reason(layer: nn.Module) -> str | None:
     """Why this layer can carry no attached adapters, or None."""
-    if isinstance(layer.__dict__.get("forward"), AttachedLinear):
+    attribute = forward_attribute(layer)
+    forward = layer.__dict__.get(attribute)
+    if isinstance(forward, AttachedLinear):
         return "has adapters attached already: add to those"
     cls = type(layer)
     if cls is not nn.Linear and cls is not Conv1D:
         return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
-    if "forward" in layer.__dict__:
+    # accelerate keeps the bound method of the class; anything else computes what nobody knows.
+    if forward is not None and not (attribute == "_old_forward" and forward == types.MethodType(cls.forward, layer)):
         return "has a forward that was replaced"
     weight = layer.weight
     if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:
         return f"has a weight that is a {weight.dtype} {type(weight).__name__}"
-    if weight.device.type == "meta":
+    if device_of(layer).type == "meta":
         return "has no weight yet (device meta)"
     return None
+
+
+def forward_attribute(layer: nn.Module) -> str:
+    """Where a layer's own forward is to be replaced: accelerate's hooks wrap the one that they keep beside them."""
+    wrapper = layer.__dict__.get("forward")
+    hooked = getattr(getattr(wrapper, "func", None), "__module__", None) == "accelerate.hooks"
+    return "_old_forward" if hooked and "_old_forward" in layer.__dict__ else "forward"
+
+
+def put_forward(layer: nn.Module, attached: AttachedLinear) -> None:
+    """Make ``attached`` what a call of the layer runs, inside of accelerate's hook if there is one."""
+    setattr(layer, forward_attribute(layer), attached)
+
+
+def drop_forward(layer: nn.Module, attached: AttachedLinear) -> None:
+    """Undo ``put_forward``, wherever a hook that came or went since has left ``attached``."""
+    if layer.__dict__.get("_old_forward") is attached:
+        layer._old_forward = types.MethodType(type(layer).forward, layer)
+    if layer.__dict__.get("forward") is attached:
+        del layer.forward
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer computes: its weight's device, or the one to which accelerate brings an offloaded weight."""
+    hook = layer.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return layer.weight.device
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
