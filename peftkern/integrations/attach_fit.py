@@ -43,7 +43,7 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
         part = checkpoint.parts[name]
         layer = modules.get(name)
         if layer is None:
-            raise refuse(checkpoint.file, part.key_A, f"the model has no module {name!r}")
+            raise refuse(checkpoint.file, part.key_A, _absent(name, modules))
         reason = None if layer in attached else layer_reason(layer) or _bypassed(name, modules)
         if reason is not None:
             raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
@@ -119,6 +119,13 @@ def _names(checkpoint: Checkpoint, find: _Finder) -> dict[str, str]:
     if len(fitting) > 1:
         raise ValueError(f"{checkpoint.file}: holds adapters for {' and '.join(fitting)}, which all fit this model")
     return of_model[fitting[0]] if fitting else names
+
+
+def _absent(name: str, modules: dict[str, nn.Module]) -> str:
+    parent, _, last = name.rpartition(".")
+    if isinstance(getattr(modules.get(parent), last, None), nn.Parameter):
+        return f"belongs to the stacked parameter {name} of all experts: adapters of parameters are not served"
+    return f"the model has no module {name!r}"
 
 
 def _bypassed(name: str, modules: dict[str, nn.Module]) -> str | None:

@@ -14,15 +14,16 @@ _DIFFUSERS = re.compile(
 # What training alone reads (VeLoRA, MonteCLoRA).
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)")
+# How the keys of other tools look; the first that fits counts.
 _TOOLS = {
     r"lora_(unet|te\d?|transformer|prior)_.*|.*lora_(down|up)(\..*)?": "kohya's sd-scripts",
+    r".*\.loras\..*": "the adapters library",
     r".*\.lora_[ab]\.weight": "torchtune",
     r".*\.lora_[ab]": "MLX",
     r".*\.lora_[AB]": "loralib or LitGPT",
-    r".*\.loras\..*": "the adapters library",
-    r".*(hada_w|lokr_w|lokr_t|oft_diag|oft_blocks).*": "LyCORIS",
+    r".*\.(hada_(w|t)|lokr_(w|t)|oft_(diag|blocks)).*": "LyCORIS",
     r".*\.(adapter|lora_\w*adapter)\.linear_(in|out)\.weight": "NeMo",
-    r".*lora\d\.(down|up)\.weight": "XLabs",
+    r".*\.processor\.\w*lora\d?\.(down|up)\.weight": "XLabs",
 }
 
 
@@ -66,12 +67,17 @@ def for_training(key: str) -> bool:
 def copied(key: str) -> str | None:
     """The weight of the base model that a key of PEFT's repeats, if it is one."""
     name = _WRAPPED.sub("", key.removeprefix(PREFIX))
-    return name if key.startswith(PREFIX) and ".lora_" not in name and "." in name else None
+    plain = key.startswith(PREFIX) and ".lora_" not in name and "." in name and _tool(key) is None
+    return name if plain else None
 
 
 def complaint(key: str) -> str:
     """Why this key is not read."""
-    for pattern, tool in _TOOLS.items():
-        if re.fullmatch(pattern, key):
-            return f"is written as {tool} does, which is not read here: convert it to PEFT's format first"
-    return "is no LoRA weight of a linear layer"
+    tool = _tool(key)
+    if tool is None:
+        return "is no LoRA weight of a linear layer"
+    return f"is written as {tool} does, which is not read here: convert it to PEFT's format first"
+
+
+def _tool(key: str) -> str | None:
+    return next((tool for pattern, tool in _TOOLS.items() if re.fullmatch(pattern, key)), None)

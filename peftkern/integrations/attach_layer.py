@@ -72,15 +72,14 @@ requests: ContextVar[Mapping[Any, Request]] = ContextVar("peftkern_requests", de
 
 def layer_reason(layer: nn.Module) -> str | None:
     """Why this layer can carry no attached adapters, or None."""
-    attribute = forward_attribute(layer)
-    forward = layer.__dict__.get(attribute)
+    forward = layer.__dict__.get(forward_attribute(layer))
     if isinstance(forward, AttachedLinear):
         return "has adapters attached already: add to those"
     cls = type(layer)
     if cls is not nn.Linear and cls is not Conv1D:
         return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
-    # accelerate keeps the bound method of the class; anything else computes what nobody knows.
-    if forward is not None and not (attribute == "_old_forward" and forward == types.MethodType(cls.forward, layer)):
+    # accelerate's hooks, while there and once removed, leave the class's own method on the layer, as copies do.
+    if forward is not None and forward != types.MethodType(cls.forward, layer):
         return "has a forward that was replaced"
     weight = layer.weight
     if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:

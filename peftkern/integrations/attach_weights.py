@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -88,15 +89,14 @@ class Weights:
 
     def _unpickle(self) -> dict[str, Tensor]:
         try:
-            tensors: Any = torch.load(self.file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            if "weights_only" not in str(error):
-                raise ValueError(f"{self.file}: is no pickle of tensors ({error})") from None
-            raise ValueError(
-                f"{self.file}: is a pickle of more than tensors, which could run code, and is not loaded"
-            ) from None
+            mmap = zipfile.is_zipfile(self.file)
+            tensors: Any = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # torch.load has no error of its own: zip, pickle and storage each raise theirs
-            raise ValueError(f"{self.file}: cannot be read as a pickle of tensors ({error!r})") from None
+            if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+                reason = "is a pickle of more than tensors, which could run code, and is not loaded"
+            else:
+                reason = f"cannot be read as a pickle of tensors ({str(error).partition(chr(10))[0]})"
+            raise ValueError(f"{self.file}: {reason}") from None
         if not isinstance(tensors, dict):
             raise ValueError(f"{self.file}: is a pickled {type(tensors).__name__}, expected tensors by name")
         for key, value in tensors.items():

@@ -191,5 +191,7 @@ def test_kernels_contain_no_instructions_of_their_own():
     assert len(sources) > 3
     for path in sources:
         text = re.sub(r"//.*", "", path.read_text())
-        found = re.findall(r"\basm\b|<<<|\b__(?!global__|host__|device__|launch_bounds__|grid_constant__|restrict__)\w+", text)
+        found = re.findall(
+            r"\basm\b|<<<|\b__(?!global__|host__|device__|launch_bounds__|grid_constant__|restrict__)\w+", text
+        )
         assert not found, f"{path.name}: {found}"
