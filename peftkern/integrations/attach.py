@@ -18,7 +18,7 @@ from torch import nn
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
 from .attach_checkpoint import Checkpoint
-from .attach_fit import Edge, Fitted, check_in_place, edges, fit
+from .attach_fit import Fitted, fit
 from .attach_layer import (
     AttachedLinear,
     Entry,
@@ -29,6 +29,7 @@ from .attach_layer import (
     put_forward,
     requests,
 )
+from .attach_reach import Edge, check_in_place, edges
 from .attach_weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]

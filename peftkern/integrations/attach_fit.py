@@ -1,10 +1,10 @@
-"""Which layers of a model a checkpoint's adapters belong to, and whether those layers are still the model's."""
+"""Which layers of a model a checkpoint's adapters belong to."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .attach_checkpoint import Checkpoint
 from .attach_keys import PREFIX, complaint
 from .attach_layer import features, layer_reason
+from .attach_reach import bypass
 from .attach_weights import refuse
 
 
@@ -44,7 +45,7 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
         layer = modules.get(name)
         if layer is None:
             raise refuse(checkpoint.file, part.key_A, _absent(name, modules))
-        reason = None if layer in attached else layer_reason(layer) or _bypassed(name, modules)
+        reason = None if layer in attached else layer_reason(layer) or bypass(name, modules)
         if reason is not None:
             raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
         if checkpoint.targets(name) is False and checkpoint.targets(old) is False:
@@ -128,13 +129,6 @@ def _absent(name: str, modules: dict[str, nn.Module]) -> str:
     return f"the model has no module {name!r}"
 
 
-def _bypassed(name: str, modules: dict[str, nn.Module]) -> str | None:
-    parent = modules[name.rpartition(".")[0]]
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "belongs to a torch.nn.TransformerEncoderLayer, whose fast path reads the weight and never calls it"
-    return None
-
-
 def _check_copies(checkpoint: Checkpoint, find: _Finder) -> None:
     # Modules that the file holds whole must be the model's own: an adapter here changes no weight.
     names = set()
@@ -155,26 +149,3 @@ def _check_copies(checkpoint: Checkpoint, find: _Finder) -> None:
                 for name, _ in find.modules[module].named_parameters(module):
                     if name not in names:
                         raise refuse(checkpoint.file, f"{PREFIX}{name}", "is missing, though modules_to_save names it")
-
-
-Edge = tuple[nn.Module, str, nn.Module]
-
-
-def edges(model: nn.Module, names: Iterable[str]) -> list[Edge]:
-    """(parent, name, child) for each step from the model to its modules of these names, every step once."""
-    found: dict[tuple[nn.Module, str], nn.Module] = {}
-    for name in names:
-        parent = model
-        for step in name.split("."):
-            found[parent, step] = parent = parent._modules[step]
-    return [(parent, step, child) for (parent, step), child in found.items()]
-
-
-def check_in_place(steps: list[Edge]) -> None:
-    """Raise RuntimeError if a module on the way to an attached layer was replaced: its adapters would have no effect."""
-    for parent, step, child in steps:
-        if parent._modules.get(step) is not child:
-            raise RuntimeError(
-                f"{type(parent).__name__}.{step} was replaced since its adapters were attached (as "
-                "resize_token_embeddings does with a head), so that they would have no effect: attach them anew"
-            )

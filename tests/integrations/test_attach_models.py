@@ -255,6 +255,52 @@ def test_fast_paths_that_never_call_the_layer(tmp_path):
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class _Borrowing(nn.Module):
+    """Takes the weights of ``q`` and ``k`` without a call; ``k`` is also called, ``v`` only."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        taken = (nn.functional.linear(x, weight, self.q.bias) for weight in (self.q.weight, self.k.weight))
+        return sum(taken) + self.rest(x)
+
+    def rest(self, x):
+        return (lambda y: self.k(y))(self.v(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["wavlm", "mamba", "own"])
+def test_layers_whose_weight_is_taken_and_that_are_never_called(tmp_path, kind):
+    """Stock has no effect there either, and no gradient."""
+    torch.manual_seed(0)
+    if kind == "own":
+        model, inputs, good, bad, where = _Borrowing(), {"x": torch.randn(2, 16)}, ["v", "k"], "q", "q"
+    elif kind == "mamba":
+        config = transformers.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1)
+        model, inputs = transformers.MambaModel(config), {"input_ids": torch.randint(0, 64, (2, 5))}
+        good, bad, where = ["in_proj"], "dt_proj", "layers.0.mixer.dt_proj"
+    else:
+        conv = dict(conv_dim=(8,), conv_kernel=(4,), conv_stride=(4,), num_conv_pos_embeddings=4)
+        config = transformers.WavLMConfig(
+            **{**SMALL, "num_hidden_layers": 1}, **conv, num_feat_extract_layers=1, num_conv_pos_embedding_groups=2
+        )
+        model, inputs = transformers.WavLMModel(config), {"input_values": torch.randn(2, 100)}
+        good, bad, where = ["intermediate_dense"], "q_proj", "encoder.layers.0.attention.q_proj"
+    model.eval()
+    run = (lambda m: m(**inputs)) if kind == "own" else (lambda m: m(**inputs).last_hidden_state)
+    folder = save(model, tmp_path, target_modules=[bad])
+    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)), run(model))
+    with pytest.raises(ValueError, match=rf"{where} is never called: \S+ takes its weight"):
+        peftkern.attach_adapters(model, {"one": folder})
+    folder = save(model, tmp_path, target_modules=good)
+    expected = run(peft.PeftModel.from_pretrained(copy.deepcopy(model), folder))
+    assert (expected - run(model)).abs().max() > 1e-3
+    with peftkern.attach_adapters(model, {"one": folder}).use(["one", "one"]):
+        torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def _classifier(kind, **options):
     torch.manual_seed(0)
     if kind == "llama":
