@@ -49,11 +49,16 @@ def attach_adapters(
 
     A layer computes y = W x + s[a] B[a] A[a] x + bias, a the adapter of the sequence that x belongs to. Covered are
     LoRA and rsLoRA adapters, ``rank_pattern`` and ``alpha_pattern``, on ``torch.nn.Linear`` and transformers'
-    ``Conv1D``; the adapters may differ in ranks and in the layers that they change.
+    ``Conv1D``; the adapters may differ in ranks and in the layers that they change. A setting that could mean another
+    function is refused by name, whatever else a config notes is ignored, as PEFT ignores it. Modules that an adapter
+    saves whole (``modules_to_save``) must be the model's own.
 
     Args:
-        model: on the device where it will run. Its parameters and state dict stay as they are.
-        adapters: name -> folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: on the device where it will run. Its parameters and state dict stay as they are; accelerate's hooks go on
+            working.
+        adapters: name -> folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, read as
+            tensors only), or with diffusers' ``pytorch_lora_weights``, of which the model takes its own part. Names
+            of layers may be those of an earlier transformers, and tensors may be stored in 8 bits (fp8).
         max_adapters: how many there may be at a time (default: 256, or twice as many as are given).
         max_rank: the largest rank that may be added (default: 64, or the largest that is given).
         dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are

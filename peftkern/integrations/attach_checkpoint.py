@@ -49,22 +49,22 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.config_file = folder / CONFIG
-        self._weights: Weights | None = None
-        self.config: dict[str, Any] | None = None
         self.parts: dict[str, Part] = {}
         self.copies: dict[str, str] = {}
-        if self.config_file.exists() or not (folder / DIFFUSERS).exists():
+        self.config: dict[str, Any] | None
+        if self.config_file.exists() or not any((folder / name).exists() for name in DIFFUSERS):
             self.config = read_config(self.config_file)
             self._weights = Weights(folder)
             self._read(attach_keys.parse, {"": self.config})
         else:
-            self._weights = Weights(folder)
+            self._weights = Weights(folder, DIFFUSERS)
             settings = self._settings()
             self.config = settings.get("")
             self._read(attach_keys.parse_diffusers, settings)
 
     @property
     def file(self) -> Path:
+        """The file of the weights."""
         return self._weights.file
 
     def _settings(self) -> dict[str, dict[str, Any]]:

@@ -23,10 +23,11 @@ _READ = {
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
 # Descriptions, training, and options of settings below that are refused themselves. VeLoRA and MonteCLoRA compute
-# something else than LoRA in training only. merge_weights is of the first releases: whether eval() merged.
+# something else than LoRA in training only. merge_weights is of the first releases (whether eval() merged), lora_dtype
+# of ms-swift, a trainer that writes PEFT's folders.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_dropout", "lora_dtype", "lora_ga_config", "megatron_core",
     "merge_weights", "monteclora_config", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type", "velora_config",
 }  # fmt: skip

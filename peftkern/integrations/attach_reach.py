@@ -59,8 +59,8 @@ def _only_reads(cls: type, child: str) -> bool:
 
 def _uses(code: CodeType, child: str) -> Iterator[str | None]:
     """What follows each ``.child``: the name of its attribute, or None for anything else."""
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-    for step, after in pairwise(steps):
+    steps = dis.get_instructions(code) if child in code.co_names else ()
+    for step, after in pairwise(step for step in steps if step.opname != "EXTENDED_ARG"):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == child:
             yield after.argval if after.opname == "LOAD_ATTR" else None
     for constant in code.co_consts:

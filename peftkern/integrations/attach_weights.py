@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-SAFETENSORS, PICKLE, DIFFUSERS = "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"
+SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+DIFFUSERS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 # Every value of an 8-bit float is a bf16 number.
 _FP8 = {
     getattr(torch, name): torch.bfloat16
@@ -40,7 +41,7 @@ class Stored(NamedTuple):
 
 
 class Weights:
-    """The file of weights in a folder: ``adapter_model.safetensors``, else ``adapter_model.bin``, else diffusers'.
+    """The file of weights in a folder: the first of ``names`` that is there.
 
     8-bit floats are read as bf16, which has all their values. A pickle is loaded with ``weights_only``: it may hold
     tensors and nothing that could run.
@@ -52,10 +53,9 @@ class Weights:
         ValueError: a file that is missing, unreadable, corrupt, truncated, or a pickle of other things than tensors.
     """
 
-    def __init__(self, folder: Path):
-        names = (SAFETENSORS, PICKLE, DIFFUSERS)
-        self.file = next((folder / name for name in names if (folder / name).exists()), folder / SAFETENSORS)
-        self._tensors = self._unpickle() if self.file.name == PICKLE else None
+    def __init__(self, folder: Path, names: tuple[str, ...] = (SAFETENSORS, PICKLE)):
+        self.file = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+        self._tensors = self._unpickle() if self.file.suffix == ".bin" else None
         with self._open() as opened:
             self.metadata: dict[str, str] = {} if self._tensors is not None else dict(opened.metadata() or {})
             self.header = {key: self._stored(opened, key) for key in list(opened.keys())}

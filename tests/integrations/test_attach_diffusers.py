@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkern
-from peftkern.integrations.attach_weights import DIFFUSERS
+from peftkern.integrations.attach_weights import DIFFUSERS as FILES
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+DIFFUSERS, PICKLE = FILES
 UNET = {"r": 4, "lora_alpha": 12, "target_modules": ["to_q", "to_out.0"], "rank_pattern": {"0.attn1.to_q": 6}}
 TEXT = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "out_proj"], "use_rslora": True}
 
@@ -128,10 +129,15 @@ def test_every_model_of_a_pipeline_takes_its_part(tmp_path, spelling, metadata):
         assert (ours[0] - base[0]).abs().max() > 0.05
 
 
-def test_a_models_own_file_and_earlier_names(tmp_path):
+def test_a_models_own_file_a_pickle_and_earlier_names(tmp_path):
     stock = save(tmp_path / "a", ["unet"], prefix=False)["unet"]
     model, x = unet(), MODELS["unet"][2]
     with peftkern.attach_adapters(model, {"a": tmp_path / "a"}).use(["a", "a"]):
+        torch.testing.assert_close(run(model, x), run(stock, x), rtol=1e-4, atol=1e-5)
+    stock = save(tmp_path / "p", ["unet"], "lora", metadata=False)["unet"]
+    torch.save(load_file(tmp_path / "p" / DIFFUSERS), tmp_path / "p" / PICKLE)
+    (tmp_path / "p" / DIFFUSERS).unlink()
+    with peftkern.attach_adapters(model := unet(), {"p": tmp_path / "p"}).use(["p", "p"]):
         torch.testing.assert_close(run(model, x), run(stock, x), rtol=1e-4, atol=1e-5)
     # transformers 4 had one more level in its text encoders, and so have the files of that time.
     stock = save(tmp_path / "b", ["text_encoder"], "lora", metadata=False)["text_encoder"]

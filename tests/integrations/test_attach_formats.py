@@ -126,7 +126,7 @@ def test_layers_that_the_file_leaves_out(zoo, saved):
 
 def test_every_setting_of_pefts_is_judged():
     """A setting of a new release must be sorted: what it changes, or why it can be ignored."""
-    fields = set(peft.LoraConfig.__dataclass_fields__) | {"merge_weights", "enable_lora"}
+    fields = set(peft.LoraConfig.__dataclass_fields__) | {"merge_weights", "enable_lora", "lora_dtype"}
     assert fields == _READ | _IGNORED | _CHANGES.keys()
     assert not (_READ & _IGNORED or _READ & _CHANGES.keys() or _IGNORED & _CHANGES.keys())
     variants = {n for n, f in peft.LoraConfig.__dataclass_fields__.items() if f.metadata.get("is_lora_variant")}

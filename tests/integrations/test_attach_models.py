@@ -1,6 +1,7 @@
 """Models and checkpoints in other states: renamed layers, accelerate's hooks, replaced or whole modules, fast paths."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,20 @@ def test_layers_that_transformers_renamed(tmp_path, era):
     torch.testing.assert_close(under(multi, inputs), expected, rtol=1e-4, atol=1e-5)
     assert len(multi.layers) == 8 and all(name in dict(model.named_modules()) for name in multi.layers)
     assert (expected - logits(model, inputs)).abs().max() > 0.05
+
+
+def test_the_map_of_transformers_4(tmp_path, monkeypatch):
+    model, inputs = llava()
+    folder = save(model, tmp_path, target_modules=["q_proj", "v_proj"])
+    expected = stock(model, folder, inputs)
+    rename(folder, *ERAS["4.40"], ("vision_tower.vision_model", "vision_tower"))
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    with pytest.raises(ValueError, match="has no module 'language_model"):
+        peftkern.attach_adapters(model, {"one": folder})
+    pairs = {"^language_model.model": "model.language_model", "^vision_tower": "model.vision_tower", "^model": "none"}
+    model._checkpoint_conversion_mapping = pairs
+    multi = peftkern.attach_adapters(model, {"one": folder})
+    torch.testing.assert_close(under(multi, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patterns_mean_the_names_of_their_file(tmp_path):
