@@ -93,17 +93,15 @@ class _Finder:
             return str
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
         except ImportError:  # transformers 4: expressions, of which the first that fits counts
             patterns = getattr(model, "_checkpoint_conversion_mapping", {})
             return lambda name: next(
                 (new for new, count in (re.subn(*pair, name) for pair in patterns.items()) if count), name
             )
-        steps = get_model_conversion_mapping(model)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        # The maps speak of weights. What a converter makes is a parameter with several experts in it.
-        return lambda name: rename_source_key(f"{name}.weight", renamings, converters)[0].removesuffix(".weight")
+        # The maps speak of weights. Their converters, which fuse or permute weights, have no counterpart for adapters.
+        steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+        return lambda name: rename_source_key(f"{name}.weight", steps, [])[0].removesuffix(".weight")
 
 
 def _names(checkpoint: Checkpoint, find: _Finder) -> dict[str, str]:
@@ -123,9 +121,9 @@ def _names(checkpoint: Checkpoint, find: _Finder) -> dict[str, str]:
 
 
 def _absent(name: str, modules: dict[str, nn.Module]) -> str:
-    parent, _, last = name.rpartition(".")
-    if isinstance(getattr(modules.get(parent), last, None), nn.Parameter):
-        return f"belongs to the stacked parameter {name} of all experts: adapters of parameters are not served"
+    experts = re.match(r"(.+)\.\d+\.[^.]+$", name)
+    if experts and experts[1] in modules and any(w.dim() == 3 for w in modules[experts[1]].parameters(recurse=False)):
+        return f"is of one expert, a slice of a parameter of {experts[1]}: adapters of parameters are not served"
     return f"the model has no module {name!r}"
 
 
