@@ -7,10 +7,11 @@ state dict; outside of ``use`` it is the base model. PEFT itself is not needed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +19,11 @@ from torch import nn
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
 from .attach_checkpoint import Checkpoint
+from .attach_entry import AttachedEntry, AttachedGenerate, entries_above
 from .attach_fit import Fitted, fit
-from .attach_layer import (
-    AttachedLinear,
-    Entry,
-    Request,
-    device_of,
-    drop_forward,
-    features,
-    put_forward,
-    requests,
-)
+from .attach_layer import AttachedLinear, Replacement, device_of, features
 from .attach_reach import Edge, check_in_place, edges
+from .attach_request import Entry, Request, in_force, refuse_generators
 from .attach_weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]
@@ -44,6 +38,7 @@ def attach_adapters(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype | None = None,
+    outside: str = "base",
 ) -> MultiLoRA:
     """Attach PEFT LoRA checkpoints to a plain transformers model, all of them ready to be mixed in one batch.
 
@@ -63,6 +58,8 @@ def attach_adapters(
         max_rank: the largest rank that may be added (default: 64, or the largest that is given).
         dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are
             stored in it, else fp32).
+        outside: what a call outside of ``use`` does: "base" runs the base model, "error" raises RuntimeError, so that no
+            request of a server is answered without its adapter by accident.
 
     Raises:
         ValueError: a checkpoint that does not fit the model (missing or corrupt file, other shapes, unknown keys,
@@ -73,9 +70,11 @@ def attach_adapters(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters must map names to folders, got {type(adapters).__name__}")
+    if outside not in ("base", "error"):
+        raise ValueError(f"outside is {outside!r}, expected 'base' or 'error'")
     if max_adapters is None:
         max_adapters = max(_MAX_ADAPTERS, 2 * len(adapters))
-    multi = MultiLoRA(model, max_adapters, max_rank, dtype)
+    multi = MultiLoRA(model, max_adapters, max_rank, dtype, outside)
     multi._add_all(adapters)
     return multi
 
@@ -87,15 +86,26 @@ class MultiLoRA:
         model: the model.
     """
 
-    def __init__(self, model: nn.Module, max_adapters: int, max_rank: int | None, dtype: torch.dtype | None):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        max_adapters: int,
+        max_rank: int | None,
+        dtype: torch.dtype | None,
+        outside: str = "base",
+    ):
+        self.model, self.outside = model, outside
+        self.layouts: dict[tuple, dict] = {}  # kind of call -> where its layers find the batch
+        self.graph_batch: torch.Tensor | None = None  # while torch.compile traces a call
         self._max_adapters, self._max_rank, self._dtype = max_adapters, max_rank, dtype
         self._entries: dict[str, Entry] = {}
         self._leaving: set[Entry] = set()
         self._attached: dict[nn.Module, AttachedLinear] = {}
-        self._edges: list[Edge] = []
+        self._edges: list[Edge] = []  # the way to each of them
+        self._replaced: dict[str, Replacement] = {}  # the model's own methods, where batches come in
         self._serial = count()
-        self._lock = threading.RLock()
+        # One change at a time; what use() looks at is changed under the second lock, and only for a moment.
+        self._changing, self._lock = threading.RLock(), threading.RLock()
 
     def add(self, name: str, folder: str | PathLike) -> None:
         """Attach one more checkpoint, at any time. All of it or, after an error, nothing.
@@ -114,39 +124,59 @@ class MultiLoRA:
         with self._lock:
             entry = self._find(name)
             del self._entries[name]
-            entry.removed = True
             self._leaving.add(entry)
-            self._free_if_unused(entry)
+        self._free_unused([entry])
 
-    @contextmanager
-    def use(self, names: Sequence[str | None]) -> Iterator[MultiLoRA]:
-        """Within the block, calls of the model take adapter ``names[i]`` (None: the base model) for sequence i.
+    def use(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> _Use:
+        """A ``with`` block in which calls of the model take these adapters.
 
-        The first dimension of every layer's input counts sequences. If it is a multiple of ``len(names)`` (beams, or
-        several sequences per prompt, which ``generate`` makes of each prompt in turn), each name stands for as many in
-        a row. Blocks hold for their thread or task alone (contextvars), and the innermost counts.
+        Args:
+            names: one name per sequence of the batch (None: the base model), in the order of the model's input; or one
+                for all. One name, or the same one everywhere, fits any batch. Several need a batch of their number.
+            repeats: each name stands for so many rows in a run. Within ``generate`` that is known: beams, and several
+                sequences per prompt, come as such runs.
+
+        The batch is counted where it enters the model, and its rows are followed from there: a layer that gets them in
+        another order serves each with its own adapter, and one where that is not known raises ValueError.
+
+        Blocks hold for their thread or task alone (contextvars); the innermost counts. A new thread has none: give it
+        what ``bind`` returns. A block in a generator raises RuntimeError; ``bind`` is for that, too.
 
         Raises:
-            KeyError: an unknown name. TypeError: no sequence of names. ValueError: at a call whose batch does not fit.
+            KeyError: an unknown name. TypeError: names that are no list. ValueError: at a call, a batch that does not
+            fit. RuntimeError: a block in a generator, or a call in a context copied from a block that has ended.
         """
-        request = self._begin(names)
-        try:
-            token = requests.set({**requests.get(), self: request})
-            try:
-                yield self
-            finally:
-                requests.reset(token)
-        finally:
-            self._end(request)
+        return _Use(self, self._named(names), _checked_repeats(repeats))
+
+    def bind(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> BoundModel:
+        """The model with these adapters: to be called, or to ``generate``, in any thread, executor or generator.
+
+        Arguments and errors as in ``use``. Names are looked up at every call.
+        """
+        named = self._named(names)
+        with self._lock:
+            for name in set(named) - {None}:
+                self._find(name)
+        return BoundModel(self, named, _checked_repeats(repeats))
+
+    def check_outside(self, name: str) -> None:
+        """RuntimeError if calls outside of ``use`` are to raise."""
+        if self.outside == "error":
+            raise RuntimeError(
+                f"{name or type(self.model).__name__} is called outside of use(), in a model attached with"
+                " outside='error': a new thread or executor sees no block of another one. Run what bind(names) returns"
+            )
 
     def detach(self) -> None:
         """Make the model plain again and forget all adapters. Idempotent."""
-        with self._lock:
-            for layer, attached in self._attached.items():
-                drop_forward(layer, attached)
-            self._attached, self._edges = {}, []
-            for name in list(self._entries):
+        with self._changing:
+            for replaced in (*self._attached.values(), *self._replaced.values()):
+                replaced.take_back()
+            for name in self.names:
                 self.remove(name)
+            with self._lock:
+                self._attached, self._replaced, self._edges = {}, {}, []
+            self.layouts.clear()
 
     @property
     def names(self) -> list[str]:
@@ -178,26 +208,46 @@ class MultiLoRA:
         except (KeyError, TypeError):
             raise KeyError(f"no adapter {name!r} is attached") from None
 
-    def _begin(self, names: Sequence[str | None]) -> Request:
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"names must be a list with one name or None per sequence, got {type(names).__name__}")
+    @staticmethod
+    def _named(names: Any) -> tuple[str | None, ...]:
+        if names is None or isinstance(names, str):
+            return (names,)
+        if not isinstance(names, Sequence):
+            raise TypeError(
+                f"names must be a list with one name or None per sequence, or one name, got {type(names).__name__}"
+            )
+        return tuple(names)
+
+    @contextmanager
+    def _in_use(self, names: tuple[str | None, ...], repeats: int) -> Iterator[None]:
         check_in_place(self._edges)
         with self._lock:
             entries = {name: self._find(name) for name in names if name is not None}
             for entry in entries.values():
                 entry.users += 1
-        return Request(tuple(names), entries)
+        request = Request(self, names, entries, repeats)
+        try:
+            with in_force(request):
+                yield
+        finally:
+            self._end(request)
 
     def _end(self, request: Request) -> None:
         with self._lock:
             for entry in request.entries.values():
                 entry.users -= 1
-                self._free_if_unused(entry)
+        if self._leaving:
+            self._free_unused(request.entries.values())
 
-    def _free_if_unused(self, entry: Entry) -> None:
-        if entry.removed and not entry.users and entry in self._leaving:
-            self._leaving.discard(entry)
+    def _free_unused(self, entries: Iterable[Entry]) -> None:
+        with self._lock:
+            unused = [entry for entry in entries if entry in self._leaving and not entry.users and not entry.freed]
+            for entry in unused:
+                entry.freed = True
+        for entry in unused:
             self._free(entry)
+        with self._lock:
+            self._leaving.difference_update(unused)
 
     def _free(self, entry: Entry) -> None:
         for attached in entry.ids:
@@ -207,11 +257,12 @@ class MultiLoRA:
         for name in adapters:
             if not isinstance(name, str):
                 raise TypeError(f"the name of an adapter must be a string, got {type(name).__name__}")
-        with self._lock:
-            for name in adapters:
-                if name in self._entries:
-                    raise ValueError(f"adapter {name!r} is attached already: remove it first")
-            held = len(self._entries) + len(self._leaving)
+        with self._changing:
+            with self._lock:
+                for name in adapters:
+                    if name in self._entries:
+                        raise ValueError(f"adapter {name!r} is attached already: remove it first")
+                held = len(self._entries) + len(self._leaving)
             if held + len(adapters) > self._max_adapters:
                 raise RuntimeError(
                     f"no room for {len(adapters)} more adapters: {held} of {self._max_adapters} are held"
@@ -229,13 +280,26 @@ class MultiLoRA:
                 for entry in entries.values():
                     self._free(entry)
                 raise
-            for layer, attached in new.items():
-                put_forward(layer, attached)
-            self._max_rank = max_rank
-            self._attached.update(new)
+            for attached in new.values():
+                attached.put()
             if new:
-                self._edges = edges(self.model, self.layers)
-            self._entries.update(entries)
+                self._replace_entries([attached.name for attached in new.values()])
+            with self._lock:
+                self._max_rank = max_rank
+                self._attached = {**self._attached, **new}
+                self._edges = edges(self.model, self.layers) if new else self._edges
+                self._entries.update(entries)
+
+    def _replace_entries(self, layers: list[str]) -> None:
+        self.layouts.clear()
+        attached = {id(a.module) for a in self._attached.values()}
+        for name, module in entries_above(self.model, layers).items():
+            if name not in self._replaced and id(module) not in attached:
+                self._replaced[name] = AttachedEntry(self, name, module)
+                self._replaced[name].put()
+        if "generate" not in self._replaced and hasattr(self.model, "generation_config"):
+            self._replaced["generate"] = AttachedGenerate(self, "generate", self.model)
+            self._replaced["generate"].put()
 
     def _checked_rank(self, fitted: dict[str, Fitted]) -> int:
         parts = [(one.checkpoint, part) for one in fitted.values() for part in one.checkpoint.parts.values()]
@@ -274,3 +338,41 @@ class MultiLoRA:
         for name, A, B in fitted.checkpoint.tensors():
             layer = attached[fitted.layers[name]]
             entry.ids[layer] = layer.bank.add(entry.key, A, B, fitted.checkpoint.parts[name].scaling)
+
+
+class _Use:
+    """The block of ``MultiLoRA.use``."""
+
+    def __init__(self, multi: MultiLoRA, names: tuple[str | None, ...], repeats: int):
+        self._multi, self._block = multi, multi._in_use(names, repeats)
+
+    def __enter__(self) -> MultiLoRA:
+        refuse_generators()
+        self._block.__enter__()
+        return self._multi
+
+    def __exit__(self, *error) -> None:
+        self._block.__exit__(*error)
+
+
+class BoundModel:
+    """A model with the adapters of a batch, from ``MultiLoRA.bind``: each call enters and leaves by itself."""
+
+    def __init__(self, multi: MultiLoRA, names: tuple[str | None, ...], repeats: int):
+        self._multi, self.names, self.repeats = multi, names, repeats
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """A call of the model."""
+        with self._multi._in_use(self.names, self.repeats):
+            return self._multi.model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs) -> Any:
+        """The model's ``generate``."""
+        with self._multi._in_use(self.names, self.repeats):
+            return self._multi.model.generate(*args, **kwargs)
+
+
+def _checked_repeats(repeats: int) -> int:
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats is {repeats!r}, expected a number of rows of at least 1")
+    return repeats

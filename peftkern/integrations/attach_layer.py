@@ -1,10 +1,8 @@
-"""One layer with attached adapters: its forward, and the requests in force in the calling context."""
+"""One layer with attached adapters: its forward, and which adapter each of its rows takes."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,61 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter_bank import AdapterBank
 from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .attach_compiled import number_of
+from .attach_request import Batch, Request, batch_of, current_request
+from .attach_rows import Rows
 
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Entry:
-    """An adapter of a model: its id in the bank of every layer that it changes.
-
-    ``users`` requests run with it; once ``removed``, the last of them frees it.
-    """
-
-    def __init__(self, key: str):
-        self.key = key  # its name in the banks: no two entries ever share one
-        self.ids: dict[AttachedLinear, int] = {}
-        self.users = 0
-        self.removed = False
-
-
-class Request:
-    """The adapters of one batch. They stay as they are until the request ends, whatever is added or removed."""
-
-    def __init__(self, names: tuple[str | None, ...], entries: dict[str, Entry]):
-        self.names, self.entries = names, entries
-        self._of_layer: dict[tuple, Tensor | None] = {}
-        self._shared: dict[tuple, Tensor] = {}
-
-    def ids(self, layer: AttachedLinear, x: Tensor) -> Tensor | None:
-        """int32, one id per leading index of x, or None if none of them has an adapter here.
-
-        Beams, and sequences returned per prompt, come as copies one after the other: so do the names.
-        """
-        rows, given = x.shape[0] if x.dim() else 1, len(self.names)
-        copies = rows // given if given else 0
-        if x.dim() < 2 or rows != copies * given or (copies > 1 and x.dim() == 2):
-            raise ValueError(f"use() names {given} sequences, but {layer.name} gets an input of shape {tuple(x.shape)}")
-        key = layer, copies, x.device
-        if key not in self._of_layer:
-            self._of_layer[key] = self._make(layer, copies, x.device)
-        return self._of_layer[key]
-
-    def _make(self, layer: AttachedLinear, copies: int, device: torch.device) -> Tensor | None:
-        each = [-1 if name is None else self.entries[name].ids.get(layer, -1) for name in self.names]
-        if not copies or max(each) < 0:
-            return None
-        # Layers whose banks agree share the tensor: it carries the route of the batch.
-        key = tuple(each), copies, device, layer.bank.snapshot().slots
-        if key not in self._shared:
-            with torch.inference_mode(False):
-                ids = torch.tensor(each, dtype=torch.int32, device=device)
-                self._shared[key] = ids.repeat_interleave(copies) if copies > 1 else ids
-        return self._shared[key]
-
-
-# MultiLoRA -> its request. One variable for all: those made at run time would never be freed.
-requests: ContextVar[Mapping[Any, Request]] = ContextVar("peftkern_requests", default=types.MappingProxyType({}))
+_FIRST = Rows(0)
 
 
 def layer_reason(layer: nn.Module) -> str | None:
@@ -96,19 +46,6 @@ def forward_attribute(layer: nn.Module) -> str:
     return "_old_forward" if hooked and "_old_forward" in layer.__dict__ else "forward"
 
 
-def put_forward(layer: nn.Module, attached: AttachedLinear) -> None:
-    """Make ``attached`` what a call of the layer runs, inside of accelerate's hook if there is one."""
-    setattr(layer, forward_attribute(layer), attached)
-
-
-def drop_forward(layer: nn.Module, attached: AttachedLinear) -> None:
-    """Undo ``put_forward``, wherever a hook that came or went since has left ``attached``."""
-    if layer.__dict__.get("_old_forward") is attached:
-        layer._old_forward = types.MethodType(type(layer).forward, layer)
-    if layer.__dict__.get("forward") is attached:
-        del layer.forward
-
-
 def device_of(layer: nn.Module) -> torch.device:
     """Where the layer computes: its weight's device, or the one to which accelerate brings an offloaded weight."""
     hook = layer.__dict__.get("_hf_hook")
@@ -124,34 +61,121 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return (N, K) if type(layer) is Conv1D else (K, N)
 
 
-class AttachedLinear:
-    """What takes the place of a layer's ``forward``: the base model's outside of ``use``, else all adapters at once.
+class Replacement:
+    """What takes the place of a module's method on the instance. A copy or a pickle of the module is plain again."""
 
-    A copy or a pickle of the layer is a plain layer again.
-    """
+    method = "forward"
 
-    def __init__(self, owner, name: str, layer: nn.Module, bank: AdapterBank):
-        self.owner, self.name, self.layer, self.bank = owner, name, layer, bank
+    def __init__(self, owner, name: str, module: nn.Module):
+        self.owner, self.name, self.module = owner, name, module
+        self._place = forward_attribute(module) if self.method == "forward" else self.method
+        self._before = module.__dict__.get(self._place)  # another library's, which it goes on to call
 
-    def __call__(self, *args, **kwargs) -> Tensor:
-        layer = self.layer
-        request = requests.get().get(self.owner)
-        if request is None or len(args) + len(kwargs) != 1:
-            return type(layer).forward(layer, *args, **kwargs)
-        (x,) = args or kwargs.values()
-        ids = request.ids(self, x)
-        if ids is None:
-            return type(layer).forward(layer, x)
-        weight = layer.weight
-        if torch.is_grad_enabled() and weight.requires_grad:
-            # The base stays trainable as it was; the fused op has no gradient for a weight.
-            return type(layer).forward(layer, x) + sgmv(x, self.bank, ids)
-        return multi_lora_linear(x, weight.t() if type(layer) is Conv1D else weight, self.bank, ids, bias=layer.bias)
+    def inner(self, *args, **kwargs) -> Any:
+        """The method as it was."""
+        return (self._before or self._own(self.module))(*args, **kwargs)
+
+    def put(self) -> None:
+        """Take the method's place."""
+        self.module.__dict__[self._place] = self
+
+    def take_back(self) -> None:
+        """Give the place back, unless something else has taken it since: a hook that came or went moves it along."""
+        before = self._before or self._own(self.module)
+        for place in (self.method, "_old_forward"):
+            if self.module.__dict__.get(place) is self:
+                self.module.__dict__[place] = before
+        if self.module.__dict__.get(self.method) is before and self._before is None:
+            del self.module.__dict__[self.method]
+
+    def _own(self, module: nn.Module) -> types.MethodType:
+        return types.MethodType(getattr(type(module), self.method), module)
 
     def __deepcopy__(self, memo):
-        layer = memo.get(id(self.layer), self.layer)
-        return types.MethodType(type(layer).forward, layer)
+        module = memo.get(id(self.module), self.module)
+        return self._own(module)
 
     def __reduce__(self):
-        # When this runs at loading, the layer has no attributes yet: it is the forward of its class.
-        return getattr, (self.layer, "forward")
+        # When this runs at loading, the module has no attributes yet: it is the method of its class.
+        return getattr, (self.module, self.method)
+
+
+class AttachedLinear(Replacement):
+    """The forward of a layer: the base model's outside of ``use``, else that of all adapters at once."""
+
+    def __init__(self, owner, name: str, module: nn.Module, bank: AdapterBank):
+        super().__init__(owner, name, module)
+        self.bank = bank
+        self.number = number_of(self)
+        self._trained = False
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if len(args) + len(kwargs) != 1:
+            return self.inner(*args, **kwargs)
+        (x,) = args or kwargs.values()
+        if torch.compiler.is_compiling() and self._before is None:
+            return self._in_graph(x)
+        return self.run(x, self.module.weight, self.module.bias)
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        layer = self.module
+        weight, bias = layer.weight, layer.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # Within a graph no state says so when the op runs.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        _, N = features(layer)
+        return torch.ops.peftkern.attached_linear(x, weight, bias, N, self.number, self.owner.graph_batch)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch | None = None) -> Tensor:
+        """y for an input of the layer. ``batch``: the call that it belongs to, if the context does not show it."""
+        request = current_request(self.owner)
+        if request is None:
+            self._outside()
+            return self._base(x, weight, bias)
+        each = request.each(self)
+        if max(each, default=-1) < 0 or not x.shape[:-1].numel():
+            return self._base(x, weight, bias)
+        self._trained |= x.requires_grad
+        rows, copies = _FIRST, 0
+        if len(set(each)) > 1:
+            batch = batch or batch_of(request)
+            rows, copies = self._rows(request, batch, x), batch.copies
+        ids = request.ids(self, x.shape if x.dim() > 1 else (1, *x.shape), x.device, rows, copies)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            # The base stays trainable as it was; the fused op has no gradient for a weight.
+            y = self._base(x, weight, bias) + sgmv(x, self.bank, ids)
+        else:
+            y = multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
+        if copies and batch.trace is not None:
+            batch.trace.mark(y, rows)
+        return y
+
+    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight is self.module.weight:
+            return self.inner(x)
+        if type(self.module) is nn.Linear:
+            return nn.functional.linear(x, weight, bias)
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+    def _outside(self) -> None:
+        self.owner.check_outside(self.name)
+        if self._trained and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{self.name} is recomputed in backward outside of the use() block in which it ran: call backward inside"
+            )
+
+    def _rows(self, request: Request, batch: Batch | None, x: Tensor) -> Rows:
+        if batch is None:
+            raise ValueError(
+                f"{self.name} gets an input of shape {tuple(x.shape)} outside of a call of the model, with"
+                f" {len(request.names)} names: whose rows these are is not known. Call the model, or name one adapter"
+            )
+        rows = batch.rows_of(self, x)
+        if rows is None:
+            raise ValueError(
+                f"{self.name} gets an input of shape {tuple(x.shape)} in a batch of {batch.rows} sequences with different"
+                " adapters, and whose rows these are is not known here (the model reorders, selects or shares them)."
+                " Call the model with one adapter for all (use('name')), or remove this layer from the adapters"
+            )
+        return rows

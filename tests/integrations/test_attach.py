@@ -287,18 +287,13 @@ def test_batches_that_do_not_fit(zoo, served):
     plain, _, folders = served("bert")
     multi = peftkern.attach_adapters(plain, folders)
     inputs = inputs_of(zoo, "bert", 3)
-    with (
-        multi.use(["first", "second"]),
-        pytest.raises(ValueError, match=r"names 2 sequences, but .* shape \(3, 7, 32\)"),
-    ):
+    with multi.use(["first", "second"]), pytest.raises(ValueError, match=r"names 2 sequences, but .* shape \(3, 7\)"):
         plain(**inputs)
     with multi.use([]), pytest.raises(ValueError, match="names 0 sequences"):
         plain(**inputs)
-    with multi.use(["first"]), pytest.raises(ValueError, match=r"names 1 sequences, but bert.pooler.dense .*\(3, 32\)"):
-        plain(**inputs)  # two dimensions: these could be tokens of any sequence
-    for names in ("first", None, 3, {"first"}):
-        with pytest.raises(TypeError, match="names must be a list"), multi.use(names):
-            pass
+    for names in (3, {"first"}, iter(["first"])):
+        with pytest.raises(TypeError, match="names must be a list"):
+            multi.use(names)
     with multi.use(["first", "second", None]):
         plain(**inputs)
     assert all(entry.users == 0 for entry in multi._entries.values())
@@ -407,6 +402,7 @@ def test_hooks_of_a_layer_run(zoo, served):
     layer.register_forward_hook(lambda m, a, y: seen.append(y.shape))
     with multi.use(["first", None]):
         plain(**inputs_of(zoo, "llama", 2))
+    with multi.use("first"):
         layer(input=torch.randn(2, 3, 32))
     assert seen == [(2, 7, 32), (2, 3, 32)]
 

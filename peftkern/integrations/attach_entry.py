@@ -1,0 +1,203 @@
+"""Where a batch enters an attached model: there its sequences are counted, once, and its rows are followed from there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach_compiled import number_of
+from .attach_layer import Replacement
+from .attach_request import Batch, Request, batch_of, bound, current_request, in_force
+from .attach_rows import UNKNOWN, Rows
+
+# Inputs that may hold the batch; a model's own main_input_name comes first, and any other tensor last.
+_MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
+# Items, of which a sequence may have none or several: not one per sequence, even if there are as many.
+_ITEMS = re.compile("pixel|image|video|audio|vision|frame|grid|patch|feature")
+# What a model kept of earlier calls.
+_STATES = re.compile("past|layer_past|mems|cache|state")
+# Kinds of calls whose layouts are remembered.
+_CALLS = 64
+
+
+class AttachedEntry(Replacement):
+    """The forward of the model, and of its parts down to the first list of layers: counts a batch and follows it."""
+
+    def __init__(self, owner, name: str, module: nn.Module):
+        super().__init__(owner, name, module)
+        self.__wrapped__ = getattr(module, self.method)
+        try:
+            self._signature = inspect.signature(self.__wrapped__)
+        except (TypeError, ValueError):
+            self._signature = None
+        self.number = number_of(self)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        if torch.compiler.is_compiling():
+            return self._in_graph(args, kwargs)
+        request = current_request(self.owner)
+        if request is None:
+            self.owner.check_outside(self.name)
+        if request is None or request.uniform or batch_of(request) is not None:
+            return self.inner(*args, **kwargs)
+        given = self._given(args, kwargs)
+        main = self._main(given)
+        if main is None:
+            return self.inner(*args, **kwargs)
+        copies = self._copies(request, main, given[main])
+        # All that may send a call another way through the model, sizes and values of tensors apart.
+        described = tuple(map(_described, args)), tuple((n, _described(v)) for n, v in kwargs.items())
+        kind = self, self.module.training, torch.is_grad_enabled(), described
+        batch = Batch(request, copies, self.owner.layouts.get(kind, {}))
+        with bound(batch):
+            if batch.trace is None:
+                return self.inner(*args, **kwargs)
+            for name, value in given.items():
+                _mark(batch, name, value, name == main)
+            with batch.trace:
+                y = self.inner(*args, **kwargs)
+        if batch.settled:
+            layouts = self.owner.layouts
+            while len(layouts) >= _CALLS:
+                layouts.pop(next(iter(layouts)), None)
+            layouts[kind] = batch.layouts
+        return y
+
+    def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = list(self._signature.parameters) if self._signature is not None else []
+        names += [f"argument {i}" for i in range(len(names), len(args))]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _main(self, given: dict[str, Any]) -> str | None:
+        tensors = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim()]
+        for name in (getattr(self.module, "main_input_name", None), *_MAIN):
+            if name in tensors:
+                return name
+        return tensors[0] if tensors else None
+
+    def _copies(self, request: Request, main: str, x: Tensor) -> int:
+        copies = request.copies(x.shape[0])
+        if not copies:
+            each = "" if request.repeats == 1 else f", {request.repeats} rows each"
+            raise ValueError(
+                f"use() names {len(request.names)} sequences{each}, but {self.name or type(self.module).__name__} gets"
+                f" {main} of shape {tuple(x.shape)}: give one name per sequence, use(names, repeats=n) for n rows of each"
+                " in a run, or one adapter for all rows with use('name')"
+            )
+        return copies
+
+    def _in_graph(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = self._given(args, kwargs)
+        main = self._main(given)
+        if main is None or self.owner.graph_batch is not None:
+            return self.inner(*args, **kwargs)
+        self.owner.graph_batch = torch.ops.peftkern.attached_entry(given[main], self.number)
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self.owner.graph_batch = None
+
+    def batch_of_graph(self, x: Tensor) -> Batch | None:
+        """The batch of a compiled call with the main input x, or None if all rows take the same adapter."""
+        request = current_request(self.owner)
+        if request is None:
+            self.owner.check_outside(self.name)
+        if request is None or request.uniform:
+            return None
+        kind = self, self.module.training, _described(x)
+        key = kind, self._copies(request, "an input", x)
+        batch = request.batches.get(key)
+        if batch is None:
+            layouts = self.owner.layouts.get(kind)
+            if not layouts:
+                layouts = self.owner.layouts[kind] = self._followed(Batch(request, key[1], {}), x)
+            batch = request.batches[key] = Batch(request, key[1], layouts)
+            batch.number = number_of(batch)
+        return batch
+
+    def _followed(self, batch: Batch, x: Tensor) -> dict:
+        # A graph cannot be watched: the model runs once more beside it, as it is, on its main input alone.
+        try:
+            with bound(batch), torch.no_grad(), batch.trace:
+                batch.trace.mark(x, Rows(0))
+                self.inner(x)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.name or type(self.module).__name__} was compiled before a batch with several adapters was seen,"
+                " and cannot be followed on its main input alone: call it once without torch.compile"
+            ) from error
+        return batch.layouts if batch.settled else {}
+
+
+def _described(value: Any, depth: int = 3) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(size == 1 for size in value.shape)  # squeeze() and broadcasting ask for that
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if depth and isinstance(value, (list, tuple)):
+        return type(value), tuple(_described(v, depth - 1) for v in value)
+    if depth and isinstance(value, dict):
+        return type(value), tuple((str(n), _described(v, depth - 1)) for n, v in value.items())
+    return type(value)
+
+
+def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, depth - 1)
+
+
+def _mark(batch: Batch, name: str, value: Any, main: bool) -> None:
+    if _STATES.match(name):
+        return  # their rows are those of the tokens that meet them
+    for t in _tensors(value):
+        if main or (t.dim() >= 2 and not _ITEMS.search(name) and t.shape[0] == batch.rows):
+            batch.trace.mark(t, Rows(0))
+        elif t.dim() >= 2 and t.shape[0] != 1 and not (name == "position_ids" and t.dim() == 3):
+            batch.trace.mark(t, UNKNOWN)
+
+
+class AttachedGenerate(Replacement):
+    """The model's generate: it makes several rows of each sequence, as many as its arguments say."""
+
+    method = "generate"
+
+    def __init__(self, owner, name: str, module: nn.Module):
+        super().__init__(owner, name, module)
+        self.__wrapped__ = getattr(module, self.method)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        request = current_request(self.owner)
+        if request is None:
+            self.owner.check_outside("generate")
+        copies = self._copies(args, kwargs)
+        if request is None or request.uniform or copies == 1:
+            return self.inner(*args, **kwargs)
+        with in_force(request.within_generate(copies)):
+            return self.inner(*args, **kwargs)
+
+    def _copies(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        sources = [kwargs, vars(config) if config is not None else {}, vars(self.module.generation_config)]
+        settings = ("num_beams", "num_return_sequences")
+        return max(next((n for s in sources if (n := s.get(name)) is not None), 1) for name in settings)
+
+
+def entries_above(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The model and its parts above these layers, down to the first list of layers: where callers may come in."""
+    found = {"": model}
+    for name in names:
+        module, path = model, ""
+        for part in name.split(".")[:-1]:
+            module, path = module._modules[part], f"{path}.{part}".lstrip(".")
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                break
+            found[path] = module
+    return found

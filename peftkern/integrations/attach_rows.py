@@ -1,0 +1,142 @@
+"""Whose rows a tensor holds: the batch axis of a model's input, followed through the operations of one call.
+
+A layer deep in a model sees rows, not sequences, and a shape does not say which row is whose: (4, 4, K) may be four
+sequences of four tokens or the other way round, (8, K) any order of eight tokens. So a call of the model is watched by
+a dispatch mode, and each operation carries the place of the batch from its inputs to its outputs
+(``attach_row_rules``). Sizes, equal by accident or not, decide nothing. An operation without a rule makes its result
+UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .attach_row_rules import RULES, UNKNOWN, Call, Place, Rows, nothing_known, pointwise
+
+__all__ = ["UNKNOWN", "Layout", "Place", "RowTrace", "Rows", "layout_of"]
+
+
+class Layout(NamedTuple):
+    """A place without its sizes: what later calls of other sizes share.
+
+    ``major``: each sequence has its indices of the axis in a row. ``minor``: the axis goes round the batch. Neither: it
+    is the batch.
+    """
+
+    dim: int
+    axis: int
+    major: bool
+    minor: bool
+
+    def rows(self, shape: torch.Size, batch: int) -> Rows | None:
+        """The place in a tensor of this shape, or None if it does not fit."""
+        if len(shape) != self.dim or shape[self.axis] % batch:
+            return None
+        runs = shape[self.axis] // batch
+        if runs != 1 and not self.major and not self.minor:
+            return None
+        return Rows(self.axis, runs if self.major else 1)
+
+
+def layout_of(place: Place, shape: torch.Size, batch: int) -> Layout | None:
+    """The layout of a layer's input, or None if rows (all but its last axis) cannot be told apart by it."""
+    if not isinstance(place, Rows) or place.axis == len(shape) - 1:
+        return None
+    major, minor = place.inner != 1, shape[place.axis] != place.inner * batch
+    return None if major and minor else Layout(len(shape), place.axis, major, minor)
+
+
+class RowTrace(TorchDispatchMode):
+    """Watches the operations of its block; ``place(t)`` says where the ``batch`` (>= 2) sequences lie in t."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.batch = batch
+        # storage -> a weak reference, which keeps its number from being given to another one, and places of its views.
+        self._known: dict[int, tuple[StorageWeakRef, dict[tuple, Place]]] = {}
+
+    def place(self, t: Tensor) -> Place:
+        """Rows, UNKNOWN, or None for a tensor of no sequence."""
+        try:
+            storage = t.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # sparse, nested and wrapper tensors have none
+            return UNKNOWN
+        known = self._known.get(storage)
+        # A view that no rule has seen, of memory that holds sequences.
+        return None if known is None else known[1].get(_geometry(t), UNKNOWN)
+
+    def mark(self, t: Tensor, place: Place) -> None:
+        """Say where the batch lies in t."""
+        try:
+            storage = t.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            return
+        known = self._known.get(storage._cdata)
+        if known is None:
+            if place is None:
+                return
+            known = self._known[storage._cdata] = StorageWeakRef(storage), {}
+        known[1][_geometry(t)] = place
+
+    def _fits(self, place: Place, t: Tensor, first: Tensor) -> bool:
+        if not isinstance(place, Rows):
+            return True
+        return t.dim() == first.dim() and t.shape[place.axis] % (place.inner * self.batch) == 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [t for t in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(t, Tensor)]
+        call = Call(_named(func._schema, args, kwargs), out, self.place, self.batch)
+        written = [
+            v for a in func._schema.arguments if _writes(a) and isinstance(v := call.arguments.get(a.name), Tensor)
+        ]
+        if (not results and not written) or all(self.place(t) is None for t in call.tensors):
+            return out
+        place = nothing_known(call)
+        if results:
+            rule = _rule(func)
+            with contextlib.suppress(KeyError, IndexError, ZeroDivisionError):  # a form that the rule does not know
+                place = rule(call)
+        for t in results:
+            # A rule speaks of the first result; others (parts, indices, statistics) have the same axes or are unknown.
+            self.mark(t, place if self._fits(place, t, results[0]) else UNKNOWN)
+        for t in written:
+            if not any(t is r for r in results):
+                self.mark(t, place if results else UNKNOWN)
+        return out
+
+
+def _geometry(t: Tensor) -> tuple:
+    return t.storage_offset(), t.shape, t.stride()
+
+
+def _named(schema, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [a.name for a in schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _writes(argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _rule(func):
+    if not func._schema.name.startswith("aten::"):
+        return nothing_known
+    name = func._schema.name.removeprefix("aten::")
+    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    # max, min, all and any reduce in some overloads, and are elementwise in others.
+    if rule is None or "other" in [a.name for a in func._schema.arguments]:
+        functional = getattr(torch.ops.aten, name.removesuffix("_"), None)
+        overloads = functional.overloads() if functional is not None else []
+        if torch.Tag.pointwise in func.tags or any(
+            torch.Tag.pointwise in getattr(functional, o).tags for o in overloads
+        ):
+            return pointwise
+    return rule or nothing_known
