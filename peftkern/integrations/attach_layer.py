@@ -73,7 +73,9 @@ class Replacement:
 
     def inner(self, *args, **kwargs) -> Any:
         """The method as it was."""
-        return (self._before or self._own(self.module))(*args, **kwargs)
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def put(self) -> None:
         """Take the method's place."""
