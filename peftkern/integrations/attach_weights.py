@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,9 +54,9 @@ class Weights:
 
     def __init__(self, folder: Path, names: tuple[str, ...] = (SAFETENSORS, PICKLE)):
         self.file = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-        self._tensors = self._unpickle() if self.file.suffix == ".bin" else None
+        self._pickled = self.file.suffix == ".bin"
         with self._open() as opened:
-            self.metadata: dict[str, str] = {} if self._tensors is not None else dict(opened.metadata() or {})
+            self.metadata: dict[str, str] = {} if self._pickled else dict(opened.metadata() or {})
             self.header = {key: self._stored(opened, key) for key in list(opened.keys())}
 
     def read(self, keys: Iterable[str]) -> Iterator[Tensor]:
@@ -65,23 +64,24 @@ class Weights:
         with self._open() as opened:
             for key in keys:
                 try:
-                    tensor = opened[key] if self._tensors is not None else opened.get_tensor(key)
-                except (SafetensorError, OSError) as error:
+                    tensor = opened[key] if self._pickled else opened.get_tensor(key)
+                except (SafetensorError, OSError, KeyError) as error:
                     raise refuse(self.file, key, f"cannot be read ({error})") from None
                 if tuple(tensor.shape) != self.header[key].shape:
                     raise refuse(self.file, key, "was changed while it was read")
                 yield tensor.to(_FLOATS.get(tensor.dtype, tensor.dtype))
 
     def _open(self):
-        if self._tensors is not None:
-            return nullcontext(self._tensors)
+        # A pickle is loaded whole, each time: it is not kept, as there may be thousands of adapters.
+        if self._pickled:
+            return nullcontext(self._unpickle())
         try:
             return safe_open(self.file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: cannot be read as safetensors ({error})") from None
 
     def _stored(self, opened, key: str) -> Stored:
-        if self._tensors is not None:
+        if self._pickled:
             tensor = opened[key]
             return Stored(tuple(tensor.shape), _FLOATS.get(tensor.dtype), str(tensor.dtype).removeprefix("torch."))
         view = opened.get_slice(key)
@@ -89,8 +89,7 @@ class Weights:
 
     def _unpickle(self) -> dict[str, Tensor]:
         try:
-            mmap = zipfile.is_zipfile(self.file)
-            tensors: Any = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mmap)
+            tensors: Any = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load has no error of its own: zip, pickle and storage each raise theirs
             if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
                 reason = "is a pickle of more than tensors, which could run code, and is not loaded"

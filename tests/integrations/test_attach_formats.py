@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -31,14 +32,25 @@ def ours(plain, folder, inputs):
     return logits
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Models and folders by their options, made once."""
+    return {}, tmp_path_factory.mktemp("adapters")
+
+
 @pytest.fixture
-def saved(zoo, tmp_path):
+def saved(zoo, tmp_path, made):
     """(plain model, folder, inputs) of an adapter with options; rank and alpha are PEFT's defaults."""
 
     def make(**options):
-        twin = zoo.several("llama", one={"r": 8, "lora_alpha": 8, **options})
-        twin.save_pretrained(tmp_path)
-        return twin.unload().eval(), tmp_path / "one", zoo.batch("llama", rows=2)["input_ids"]
+        models, folder = made
+        key = repr(options)
+        if key not in models:
+            twin = zoo.several("llama", one={"r": 8, "lora_alpha": 8, **options})
+            twin.save_pretrained(folder / str(len(models)))
+            models[key] = twin.unload().eval(), folder / str(len(models)) / "one"
+        plain, source = models[key]
+        return plain, shutil.copytree(source, tmp_path / "one"), zoo.batch("llama", rows=2)["input_ids"]
 
     return make
 
