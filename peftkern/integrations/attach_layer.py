@@ -174,6 +174,12 @@ class AttachedLinear(Replacement):
                 f" {len(request.names)} names: whose rows these are is not known. Call the model, or name one adapter"
             )
         rows = batch.rows_of(self, x)
+        if rows is None and batch.lost:
+            raise ValueError(
+                f"{self.name} gets an input of shape {tuple(x.shape)} in a batch of {batch.rows} sequences with different"
+                " adapters, and this call went another way through the model than the one by which whose rows these are"
+                " is known: call again, the next call is followed anew, or name one adapter for all (use('name'))"
+            )
         if rows is None:
             raise ValueError(
                 f"{self.name} gets an input of shape {tuple(x.shape)} in a batch of {batch.rows} sequences with different"
