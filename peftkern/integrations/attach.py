@@ -18,11 +18,13 @@ from torch import nn
 
 from ..adapter_bank import AdapterBank
 from ..ops.checks import accumulate_dtype
-from .attach_checkpoint import Checkpoint, refuse
+from .attach_checkpoint import Checkpoint
 from .attach_entry import AttachedEntry, AttachedGenerate, entries_above
 from .attach_fit import Fitted, fit
-from .attach_layer import AttachedLinear, Replacement, features
+from .attach_layer import AttachedLinear, Replacement, device_of, features
+from .attach_reach import Edge, check_in_place, edges
 from .attach_request import Entry, Request, in_force, refuse_generators
+from .attach_weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]
 
@@ -42,11 +44,16 @@ def attach_adapters(
 
     A layer computes y = W x + s[a] B[a] A[a] x + bias, a the adapter of the sequence that x belongs to. Covered are
     LoRA and rsLoRA adapters, ``rank_pattern`` and ``alpha_pattern``, on ``torch.nn.Linear`` and transformers'
-    ``Conv1D``; the adapters may differ in ranks and in the layers that they change.
+    ``Conv1D``; the adapters may differ in ranks and in the layers that they change. A setting that could mean another
+    function is refused by name, whatever else a config notes is ignored, as PEFT ignores it. Modules that an adapter
+    saves whole (``modules_to_save``) must be the model's own.
 
     Args:
-        model: on the device where it will run. Its parameters and state dict stay as they are.
-        adapters: name -> folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: on the device where it will run. Its parameters and state dict stay as they are; accelerate's hooks go on
+            working.
+        adapters: name -> folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, read as
+            tensors only), or with diffusers' ``pytorch_lora_weights``, of which the model takes its own part. Names
+            of layers may be those of an earlier transformers, and tensors may be stored in 8 bits (fp8).
         max_adapters: how many there may be at a time (default: 256, or twice as many as are given).
         max_rank: the largest rank that may be added (default: 64, or the largest that is given).
         dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are
@@ -94,6 +101,7 @@ class MultiLoRA:
         self._entries: dict[str, Entry] = {}
         self._leaving: set[Entry] = set()
         self._attached: dict[nn.Module, AttachedLinear] = {}
+        self._edges: list[Edge] = []  # the way to each of them
         self._replaced: dict[str, Replacement] = {}  # the model's own methods, where batches come in
         self._serial = count()
         # One change at a time; what use() looks at is changed under the second lock, and only for a moment.
@@ -167,7 +175,7 @@ class MultiLoRA:
             for name in self.names:
                 self.remove(name)
             with self._lock:
-                self._attached, self._replaced = {}, {}
+                self._attached, self._replaced, self._edges = {}, {}, []
             self.layouts = {}
 
     @property
@@ -212,6 +220,7 @@ class MultiLoRA:
 
     @contextmanager
     def _in_use(self, names: tuple[str | None, ...], repeats: int) -> Iterator[None]:
+        check_in_place(self._edges)
         with self._lock:
             entries = {name: self._find(name) for name in names if name is not None}
             for entry in entries.values():
@@ -279,6 +288,7 @@ class MultiLoRA:
             with self._lock:
                 self._max_rank = max_rank
                 self._attached = layers
+                self._edges = edges(self.model, self.layers) if new else self._edges
                 self._entries.update(entries)
 
     def _replace_entries(self, layers: list[str]) -> None:
@@ -322,7 +332,7 @@ class MultiLoRA:
             raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {allowed}")
         K, N = features(layer)
         return AdapterBank(
-            K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=layer.weight.device
+            K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=device_of(layer)
         )
 
     def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:

@@ -33,14 +33,17 @@ def _named(number: int):
 
 
 @torch.library.custom_op("peftkern::attached_entry", mutates_args=())
-def attached_entry(x: Tensor, entry: int) -> Tensor:
-    """The number of the batch that enters a model with the input x; 0 for one adapter, or none, for all rows."""
-    batch = _named(entry).batch_of_graph(x)
+def attached_entry(x: Tensor, entry: int, main: str, others: str) -> Tensor:
+    """The number of the batch that enters a model with the input x; 0 for one adapter, or none, for all rows.
+
+    ``main``: its name. ``others``: the call's numbers, strings and flags, which may send it another way.
+    """
+    batch = _named(entry).batch_of_graph(x, main, others)
     return torch.tensor(0 if batch is None else batch.number, dtype=torch.int64)
 
 
 @attached_entry.register_fake
-def _(x, entry):
+def _(x, entry, main, others):
     return torch.empty((), dtype=torch.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -63,8 +64,8 @@ class AttachedEntry(Replacement):
             with batch.trace:
                 y = self.inner(*args, **kwargs)
         if batch.settled:
-            while len(layouts) >= _CALLS:
-                layouts.pop(next(iter(layouts)), None)
+            for oldest in list(layouts)[: len(layouts) + 1 - _CALLS]:  # other threads may do the same
+                layouts.pop(oldest, None)
             layouts[kind] = batch.layouts
         return y
 
@@ -75,7 +76,10 @@ class AttachedEntry(Replacement):
 
     def _main(self, given: dict[str, Any]) -> str | None:
         tensors = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim()]
-        for name in (getattr(self.module, "main_input_name", None), *_MAIN):
+        main = getattr(self.module, "main_input_name", None)
+        if isinstance(main, str) and _ITEMS.search(main) and any(name in tensors for name in _MAIN):
+            main = None  # images of prompts
+        for name in (main, *_MAIN):
             if name in tensors:
                 return name
         return tensors[0] if tensors else None
@@ -96,41 +100,45 @@ class AttachedEntry(Replacement):
         main = self._main(given)
         if main is None or self.owner.graph_batch is not None:
             return self.inner(*args, **kwargs)
-        self.owner.graph_batch = torch.ops.peftkern.attached_entry(given[main], self.number)
+        others = [f"{n!r}: {v!r}" for n, v in given.items() if v is None or isinstance(v, (bool, int, float, str))]
+        self.owner.graph_batch = torch.ops.peftkern.attached_entry(given[main], self.number, main, ", ".join(others))
         try:
             return self.inner(*args, **kwargs)
         finally:
             self.owner.graph_batch = None
 
-    def batch_of_graph(self, x: Tensor) -> Batch | None:
+    def batch_of_graph(self, x: Tensor, main: str, others: str) -> Batch | None:
         """The batch of a compiled call with the main input x, or None if all rows take the same adapter."""
         request = current_request(self.owner)
         if request is None:
             self.owner.check_outside(self.name)
         if request is None or request.uniform:
             return None
-        kind = self, self.module.training, _described(x)
-        key = kind, self._copies(request, "an input", x)
+        kind = self, self.module.training, _described(x), main, others
+        key = kind, self._copies(request, main, x)
         batch = request.batches.get(key)
-        if batch is None:
+        if batch is None or batch.lost:
             known = self.owner.layouts
             layouts = known.get(kind)
             if not layouts:
-                layouts = known[kind] = self._followed(Batch(request, key[1], {}), x)
+                layouts = known[kind] = self._followed(Batch(request, key[1], {}), x, main, others)
             batch = request.batches[key] = Batch(request, key[1], layouts)
             batch.number = number_of(batch)
         return batch
 
-    def _followed(self, batch: Batch, x: Tensor) -> dict:
+    def _followed(self, batch: Batch, x: Tensor, main: str, others: str) -> dict:
         # A graph cannot be watched: the model runs once more beside it, as it is, on its main input alone.
+        given = {**ast.literal_eval(f"{{{others}}}"), main: x}
+        args = [given.pop(name) for name in list(given) if name.startswith("argument ")]
         try:
             with bound(batch), torch.no_grad(), batch.trace:
                 batch.trace.mark(x, Rows(0))
-                self.inner(x)
+                self.inner(*args, **given)
         except Exception as error:
             raise RuntimeError(
-                f"{self.name or type(self.module).__name__} was compiled before a batch with several adapters was seen,"
-                " and cannot be followed on its main input alone: call it once without torch.compile"
+                f"{self.name or type(self.module).__name__} was compiled, and a batch with several adapters cannot be"
+                " followed through it on its main input alone: call it without torch.compile for such batches, compile"
+                " its layers one by one, or name one adapter"
             ) from error
         return batch.layouts if batch.settled else {}
 
@@ -156,7 +164,7 @@ def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 def _mark(batch: Batch, name: str, value: Any, main: bool) -> None:
-    if _STATES.match(name):
+    if _STATES.match(name) and not main:
         return  # their rows are those of the tokens that meet them
     for t in _tensors(value):
         if main or (t.dim() >= 2 and not _ITEMS.search(name) and t.shape[0] == batch.rows):

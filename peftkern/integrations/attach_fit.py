@@ -1,38 +1,56 @@
-"""Which layers of a model a checkpoint's adapters belong to: every part has its layer, every target its part."""
+"""Which layers of a model a checkpoint's adapters belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+import warnings
+from collections.abc import Callable, Container
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .attach_checkpoint import NO_KEY, Checkpoint, refuse
+from .attach_checkpoint import Checkpoint
+from .attach_keys import PREFIX, complaint
 from .attach_layer import features, layer_reason
+from .attach_reach import bypass
+from .attach_weights import refuse
 
 
 class Fitted(NamedTuple):
-    """A checkpoint and the layer of the model for each of its parts."""
+    """A checkpoint and the layer of the model for each of its parts, both by the model's names."""
 
     checkpoint: Checkpoint
     layers: dict[str, nn.Module]
 
 
 def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Container[nn.Module]) -> Fitted:
-    """The layers that ``checkpoint`` changes. ``modules``: the model's by name; ``attached``: layers with a bank already.
+    """The layers that ``checkpoint`` changes. ``modules``: the model's by name, the model itself as ``""``;
+    ``attached``: layers with a bank already.
+
+    Names that an earlier transformers used are found by the map that transformers has for the model. Of a file with
+    adapters of several models (diffusers), those of this model are taken. Warns of layers that the config names and
+    the file leaves out: there the adapter has no effect.
 
     Raises ValueError, with file and key, for a checkpoint that does not fit.
     """
+    find = _Finder(modules)
+    checkpoint = checkpoint.renamed(names := _names(checkpoint, find))
     layers: dict[str, nn.Module] = {}
-    for name, part in checkpoint.parts.items():
+    covered: set[nn.Module] = set()
+    for old, name in names.items():
+        part = checkpoint.parts[name]
         layer = modules.get(name)
         if layer is None:
-            raise refuse(checkpoint.file, part.key_A, f"the model has no module {name!r}")
-        reason = None if layer in attached else layer_reason(layer)
+            raise refuse(checkpoint.file, part.key_A, _absent(name, modules))
+        reason = None if layer in attached else layer_reason(layer) or bypass(name, modules)
         if reason is not None:
             raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
-        if any(layer is other for other in layers.values()):
+        if checkpoint.targets(name) is False and checkpoint.targets(old) is False:
+            raise refuse(checkpoint.file, part.key_A, "is of a layer that the config's target_modules do not name")
+        if layer in covered:
             raise refuse(checkpoint.file, part.key_A, f"{name} shares its module with another key of the file")
         K, N = features(layer)
         if part.in_features != K:
@@ -42,18 +60,90 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
             shape = (part.out_features, part.rank)
             raise refuse(checkpoint.file, part.key_B, f"has shape {shape}, expected ({N}, {part.rank})")
         layers[name] = layer
+        covered.add(layer)
+    _check_copies(checkpoint, find)
+    missing = [
+        name
+        for name, module in modules.items()
+        if module not in covered and checkpoint.targets(name) and (module in attached or layer_reason(module) is None)
+    ]
+    if missing:
+        warnings.warn(
+            f"{checkpoint.file}: holds nothing for {len(missing)} layers that the config's target_modules name "
+            f"({missing[0]}{', ...' if len(missing) > 1 else ''}): the adapter has no effect there",
+            stacklevel=2,
+        )
+    return Fitted(checkpoint, layers)
+
+
+class _Finder:
+    """The name that a module of a file has in the model. ``modules``: the model's by name."""
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.modules = modules
+
+    def __call__(self, name: str) -> str:
+        return name if name in self.modules else self._rename(name)
+
+    @cached_property
+    def _rename(self) -> Callable[[str], str]:
+        # What transformers does to the names in a checkpoint that an earlier release made of this model.
+        model = self.modules[""]
+        if not isinstance(model, PreTrainedModel):
+            return str
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming, rename_source_key
+        except ImportError:  # transformers 4: expressions, of which the first that fits counts
+            patterns = getattr(model, "_checkpoint_conversion_mapping", {})
+            return lambda name: next(
+                (new for new, count in (re.subn(*pair, name) for pair in patterns.items()) if count), name
+            )
+        # The maps speak of weights. Their converters, which fuse or permute weights, have no counterpart for adapters.
+        steps = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+        return lambda name: rename_source_key(f"{name}.weight", steps, [])[0].removesuffix(".weight")
+
+
+def _names(checkpoint: Checkpoint, find: _Finder) -> dict[str, str]:
+    """Module of the file -> module of the model, which may lack it."""
+    names = {name: find(name) for name in checkpoint.parts}
+    if checkpoint.config is not None or any(name in find.modules for name in names.values()):
+        return names
+    # A pipeline's file: its models' adapters, each behind the name that the pipeline has for the model.
+    of_model: dict[str, dict[str, str]] = {}
+    for name in checkpoint.parts:
+        model, _, rest = name.partition(".")
+        of_model.setdefault(model, {})[name] = find(rest)
+    fitting = [model for model, found in of_model.items() if all(name in find.modules for name in found.values())]
+    if len(fitting) > 1:
+        raise ValueError(f"{checkpoint.file}: holds adapters for {' and '.join(fitting)}, which all fit this model")
+    return of_model[fitting[0]] if fitting else names
+
+
+def _absent(name: str, modules: dict[str, nn.Module]) -> str:
+    experts = re.match(r"(.+)\.\d+\.[^.]+$", name)
+    if experts and experts[1] in modules and any(w.dim() == 3 for w in modules[experts[1]].parameters(recurse=False)):
+        return f"is of one expert, a slice of a parameter of {experts[1]}: adapters of parameters are not served"
+    return f"the model has no module {name!r}"
+
+
+def _check_copies(checkpoint: Checkpoint, find: _Finder) -> None:
+    # Modules that the file holds whole must be the model's own: an adapter here changes no weight.
+    names = set()
     for key, name in checkpoint.copies.items():
         module, _, last = name.rpartition(".")
-        own = getattr(modules.get(module), last, None)
+        name = f"{find(module)}.{last}"
+        own = getattr(find.modules.get(find(module)), last, None)
         if not isinstance(own, torch.Tensor):
-            raise refuse(checkpoint.file, key, NO_KEY)
+            raise refuse(checkpoint.file, key, complaint(key))
         saved = checkpoint.tensor(key)
         if saved.shape != own.shape or not torch.equal(saved.to(own), own):
-            raise refuse(checkpoint.file, key, f"differs from the model's {name}, which is not changed here")
-    covered = set(layers.values())
-    for name, module in modules.items():
-        plain = module in attached or layer_reason(module) is None
-        if plain and module not in covered and checkpoint.targets(name):
-            key = f"base_model.model.{name}.lora_A.weight"
-            raise refuse(checkpoint.file, key, "is missing, though the config's target_modules name it")
-    return Fitted(checkpoint, layers)
+            reason = f"differs from the model's {name}, which is not changed here: load it into the model first"
+            raise refuse(checkpoint.file, key, reason)
+        names.add(name)
+    for saved in (checkpoint.config or {}).get("modules_to_save") or []:
+        for module in find.modules:
+            if module == saved or module.endswith(f".{saved}"):
+                for name, _ in find.modules[module].named_parameters(module):
+                    if name not in names:
+                        raise refuse(checkpoint.file, f"{PREFIX}{name}", "is missing, though modules_to_save names it")

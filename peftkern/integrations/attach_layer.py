@@ -22,19 +22,37 @@ _FIRST = Rows(0)
 
 def layer_reason(layer: nn.Module) -> str | None:
     """Why this layer can carry no attached adapters, or None."""
-    if isinstance(layer.__dict__.get("forward"), AttachedLinear):
+    forward = layer.__dict__.get(forward_attribute(layer))
+    if isinstance(forward, AttachedLinear):
         return "has adapters attached already: add to those"
     cls = type(layer)
     if cls is not nn.Linear and cls is not Conv1D:
         return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
-    if "forward" in layer.__dict__:
+    # accelerate's hooks, while there and once removed, leave the class's own method on the layer, as copies do.
+    if forward is not None and forward != types.MethodType(cls.forward, layer):
         return "has a forward that was replaced"
     weight = layer.weight
     if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:
         return f"has a weight that is a {weight.dtype} {type(weight).__name__}"
-    if weight.device.type == "meta":
+    if device_of(layer).type == "meta":
         return "has no weight yet (device meta)"
     return None
+
+
+def forward_attribute(layer: nn.Module) -> str:
+    """Where a layer's own forward is to be replaced: accelerate's hooks wrap the one that they keep beside them."""
+    wrapper = layer.__dict__.get("forward")
+    hooked = getattr(getattr(wrapper, "func", None), "__module__", None) == "accelerate.hooks"
+    return "_old_forward" if hooked and "_old_forward" in layer.__dict__ else "forward"
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer computes: its weight's device, or the one to which accelerate brings an offloaded weight."""
+    hook = layer.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return layer.weight.device
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -50,7 +68,8 @@ class Replacement:
 
     def __init__(self, owner, name: str, module: nn.Module):
         self.owner, self.name, self.module = owner, name, module
-        self._before = module.__dict__.get(self.method)  # another library's, which it goes on to call
+        self._place = forward_attribute(module) if self.method == "forward" else self.method
+        self._before = module.__dict__.get(self._place)  # another library's, which it goes on to call
 
     def inner(self, *args, **kwargs) -> Any:
         """The method as it was."""
@@ -60,18 +79,23 @@ class Replacement:
 
     def put(self) -> None:
         """Take the method's place."""
-        self.module.__dict__[self.method] = self
+        self.module.__dict__[self._place] = self
 
     def take_back(self) -> None:
-        """Give the place back, unless something else has taken it since."""
-        if self.module.__dict__.get(self.method) is self:
+        """Give the place back, unless something else has taken it since: a hook that came or went moves it along."""
+        before = self._before or self._own(self.module)
+        for place in (self.method, "_old_forward"):
+            if self.module.__dict__.get(place) is self:
+                self.module.__dict__[place] = before
+        if self.module.__dict__.get(self.method) is before and self._before is None:
             del self.module.__dict__[self.method]
-            if self._before is not None:
-                self.module.__dict__[self.method] = self._before
+
+    def _own(self, module: nn.Module) -> types.MethodType:
+        return types.MethodType(getattr(type(module), self.method), module)
 
     def __deepcopy__(self, memo):
         module = memo.get(id(self.module), self.module)
-        return types.MethodType(getattr(type(module), self.method), module)
+        return self._own(module)
 
     def __reduce__(self):
         # When this runs at loading, the module has no attributes yet: it is the method of its class.
@@ -154,6 +178,12 @@ class AttachedLinear(Replacement):
                 f" {len(request.names)} names: whose rows these are is not known. Call the model, or name one adapter"
             )
         rows = batch.rows_of(self, x)
+        if rows is None and batch.lost:
+            raise ValueError(
+                f"{self.name} gets an input of shape {tuple(x.shape)} in a batch of {batch.rows} sequences with different"
+                " adapters, and this call went another way through the model than the one by which whose rows these are"
+                " is known: call again, the next call is followed anew, or name one adapter for all (use('name'))"
+            )
         if rows is None:
             raise ValueError(
                 f"{self.name} gets an input of shape {tuple(x.shape)} in a batch of {batch.rows} sequences with different"

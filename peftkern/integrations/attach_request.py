@@ -114,13 +114,14 @@ class Batch:
     Attributes:
         trace: follows the rows through this call, or None if an earlier call of the same kind was followed.
         layouts: what that one found, or this one finds, layer by layer. settled: whether later calls may rely on it.
+            lost: whether this call went another way through the model than the one that was followed.
         number: by which a compiled call knows it.
     """
 
     def __init__(self, request: Request, copies: int, layouts: dict[Layer, Layout]):
         self.request, self.copies, self.layouts = request, copies, layouts
         self.trace = None if layouts else RowTrace(self.rows)
-        self.settled, self.number = True, 0
+        self.settled, self.lost, self.number = True, False, 0
         self.parent = _batch.get()
 
     @property
@@ -134,13 +135,17 @@ class Batch:
             layout = self.layouts.get(layer)
             rows = layout and layout.rows(x.shape, self.rows)
             if rows is None:
-                self.layouts.clear()  # another way through the model: the next call of this kind is followed again
+                self.lost = True
+                remembered = self.request.owner.layouts
+                for kind in [kind for kind, layouts in list(remembered.items()) if layouts is self.layouts]:
+                    remembered.pop(kind, None)  # the next call of this kind is followed again
             return rows
-        layout = layout_of(self.trace.place(x), x.shape, self.rows)
-        if layout is None:
+        rows = self.trace.place(x)
+        if not isinstance(rows, Rows) or rows.axis == x.dim() - 1:
             return None
-        self.settled &= self.layouts.setdefault(layer, layout) == layout
-        return layout.rows(x.shape, self.rows)
+        layout = layout_of(rows, x.shape, self.rows)
+        self.settled &= layout is not None and self.layouts.setdefault(layer, layout) == layout
+        return rows
 
 
 # Each one variable for all models: variables made at run time would never be freed. The innermost is the last.

@@ -38,11 +38,13 @@ Place = Rows | Unknown | None  # None: of no sequence (weights, constants, posit
 
 
 class Call(NamedTuple):
-    """One operation: arguments by their names in its schema, its result, the place of a tensor, the batch."""
+    """One operation: arguments by their names in its schema, its result, the place of a tensor, whether it comes from
+    torch.arange, the batch."""
 
     arguments: dict[str, Any]
     out: Any
     place: Callable[[Tensor], Place]
+    counted: Callable[[Tensor], bool]
     batch: int
 
     @property
@@ -92,7 +94,7 @@ def pointwise(call: Call) -> Place:
 def same_order(call: Call) -> Place:
     """Another shape over the same elements in the same order (view, squeeze, unflatten)."""
     place, shape = call.place(call.first), call.shape
-    if not isinstance(place, Rows):
+    if not isinstance(place, Rows) or "dtype" in call.arguments:  # elements of another size: only the last axis differs
         return place
     run = place.inner * prod(call.first.shape[place.axis + 1 :])  # elements in a row of one sequence
     for axis in range(len(shape) - 1, -1, -1):
@@ -266,25 +268,30 @@ def embedded(call: Call) -> Place:
     return call.place(call.arguments["indices"])
 
 
-def _identity(index: Tensor, size: int) -> bool:
-    # Of no sequence, so its values are the model's own: torch.arange(batch), and never a choice made from data.
-    return index.dim() == 1 and torch.equal(index, torch.arange(size, device=index.device, dtype=index.dtype))
+def _identity(call: Call, index: Tensor, size: int) -> bool:
+    # torch.arange(batch), and never a choice made from data: a later call may choose otherwise.
+    if index.dim() != 1 or not call.counted(index):
+        return False
+    return torch.equal(index, torch.arange(size, device=index.device, dtype=index.dtype))
 
 
 def indexed(call: Call) -> Place:
     """x[i, j]: advanced indices beside the batch's axis, or arange(batch) on it."""
     x, indices = call.first, call.arguments["indices"]
     place = call.place(x)
+    taken = [d for d, i in enumerate(indices) if i is not None]
+    if place is None and len(taken) == 1 and indices[taken[0]].dtype not in (torch.bool, torch.uint8):
+        of_table = call.place(indices[taken[0]])
+        return Rows(of_table.axis + taken[0], of_table.inner) if isinstance(of_table, Rows) else of_table
     if not isinstance(place, Rows):
         return nothing_known(call)
-    taken = [d for d, i in enumerate(indices) if i is not None]
     if any(indices[d].dtype in (torch.bool, torch.uint8) for d in taken) or taken != list(
         range(taken[0], taken[-1] + 1)
     ):
         return UNKNOWN
     if place.axis in taken:
         index = indices[place.axis]
-        keeps = place.inner == 1 and call.place(index) is None and _identity(index, x.shape[place.axis])
+        keeps = place.inner == 1 and _identity(call, index, x.shape[place.axis])
         return Rows(taken[0]) if keeps and all(indices[d].dim() <= 1 for d in taken) else UNKNOWN
     if place.axis < taken[0]:
         return place
@@ -298,23 +305,50 @@ def gathered(call: Call) -> Place:
         return nothing_known(call)
     if place.axis not in _dims(call):
         return place if call.shape[place.axis] == call.first.shape[place.axis] else UNKNOWN
-    keeps = index.dim() == 1 and call.place(index) is None and _identity(index, call.first.shape[place.axis])
-    return place if keeps else UNKNOWN
+    return place if _identity(call, index, call.first.shape[place.axis]) else UNKNOWN
 
 
 def written(call: Call) -> Place:
-    """Values written into places of the first tensor: it keeps its own."""
+    """Values written into places of the first tensor: it keeps its own, unless whole sequences are replaced."""
+    arguments, place = call.arguments, call.place(call.first)
+    if not isinstance(place, Rows):
+        return nothing_known(call)
+    values = next((v for n in ("values", "source", "src") if isinstance(v := arguments.get(n), Tensor)), None)
+    given = None if values is None else call.place(values)
+    if given is None or arguments.get("accumulate"):
+        return place
+    if "indices" not in arguments:
+        return UNKNOWN if "dim" in arguments and place.axis in _dims(call) else place
+    axes: dict[int, Tensor] = {}
+    axis = 0
+    for index in arguments["indices"]:
+        mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        axes |= {} if index is None else {axis + d: index for d in range(index.dim() if mask else 1)}
+        axis += index.dim() if mask else 1
+    if place.axis not in axes or (place.inner == 1 and _identity(call, axes[place.axis], call.first.shape[place.axis])):
+        return place
+    whole = place.inner == 1 and len(axes) == 1
+    return (
+        UNKNOWN if isinstance(given, Rows) or whole else place
+    )  # else items, put where each sequence has room for them
+
+
+def added(call: Call) -> Place:
+    """Values added in places of the first tensor: it keeps its own."""
     place = call.place(call.first)
     return place if isinstance(place, Rows) else nothing_known(call)
 
 
 def copied(call: Call) -> Place:
-    """copy_: all of the first tensor is written."""
-    place = call.place(call.first)
-    if isinstance(place, Rows):
-        return place
+    """copy_: all of the first tensor is written, so the source says whose it is now."""
     source = call.arguments["src"]
-    return call.place(source) if source.shape == call.first.shape else nothing_known(call)
+    given = call.place(source)
+    if given is None:
+        return call.place(call.first)
+    if not isinstance(given, Rows):
+        return UNKNOWN
+    axis = given.axis + call.first.dim() - source.dim()
+    return Rows(axis, given.inner) if source.shape[given.axis] == call.first.shape[axis] else UNKNOWN
 
 
 def created(call: Call) -> Place:
@@ -355,8 +389,9 @@ def _table() -> dict[str, Rule]:
         embedded: "embedding",
         indexed: "index _unsafe_index",
         gathered: "index_select gather",
-        written: "scatter scatter_add scatter_reduce index_add index_copy index_put _unsafe_index_put index_fill"
-        " masked_scatter slice_scatter select_scatter fill zero random uniform normal",
+        written: "scatter index_copy index_put _unsafe_index_put index_fill masked_scatter slice_scatter select_scatter"
+        " fill zero random uniform normal",
+        added: "scatter_add scatter_reduce index_add index_reduce",
         copied: "copy",
         created: "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty"
         " new_full new_empty_strided",

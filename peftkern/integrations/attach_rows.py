@@ -10,6 +10,7 @@ UNKNOWN.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -60,22 +61,30 @@ class RowTrace(TorchDispatchMode):
         self.batch = batch
         # storage -> a weak reference, which keeps its number from being given to another one, and places of its views.
         self._known: dict[int, tuple[StorageWeakRef, dict[tuple, Place]]] = {}
+        self._counted: dict[int, StorageWeakRef] = {}  # of what arange made in this call
 
     def place(self, t: Tensor) -> Place:
         """Rows, UNKNOWN, or None for a tensor of no sequence."""
-        try:
-            storage = t.untyped_storage()._cdata
-        except (RuntimeError, NotImplementedError):  # sparse, nested and wrapper tensors have none
+        storage = _storage(t)
+        if storage is None:
             return UNKNOWN
-        known = self._known.get(storage)
-        # A view that no rule has seen, of memory that holds sequences.
-        return None if known is None else known[1].get(_geometry(t), UNKNOWN)
+        known = self._known.get(storage._cdata)
+        if known is None:
+            return None
+        places, geometry = known[1], _geometry(t)
+        if geometry not in places:  # a view that no rule has seen, of memory that holds sequences
+            places[geometry] = _beside(places, geometry)
+        return places[geometry]
+
+    def counted(self, t: Tensor) -> bool:
+        """Whether t is torch.arange of this call, and so the same in each one of its kind: no choice made from data."""
+        storage = _storage(t)
+        return storage is not None and storage._cdata in self._counted
 
     def mark(self, t: Tensor, place: Place) -> None:
         """Say where the batch lies in t."""
-        try:
-            storage = t.untyped_storage()
-        except (RuntimeError, NotImplementedError):
+        storage = _storage(t)
+        if storage is None:
             return
         known = self._known.get(storage._cdata)
         if known is None:
@@ -91,9 +100,14 @@ class RowTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and _composite(func):
+            with self:  # what autograd's dispatch takes apart before it comes here
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(t, Tensor)]
-        call = Call(_named(func._schema, args, kwargs), out, self.place, self.batch)
+        call = Call(_named(func._schema, args, kwargs), out, self.place, self.counted, self.batch)
+        if func._schema.name == "aten::arange":
+            self._counted[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage())
         written = [
             v for a in func._schema.arguments if _writes(a) and isinstance(v := call.arguments.get(a.name), Tensor)
         ]
@@ -104,17 +118,77 @@ class RowTrace(TorchDispatchMode):
             rule = _rule(func)
             with contextlib.suppress(KeyError, IndexError, ZeroDivisionError):  # a form that the rule does not know
                 place = rule(call)
+        before = [self.place(t) for t in written]
         for t in results:
             # A rule speaks of the first result; others (parts, indices, statistics) have the same axes or are unknown.
             self.mark(t, place if self._fits(place, t, results[0]) else UNKNOWN)
         for t in written:
             if not any(t is r for r in results):
                 self.mark(t, place if results else UNKNOWN)
+        for t, was in zip(written, before, strict=True):
+            self._overwritten(
+                t, was, func._schema.name == "aten::copy_" and self.place(call.arguments["src"]) is not None
+            )
         return out
+
+    def _overwritten(self, t: Tensor, was: Place, moved: bool) -> None:
+        # Other views of the memory that t was written to: all of a smaller one, some sequences of the whole.
+        if was == self.place(t) and not (moved and was is UNKNOWN):
+            return
+        known = self._known.get(t.untyped_storage()._cdata)
+        places = known[1] if known else {}
+        for geometry, place in places.items():
+            if (
+                isinstance(place, Rows)
+                and geometry != _geometry(t)
+                and (was is UNKNOWN or geometry[1].numel() <= t.numel())
+            ):
+                places[geometry] = UNKNOWN
+
+
+def _storage(t: Tensor):
+    if t.is_nested:
+        return None
+    try:
+        return t.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse and wrapper tensors have none
+        return None
 
 
 def _geometry(t: Tensor) -> tuple:
     return t.storage_offset(), t.shape, t.stride()
+
+
+def _beside(places: dict[tuple, Place], geometry: tuple) -> Place:
+    """The place of a tensor in memory that was written through other views of it, such as ``x[:, 1:] = y``."""
+    found = set()
+    for (offset, shape, strides), place in places.items():
+        if isinstance(place, Rows):
+            step, size = strides[place.axis], shape[place.axis]
+            if _tells(offset, shape, strides, step, size) is None:
+                return UNKNOWN
+            axes = [d for d, n in enumerate(geometry[1]) if (n, geometry[2][d]) == (size, step)]
+            if len(axes) != 1 or _tells(*geometry, step, size) != _tells(offset, shape, strides, step, size):
+                return UNKNOWN
+            found.add(Rows(axes[0], place.inner))
+    return found.pop() if len(found) == 1 else UNKNOWN
+
+
+def _tells(offset: int, shape: torch.Size, strides: tuple, step: int, size: int) -> int | None:
+    """The first index of an axis of this size and step, if an element's address tells its index; else None."""
+    if not step:
+        return None
+    rest = [(n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and (n, s) != (size, step)]
+    below = offset % step + sum((n - 1) * s for n, s in rest if s < step)
+    if below >= step or any(s >= step and s % (size * step) for _, s in rest):
+        return None
+    return offset // step % size
+
+
+@functools.cache
+def _composite(func) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _named(schema, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
