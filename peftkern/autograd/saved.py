@@ -75,7 +75,7 @@ def read_saved(ctx, op: str, names: Sequence[str], readers: Callable[[tuple], Se
         try:
             saved.append(packed.unpack() if read else None)
         except RuntimeError as error:
-            raise RuntimeError(_changed(ctx, op, names[min(i, len(names) - 1)])) from error
+            raise RuntimeError(f"{_changed(ctx, op, names[min(i, len(names) - 1)])} ({error})") from error
     return tuple(saved), needs
 
 
@@ -87,11 +87,11 @@ def _runs(node) -> bool:
 
 
 def _changed(ctx, op: str, name: str) -> str:
-    text = (
-        f"{op}: {name} was changed in place after the forward pass, and a gradient of {_layer(ctx)} needs it as it was."
-    )
+    text = f"{op}: {name} was changed in place after the forward pass{_layer(ctx)}, and a gradient needs it as it was."
     if name == "x":
-        text += " Change a copy (h = h + y instead of h += y), or keep one with the setting PEFTKERN_SAVE_INPUT=copy."
+        text += (
+            " Change a copy (h = h + y, not h += y), or set PEFTKERN_SAVE_INPUT=copy in the environment to keep one."
+        )
     return text
 
 
@@ -109,7 +109,7 @@ def _parameters(ctx) -> Iterator[Tensor]:
 
 
 def _layer(ctx) -> str:
-    """The layer by its longest name in the modules alive. It costs a call nothing: only errors look for it."""
+    # By its longest name in the modules alive. It costs a call nothing: only errors look for it.
     parameters = {id(p) for p in _parameters(ctx)}
     modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in o.__dict__]
     children = {id(child) for m in modules for child in m._modules.values()}
@@ -120,4 +120,4 @@ def _layer(ctx) -> str:
         for name, parameter in root.named_parameters()
         if id(parameter) in parameters
     ]
-    return f"the layer that has {max(names, key=len)!r}" if names else "a call outside of a module"
+    return f" of the layer that has {max(names, key=len)!r}" if names else ""
