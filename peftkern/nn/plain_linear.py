@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from ..ops.checks import FLOATING
 
 _FORWARD = nn.Linear.forward
-_HOOKS = (
-    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
-    "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _name(thing) -> str:
@@ -39,7 +36,7 @@ def linear_reason(linear: nn.Linear) -> str | None:
         return f"has a forward that was replaced by {_name(linear.forward)}"
     for kind in _HOOKS:
         for hook in getattr(linear, kind).values():
-            return f"carries a hook, {_name(getattr(hook, 'hook', hook))} in {kind}"
+            return f"carries a hook, {_name(hook)} in {kind}"
     if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
         return f"holds more than weight and bias: {', '.join(more)}"
     for name in ("weight", "bias"):
