@@ -74,10 +74,13 @@ class LoRALinearFunction(torch.autograd.Function):
             rows, _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
             rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
         )  # fmt: skip
-        # A compiler drops what it does not need by itself.
-        read = (True,) * len(_SAVED) if torch.compiler.is_compiling() else _reads(needs)
+        if torch.compiler.is_compiling():
+            kept, read = x, (True,) * len(_SAVED)  # a compiler drops what it does not need by itself
+        else:
+            read = _reads(needs)
+            kept = kept_input(x, rows) if read[0] else None
         ctx.save_for_backward(
-            kept_input(x, rows) if read[0] else None,
+            kept,
             weight if read[1] else None,
             lora_A if read[2] else None,
             lora_B if read[3] else None,
@@ -231,16 +234,15 @@ def lora_linear(
 
     ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError(
-                "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
-            )
-        if torch._C._get_tracing_state() is not None:
-            return _traced(
-                x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0,
-                rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
-            )  # fmt: skip
+    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
+        )
+    if torch._C._get_tracing_state() is not None:
+        return _traced(
+            x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0,
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
+        )  # fmt: skip
     check_base(x, weight)
     named = zip(
         _TENSORS, (lora_A, lora_B, bias, rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)

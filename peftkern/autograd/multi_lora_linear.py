@@ -50,9 +50,13 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             rows, None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
             state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
-        read = (True,) * (9 + len(weights)) if torch.compiler.is_compiling() else _reads(needs)
+        if torch.compiler.is_compiling():
+            kept, read = x, (True,) * (9 + len(weights))  # a compiler drops what it does not need by itself
+        else:
+            read = _reads(needs)
+            kept = kept_input(x, rows) if read[0] else None
         ctx.save_for_backward(
-            kept_input(x, rows) if read[0] else None, weight if read[1] else None, u if read[2] else None,
+            kept, weight if read[1] else None, u if read[2] else None,
             state.table, state.scaling, order, starts, dropout_p, seed,
             *[w if r else None for w, r in zip(weights, read[9:], strict=True)],
         )  # fmt: skip
@@ -179,8 +183,9 @@ def multi_lora_linear(
         raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
     if bias is not None:
         check_tensor("bias", bias)
-    dtype = _autocast_dtype(x) or x.dtype
-    if dtype == x.dtype and weight.dtype != dtype:
+    autocast = _autocast_dtype(x)
+    dtype = autocast or x.dtype
+    if autocast is None and weight.dtype != dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {weight.shape[0]}")

@@ -24,15 +24,12 @@ _last: tuple[weakref.ref, int, TensorWeakRef] | None = None
 
 
 def _must_copy(x: Tensor) -> bool:
-    small = x._is_view() and x.untyped_storage().nbytes() > 2 * x.nbytes
-    return small or x.is_inference() or settings.copies_input()
+    return x.untyped_storage().nbytes() > 2 * x.nbytes or x.is_inference() or settings.copies_input()
 
 
 def kept_input(x: Tensor, rows: Tensor) -> Tensor:
     """What stands for x in backward. ``rows``: x (M, K) as the op reads it, cast by autocast or not."""
     global _last
-    if torch.compiler.is_compiling():
-        return x  # the compiler decides what is kept
     narrower = rows.dtype is not x.dtype and rows.dtype.itemsize < x.dtype.itemsize
     if not narrower and not _must_copy(x):
         return x
