@@ -233,4 +233,6 @@ def sgmv(
     order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
     _add(rows, _rows(x, dtype), state.weights, state.table, state.scaling, state.max_rank, order, starts)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that whoever saved it for a gradient notices
     return out

@@ -19,8 +19,8 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import settings
 
-# Of the last input that was copied: itself, its version, the copy. Layers with one input (q, k, v) share the copy.
-_last: tuple[weakref.ref, int, TensorWeakRef] | None = None
+# Of the last input that was copied: itself, its version, dtype and stream, the copy. Layers with one input (q, k, v) share it.
+_last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
 
 
 def _must_copy(x: Tensor) -> bool:
@@ -33,17 +33,18 @@ def kept_input(x: Tensor, rows: Tensor) -> Tensor:
     narrower = rows.dtype is not x.dtype and rows.dtype.itemsize < x.dtype.itemsize
     if not narrower and not _must_copy(x):
         return x
-    # Not of an inference tensor: nobody counts the changes of those.
-    version = None if x.is_inference() else x._version
-    known = _last
-    if known is not None and version is not None and known[0]() is x and known[1] == version:
-        copy = known[2]()
-        if copy is not None and copy.dtype == rows.dtype:
+    state = None
+    if not x.is_inference():  # nobody counts the changes of those
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+        state = x._version, rows.dtype, stream
+        last = _last
+        copy = last[2]() if last is not None and last[0]() is x and last[1] == state else None
+        if copy is not None:
             return copy
     if torch._C._is_alias_of(rows, x):
         rows = rows.clone(memory_format=torch.contiguous_format)
-    if version is not None:
-        _last = weakref.ref(x), version, TensorWeakRef(rows)
+    if state is not None:
+        _last = weakref.ref(x), state, TensorWeakRef(rows)
     return rows
 
 

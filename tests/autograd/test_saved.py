@@ -241,3 +241,14 @@ def test_jacobian_vectorized(layer):
     x = torch.randn(B, 1, K)
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(layer.call, x, vectorize=True), jacobian(layer.call, x))
+
+
+def test_sgmv_into_what_another_layer_saved():
+    layer = LAYERS["LoRALinear"]()
+    h = torch.randn(B, T, K, requires_grad=True) * 1.0
+    y = layer.call(h)
+    with torch.no_grad():
+        adapters = [(torch.randn(R, 2), torch.randn(K, R), 1.0)]
+        sgmv(torch.randn(B, T, 2), adapters, torch.zeros(B, dtype=torch.int64), out=h)
+    with pytest.raises(RuntimeError, match="x was changed in place"):
+        y.sum().backward()
