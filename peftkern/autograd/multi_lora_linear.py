@@ -175,7 +175,9 @@ def multi_lora_linear(
     Raises:
         ValueError, TypeError: an argument that does not fit, named in the message; on CPU an id that no adapter has.
             On a GPU the row of such an id is NaN.
-        RuntimeError: a second derivative, or use under a torch.func transform.
+        RuntimeError: a second derivative, or use under a torch.func transform; in backward as in ``lora_linear``.
+
+    ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
     _no_transforms("multi_lora_linear")
     check_base(x, weight)

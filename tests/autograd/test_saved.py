@@ -113,6 +113,24 @@ def test_an_input_that_changes_in_place(layer, monkeypatch):
         gradients(layer, x, add)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_dropout_and_fp32_adapters_as_stock_allows_it(dtype, monkeypatch):
+    layer = LoRALinear(K, N, r=R, lora_dropout=0.5, dtype=dtype)
+    nn.init.normal_(layer.lora_B)
+    layer = SimpleNamespace(call=layer, A=layer.lora_A, B=layer.lora_B)
+    x = torch.randn(B, T, K).to(dtype)
+
+    def run(change):
+        torch.manual_seed(7)
+        return gradients(layer, x, change)
+
+    expected = run(add_apart)
+    with pytest.raises(RuntimeError, match="PEFTKERN_SAVE_INPUT"):
+        run(add)
+    monkeypatch.setenv("PEFTKERN_SAVE_INPUT", "copy")
+    assert all(map(torch.equal, run(add), expected))
+
+
 @pytest.mark.parametrize("change", [lambda h, y: h.relu_() * y.sum(), lambda h, y: h.view(-1).zero_() * y.sum()])
 def test_other_changes_in_place(layer, change):
     with pytest.raises(RuntimeError, match="PEFTKERN_SAVE_INPUT"):
@@ -138,17 +156,14 @@ def test_a_parameter_that_changes_is_named(layer):
 
 
 @pytest.mark.parametrize("x_trains", [False, True])
-@pytest.mark.parametrize("first, second", ["AB", "BA"][:1] + ["Ab"], ids=["A then B", "A then B, twice"])
-def test_parameters_step_one_after_the_other(layer, x_trains, first, second):
+def test_parameters_step_one_after_the_other(layer, x_trains):
     x = torch.randn(B, T, K, requires_grad=x_trains)
     expected = torch.autograd.grad(layer.call(x).square().sum(), layer.B)[0]
     loss = layer.call(x).square().sum()
     loss.backward(inputs=[layer.A], retain_graph=True)
     with torch.no_grad():
         layer.A.sub_(layer.A.grad)
-    for _ in range(2 if second == "b" else 1):
-        layer.B.grad = None
-        loss.backward(inputs=[layer.B], retain_graph=True)
+    loss.backward(inputs=[layer.B], retain_graph=True)
     torch.testing.assert_close(layer.B.grad, expected)
     again = torch.autograd.grad(loss, layer.B, retain_graph=True)[0]
     torch.testing.assert_close(again, expected)
