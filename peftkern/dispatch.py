@@ -11,12 +11,15 @@ import contextlib
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map
 
 from . import settings
 from .problem import Problem
@@ -34,12 +37,14 @@ ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 class Op:
     """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.
 
+    ``flops(problem, *args)``: what torch's flop counter counts, 2 for each product and sum of a matrix product.
     ``describe`` may look at dtypes, shapes, devices and Python values, never at a tensor's values: its outcome is kept.
     """
 
     name: str
     reference: Callable
     describe: Callable[..., Problem]
+    flops: Callable[..., int]
 
 
 class Declined(RuntimeError):
@@ -49,13 +54,52 @@ class Declined(RuntimeError):
 OPS: dict[str, Op] = {}
 
 
-def define(name: str, schema: str, *, reference: Callable, fake: Callable, describe: Callable[..., Problem]) -> None:
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    describe: Callable[..., Problem],
+    flops: Callable[..., int] = lambda problem, *args: 0,
+) -> None:
     """Register ``peftkern::name`` with the given schema for every device."""
-    op = Op(name, reference, describe)
+    op = Op(name, reference, describe, flops)
     OPS[name] = op
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftkern::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"peftkern::{name}", functools.partial(_one_by_one, name), lib=LIBRARY)
+    LIBRARY.impl(name, functools.partial(_legacy_one_by_one, name), "Batched")
+
+
+def _one_by_one(name: str, info, in_dims, *args):
+    # What vmap makes of an op in backward: a call for each of the output gradients.
+    def pick(value, dim, i: int):
+        if isinstance(value, list):
+            return [pick(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    op = getattr(torch.ops.peftkern, name).default
+    each = [op(*map(pick, args, in_dims, [i] * len(args))) for i in range(info.batch_size)]
+    outs = tree_map(lambda *outs: torch.stack(outs), *each)
+    return outs, tree_map(lambda _: 0, outs)
+
+
+class _Batch(NamedTuple):
+    batch_size: int
+
+
+def _legacy_one_by_one(name: str, *args):
+    # The same for the older vmap, which is_grads_batched and jacobian(vectorize=True) use.
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    dims = tree_map(lambda v: 0 if isinstance(v, torch.Tensor) and batched(v) else None, args)
+    plain = tree_map(lambda v, dim: v if dim is None else torch._remove_batch_dim(v, level, 0, dim), args, dims)
+    size = next(v.shape[0] for v, dim in zip(plain, dims, strict=True) if dim == 0)
+    outs, _ = _one_by_one(name, _Batch(size), dims, *plain)
+    return tree_map(lambda out: torch._add_batch_dim(out, 0, level), outs)
 
 
 @functools.cache
@@ -188,14 +232,33 @@ def _run(op: Op, *args):
 
 
 def watched() -> bool:
-    """Whether a compiler, a tracer, a mode or a profiler wants to see which ops are called."""
+    """Whether a compiler, a tracer, a mode, a transform or a profiler wants to see which ops are called."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
+
+
+def _tell_flop_counters() -> None:
+    # torch's flop counter takes half a second to import, so its table hears of our ops when somebody else has imported
+    # it; a counter that runs already has a copy of the table.
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    tables = [counting.flop_registry, *(c.flop_registry for c in counters if isinstance(c, counting.FlopCounterMode))]
+    for op in OPS.values():
+        packet = getattr(torch.ops.peftkern, op.name)
+        for table in tables:
+            table.setdefault(packet, functools.partial(_flops, op))
+
+
+def _flops(op: Op, *args, out_val) -> int:
+    return op.flops(op.describe(*args), *args)
 
 
 def caller(name: str) -> Callable:
@@ -206,7 +269,9 @@ def caller(name: str) -> Callable:
     op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
 
     def call(*args):
-        if watched():
+        if watched() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
+            if not torch.compiler.is_compiling():
+                _tell_flop_counters()
             return overload(*args)
         taker = _taker(op, args)
         return _apply(taker, args) if taker.plain else overload(*args)

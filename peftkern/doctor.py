@@ -120,6 +120,7 @@ def settings_in_use() -> dict[str, str]:
         "PEFTKERN_CPU_BASE": now.cpu_base,
         "PEFTKERN_CPU_ISA": now.cpu_isa,
         "PEFTKERN_BATCH_INVARIANT": str(int(now.batch_invariant)),
+        "PEFTKERN_SAVE_INPUT": now.save_input,
         "TRITON_INTERPRET": str(int(now.triton_interpret)),
     }
     return ours | {name: os.environ[name] for name in OTHER_VARIABLES if name in os.environ}

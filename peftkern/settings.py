@@ -23,6 +23,8 @@ class Settings(NamedTuple):
     cpu_isa: str
     # PEFTKERN_BATCH_INVARIANT=1: a row's bits do not depend on the rest of the batch, base product included.
     batch_invariant: bool
+    # PEFTKERN_SAVE_INPUT=copy: backward keeps a copy of a layer's input, so that it may be changed in place afterwards.
+    save_input: str
     # TRITON_INTERPRET=1: Triton's own switch; its kernels then run on CPU tensors.
     triton_interpret: bool
 
@@ -33,6 +35,7 @@ _VARIABLES = {
     "PEFTKERN_CPU_BASE": ("auto", "vendor", "panels"),
     "PEFTKERN_CPU_ISA": ("auto", "plain", "avx2", "avx512"),
     "PEFTKERN_BATCH_INVARIANT": (),
+    "PEFTKERN_SAVE_INPUT": ("shared", "copy"),
     "TRITON_INTERPRET": (),
 }
 
@@ -64,3 +67,11 @@ def current() -> Settings:
     if last is None or last[0] != words:
         last = _last = words, Settings(*(_parse(name, allowed) for name, allowed in _VARIABLES.items()))
     return last[1]
+
+
+_SAVE_INPUT = _keys[list(_VARIABLES).index("PEFTKERN_SAVE_INPUT")]
+
+
+def copies_input() -> bool:
+    """``current().save_input == "copy"``, for a fifth of its time where the variable is not set."""
+    return _read(_SAVE_INPUT) is not None and current().save_input == "copy"

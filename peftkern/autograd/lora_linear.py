@@ -1,11 +1,13 @@
 """lora_linear as a differentiable function.
 
-Saved for backward: x itself (never a cast or a copy of it) if lora_A, delta_in_scale or base_in_scale trains; u,
-which is (M, R) in fp32, if lora_B, rank_scale or delta_out_scale trains; the base product, (M, N), only if
-base_out_scale trains; otherwise parameters and a seed. Dropout bits are drawn again from the seed in backward.
+Saved for backward, each only if a gradient that is needed reads it (``_reads``): x, or a copy of it where that costs less
+(``saved.py``); u, which is (M, R) in fp32; the base product, (M, N), only if base_out_scale trains; parameters and a
+seed. Dropout bits are drawn again from the seed in backward.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from ..dispatch import caller
 from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
+from .saved import kept_input, read_saved
 
 _fwd, _bwd_adapter, _bwd_input = (caller(f"lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
 _REQUIRED = ("lora_A", "lora_B")
@@ -36,27 +39,52 @@ def _as_shape(y: Tensor, x: Tensor) -> Tensor:
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
+_SAVED = ("x", "weight", "lora_A", "lora_B", "u", "h", "seed", *_VECTORS)
+
+
+@functools.cache
+def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which of ``_SAVED`` the needed gradients read. Of a vector that needs one, its dtype."""
+    (x, _, A, B, _, _, _, _, rank, base_in, delta_in, base_out, delta_out, _) = needs
+    dx = x or base_in
+    du, H = dx or A or delta_in, B or delta_out
+    return (
+        A or delta_in or base_in, dx, dx or delta_in, du or rank or delta_out, H or rank, base_out, True,
+        du or H or rank, dx, dx or A or delta_in, dx or base_out, du or rank or H,
+    )  # fmt: skip
+
+
+def _unread(t: Tensor | None, dy: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
+    return dy.new_empty(size, dtype=dtype) if t is None else t
+
+
 class LoRALinearFunction(torch.autograd.Function):
-    """The op with its gradients. ``dtype``: what x and weight are cast to, inside, so that the originals are saved."""
+    """The op with its gradients. ``dtype``: what x and weight are cast to, inside, so that weight is saved as it is."""
 
     @staticmethod
     def forward(
         ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
         rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, dtype,
     ):  # fmt: skip
-        (need_x, _, need_A, need_B, need_bias, _, _, _,
-         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
+        needs = ctx.needs_input_grad
+        need_base_out = needs[11]
+        rows = _rows(x, dtype)
         y, u, h = _fwd(
-            _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
+            rows, _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
             rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
         )  # fmt: skip
-        need_dx = need_x or need_base_in
+        if torch.compiler.is_compiling():
+            kept, read = x, (True,) * len(_SAVED)  # a compiler drops what it does not need by itself
+        else:
+            read = _reads(needs)
+            kept = kept_input(x, rows) if read[0] else None
         ctx.save_for_backward(
-            x if need_A or need_delta_in or need_base_in else None,
-            weight if need_dx else None,
-            lora_A,
-            lora_B,
-            u if need_B or need_rank or need_delta_out else None,
+            kept,
+            weight if read[1] else None,
+            lora_A if read[2] else None,
+            lora_B if read[3] else None,
+            u if read[4] else None,
             h if need_base_out else None,
             seed,
             rank_scale,
@@ -67,6 +95,7 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.rank, ctx.adapter_dtype = lora_A.shape[0], lora_A.dtype
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return _as_shape(y, x)
 
@@ -74,15 +103,16 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
+        saved, needs = read_saved(ctx, "lora_linear", _SAVED, _reads)
         (x, weight, lora_A, lora_B, u, h, seed,
-         rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale) = ctx.saved_tensors  # fmt: skip
+         rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale) = saved  # fmt: skip
         (need_x, _, need_A, need_B, need_bias, _, _, _,
-         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = ctx.needs_input_grad  # fmt: skip
+         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = needs  # fmt: skip
         dy = _rows(dy, dy.dtype)
         rows = _rows(x, ctx.dtype) if x is not None else None
-        if u is None:
-            # Only its shape is used then; uninitialised memory costs nothing.
-            u = dy.new_empty((dy.shape[0], lora_A.shape[0]), dtype=accumulate_dtype(ctx.dtype))
+        lora_A = _unread(lora_A, dy, (ctx.rank, ctx.x_shape[-1]), ctx.adapter_dtype)
+        lora_B = _unread(lora_B, dy, (dy.shape[1], ctx.rank), ctx.adapter_dtype)
+        u = _unread(u, dy, (dy.shape[0], ctx.rank), accumulate_dtype(ctx.dtype))
         du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = _bwd_adapter(
             dy, rows if need_A or need_delta_in else None, u, h, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed,
             rank_scale, delta_in_scale, delta_out_scale,
@@ -140,6 +170,22 @@ def _fold_scaling(scaling: Tensor, rank_scale: Tensor | None, R: int, x: Tensor)
     return folded.expand(R) if rank_scale is None else folded * rank_scale.to(dtype)
 
 
+def _traced(
+    x, weight, lora_A, lora_B, bias, scaling, dropout_p,
+    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
+):  # fmt: skip
+    # In torch's own ops: what torch.jit.trace records runs, and trains, where this package is not installed.
+    def times(t, scale):
+        return t if scale is None else t * scale.to(t.dtype)
+
+    linear = torch.nn.functional.linear
+    base = times(linear(times(x, base_in_scale), weight), base_out_scale)
+    dropped = times(torch.nn.functional.dropout(x, dropout_p, dropout_p > 0.0).to(lora_A.dtype), delta_in_scale)
+    delta = times(linear(times(linear(dropped, lora_A), rank_scale), lora_B), delta_out_scale)
+    y = base + scaling * delta
+    return (y if bias is None else y + bias).to(base.dtype)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -183,12 +229,20 @@ def lora_linear(
     Raises:
         ValueError, TypeError: an argument that does not fit, named in the message; a weight that requires grad while
             grad mode is on.
-        RuntimeError: a second derivative, or use under a torch.func transform.
+        RuntimeError: a second derivative, or use under a torch.func transform; in backward, an x that was changed in place
+            since and is needed as it was. The message names the layer; ``PEFTKERN_SAVE_INPUT=copy`` allows it.
+
+    ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """
     if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
         raise RuntimeError(
             "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
         )
+    if torch._C._get_tracing_state() is not None:
+        return _traced(
+            x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0,
+            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
+        )  # fmt: skip
     check_base(x, weight)
     named = zip(
         _TENSORS, (lora_A, lora_B, bias, rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)

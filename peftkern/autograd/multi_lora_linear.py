@@ -1,11 +1,13 @@
 """multi_lora_linear and sgmv as differentiable functions.
 
-Saved for backward: x itself if any lora_A trains, u (M, max_rank) in fp32 if any lora_B trains, parameters, the route
-and a seed. A bank's weights get no gradient; what they were in forward stays readable until backward is done.
+Saved for backward, each only if a gradient that is needed reads it (``_reads``): x, or a copy of it where that costs less
+(``saved.py``); u (M, max_rank) in fp32; parameters, the route and a seed. A bank's weights get no gradient; what they
+were in forward stays readable until backward is done.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +21,22 @@ from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
 from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
 from .routes import route
+from .saved import kept_input, read_saved
 
 _fwd, _bwd_adapter, _bwd_input = (caller(f"multi_lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
 _add = caller("sgmv_add")
+
+
+_SAVED = ("x", "weight", "u", "table", "scaling", "order", "starts", "dropout_p", "seed", "an adapter's matrix")
+
+
+@functools.cache
+def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which of ``_SAVED`` the needed gradients read. The matrices come last, lora_A and lora_B of each adapter."""
+    x, matrices = needs[0], needs[9:]
+    # A bank's tensors, which hold both, need no gradient.
+    read = [x or (i % 2 == 1 and matrices[i - 1]) for i in range(len(matrices))]
+    return any(matrices[::2]), x, any(matrices[1::2]), *[True] * 6, *read
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
@@ -29,18 +44,24 @@ class MultiLoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, state, order, starts, dropout_p, seed, dtype, *weights):
-        need = ctx.needs_input_grad
-        needs = list(need[9:])
+        needs = ctx.needs_input_grad
+        rows = _rows(x, dtype)
         y, u = _fwd(
-            _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
+            rows, None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
             state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            kept, read = x, (True,) * (9 + len(weights))  # a compiler drops what it does not need by itself
+        else:
+            read = _reads(needs)
+            kept = kept_input(x, rows) if read[0] else None
         ctx.save_for_backward(
-            x if any(needs[::2]) else None, weight if need[0] else None, u if any(needs) else None,
-            state.table, state.scaling, order, starts, dropout_p, seed, *weights,
+            kept, weight if read[1] else None, u if read[2] else None,
+            state.table, state.scaling, order, starts, dropout_p, seed,
+            *[w if r else None for w, r in zip(weights, read[9:], strict=True)],
         )  # fmt: skip
         # Held, so that the memory of a bank's removed adapters is not used again before backward.
-        ctx.state, ctx.needs, ctx.dtype = state, needs, dtype
+        ctx.state, ctx.dtype = state, dtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return _as_shape(y, x)
 
@@ -48,14 +69,18 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
-        x, weight, u, table, scaling, order, starts, dropout_p, seed, *weights = ctx.saved_tensors
-        need_x, _, need_bias = ctx.needs_input_grad[:3]
+        saved, needs = read_saved(ctx, "multi_lora_linear", _SAVED, _reads)
+        x, weight, u, table, scaling, order, starts, dropout_p, seed, *weights = saved
+        need_x, _, need_bias = needs[:3]
+        need = list(needs[9:])
         dy = _rows(dy, dy.dtype)
         if u is None:
             u = dy.new_empty((dy.shape[0], ctx.state.max_rank), dtype=accumulate_dtype(ctx.dtype))
+        # Of a matrix that no gradient reads an op uses the shape alone.
+        weights = [known if w is None else w for w, known in zip(weights, ctx.state.weights, strict=True)]
         du, dbias, grads = _bwd_adapter(
             dy, None if x is None else _rows(x, ctx.dtype), u, weights, table, scaling, order, starts, dropout_p, seed,
-            ctx.needs, need_bias,
+            need, need_bias,
         )  # fmt: skip
         dx = None
         if need_x:
@@ -64,7 +89,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
                 order, starts, dropout_p, seed,
             )  # fmt: skip
             dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype)
-        grads = [g if n else None for g, n in zip(grads, ctx.needs, strict=True)]
+        grads = [g if n else None for g, n in zip(grads, need, strict=True)]
         return dx, None, _cast(dbias, ctx.bias_dtype) if need_bias else None, *[None] * 6, *grads
 
 
@@ -98,7 +123,9 @@ def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dt
     order, starts = route(adapter_ids, x, state)
     seed = seed_tensor(seed, x.device) if dropout_p is not None else None
     inputs = (x, bias, *state.weights)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    # A trace records the op itself, which has no gradient.
+    grad = torch.is_grad_enabled() and torch._C._get_tracing_state() is None
+    if grad and any(t is not None and t.requires_grad for t in inputs):
         return MultiLoRALinearFunction.apply(
             x, weight, bias, state, order, starts, dropout_p, seed, dtype, *state.weights
         )  # fmt: skip
@@ -153,7 +180,9 @@ def multi_lora_linear(
     Raises:
         ValueError, TypeError: an argument that does not fit, named in the message; on CPU an id that no adapter has.
             On a GPU the row of such an id is NaN.
-        RuntimeError: a second derivative, or use under a torch.func transform.
+        RuntimeError: a second derivative, or use under a torch.func transform; in backward as in ``lora_linear``.
+
+    ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
     _no_transforms("multi_lora_linear")
     check_base(x, weight)
@@ -161,8 +190,9 @@ def multi_lora_linear(
         raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
     if bias is not None:
         check_tensor("bias", bias)
-    dtype = _autocast_dtype(x) or x.dtype
-    if dtype == x.dtype and weight.dtype != dtype:
+    autocast = _autocast_dtype(x)
+    dtype = autocast or x.dtype
+    if autocast is None and weight.dtype != dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {weight.shape[0]}")
@@ -210,4 +240,6 @@ def sgmv(
     order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
     _add(rows, _rows(x, dtype), _weights(state), state.table, state.scaling, state.max_rank, order, starts)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that whoever saved it for a gradient notices
     return out

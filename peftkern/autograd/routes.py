@@ -28,7 +28,9 @@ def route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
     if adapter_ids.device != x.device:
         raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected {x.device} like x")
     rows = x.shape[:-1].numel()
-    keeps = not torch.compiler.is_compiling() and not adapter_ids.is_inference()
+    # A graph that is being recorded makes its own: a known one would be a constant of it.
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    keeps = not recorded and not adapter_ids.is_inference()
     known = _known.get(id(adapter_ids)) if keeps else None
     if known is not None and known[0]() is adapter_ids and known[1:4] == (adapter_ids._version, state.slots, rows):
         return known[4], known[5]

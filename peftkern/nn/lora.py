@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 
 import torch
 from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
-from ..ops.checks import check_number
+from ..ops.checks import accumulate_dtype, check_number
 from ..ops.dropout_mask import check_p
+from .flat_parameter import trains
+from .plain_linear import linear_reason, tensor_reason
 
 
 class LoRALinear(nn.Module):
@@ -30,7 +34,7 @@ class LoRALinear(nn.Module):
         device, dtype: of weight and bias, as in ``nn.Linear``.
 
     A plain ``nn.Linear`` checkpoint loads with ``strict=False``. The state dict of a merged layer holds the unmerged
-    weight, up to one rounding.
+    weight, up to one rounding. The layer runs and trains inside FSDP1 (``use_orig_params=True``) and FSDP2.
     """
 
     def __init__(
@@ -66,9 +70,17 @@ class LoRALinear(nn.Module):
         train_bias: bool = False,
         lora_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
-        """A layer that shares ``linear``'s weight and bias (no copy) and freezes them; other arguments as above."""
+        """A layer that shares ``linear``'s weight and bias (no copy) and freezes them; other arguments as above.
+
+        Raises TypeError, with the reason, for a ``linear`` that may compute something else than x W^T + bias: a subclass,
+        a replaced forward, hooks, parametrizations (weight norm, pruning), further parameters or buffers, a weight that is
+        no plain dense tensor (quantised, DTensor) or no parameter of its own (inside FSDP).
+        """
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+        reason = linear_reason(linear)
+        if reason is not None:
+            raise TypeError(f"linear {reason}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(linear, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, lora_dtype)
@@ -104,14 +116,19 @@ class LoRALinear(nn.Module):
         options = {"device": weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **options))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **options))
-        self._merged = False
+        # Of a merged layer: what was merged (these move with the layer), its scaling, and the unmerged weight if others hold
+        # it, in a tuple, where it is no parameter of this layer.
+        self.register_buffer("_merged_A", None, persistent=False)
+        self.register_buffer("_merged_B", None, persistent=False)
+        self._merged_scaling = 1.0
+        self._unmerged: tuple[Tensor, ...] = ()
         self.register_state_dict_post_hook(_unmerged_state)
         self.register_load_state_dict_pre_hook(_load_unmerged)
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
         """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero: the branch is zero. Raises RuntimeError while merged."""
-        if self._merged:
+        if self.merged:
             raise RuntimeError("reset_lora_parameters: the layer is merged; call unmerge() first")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -119,42 +136,108 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether ``weight`` holds the branch."""
-        return self._merged
+        return self._buffers["_merged_A"] is not None
 
     def get_delta_weight(self) -> Tensor:
         """s B A, (out_features, in_features), in fp32 (fp64 for an fp64 layer)."""
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)) * self.scaling
+        return self._product(self.lora_A, self.lora_B, self.scaling)
 
-    @torch.no_grad()
-    def _add(self, sign: float) -> None:
-        delta = self.get_delta_weight()
-        self.weight.copy_(self.weight.to(delta.dtype) + sign * delta)
+    def _product(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        dtype = accumulate_dtype(self.weight.dtype)
+        return (lora_B.to(dtype) @ lora_A.to(dtype)) * scaling
+
+    def _without_merged(self) -> Tensor:
+        """The weight of before merge(): itself if it is still there, else up to one rounding."""
+        weight = self.weight.detach()
+        for kept in self._unmerged:
+            if (kept.dtype, kept.device, kept.shape) == (weight.dtype, weight.device, weight.shape):
+                return kept
+        delta = self._product(self._merged_A, self._merged_B, self._merged_scaling)
+        return (weight.to(delta.dtype) - delta).to(weight.dtype)
+
+    def _set_weight(self, values: Tensor) -> None:
+        # In place only where nobody else sees it: not another layer, nor whoever holds the weight in another tensor. That
+        # shows when this layer lets go of it.
+        held, data = weakref.ref(self.weight), self.weight.detach()
+        if data.untyped_storage().nbytes() != data.nbytes or "weight" in self.__dict__:
+            warnings.warn("the weight is a part of a larger tensor, which changes with it, in place", stacklevel=3)
+            data.copy_(values)
+            return
+        self._parameters["weight"] = None  # its place among the parameters stays
+        others = held()
+        storage = data.untyped_storage()
+        if (
+            others is None
+            and torch._C._storage_Use_Count(storage._cdata) <= 2
+            and not (data.is_cpu and data.is_shared())
+        ):
+            values = data.copy_(values)
+        else:
+            self._unmerged = () if others is None else (others,)
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+    def _check_weight(self, what: str) -> None:
+        weight, shape = self.weight, (self.out_features, self.in_features)
+        reason = tensor_reason(weight)
+        if reason is None and weight.is_meta:
+            reason = "is on the meta device: its values are elsewhere (offloaded)"
+        if reason is None and weight.shape != shape:
+            reason = f"has shape {tuple(weight.shape)}, expected {shape} (of FSDP: inside summon_full_params)"
+        if reason is not None:
+            raise RuntimeError(f"{what}: the weight {reason}")
 
     def merge(self) -> None:
-        """weight += s B A, in place, rounded once. A second call does nothing. Training while merged raises."""
-        if not self._merged:
-            self._add(1.0)
-            self._merged = True
+        """weight += s B A, in place, rounded once. A second call does nothing. Training while merged raises.
+
+        What others hold stays as it is: if the weight is tied to another layer's, or anything else has it (an optimizer
+        that lists it, a state dict), this layer gets a weight of its own until ``unmerge``. Only a weight that is a
+        part of a larger tensor (FSDP1's flat parameter) always changes in place, with a warning. The layer remembers
+        what it merged: an adapter that is changed while merged takes effect after ``unmerge``.
+
+        Raises RuntimeError for a weight that has become something else since: quantised, sharded, offloaded.
+        """
+        if self.merged:
+            return
+        self._check_weight("merge")
+        with torch.inference_mode(False), torch.no_grad():
+            # Not in a variable of this function: that would hold the weight.
+            self._set_weight(_rounded_sum(self.weight, self.get_delta_weight()))
+            self._merged_A, self._merged_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self._merged_scaling = self.scaling
 
     def unmerge(self) -> None:
-        """weight -= s B A, in place: the weight of before, up to one rounding. Nothing if it is not merged."""
-        if self._merged:
-            self._add(-1.0)
-            self._merged = False
+        """The weight of before ``merge``: the same tensor if others hold it, else up to one rounding, in place.
+
+        Nothing if the layer is not merged. Raises as ``merge`` does.
+        """
+        if not self.merged:
+            return
+        self._check_weight("unmerge")
+        with torch.inference_mode(False), torch.no_grad():
+            before = self._without_merged()
+            if any(before is kept for kept in self._unmerged):
+                self.weight = before
+            else:
+                self._set_weight(before)
+        self._merged_A = self._merged_B = None
+        self._unmerged = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self._merged:
+        weight, bias = self.weight, self.bias
+        if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("the layer is merged: call unmerge() before training, or eval()")
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, weight, bias)
+        if weight.requires_grad and not trains(self, "weight", weight):
+            weight = weight.detach()
+            bias = bias if bias is None or trains(self, "bias", bias) else bias.detach()
         return lora_linear(
             x,
-            self.weight,
+            weight,
             self.lora_A,
             self.lora_B,
-            bias=self.bias,
+            bias=bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
@@ -164,14 +247,18 @@ class LoRALinear(nn.Module):
         """The arguments, as ``print`` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self._merged}"
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
         )
 
 
+def _rounded_sum(weight: Tensor, delta: Tensor) -> Tensor:
+    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
 def _unmerged_state(module: LoRALinear, state: dict, prefix: str, local_metadata: dict) -> None:
-    if module._merged:
-        weight, delta = module.weight.detach(), module.get_delta_weight().detach()
-        state[prefix + "weight"] = (weight.to(delta.dtype) - delta).to(weight.dtype)
+    if module.merged:
+        with torch.no_grad():
+            state[prefix + "weight"] = module._without_merged().detach()
 
 
 def _load_unmerged(module: LoRALinear, *args) -> None:

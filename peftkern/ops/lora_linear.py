@@ -269,6 +269,21 @@ def _fake_bwd_input(*args):
     return dy.new_empty((dy.shape[0], K)), du.new_empty(K if need_base_in else 0)
 
 
+def _flops_fwd(p: Problem, *args) -> int:
+    return 2 * p.M * (p.N * p.K + p.R * (p.K + p.N))
+
+
+def _flops_bwd_adapter(p: Problem, *args) -> int:
+    products = p.N  # dv
+    products += p.K if p.flags & {"need_A", "need_delta_in"} else 0
+    products += p.N if p.flags & {"need_B", "need_delta_out"} else 0
+    return 2 * p.M * p.R * products
+
+
+def _flops_bwd_input(p: Problem, *args) -> int:
+    return 2 * p.M * p.K * (p.N + p.R)
+
+
 define(
     "lora_linear_fwd",
     "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p,"
@@ -277,6 +292,7 @@ define(
     reference=lora_linear_fwd_ref,
     fake=_fake_fwd,
     describe=_describe_fwd,
+    flops=_flops_fwd,
 )
 define(
     "lora_linear_bwd_adapter",
@@ -287,6 +303,7 @@ define(
     reference=lora_linear_bwd_adapter_ref,
     fake=_fake_bwd_adapter,
     describe=_describe_bwd_adapter,
+    flops=_flops_bwd_adapter,
 )
 define(
     "lora_linear_bwd_input",
@@ -295,4 +312,5 @@ define(
     reference=lora_linear_bwd_input_ref,
     fake=_fake_bwd_input,
     describe=_describe_bwd_input,
+    flops=_flops_bwd_input,
 )

@@ -55,4 +55,5 @@ define(
     reference=lora_row_norm_ref,
     fake=_fake,
     describe=_describe,
+    flops=lambda p, *args: 2 * p.N * p.K * p.R,
 )

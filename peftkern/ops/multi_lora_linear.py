@@ -259,6 +259,32 @@ def _fake_bwd_input(*args):
     return args[0].new_empty((args[0].shape[0], args[3]))
 
 
+def rank_rows(p: Problem, table, starts) -> int:
+    """The sum over all rows of their adapter's rank; of tensors without values, what it can be at most."""
+    if type(starts) is not torch.Tensor or starts.is_meta:
+        return p.M * p.R
+    slots = table.shape[0]
+    return int((table[:, RANK] * starts[: slots + 1].diff()).sum())
+
+
+def _flops_fwd(p: Problem, *args) -> int:
+    base = p.M * p.N * p.K if "base" in p.flags else 0
+    return 2 * (base + rank_rows(p, args[5], args[9]) * (p.K + p.N))
+
+
+def _flops_bwd_adapter(
+    p: Problem, dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, *args
+) -> int:
+    # du, then dA and dB of the tensors that want them. K is 0 without an x.
+    ranks = rank_rows(p, table, starts)
+    return 2 * ranks * (p.N + (p.K if any(need[::2]) else 0) + (p.N if any(need[1::2]) else 0))
+
+
+def _flops_bwd_input(p: Problem, *args) -> int:
+    base = p.M * p.N * p.K if "base" in p.flags else 0
+    return 2 * (base + rank_rows(p, args[5], args[7]) * p.K)
+
+
 define(
     "multi_lora_linear_route",
     "(Tensor ids, Tensor table, int mask) -> (Tensor, Tensor)",
@@ -273,6 +299,7 @@ define(
     reference=multi_lora_linear_fwd_ref,
     fake=_fake_fwd,
     describe=_describe_fwd,
+    flops=_flops_fwd,
 )
 define(
     "multi_lora_linear_bwd_adapter",
@@ -281,6 +308,7 @@ define(
     reference=multi_lora_linear_bwd_adapter_ref,
     fake=_fake_bwd_adapter,
     describe=_describe_bwd_adapter,
+    flops=_flops_bwd_adapter,
 )
 define(
     "multi_lora_linear_bwd_input",
@@ -289,4 +317,5 @@ define(
     reference=multi_lora_linear_bwd_input_ref,
     fake=_fake_bwd_input,
     describe=_describe_bwd_input,
+    flops=_flops_bwd_input,
 )

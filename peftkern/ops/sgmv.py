@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..dispatch import define
 from ..problem import Problem
 from .checks import accumulate_dtype, check_fits
-from .multi_lora_linear import _describe_fwd, multi_lora_linear_fwd_ref
+from .multi_lora_linear import _describe_fwd, multi_lora_linear_fwd_ref, rank_rows
 
 
 def sgmv_add_ref(out, x, weights, table, scaling, max_rank, order, starts):
@@ -40,4 +40,7 @@ define(
     reference=sgmv_add_ref,
     fake=_fake,
     describe=_describe,
+    flops=lambda p, out, x, weights, table, scaling, max_rank, order, starts: (
+        2 * rank_rows(p, table, starts) * (p.K + p.N)
+    ),
 )

@@ -1,0 +1,110 @@
+"""torch.jit.trace of layers, grad mode on: what is recorded, that it trains, and where it runs."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from peftkern import LoRALinear, lora_linear, multi_lora_linear, sgmv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def traced(function, *args, **options):
+    """The trace, saved and loaded again. Constants that were frozen into it are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        trace = torch.jit.trace(function, args, **options)
+    file = io.BytesIO()
+    torch.jit.save(trace, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def layer(**options):
+    made = LoRALinear(10, 6, r=3, **options)
+    nn.init.normal_(made.lora_B)
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=False), dict(train_bias=True), dict(lora_dropout=0.5)], ids=str)
+def test_a_layer_runs_and_trains_without_peftkern(options):
+    made = layer(**options, dtype=torch.float64).eval()
+    trace = traced(made, torch.randn(4, 10, dtype=torch.float64))
+    assert "peftkern::" not in str(trace.inlined_graph)
+    x = torch.randn(2, 7, 10, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(trace(x), made(x))
+    trace(x).square().sum().backward()
+    copies = dict(trace.named_parameters())
+    made(x.detach()).square().sum().backward()
+    for name, parameter in made.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(copies[name].grad, parameter.grad)
+
+
+def test_a_merged_layer():
+    made = layer().eval()
+    made.merge()
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(traced(made, torch.randn(4, 10))(x), made(x))
+
+
+def test_dropout_stays_random():
+    made = layer(lora_dropout=0.5)
+    nn.init.zeros_(made.weight)
+    trace = traced(made, torch.randn(4, 10), check_trace=False)
+    x = torch.ones(2000, 10)
+    first, second = trace(x), trace(x)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first.mean(0), made.eval()(x)[0], rtol=0.2, atol=0.5)
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
+def test_scale_vectors(dtype, adapter_dtype):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size, dtype=dtype):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    W, A, B = normal(6, 10), normal(3, 10, dtype=adapter_dtype), normal(6, 3, dtype=adapter_dtype)
+    sizes = dict(rank_scale=3, base_in_scale=10, delta_in_scale=10, base_out_scale=6, delta_out_scale=6, bias=6)
+    vectors = {name: normal(size) for name, size in sizes.items()}
+
+    def call(x, scaling):
+        return lora_linear(x, W, A, B, scaling=scaling, **vectors)
+
+    trace = traced(call, normal(4, 10), torch.tensor(0.5), check_trace=dtype == torch.float32)
+    x, scaling = normal(2, 3, 10), torch.tensor(0.25)
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
+    torch.testing.assert_close(trace(x, scaling), call(x, scaling), **close)
+
+
+class Many(nn.Module):
+    """A layer with two adapters."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.weight = nn.Parameter(torch.randn(6, 10), requires_grad=False)
+        self.A = nn.ParameterList([torch.randn(3, 10), torch.randn(5, 10)])
+        self.B = nn.ParameterList([torch.randn(6, 3), torch.randn(6, 5)])
+
+    def forward(self, x, ids):
+        """Of each row, its adapter."""
+        adapters = [(a, b, 0.5) for a, b in zip(self.A, self.B, strict=True)]
+        return multi_lora_linear(x, self.weight, adapters, ids) if self.base else sgmv(x, adapters, ids)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("base", [True, False], ids=["multi_lora_linear", "sgmv"])
+def test_a_mixed_batch_takes_the_ids_it_is_given(base):
+    made, x, ids = Many(base), torch.randn(4, 10), torch.tensor([0, 1, -1, 1])
+    made(x, ids)  # its route is known now, and must not become a constant of the trace
+    trace = torch.jit.trace(made, (x, ids), check_trace=False)
+    for other in ([1, 0, 0, -1], [-1, -1, -1, -1]):
+        other = torch.tensor(other)
+        assert torch.equal(trace(x, other), made(x, other))
