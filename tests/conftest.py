@@ -19,7 +19,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first: workers then finish together. (Groups of tests, which xdist takes before all others, stay whole.)"""
+    """Long tests first, so that workers finish together; xdist takes its groups of tests before all others."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
