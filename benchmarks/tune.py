@@ -1,4 +1,4 @@
-"""``peftkern bench --tune``: which candidate is fastest for each problem on this GPU.
+"""``peftkern bench --tune``: which candidate is fastest for each problem on this GPU (``--device cpu``: tune_cpu).
 
 Writes the table that peftkern/tuned.py reads. Inputs take turns, so that none is found in a cache; candidates take turns
 within a run; a candidate whose result differs from the default's is not timed. Problems come in order of importance,
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from peftkern import doctor, tuned
 from . import machine
 from .timing import quiet
 from .tune_calls import call_of, make_inputs
+from .tune_file import meta, write
 from .tune_plan import COMPOSITION, OPS, Job, candidates, copies, fastest, jobs
 
 # Longer than it takes to enqueue a call: the GPU then never waits for the host between the two events.
@@ -38,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="peftkern bench --tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: --tune --device cpu --help says more"
     )
     p.add_argument("--op", nargs="+", choices=sorted(OPS), default=sorted(OPS))
     p.add_argument("--dtype", nargs="+", choices=("bf16", "fp16"), default=["bf16", "fp16"])
@@ -59,6 +61,12 @@ def planned(args) -> list[Job]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 without a CUDA device, or if nothing was measured."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device")
+    if device.parse_known_args(argv)[0].device == "cpu":
+        from . import tune_cpu
+
+        return tune_cpu.main(argv)
     args = parser().parse_args(argv)
     work = planned(args)
     if args.dry_run:
@@ -68,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(args.json, {"schema": tuned.SCHEMA, "meta": {"dry_run": True, "planned": len(work)}, "rows": []})
         return 0
     if not torch.cuda.is_available():
-        print("bench --tune: torch sees no CUDA device (--dry-run needs none)", file=sys.stderr)
+        print(
+            "bench --tune: torch sees no CUDA device (--dry-run needs none, --device cpu tunes this CPU)",
+            file=sys.stderr,
+        )
         return 1
     file = args.json or tuned.FOLDER / f"{tuned.slug(torch.cuda.get_device_name())}.json"
     started, rows, failed = time.perf_counter(), [], []
@@ -90,19 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(rows: list[dict], failed: list[str], planned: int, started: float) -> dict:
     """The content of the file."""
-    meta = {
-        "gpu": doctor.gpu(),
-        "driver": driver(),
-        "versions": doctor.versions(),
-        "cuda": torch.version.cuda,
-        "commit": machine.commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - started, 1),
-        "planned": planned,
-        "measured": len(rows),
-        "failed": failed,
-    }
-    return {"schema": tuned.SCHEMA, "meta": meta, "rows": rows}
+    head = meta(
+        started, gpu=doctor.gpu(), driver=driver(), cuda=torch.version.cuda, planned=planned, measured=len(rows),
+        failed=failed,
+    )  # fmt: skip
+    return {"schema": tuned.SCHEMA, "meta": head, "rows": rows}
 
 
 def driver() -> str | None:
@@ -112,16 +115,6 @@ def driver() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write(file: Path, data: dict) -> None:
-    """One row a line, so that a diff of two tables is readable."""
-    head = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)[:-2]
-    lines = ",\n  ".join(json.dumps(row) for row in data["rows"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(f'{head},\n "rows": [{chr(10) + "  " + lines + chr(10) + " " if lines else ""}]\n}}\n')
-    temporary.replace(file)
 
 
 def measure(job: Job, repeats: int) -> dict:

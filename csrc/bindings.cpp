@@ -259,6 +259,13 @@ PYBIND11_MODULE(_C, m) {
     if (bits & cpu::kAmxFp16) found.add("amx_fp16");
     return found;
   });
+  m.def(
+      "cpu_model",
+      [] {
+        const cpu::CpuModel& found = cpu::cpu_model();
+        return py::make_tuple(found.vendor, found.family, found.model);
+      },
+      "(vendor, family, model) of this CPU; the vendor is empty where it cannot be asked.");
   m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
         "Whether base_product takes kind bf16 here, at the level in use.");
   m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,

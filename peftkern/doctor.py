@@ -46,7 +46,8 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict:
-    """Model name, the instruction sets of FEATURES that it has, torch's level and the one our kernels use."""
+    """Model name, [vendor, family, model number] where the C++ kernels are built, the instruction sets of FEATURES that it
+    has, torch's level and the one our kernels use."""
     model, flags = platform.processor() or platform.machine(), set()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -57,6 +58,7 @@ def cpu() -> dict:
     native = extension()
     return {
         "model": model,
+        "model_id": list(native.cpu_model()) if native else None,
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "features": [f for f in FEATURES if f in flags],
@@ -105,11 +107,21 @@ def backends() -> dict[str, dict]:
 
 def base_products() -> dict[str, dict[str, str]]:
     """Who computes the frozen product on this CPU, {dtype: {pass: words}}; empty where the CPU back end can't run."""
+    plan = _base_plan()
+    return plan.describe() if plan else {}
+
+
+def base_table() -> str | None:
+    """The table of measured base products of this CPU model, or that there is none; None where the CPU back end can't run."""
+    plan = _base_plan()
+    return plan.measured() if plan else None
+
+
+def _base_plan():
     if backends()["cpu"]["reason"]:
-        return {}
-    plan = importlib.import_module("peftkern.backends.cpu_base_plan")
+        return None
     importlib.import_module("peftkern.backends.cpu_native").use_isa()
-    return plan.describe()
+    return importlib.import_module("peftkern.backends.cpu_base_plan")
 
 
 def settings_in_use() -> dict[str, str]:
@@ -136,6 +148,7 @@ def report() -> dict:
         "build": build(),
         "backends": backends(),
         "base_products": base_products(),
+        "base_table": base_table(),
         "settings": settings_in_use(),
     }
 
@@ -152,6 +165,7 @@ def text(found: dict) -> str:
     section("versions", {k: v or "not installed" for k, v in found["versions"].items()})
     c = dict(found["cpu"])
     c["features"] = " ".join(c["features"]) or "none of " + " ".join(FEATURES)
+    c["model_id"] = "{}, family {}, model {}".format(*c["model_id"]) if c["model_id"] else "unknown"
     c["peftkern_isa"] = c["peftkern_isa"] or "no compiled kernels"
     section("processor", c | {"threads": found["threads"]})
     section("GPU", found["gpu"] or {"none": "torch sees no CUDA device"})
@@ -168,6 +182,8 @@ def text(found: dict) -> str:
     products = {
         f"{dtype} {which}": words for dtype, passes in found["base_products"].items() for which, words in passes.items()
     }
+    if found["base_table"]:
+        products["table"] = found["base_table"]
     section("base product on CPU", products or {"all": "torch's product, after a cast to fp32 (reference)"})
     section("settings", found["settings"])
     return "\n".join(lines[1:])

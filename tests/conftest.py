@@ -18,6 +18,11 @@ import torch
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that workers finish together; xdist takes its groups of tests before all others."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def seeds_and_threads():
     """Every test starts from the same random state and the same number of threads, whatever ran before it."""

@@ -121,8 +121,8 @@ def test_tables_that_make_no_sense(packaged, rows, match):
 
 
 def test_packaged_tables():
-    """Every table that is shipped can be read, and names the fastest of what a row allows."""
-    for file in tuned.FOLDER.glob("*.json"):
+    """Every table of a GPU that is shipped can be read, and names the fastest of what a row allows."""
+    for file in set(tuned.FOLDER.glob("*.json")) - set(tuned.FOLDER.glob("cpu-*.json")):
         data = json.loads(file.read_text())
         assert file.stem == tuned.slug(data["meta"]["gpu"]["name"])
         assert tuned.parse(data, file.name)

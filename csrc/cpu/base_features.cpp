@@ -1,4 +1,6 @@
-// What this CPU has that decides between the vendor's matrix product and ours.
+// What this CPU is and has that decides between the vendor's matrix product and ours.
+#include <cstring>
+
 #include "cpu/dispatch.h"
 #include "peftkern/launchers.h"
 
@@ -27,11 +29,33 @@ unsigned detect() {
   return found;
 }
 
+CpuModel detect_model() {
+  CpuModel found{};
+#ifdef PEFTKERN_X86_LEVELS
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return found;
+  std::memcpy(found.vendor, &b, 4);
+  std::memcpy(found.vendor + 4, &d, 4);
+  std::memcpy(found.vendor + 8, &c, 4);
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+  const int family = (a >> 8) & 15, model = (a >> 4) & 15;
+  // The extended fields count where the short ones have run out.
+  found.family = family == 15 ? family + ((a >> 20) & 255) : family;
+  found.model = family == 15 || family == 6 ? model + (((a >> 16) & 15) << 4) : model;
+#endif
+  return found;
+}
+
 }  // namespace
 
 unsigned features() {
   // Asked once: virtual machines take tens of microseconds to answer CPUID, and every product asks.
   static const unsigned found = detect();
+  return found;
+}
+
+const CpuModel& cpu_model() {
+  static const CpuModel found = detect_model();
   return found;
 }
 

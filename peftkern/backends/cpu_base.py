@@ -45,14 +45,15 @@ _scratch = _Scratch()
 
 
 def base_product(
-    a: Tensor, weight: Tensor, *, transpose: bool, in_scale: Tensor | None, out: Tensor, epilogue: Epilogue
-) -> None:
+    a: Tensor, weight: Tensor, *, transpose: bool, in_scale: Tensor | None, out: Tensor, epilogue: Epilogue,
+    kind: str | None = None,
+) -> None:  # fmt: skip
     """``out = (a * in_scale) W^T`` if ``transpose`` else ``(a * in_scale) W``, finished by ``epilogue``.
 
     a (M, C) any strides; weight (N, K) any strides; in_scale (C,) or None, fp32 or a.dtype; out (M, D) contiguous, in
     a.dtype, contents ignored. C, D = K, N if ``transpose`` (forward) else N, K. All three matrices have one dtype of
     float32, bfloat16, float16. Nothing is called if out is empty; with C == 0 the product is zero.
-    ``cpu_native.use_isa()`` must have been called.
+    ``cpu_native.use_isa()`` must have been called. ``kind``: who computes it, for a tuner; None: as cpu_base_plan chooses.
     """
     M, D = out.shape
     C = a.shape[1]
@@ -63,11 +64,12 @@ def base_product(
         epilogue(0, M, 0, D, None)
         return
     b = weight.t() if transpose else weight
-    now = settings.current()
-    kind = plans.choose(
-        a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), now.cpu_base, now.batch_invariant,
-        scaled=in_scale is not None,
-    )  # fmt: skip
+    if kind is None:
+        now = settings.current()
+        kind = plans.choose(
+            a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), now.cpu_base, now.batch_invariant,
+            scaled=in_scale is not None,
+        )  # fmt: skip
     if kind == "vendor":
         _vendor(a, b, in_scale, out)
         epilogue(0, M, 0, D, None)

@@ -1,4 +1,4 @@
-"""Who computes the base product on CPU, and in which blocks: pure functions of sizes, dtype, CPU features and settings.
+"""Who computes the base product on CPU, and in which blocks: pure functions of sizes, dtype, CPU and settings.
 
 - ``vendor``: torch's own matrix product, written in the output's dtype.
 - ``panels``: ours (csrc/cpu/base_gemm.cpp). Half precision is widened while packing, the product is fp32, and the
@@ -7,9 +7,10 @@
   takes the place of ``panels`` there, unless the input has a scale.
 - ``few``: ours for few rows (csrc/cpu/base_few.cpp), one pass over W.
 
-Nothing here times anything: a noisy measurement would change bits from run to run. The thresholds are the outcome of
-measurements on 2 cores of an AMD EPYC (Zen 5), as it is and held to AVX2 by ``ATEN_CPU_CAPABILITY=avx2
-ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 PEFTKERN_CPU_ISA=avx2``; each is explained where it stands.
+Nothing here times anything: a noisy measurement would change bits from run to run. A committed table of this CPU model
+(cpu_base_table) names the fastest kind. Where it has none, fp32 is the vendor's: which of two good products is faster
+differs from model to model. Half precision then follows rules, for a vendor's product without instructions for it is slower
+than ours by factors; their thresholds were measured on 2 cores of an AMD EPYC (Zen 5).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .. import settings
+from . import cpu_base_table as tables
 from .cpu_native import _C
 
 # Whatever the layer, the scratch of one product stays under this.
@@ -52,10 +54,21 @@ class Plan(NamedTuple):
 
 
 class Cpu(NamedTuple):
-    """What the choice depends on besides the problem: C++ level in use and features beyond it."""
+    """What the choice depends on besides the problem: C++ level in use, features beyond it, and what was measured."""
 
     isa: str
     features: frozenset[str]
+    table: tables.Table | None = None
+
+
+def model() -> tables.CpuModel:
+    """Which CPU this is."""
+    return tables.CpuModel(*_C.cpu_model())
+
+
+def level() -> tables.Level:
+    """The instruction sets in use, and whose fp32 product torch has."""
+    return tables.Level(_C.isa(), torch.backends.cpu.get_cpu_capability(), torch.backends.mkl.is_available())
 
 
 @functools.cache
@@ -65,22 +78,19 @@ def _cpu(isa: str) -> Cpu:
         found |= {"bf16_kernel"}
     if isa != "avx512" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         found &= {"x86", "intel", "bf16_kernel"}
-    return Cpu(isa, found | {"mkl"} if torch.backends.mkl.is_available() else found)
+    table = tables.of_model(model())
+    return Cpu(isa, found, table if table is not None and tables.applies(table, level()) else None)
 
 
 def cpu() -> Cpu:
-    """This CPU, held to ``PEFTKERN_CPU_ISA``; ``mkl`` among its features: torch's fp32 product is MKL's."""
+    """This CPU, held to ``PEFTKERN_CPU_ISA``."""
     return _cpu(_C.isa())
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
-    """Whether torch's product of many rows beats ours."""
-    if "x86" not in on.features:
+    """Whether torch's product of many rows beats ours, where no table says so."""
+    if "x86" not in on.features or dtype == torch.float32:
         return True  # not measured: leave it to torch
-    if dtype == torch.float32:
-        # MKL takes its best path on Intel alone. 2048 x 4096 x 4096 here: MKL 190 GFLOP/s, ours 390 (AVX-512);
-        # 180 and 205 (AVX2). oneDNN is as fast as ours, but torch does not use it for fp32. Other libraries: not measured.
-        return "mkl" not in on.features or "intel" in on.features or on.isa == "plain"
     if dtype == torch.bfloat16:
         return bool(on.features & {"avx512_bf16", "amx_bf16"})
     # torch's fp16: 33 GFLOP/s forward and 1 backward on AVX-512 without AMX-FP16.
@@ -95,24 +105,22 @@ def pairs_are_fast(M: int, D: int, C: int, on: Cpu) -> bool:
 
 
 def few_rows(dtype: torch.dtype, transpose: bool, on: Cpu) -> int:
-    """Most rows for which one pass over W beats the alternatives; W 4096 x 4096, not in cache, two threads."""
+    """Most rows for which one pass over W beats the alternatives in half precision; for fp32, which is ours only where a
+    table or a setting says so, the most it takes. W 4096 x 4096, not in cache, two threads."""
     if "x86" not in on.features:
         return 0
     if on.isa == "plain":
         return 0 if dtype == torch.float32 else 8
-    if vendor_is_fast(dtype, on):
-        if dtype == torch.float32:
-            return 16
+    if dtype != torch.float32 and vendor_is_fast(dtype, on):
         if "amx_bf16" in on.features or dtype == torch.float16:
             return 4  # not measured: where the bytes of W are surely all that counts
         # bf16 on AVX512-BF16. Forward: 8 rows 1.25 ms, torch 1.30; 16 rows 1.9 and 1.6. Input gradient: 32 rows 3.2 and
         # 3.9; 48 rows 6.2 and 5.8.
         return 8 if transpose else 32
-    # Forward: ours wins up to the most it takes, which is 64 (bf16, AVX2: 12.5 ms, panels 15.3; fp16, AVX-512: 7.0 and
-    # 9.5). Input gradient: packing W for the panels needs no transposition (bf16, AVX2: 32 rows 7.7 and 8.6, 48 rows
-    # 11.8 and 11.3; fp16, AVX-512: 48 rows 6.3 and 6.4).
+    # Forward: ours wins up to the most it takes (fp16, AVX-512: 7.0 ms, panels 9.5). Input gradient: packing W for the
+    # panels needs no transposition, so they win earlier (fp16, AVX-512: 48 rows 6.3 and 6.4).
     if transpose or dtype == torch.float32:
-        return 64
+        return _C.base_few_rows
     return 48 if on.isa == "avx512" else 32
 
 
@@ -127,7 +135,14 @@ def choose(
         return panels
     if setting == "vendor":
         return "vendor"
-    if unit_stride and few_rows(dtype, transpose, on) >= M and M * (C + _ALIGN) <= _FEW_SCRATCH:
+    few = unit_stride and M <= _C.base_few_rows and M * (C + _ALIGN) <= _FEW_SCRATCH
+    if setting == "auto" and on.table is not None:
+        for kind in tables.fastest(on.table, dtype, transpose, M, D, C):
+            if kind in ("vendor", panels) or (few and kind == "few"):
+                return kind
+    if dtype == torch.float32 and setting == "auto":
+        return "vendor"
+    if few and few_rows(dtype, transpose, on) >= M:
         return "few"
     if dtype == torch.float32 and D < 16 and "x86" in on.features:
         # Narrow: MKL sums in lanes, shorter chains than ours, and is twice as fast.
@@ -183,7 +198,7 @@ def _uneven(rows: int, cols: int, block_rows: int, block_cols: int, threads: int
 
 
 def describe() -> dict[str, dict[str, str]]:
-    """For the doctor: {dtype: {"forward" | "input gradient": what computes it on this CPU}}."""
+    """For the doctor: {dtype: {"forward" | "input gradient": what computes it on this CPU, for a W of 4096 x 4096}}."""
     on, now = cpu(), settings.current()
     words = {
         "vendor": "torch's product",
@@ -195,11 +210,25 @@ def describe() -> dict[str, dict[str, str]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         passes = found[str(dtype).removeprefix("torch.")] = {}
         for name, transpose in (("forward", True), ("input gradient", False)):
-            kinds = [
-                choose(dtype, transpose, m, 4096, 4096, True, on, now.cpu_base, now.batch_invariant) for m in (1, 4096)
-            ]
-            text = words[kinds[1]]
-            if kinds[0] == "few":
-                text = f"up to {few_rows(dtype, transpose, on)} rows {words['few']}; else {text}"
-            passes[name] = text
+            last: dict[int, str] = {}  # the most rows of each stretch: its kind
+            for M in range(1, 4097):
+                kind = choose(dtype, transpose, M, 4096, 4096, True, on, now.cpu_base, now.batch_invariant)
+                if last and last[M - 1] == kind:
+                    del last[M - 1]
+                last[M] = kind
+            *stretches, end = last.items()
+            text = [f"up to {M} rows {words[kind]}; " for M, kind in stretches]
+            passes[name] = "".join(text) + ("else " if text else "") + words[end[1]]
     return found
+
+
+def measured() -> str:
+    """For the doctor: the table of this CPU model, or why there is none."""
+    table = tables.of_model(model())
+    if table is None:
+        return "none for this CPU model, so fp32 is torch's (`peftkern bench --tune --device cpu` measures one)"
+    words = f"{table.name}, measured {table.meta['date'][:10]} with {table.meta['threads']} threads"
+    if not tables.applies(table, level()):
+        was, now = (" ".join(map(str, each)) for each in (table.meta["level"].values(), level()))
+        return f"{words}, not used: it holds for {was}, in use are {now}"
+    return words

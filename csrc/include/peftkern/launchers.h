@@ -98,6 +98,13 @@ void scale_copy(const ScaleCopyArgs& args);
 constexpr unsigned kX86 = 1, kIntel = 2, kAvx512Bf16 = 4, kAmxBf16 = 8, kAmxFp16 = 16;
 unsigned features();
 
+// Who made this CPU and which it is, as CPUID says: an empty vendor where there is no CPUID.
+struct CpuModel {
+  char vendor[13];
+  int family, model;
+};
+const CpuModel& cpu_model();
+
 // out (rows x cols, fp32) = (a * scale) B, a (rows x inner) and B (inner x cols) of type dtype, any strides
 // in elements: a[i, k] at i * a_row + k * a_col, B[k, j] at k * w_in + j * w_out. scale (inner) may be null.
 struct BaseArgs {

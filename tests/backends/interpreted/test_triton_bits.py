@@ -65,9 +65,9 @@ def test_bits_of_the_shrink(block_m, block_k, groups):
         check_kept(forward(torch.ones(M, K), torch.eye(K))[1])
 
 
-@pytest.mark.parametrize("block", [(16, 16), (64, 32), (128, 128)])
+# The smallest tiles, which are the most programs, once for each owner; the order of the sums matters to a tile of any size.
+@pytest.mark.parametrize("block, scaled", [((16, 16), False), ((64, 32), False), ((64, 32), True), ((128, 128), True)])
 @pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["low-rank-first", "base-first"])
 def test_bits_of_dx(block, base, scaled):
     config = LaunchConfig(*block, 16, 16)
     p_b = torch.ones(K) if scaled else None
@@ -79,10 +79,10 @@ def test_bits_of_dx(block, base, scaled):
     check_kept(dx)
 
 
-def adapter_grad(dy, x, u, A, B, p=P):
+def adapter_grad(dy, x, u, A, B, p=P, need=True):
     seed = torch.tensor([SEED]) if p else None
     return ops.lora_linear_bwd_adapter(
-        dy, x, u, None, A, B, 1.0, p, seed, None, None, None, True, True, True, False, False, False, False
+        dy, x, u, None, A, B, 1.0, p, seed, None, None, None, need, need, need, False, False, False, False
     )
 
 
@@ -114,24 +114,23 @@ def random(*shape, seed=0, dtype=torch.float16):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("rank", [8, 40, 70])
-@pytest.mark.parametrize("p", [0.0, P])
-def test_a_rows_branch_does_not_depend_on_the_other_rows(rank, p):
-    # Several tiles of rows, blocks of columns and, above 32, chunks of ranks.
-    x, A, B = random(140, 120), random(rank, 120, seed=1, dtype=torch.float32), random(72, rank, seed=2).float()
-    dy = random(140, 72, seed=3)
+@pytest.mark.parametrize("rank, p, gradients", [(8, P, True), (8, 0.0, False), (40, 0.0, True), (70, P, False)])
+def test_a_rows_branch_does_not_depend_on_the_other_rows(rank, p, gradients):
+    # Two tiles of rows, three blocks of columns of x and, above 32, chunks of ranks; du beside the gradients and alone.
+    x, A, B = random(70, 120), random(rank, 120, seed=1, dtype=torch.float32), random(72, rank, seed=2).float()
+    dy = random(70, 72, seed=3)
     whole_u = forward(x, A, B, p)[1]
-    whole_du = adapter_grad(dy, x, whole_u, A, B, p)[0]
-    for rows in (1, 5, 64, 130):
+    whole_du = adapter_grad(dy, x, whole_u, A, B, p, gradients)[0]
+    for rows in (1, 5, 64, 67):
         u = forward(x[:rows], A, B, p)[1]
         assert torch.equal(u, whole_u[:rows])
-        assert torch.equal(adapter_grad(dy[:rows], x[:rows], u, A, B, p)[0], whole_du[:rows])
+        assert torch.equal(adapter_grad(dy[:rows], x[:rows], u, A, B, p, gradients)[0], whole_du[:rows])
 
 
 def test_the_number_of_programs_does_not_change_bits():
     x, A = random(70, 260), random(24, 260, seed=1, dtype=torch.float32)
     results = []
-    for groups in (1, 2, 5, 100):
+    for groups in (1, 3, 100):
         with configs.override(shrink_groups=groups):
             results.append(forward(x, A)[1])
     assert all(torch.equal(results[0], r) for r in results[1:])
@@ -148,7 +147,8 @@ def test_equal_calls_give_equal_bits():
 
 def test_batch_invariance_covers_the_base_product(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
-    x, A, B, w = random(300, 256), random(8, 256, seed=1), random(96, 8, seed=2), random(96, 256, seed=4)
+    # Two tiles of rows and of columns, four blocks of the sum.
+    x, A, B, w = random(150, 130), random(8, 130, seed=1), random(140, 8, seed=2), random(140, 130, seed=4)
     whole = forward(x, A, B, weight=w)[0]
     for rows in (1, 17, 128):
         assert torch.equal(forward(x[:rows], A, B, weight=w)[0], whole[:rows])

@@ -24,8 +24,9 @@ def assert_accurate(problem):
 @pytest.mark.parametrize("base", configs.BASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(base, dtype):
+    # "overlap" has the kernels of "epilogue", in another order.
     with configs.override(base=base):
-        for seed in range(8):
+        for seed in range(4 if base == "overlap" else 8):
             assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=300, max_R=150))
 
 
@@ -40,8 +41,10 @@ def everything(**changes) -> LoRALinearProblem:
 
 @pytest.mark.parametrize("rank", [1, 2, 15, 16, 17, 32, 33, 64, 65, 129, 300])
 def test_ranks(rank):
-    assert_accurate(everything(R=rank, M=37, K=70, N=45))
-    assert_accurate(everything(R=rank, M=37, K=70, N=45, dtype=torch.float32, options=("bias",), zero_weight=True))
+    # Chunks of the rank are what costs here: with many of them K and N are one and two blocks.
+    size = dict(R=rank, M=37, K=70, N=45) if rank <= 64 else dict(R=rank, M=19, K=30, N=37)
+    assert_accurate(everything(**size))
+    assert_accurate(everything(**size, dtype=torch.float32, options=("bias",), zero_weight=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +52,9 @@ def test_ranks(rank):
 @pytest.mark.parametrize("options", [(), VECTORS], ids=["plain", "all-vectors"])
 def test_branch_alone(dtype, same, options):
     # With a zero weight nothing hides the branch; without vectors its order in the kernel is the other one.
-    problem = everything(dtype=dtype, adapter_dtype=dtype if same else torch.float32, options=options, zero_weight=True)
+    problem = everything(
+        dtype=dtype, adapter_dtype=dtype if same else torch.float32, options=options, zero_weight=True, M=67, K=70, N=69
+    )  # two tiles of rows, of columns, and two or three steps of each sum
     for base in ("fused", "epilogue"):
         with configs.override(base=base):
             assert_accurate(problem)
@@ -59,6 +64,8 @@ def test_tiny_lora_b_keeps_its_precision():
     assert_accurate(everything(b_scale=1e-6, options=("bias",), zero_weight=True))
 
 
+# Parameters whose gradients are not made by the base product.
+BRANCH = frozenset({"lora_A", "lora_B", "rank_scale", "delta_in_scale", "delta_out_scale"})
 GEMMS = {
     "descriptors": LaunchConfig(64, 64, 32, 16, tma=True),
     "descriptors-persistent": LaunchConfig(32, 64, 32, 16, tma=True, persistent=3),
@@ -75,10 +82,12 @@ def test_every_kind_of_fused_launch(name, options):
     # Two by three tiles of y and three steps along K. Rows of a multiple of 16 bytes, so that descriptors are used where they
     # are asked for; then rows that are not.
     M, K, N = config.block_m + 9, 2 * config.block_k + 16, 2 * config.block_c + 16
+    aligned, ragged = dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)
     with configs.override(base="fused", gemm=config):
-        for size in (dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)):
-            assert_accurate(everything(options=options, **size))
-            assert_accurate(everything(options=options, dtype=torch.float32, **size))
+        for size in (aligned, ragged) if config.tma else (ragged,):
+            for dtype in (torch.float16, torch.float32):
+                # The product is that of y and dx, which scales of the base change; adapters' gradients come elsewhere.
+                assert_accurate(everything(options=options, dtype=dtype, frozen=BRANCH, **size))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,8 @@ def test_every_kind_of_shrink(config, groups):
     with configs.override(shrink=config, shrink_groups=groups):
         # Three blocks of K, two tiles of rows.
         size = dict(M=config.block_m + 7, K=2 * config.block_k + 21, N=30)
-        assert_accurate(everything(R=40, options=("delta_in_scale", "rank_scale"), **size))
+        # u and, for dx, du.
+        assert_accurate(everything(R=40, options=("delta_in_scale", "rank_scale"), frozen=BRANCH, **size))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_every_kind_of_adapter_gradient(config, ranges):
     rows = max(rows, config.block_m)
     with configs.override(adapter_grad=config, grad_ranges=(configs.cdiv(75, rows), rows)):
         for rank in (11, 35):
-            assert_accurate(everything(R=rank, K=config.block_c + 13, N=config.block_c + 18))
+            assert_accurate(everything(R=rank, K=config.block_c + 13, N=config.block_c + 18, frozen=frozenset({"x"})))
 
 
 def test_transposed_weight_is_used_as_it_lies():
