@@ -143,6 +143,8 @@ int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int a
 int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch);
 // Whether the kernel for clusters takes the call: it needs neither partial nor counters, and can make u.
 bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch);
+// Whether a block's shared memory suffices for the ranks: up to 6335 on every device.
+bool sgmv_takes(int64_t max_rank, DType dtype, int arch);
 const char* sgmv_add(const SgmvArgs& args);  // fp32 too
 
 }  // namespace peftkern::cuda

@@ -1,7 +1,9 @@
 // What blocks of a cluster do for each other. With a `bug` other than 0 a kernel has that bug.
 #include "cuda/cluster.h"
+#include "cuda/copy_async.h"
 #include "cuda/launch.h"
 #include "cuda/mbarrier.h"
+#include "cuda/memory.h"
 #include "cuda/sync.h"
 #include "cuda/tma.h"
 #include "cuda/warp.h"
@@ -77,6 +79,9 @@ enum PushBug {
   kPushNoWait,
   kPushNoClusterBarrier,
   kPushBarrierOfThisBlock,
+  kPushNoInitFence,
+  kPushInitFenceBeforeInit,
+  kPushInitFenceBehindArrival,
 };
 
 // Every thread sends 16, 8 and 4 bytes to each block of the cluster, all of which wait for the bytes alone.
@@ -86,14 +91,16 @@ __global__ void push_kernel(unsigned size, uint32_t* out, int bug) {
   auto* inbox = reinterpret_cast<uint32_t*>(shared_memory());
   const uint32_t barrier = shared_address(inbox + size * slot);
   if (t == 0) {
+    if (bug == kPushInitFenceBeforeInit) mbarrier_init_fence();
     mbarrier_init(barrier, 1);
-    mbarrier_init_fence();
+    if (bug < kPushNoInitFence) mbarrier_init_fence();
     const uint32_t bytes = 4 * size * slot;
     mbarrier_arrive_expect(barrier, bug == kPushTooFewBytes    ? bytes - 28
                                     : bug == kPushTooManyBytes ? bytes + 4
                                                                : bytes);
   }
   cluster_arrive_relaxed();
+  if (bug == kPushInitFenceBehindArrival && t == 0) mbarrier_init_fence();
   if (bug != kPushNoClusterBarrier) cluster_wait();
   const uint32_t value = 10000 * blockIdx.x + 10 * t;
   for (uint32_t r = 0; r < size; ++r) {
@@ -124,6 +131,7 @@ enum MulticastBug {
   kNoClusterBarrierAfterInit,
   kNoClusterBarrierAtEnd,
   kScopeOfBlock,
+  kMulticastNoInitFence,
 };
 
 constexpr int kRows = 16, kColumns = 64, kStages = 2, kConsumers = 2, kThreads = 32 * (kConsumers + 1);
@@ -143,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
       mbarrier_init(full + 8 * s, 1);
       mbarrier_init(empty + 8 * s, static_cast<int>(kConsumers * arrivals));
     }
-    mbarrier_init_fence();
+    if (bug != kMulticastNoInitFence) mbarrier_init_fence();
   }
   if (bug == kNoClusterBarrierAfterInit) {
     sync_threads();
@@ -190,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
   if (bug != kNoClusterBarrierAtEnd) cluster_sync();
 }
 
-enum HandoverBug { kHandoverCorrect, kUnordered };
+enum HandoverBug { kHandoverCorrect, kUnordered, kHandoverNoInitFence };
 
 // Two blocks hand each other a word per thread. First they meet without handing anything over.
 __global__ void handover_kernel(uint32_t* out, int bug) {
@@ -200,7 +208,7 @@ __global__ void handover_kernel(uint32_t* out, int bug) {
   if (t == 0) {
     mbarrier_init(met, 32);
     mbarrier_init(filled, 32);
-    mbarrier_init_fence();
+    if (bug != kHandoverNoInitFence) mbarrier_init_fence();
   }
   cluster_sync();
   mbarrier_arrive_unordered(met, other);
@@ -217,12 +225,54 @@ __global__ void handover_kernel(uint32_t* out, int bug) {
   cluster_sync();
 }
 
-// A launch that depends on the one before: it may read `in` and write `out` after the wait only.
-__global__ void dependent_kernel(const uint32_t* in, uint32_t* out, int waits) {
-  const uint32_t first = threadIdx.x == 0 ? 0 : 1;
-  if (waits) grid_wait();
-  out[threadIdx.x] = in[threadIdx.x] + first;
-  if (!waits) sync_threads();
+enum DependentBug {
+  kDependentCorrect,
+  kNoWait,
+  kOneThreadDoesNotWait,
+  kReadsBeforeWait,
+  kCopiesBeforeWait,
+  kLoadsTileBeforeWait,
+  kWritesBeforeWait,
+  kPublishesBeforeWait,
+  kCountsBeforeWait,
+  kReadsTheOneBeforeThat,
+};
+
+__global__ void double_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t i = blockIdx.x * 32 + threadIdx.x;
+  out[i] = 2 * in[i];
+}
+
+// Launches that depend on the one before: each may read `in` and write `out` behind the wait only, and do
+// what it likes with `constant` and its own shared memory. The second one is also behind the launch that made
+// `first`.
+__global__ void dependent_kernel(const uint32_t* in, const uint32_t* first, const uint32_t* constant,
+                                 const __grid_constant__ TensorMap map, uint32_t* out, int bug) {
+  auto* mine = reinterpret_cast<uint32_t*>(shared_memory());
+  const uint32_t t = threadIdx.x, to = shared_address(mine + t), barrier = shared_address(mine + 32);
+  if (t == 0) {
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+  }
+  sync_threads();
+  const uint32_t* from = bug == kReadsBeforeWait         ? in + t
+                         : bug == kReadsTheOneBeforeThat ? first + t
+                                                         : constant + t;
+  uint32_t value = *from;
+  if (bug == kLoadsTileBeforeWait && t == 0) {
+    mbarrier_arrive_expect(barrier, 32);
+    tile_load(shared_address(mine + 64), &map, barrier, 0, 0);
+    mbarrier_wait(barrier, 0);
+  }
+  copy_async<4>(to, bug == kCopiesBeforeWait ? in + t : constant + t);
+  copy_commit();
+  copy_wait<0>();
+  if (bug == kWritesBeforeWait) out[t] = 0;
+  if (bug == kPublishesBeforeWait) store_published(out + t, 0u);
+  if (bug == kCountsBeforeWait) atomic_max(out + t, 0);
+  if (bug != kNoWait && !(bug == kOneThreadDoesNotWait && t == 0)) grid_wait();
+  value += mine[t];
+  if (bug != kNoWait && !(bug == kOneThreadDoesNotWait && t == 0)) out[t] = in[t] + value;
 }
 
 }  // namespace
@@ -260,8 +310,23 @@ PEFTKERN_EXPORT const char* sim_cluster_handover(unsigned clusters, uint32_t* ou
   return launch(how, handover_kernel, out, bug);
 }
 
-PEFTKERN_EXPORT const char* sim_dependent(const uint32_t* in, uint32_t* out, int waits) {
-  Launch how{{1}, {32}};
+PEFTKERN_EXPORT const char* sim_double(const uint32_t* in, uint32_t* out, unsigned count,
+                                       int dependent) {
+  Launch how{{count / 32}, {32}};
+  how.dependent = dependent != 0;
+  return launch(how, double_kernel, in, out);
+}
+
+// first = 2 in, second = first + 2 constant, out = second + 2 constant, 32 values each.
+PEFTKERN_EXPORT const char* sim_dependent(const uint32_t* in, const uint32_t* constant, uint32_t* first,
+                                          uint32_t* second, uint32_t* out, int bug) {
+  TensorMap map;
+  if (const char* error = encode_tensor_map({first, false, 1, 16, 64, 1, 16, false}, &map)) return error;
+  Launch how{{1}, {32}, 384};
+  if (const char* error = launch(how, double_kernel, in, first)) return error;
   how.dependent = true;
-  return launch(how, dependent_kernel, in, out, waits);
+  if (const char* error = launch(how, dependent_kernel, first, first, constant, map, second,
+                                 bug == kReadsTheOneBeforeThat ? 0 : bug))
+    return error;
+  return launch(how, dependent_kernel, second, first, constant, map, out, bug);
 }
