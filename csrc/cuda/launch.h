@@ -7,7 +7,7 @@
 
 namespace peftkern::cuda {
 
-// Bytes of shared memory that a block may have: on an architecture (80, 86, ...), and on every one from sm_80 on.
+// Bytes of shared memory that a block may have: on an architecture (80, 86, ...), and on all of them.
 constexpr int64_t most_shared(int arch) {
   switch (arch) {
     case 80:

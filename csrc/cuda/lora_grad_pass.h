@@ -25,7 +25,7 @@ constexpr int kGradExchangeRow = kGradColumns + 8;
 static_assert(4 * (2 * 16 * kGradExchangeRow + 2 * kGradColumns) <= kGradStages * kGradStageBytes);
 
 static_assert(kGradStages * kGradStageBytes +
-                      4 * (2 * grad_words(32, 3) + 4 * kGradRows * grad_down_stride(32)) <=
+                  4 * (2 * grad_words(32, 3) + 4 * kGradRows * grad_down_stride(32)) <=
               kSharedAnywhere);
 
 inline size_t grad_shared_bytes(const GradPlan& plan, int terms) {

@@ -114,7 +114,8 @@ class Memory:
         """
         rows, columns = array.shape
         each, size = array.itemsize, columns * array.itemsize
-        address = self._library.sim_allocate_rows(first, rows, size, stride * each, 16 if stride * each % 16 == 0 else each)
+        alignment = 16 if stride * each % 16 == 0 else each
+        address = self._library.sim_allocate_rows(first, rows, size, stride * each, alignment)
         assert address
         buffer = Buffer(address + first * stride * each, (rows - 1) * stride * each + size, -1, array.dtype)
         buffer.address = address
@@ -157,7 +158,7 @@ class Simulator:
         self._library.sim_allocate_rows.argtypes = [ctypes.c_size_t] * 5
         self._library.sim_release.argtypes = [ctypes.c_void_p]
         self._library.sim_written_before.argtypes = [ctypes.c_void_p]
-        self._library.sim_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
+        self._library.sim_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 2, *[ctypes.c_uint] * 2]
 
     def launches(self) -> dict[str, dict[str, int]]:
         """By kernel, the most that launches so far have asked for: threads and dynamic shared memory of a block."""

@@ -102,21 +102,10 @@ class Batch:
         partials = library.sim_sgmv_partials(as64(self.M), as64(self.K), *kernel)
         counters = library.sim_sgmv_counters(as64(self.M), *kernel)
         assert (counters == 0) == (arch >= 90 and self.dtype != torch.float32)
-        sizes = np.array(
-            [
-                CODES[self.dtype],
-                CODES[self.pools[0].dtype],
-                self.N + self.gap,
-                self.K + self.gap,
-                self.M,
-                self.N,
-                self.K,
-                len(self.rows),
-                self.max_rank,
-                int(dependent),
-                arch,
-            ]
-        )
+        sizes = [
+            CODES[self.dtype], CODES[self.pools[0].dtype], self.N + self.gap, self.K + self.gap, self.M, self.N, self.K,
+            len(self.rows), self.max_rank, int(dependent), arch,
+        ]  # fmt: skip
         with sim.memory(at_end=how.pop("at_end", True)) as memory:
             pools = [memory.put(raw(p), alignment=16 if self.bank or self.M % 2 else None) for p in self.pools]
             tensors = memory.put(np.array([p.address for p in pools], np.uint64))
@@ -145,24 +134,13 @@ class Batch:
                             sim.written_before(buffer)
                 at = ctypes.c_void_p(out.address + self.gap * self.y.element_size())
                 sim.run(
-                    "sim_sgmv_add",
-                    memory.put(sizes),
-                    at,
-                    x_at,
-                    tensors,
-                    table,
-                    scaling,
-                    order,
-                    starts,
-                    None if launch else u,
-                    partial,
-                    count,
-                    **how,
-                )
+                    "sim_sgmv_add", memory.put(np.array(sizes)), at, x_at, tensors, table, scaling, order, starts,
+                    None if launch else u, partial, count, **how,
+                )  # fmt: skip
                 assert count is None or not count.array.any(), "the counters are not ready for the next launch"
-                results.append(torch.from_numpy(out.array.copy()).view(self.dtype))
-            got = results[0]
-            assert all(torch.equal(other.view(torch.uint8), got.view(torch.uint8)) for other in results), "bits differ with u and without"
+                results.append(out.array.copy())
+            assert all(np.array_equal(bits.view(np.uint8), results[0].view(np.uint8)) for bits in results)
+            got = torch.from_numpy(results[0]).view(self.dtype)
             assert (got[:, : self.gap] == 1).all(), "something was written between the rows"
             if u is not None:
                 expected, size = self.expected_u()

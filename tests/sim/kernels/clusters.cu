@@ -310,8 +310,7 @@ PEFTKERN_EXPORT const char* sim_cluster_handover(unsigned clusters, uint32_t* ou
   return launch(how, handover_kernel, out, bug);
 }
 
-PEFTKERN_EXPORT const char* sim_double(const uint32_t* in, uint32_t* out, unsigned count,
-                                       int dependent) {
+PEFTKERN_EXPORT const char* sim_double(const uint32_t* in, uint32_t* out, unsigned count, int dependent) {
   Launch how{{count / 32}, {32}};
   how.dependent = dependent != 0;
   return launch(how, double_kernel, in, out);

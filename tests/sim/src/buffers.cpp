@@ -34,9 +34,7 @@ bool running = false, is_dependent = false, revealed = false;
 void allow(Buffer& buffer, Access access) {
   if (buffer.access == access) return;
   buffer.access = access;
-  const int flags = access == kHidden     ? PROT_NONE
-                    : access == kReadable ? PROT_READ
-                                          : PROT_READ | PROT_WRITE;
+  const int flags = access == kHidden ? PROT_NONE : access == kReadable ? PROT_READ : PROT_READ | PROT_WRITE;
   for (const Span& s : buffer.pages) mprotect(reinterpret_cast<void*>(s.begin), s.end - s.begin, flags);
 }
 
@@ -152,7 +150,8 @@ const char* judge(const void* address) {
 
 void check_read(const void* p, const char* what) {
   const Buffer* const buffer = must_wait() ? find(p) : nullptr;
-  if (buffer != nullptr && buffer->before) fail("%s of what the launch before writes, before grid_wait", what);
+  if (buffer != nullptr && buffer->before)
+    fail("%s of what the launch before writes, before grid_wait", what);
 }
 
 void check_store(const char* what) {

@@ -5,8 +5,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void sim_configure(uint64_t seed, int schedule, int completion, unsigned resident,
-                          unsigned last) {
+EXPORT void sim_configure(uint64_t seed, int schedule, int completion, unsigned resident, unsigned last) {
   sim::configure(
       {seed, static_cast<sim::Schedule>(schedule), static_cast<sim::Completion>(completion), resident, last});
 }
