@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-SOURCE = Path(__file__).with_name("kernels") / "clusters.cu"
+KERNELS = Path(__file__).with_name("kernels")
 MODES = [(schedule, completion) for schedule in (0, 1) for completion in (0, 1)]  # uniform/priority x random/latest
 
 
 def bugs(name: str) -> list[str]:
     """The names in a list of bugs, the first of which is none."""
-    return re.findall(r"\w+", re.search(rf"enum {name} \{{(.*?)\}}", SOURCE.read_text(), re.S)[1])
+    text = "".join((KERNELS / file).read_text() for file in ("clusters.cu", "dependent.cu"))
+    return re.findall(r"\w+", re.search(rf"enum {name} \{{(.*?)\}}", text, re.S)[1])
 
 
 def exchange(sim, bug: int, seed: int, mode=(1, 0), size: int = 3, clusters: int = 2) -> bool:
@@ -156,34 +156,3 @@ def test_a_buffer_that_the_launch_before_writes(sim):
             if "launch before" in said:
                 sim.written_before(source)
             sim.run("sim_double", source, out, 32, 1)
-
-
-@pytest.mark.parametrize("stride", [40, 5000, 2**30 + 8])
-def test_far_rows(sim, stride):
-    """Rows beyond what 32 bits count: they are there, nothing is between them, and what is written beside them is seen."""
-    values = np.arange(96, dtype=np.uint32).reshape(3, 32)
-    for first in (0, 7):
-        with sim.memory() as memory:
-            rows = memory.rows(values, stride, first)
-            np.testing.assert_array_equal(rows.array, values)
-            out = memory.put(0 * values)
-            for i in range(3):
-                at = [ctypes.c_void_p(b.address + 4 * i * s) for b, s in ((rows, stride), (out, 32))]
-                at[0].value += 4 * first * stride
-                sim.run("sim_double", *at, 32, 0)
-            np.testing.assert_array_equal(out.array, 2 * values)
-    with pytest.raises(Exception, match="outside every buffer"), sim.memory() as memory:
-        rows = memory.rows(values, stride)
-        sim.run("sim_double", rows, ctypes.c_void_p(rows.address + 4 * (2 * stride + 1)), 32, 0)
-    with pytest.raises(Exception, match="written beside a buffer"), sim.memory() as memory:
-        rows = memory.rows(values[:2], stride)
-        sim.run("sim_double", rows, ctypes.c_void_p(rows.address + 4), 32, 0)
-
-
-@pytest.mark.parametrize("last", [0, 1, 3])
-def test_the_last_blocks_of_a_grid(sim, last):
-    """The others do not run."""
-    with sim.memory() as memory:
-        out = memory.empty(5 * 32, np.uint32)
-        sim.run("sim_double", memory.put(np.ones(5 * 32, np.uint32)), out, 5 * 32, 0, last=last)
-        assert (out.array == 2).tolist() == [last == 0 or i >= 32 * (5 - last) for i in range(5 * 32)]

@@ -6,6 +6,8 @@ Where rows have no gaps by definition there are as many as it takes, of which th
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,37 @@ def raw(t: torch.Tensor) -> np.ndarray:
 
 def random(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype)
+
+
+@pytest.mark.parametrize("stride", [40, 5000, FAR])
+def test_far_rows(sim, stride):
+    """Rows beyond what 32 bits count: they are there, nothing is between them, and what is written beside them is seen."""
+    values = np.arange(96, dtype=np.uint32).reshape(3, 32)
+    for first in (0, 7):
+        with sim.memory() as memory:
+            rows = memory.rows(values, stride, first)
+            np.testing.assert_array_equal(rows.array, values)
+            out = memory.put(0 * values)
+            for i in range(3):
+                at = [ctypes.c_void_p(b.address + 4 * i * s) for b, s in ((rows, stride), (out, 32))]
+                at[0].value += 4 * first * stride
+                sim.run("sim_double", *at, 32, 0)
+            np.testing.assert_array_equal(out.array, 2 * values)
+    with pytest.raises(Exception, match="outside every buffer"), sim.memory() as memory:
+        rows = memory.rows(values, stride)
+        sim.run("sim_double", rows, ctypes.c_void_p(rows.address + 4 * (2 * stride + 1)), 32, 0)
+    with pytest.raises(Exception, match="written beside a buffer"), sim.memory() as memory:
+        rows = memory.rows(values[:2], stride)
+        sim.run("sim_double", rows, ctypes.c_void_p(rows.address + 4), 32, 0)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_the_last_blocks_of_a_grid(sim, last):
+    """The others do not run."""
+    with sim.memory() as memory:
+        out = memory.empty(5 * 32, np.uint32)
+        sim.run("sim_double", memory.put(np.ones(5 * 32, np.uint32)), out, 5 * 32, 0, last=last)
+        assert (out.array == 2).tolist() == [last == 0 or i >= 32 * (5 - last) for i in range(5 * 32)]
 
 
 class Operands:
