@@ -167,6 +167,22 @@ def test_lora_grad(sim, operands, transposed, M, stride):
     close(colsum, x.double().sum(0, keepdim=True), F32, 20)
 
 
+def test_lora_grad_of_many_ranks(sim, operands):
+    """More than anyone has: v and `down`, which have no gaps, are far then. The last 32 ranks alone are worked on."""
+    M, C, R, count = 34, 8, MANY + 32, 32
+    x, v, p = random(M, C, dtype=BF16), random(M, count), random(count, C)
+    last = {"stride": C, "first": R - count}
+    down, before = operands.far(torch.zeros(M, count), stride=R)[1], 4 * (R - count)
+    to, grad = operands.far(torch.zeros(count, C), **last)
+    sim.configure(last=1)
+    sim.module.cuda_lora_grad(
+        operands.far(x)[0], NO_DROPOUT, M, C, R, operands.far(v, stride=R)[0][0] - before, 0, 1.0, 0, to,
+        operands.far(p, **last)[0], 0, 1.0, down.address - before, 0, 0, False, 0,
+    )  # fmt: skip
+    close(grad, v.double().t() @ x.double(), F32, 20)
+    close(down, x.double() @ p.double().t(), F32, 10)
+
+
 def linear(sim, operands, hopper, x, w, out, v, b, *, a=NO_MATRIX, drop=NO_DROPOUT, sizes, multiprocessors=3):
     by_row = w[2] == 1
     counters = operands.scratch(sim.module.cuda_lora_linear_counters(sizes[0]), np.uint32) if a[0] else 0

@@ -54,7 +54,7 @@ __global__ void dependent_kernel(const uint32_t* in, const uint32_t* first, cons
   copy_wait<0>();
   if (bug == kWritesBeforeWait) out[t] = 0;
   if (bug == kPublishesBeforeWait) store_published(out + t, 0u);
-  if (bug == kCountsBeforeWait) atomic_max(out + t, 0);
+  if (bug == kCountsBeforeWait) atomic_add(out + t, 1);
   if (bug == kNoWait || (bug == kOneThreadDoesNotWait && t == 0)) return;
   grid_wait();
   out[t] = in[t] + value + mine[t];
