@@ -143,7 +143,7 @@ const char* judge(const void* address) {
     return buffer->access == kHidden ? "which the launch before writes, before grid_wait"
                                      : "a write before grid_wait";
   revealed = true;
-  buffer->written = buffer->access == kReadable;
+  buffer->written = buffer->written || buffer->access == kReadable;
   allow(*buffer, buffer->access == kHidden ? kReadable : kWritable);
   return nullptr;
 }
