@@ -217,6 +217,12 @@ void peftkern::bind_cuda(py::module_& m) {
       },
       "max_rank"_a, "dtype"_a, "arch"_a);
   m.def(
+      "cuda_sgmv_takes",
+      [](int64_t max_rank, int dtype, int arch) {
+        return cuda::sgmv_takes(max_rank, check_dtype(dtype), arch);
+      },
+      "max_rank"_a, "dtype"_a, "arch"_a);
+  m.def(
       "cuda_sgmv_partials",
       [](int64_t M, int64_t K, int64_t max_rank, int dtype, int arch) {
         return cuda::sgmv_partials(M, K, max_rank, check_dtype(dtype), arch);

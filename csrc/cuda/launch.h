@@ -7,6 +7,24 @@
 
 namespace peftkern::cuda {
 
+// Bytes of shared memory that a block may have: on an architecture (80, 86, ...), and on all of them.
+constexpr int64_t most_shared(int arch) {
+  switch (arch) {
+    case 80:
+    case 87:
+      return 163 * 1024;
+    case 90:
+    case 100:
+    case 101:
+    case 103:
+    case 110:
+      return 227 * 1024;
+    default:
+      return 99 * 1024;
+  }
+}
+constexpr int64_t kSharedAnywhere = most_shared(0);
+
 struct Size3 {
   unsigned x = 1, y = 1, z = 1;
 };

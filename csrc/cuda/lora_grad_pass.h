@@ -7,6 +7,7 @@
 // added, in order, through shared memory.
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/lora_grad_finish.h"
 #include "cuda/lora_grad_tile.h"
 #include "cuda/mma.h"
@@ -24,9 +25,8 @@ constexpr int kGradExchangeRow = kGradColumns + 8;
 static_assert(4 * (2 * 16 * kGradExchangeRow + 2 * kGradColumns) <= kGradStages * kGradStageBytes);
 
 static_assert(kGradStages * kGradStageBytes +
-                      4 * (2 * grad_words(32, 3) + 4 * kGradRows * grad_down_stride(32)) <=
-                  99 * 1024,
-              "what a block may have on sm_86 and sm_120");
+                  4 * (2 * grad_words(32, 3) + 4 * kGradRows * grad_down_stride(32)) <=
+              kSharedAnywhere);
 
 inline size_t grad_shared_bytes(const GradPlan& plan, int terms) {
   const int words = 2 * grad_words(plan.ranks, terms);

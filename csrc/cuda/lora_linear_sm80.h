@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/launch.h"
+
 namespace peftkern::cuda {
 
 // Rows x Columns of the output for a block, WarpRows x WarpColumns of them for a warp; steps under way:
@@ -17,7 +19,7 @@ struct LinearTile {
   static constexpr int kStageBytes = (Rows + Columns) * 64;
   static constexpr size_t kShared = size_t{Stages} * kStageBytes;
   static_assert(kShared >= size_t{Rows} * Columns * 2, "the output passes through the same memory");
-  static_assert(kShared <= 99 * 1024, "sm_86, sm_89 and sm_120 have no more");
+  static_assert(kShared <= kSharedAnywhere);
 };
 
 using LargeTile = LinearTile<128, 256, 64, 64, 4, 1>;

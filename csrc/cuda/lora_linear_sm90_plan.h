@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/cluster.h"
+#include "cuda/launch.h"
 #include "cuda/mbarrier.h"
 #include "cuda/warp.h"
 #include "peftkern/cuda.h"
@@ -59,7 +60,7 @@ struct Layout {
   static constexpr uint32_t kBarriersAt = kVectorsAt + kVectors;
   static constexpr uint32_t kTicketAt = kBarriersAt + 8 * (3 * kStages + 1);
   static constexpr uint32_t kBytes = 1024 + kTicketAt + 8;
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kBytes <= most_shared(90));
 
   unsigned char* memory;  // aligned to 1024 bytes, as swizzled tiles want it
   uint32_t address;

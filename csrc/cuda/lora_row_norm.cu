@@ -23,6 +23,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32, kPiece = 64;
 constexpr int kRanks = 128;  // that a block holds at a time; fewer of them leave room for more columns
 constexpr int kBlockRows = 16 * kWarps;
+static_assert(kPiece * kRanks * 2 * 3 <= kSharedAnywhere, "a strip of lora_A in three terms");
 
 struct NormPlan {
   int columns;  // of a strip

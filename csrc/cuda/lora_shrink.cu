@@ -46,7 +46,7 @@ struct Shape {
   static constexpr int kRing = kDepth * 2 * kThreads;
   static constexpr int kSumVectors = Tiles * kThreads / kGroups;
   static constexpr size_t kShared = 16 * (2 * kTileVectors + kRing + kSumVectors);
-  static_assert(kTileSteps > 0 && kSteps % kTileSteps == 0 && kShared <= 99 * 1024);
+  static_assert(kTileSteps > 0 && kSteps % kTileSteps == 0 && kShared <= kSharedAnywhere);
 };
 
 // 8 values of 16 bits, `stride` apart, zeros from `left` on. vector: adjacent, and p is aligned.

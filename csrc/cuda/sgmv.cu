@@ -140,7 +140,6 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
     shared[row * args.max_rank + r] = scaling * sum;
   }
   sync_threads();
-  grid_wait();
 
   // Neighbouring threads read what is adjacent in memory: columns of B^T, or whole rows of B.
   const int64_t first = int64_t{item.part} * kColumns + (b_n == 1 ? 2 * t : t),
@@ -181,7 +180,6 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
 
 template <class T>
 PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
-  grid_wait();
   T* out = static_cast<T*>(args.out) + args.order[item.position] * args.out_row;
   for (int c = static_cast<int>(threadIdx.x); c < kColumns; c += kThreads) {
     const int64_t n = int64_t{item.part} * kColumns + c;
@@ -194,6 +192,8 @@ __global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) 
   auto* broadcast = reinterpret_cast<uint32_t*>(shared_memory());
   auto* shared = reinterpret_cast<float*>(broadcast + 4);
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
+  // Counters and partial sums may be in use up to here, as `out` is.
+  grid_wait();
   if (threadIdx.x == 0) *broadcast = atomic_add(&args.counters[0], 1);
   sync_threads();
   const int64_t ticket = *broadcast, shrinks = args.M * splits;
@@ -207,8 +207,6 @@ __global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) 
     if (item.invalid) fill_nan<T>(args, item);
   }
 
-  // Also where nothing was to be done: whoever comes after this launch relies on the one before it.
-  grid_wait();
   // Whoever is last makes the counters ready for the next launch: nobody waits any more.
   sync_threads();
   if (threadIdx.x == 0) *broadcast = atomic_count(&args.counters[1], gridDim.x);
@@ -216,6 +214,11 @@ __global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) 
   if (*broadcast != gridDim.x - 1) return;
   if (threadIdx.x == 0) args.counters[0] = 0;
   for (int64_t i = threadIdx.x; i < args.M; i += kThreads) args.counters[kDoneCounter + i] = 0;
+}
+
+// Of a block: the ticket, then rows of x or of their sums.
+int64_t shared_bytes(int64_t max_rank) {
+  return 16 + 4 * kRows * (max_rank > kDepth ? max_rank : kDepth);
 }
 
 template <class T>
@@ -235,6 +238,10 @@ int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch) {
   return kDoneCounter + M;
 }
 
+bool sgmv_takes(int64_t max_rank, DType dtype, int arch) {
+  return sgmv_in_clusters(max_rank, dtype, arch) || shared_bytes(max_rank) <= most_shared(arch);
+}
+
 const char* sgmv_add(const SgmvArgs& args) {
   const int64_t splits = (args.K + kDepth - 1) / kDepth, chunks = (args.N + kColumns - 1) / kColumns;
   const int64_t blocks = args.M * (splits + chunks);
@@ -242,8 +249,8 @@ const char* sgmv_add(const SgmvArgs& args) {
   if (sgmv_in_clusters(args.max_rank, args.dtype, args.arch)) return sgmv_cluster_add(args);
   if (args.u != nullptr) return "cudaErrorInvalidValue";
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
-  const int64_t floats = kRows * (args.max_rank > kDepth ? args.max_rank : kDepth);
-  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, 16 + static_cast<size_t>(floats) * 4, args.stream};
+  const auto shared = static_cast<size_t>(shared_bytes(args.max_rank));
+  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, shared, args.stream};
   how.dependent = args.dependent;
   switch (args.dtype) {
     case DType::f32:

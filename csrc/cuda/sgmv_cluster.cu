@@ -40,6 +40,14 @@ __host__ __device__ constexpr int row_floats(int rank) {
   return kTile * ((rank + kTile - 1) / kTile | 1);
 }
 
+// Shared memory of a block whose item has up to `rows` rows.
+constexpr int shared_bytes(int rows, int rank) {
+  return Exchange<kCluster, kThreads>::front(rows, (rank + kTile - 1) / kTile * (kTile / 4)) +
+         4 * rows * (row_floats(rank) + kWarps * kTile);
+}
+static_assert(shared_bytes(16, kMaxRank) <= kSharedAnywhere &&
+              shared_bytes(64, kMaxRankOfManyRows) <= kSharedAnywhere);
+
 struct Item {
   int first;  // position of its first row in `order`
   int rows;   // 0: nothing to do
@@ -286,20 +294,26 @@ struct Branch {
     int group = begin + warp();
     Square<Adapter> square;
     if (group < end) square = load_b(group * kGroup, 0);
-    sums_of_all.collect([&](int row, int quad, const Float4& sums) {
-      if (args.u == nullptr) return;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        // Beyond the rank the sums are zero.
-        if (4 * quad + e < args.max_rank) args.u[order[row] * args.max_rank + 4 * quad + e] = sums.value[e];
-      }
-    });
+    sums_of_all.collect();
     while (group < end) {
       expand(group * kGroup, square);
       group += kWarps;
       if (group < end) square = load_b(group * kGroup, 0);
     }
     grid_wait();
+    // Not before: where the launch before is a dependent one too, those before it may still use u's memory.
+    if (args.u != nullptr) store_u();
+  }
+
+  // Beyond the rank the sums are zero.
+  PEFTKERN_DEVICE void store_u() const {
+    sums_of_all.each_owned([&](int row, int quad, const Float4& sum) {
+      float* u = args.u + order[row] * args.max_rank;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (4 * quad + e < args.max_rank) u[4 * quad + e] = sum.value[e];
+      }
+    });
   }
 
   // This block's part of B, columns first to last - 1 of out, on its way to L2 if it lies in whole units
@@ -357,12 +371,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
       for (int i = cpu::kRank; i <= cpu::kBR; ++i) row[i] = args.table[item.slot * cpu::kMultiColumns + i];
     }
     if (row[cpu::kRank] > 0) {
-      clear_u(args, item, (row[cpu::kRank] + kTile - 1) / kTile * kTile);
       Branch<T, Adapter>(args, item, 1 << p.shift, row).run();
+      clear_u(args, item, (row[cpu::kRank] + kTile - 1) / kTile * kTile);
     } else {
-      clear_u(args, item, 0);
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
+      clear_u(args, item, 0);
       if (item.rows > 0 && item.slot > args.slots) fill_nan<T>(args, item);
     }
   }
@@ -389,10 +403,8 @@ const char* sgmv_cluster_add(const SgmvArgs& args) {
   const int64_t blocks = kCluster * (p.by_position ? args.M : by_segment);
   if (blocks > 0x7fffffff || args.K > 0x7fffffff - kStep || args.N > 0x7fffffff - kGroup)
     return "cudaErrorInvalidConfiguration";
-  const int rank = static_cast<int>(args.max_rank), quads = (rank + kTile - 1) / kTile * (kTile / 4);
-  const int bytes =
-      Exchange<kCluster, kThreads>::front(rows, quads) + 4 * rows * (row_floats(rank) + kWarps * kTile);
-  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, static_cast<size_t>(bytes), args.stream};
+  const auto shared = static_cast<size_t>(shared_bytes(rows, static_cast<int>(args.max_rank)));
+  Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, shared, args.stream};
   how.cluster = kCluster;
   how.dependent = args.dependent;
   return args.dtype == DType::bf16 ? start<bf16>(p, how) : start<f16>(p, how);

@@ -55,11 +55,26 @@ struct Exchange {
     cluster_store_async(cluster_address(shared_address(slot), owner), part, cluster_address(barriers, owner));
   }
 
-  // With all threads. Then v is there. keep(row, quad, sums) gets each quad once, in the block that owns it.
-  template <class Keep>
-  PEFTKERN_DEVICE void collect(const Keep& keep) const {
+  // With all threads. Then v is there.
+  PEFTKERN_DEVICE void collect() const {
+    if (static_cast<int>(threadIdx.x) < owned()) mbarrier_wait_cluster(barriers, 0);
+    each_owned([&](int row, int quad, Float4 sum) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.value[e] *= scaling;
+      const uint32_t to = shared_address(v + row * stride + quad * 4);
+#pragma unroll
+      for (uint32_t b = 0; b < Blocks; ++b) {
+        cluster_store_async(cluster_address(to, b), sum, cluster_address(barriers + 8, b));
+      }
+    });
+    mbarrier_wait_cluster(barriers + 8, 0);
+  }
+
+  // visit(row, quad, sum) for each quad that this block owns, with the thread that has collected it. The
+  // parts stay, so it may be called again.
+  template <class Visit>
+  PEFTKERN_DEVICE void each_owned(const Visit& visit) const {
     const int mine = owned();
-    if (static_cast<int>(threadIdx.x) < mine) mbarrier_wait_cluster(barriers, 0);
     for (int i = static_cast<int>(threadIdx.x); i < mine; i += Threads) {
       Float4 sum = *reinterpret_cast<const Float4*>(inbox + 4 * i * Blocks);
 #pragma unroll
@@ -68,17 +83,9 @@ struct Exchange {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum.value[e] += part.value[e];
       }
-      const int at = i * Blocks + static_cast<int>(cluster_rank()), row = at / quads, quad = at % quads;
-      keep(row, quad, sum);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum.value[e] *= scaling;
-      const uint32_t to = shared_address(v + row * stride + quad * 4);
-#pragma unroll
-      for (uint32_t b = 0; b < Blocks; ++b) {
-        cluster_store_async(cluster_address(to, b), sum, cluster_address(barriers + 8, b));
-      }
+      const int at = i * Blocks + static_cast<int>(cluster_rank());
+      visit(at / quads, at % quads, sum);
     }
-    mbarrier_wait_cluster(barriers + 8, 0);
   }
 };
 

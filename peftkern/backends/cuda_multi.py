@@ -17,14 +17,14 @@ def decline(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K) >= 2**31:
         return "a size is 2^31 or more"
+    kernel = problem.R, native.CODES[problem.dtype], int(problem.arch.removeprefix("sm_"))
     if problem.op == "sgmv_add":
-        return None
+        return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"
     if "dropout" in problem.flags or "base" not in problem.flags:
         return "no kernel with dropout, or without a base weight"
     if settings.current().batch_invariant:
         return "the base product is the vendor's"
-    arch = int(problem.arch.removeprefix("sm_"))
-    if not native._C.cuda_sgmv_in_clusters(problem.R, native.CODES[problem.dtype], arch):
+    if not native._C.cuda_sgmv_in_clusters(*kernel):
         return "u is made by sm_90 and up, in bfloat16 or float16, up to rank 512"
     return None
 

@@ -94,7 +94,8 @@ def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
 
     monkeypatch.setattr(dispatch.load("cuda"), "unavailable", lambda: None)
     monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
-    monkeypatch.setattr(cuda_multi.native, "_C", SimpleNamespace(cuda_sgmv_in_clusters=lambda *a: True))
+    built = SimpleNamespace(cuda_sgmv_in_clusters=lambda *a: True, cuda_sgmv_takes=lambda *a: True)
+    monkeypatch.setattr(cuda_multi.native, "_C", built)
     case = Case("multi_lora_linear", "cuda", torch.bfloat16, torch.bfloat16, 64, 64, 64, 16, 0.0, 4, "uniform", 0.0,
                 "same", "decode")  # fmt: skip
     for name in ("peftkern_cuda", "peftkern_bank_cuda", "sgmv_add_cuda"):

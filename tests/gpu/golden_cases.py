@@ -24,7 +24,6 @@ FOLDER = HERE / "golden"
 # Launchers without a golden vector, and why.
 LEFT_OUT = {
     "sim_diverged": "a wrong use, which only the simulator reports",
-    "sim_dependent": "the simulator alone knows what the launch before it writes",
     "sim_gemm_sm80": "compared with numpy's product",
     "sim_gemm_sm90": "compared with numpy's product",
 }
@@ -210,6 +209,9 @@ def _hopper_cases() -> list[Case]:
         args = size, 2, Out((2 * size, 64, 4 * size + 7), np.uint32), 0
         found.append(Case(f"exchange-{size}", "sim_exchange", args, 90))
         found.append(Case(f"push-{size}", "sim_push", (size, 2, Out((2 * size, size, 64, 7), np.uint32), 0), 90))
+    word, start = Out((32,), np.uint32), numbers((64,), 0, 2**20, 31).astype(np.uint32)
+    found.append(Case("double", "sim_double", (In(start), Out((64,), np.uint32), 64, 0), 90))
+    found.append(Case("dependent", "sim_dependent", (In(start[:32]), In(start[32:]), word, word, word, 0), 90))
     found.append(Case("cluster-handover", "sim_cluster_handover", (2, Out((4, 32), np.uint32), 0), 90))
     for steps in (1, 2, 5):
         data = In(numbers((16 * steps, 64), 0, 999, 30).astype(np.uint16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import NAMES, call, change, unable
+from calls import NAMES, call, change, unable, using
 
 import peftkern
 
@@ -147,3 +147,17 @@ def test_compiles_without_a_break(name, backend):
     y = step(*leaves)
     got = [y.detach(), *torch.autograd.grad(y, leaves, t["dy"])]
     assert equal(got, found.run())
+
+
+def test_the_highest_rank_that_is_taken_starts():
+    """What a block may have of shared memory is known by architecture, and no more than the device has."""
+    from peftkern.backends import cuda_native as native
+
+    x = torch.randn(3, 40, device="cuda")
+    kernel = native.CODES[x.dtype], native.device(x).arch
+    rank = max(r for r in (6335, 10431, 14527) if native._C.cuda_sgmv_takes(r, *kernel))
+    A, B = torch.randn(rank, 40, device="cuda") / 40, torch.randn(24, rank, device="cuda") / rank**0.5
+    with using("cuda"), torch.inference_mode():
+        got = peftkern.sgmv(x, [(A, B, 1.0)], torch.zeros(3, dtype=torch.int64, device="cuda"))
+    expected = x.double() @ A.double().T @ B.double().T
+    assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -106,10 +106,28 @@ class Memory:
         self._buffers.append(buffer)
         return buffer
 
+    def rows(self, array: np.ndarray, stride: int, first: int = 0) -> Buffer:
+        """A copy of rows ``first`` and up of a matrix whose rows are ``stride`` elements apart, however far that is.
+
+        ``address`` is that of row 0. Nothing else of the matrix exists, whatever is touched there is a fault; ``array``
+        are the rows that exist.
+        """
+        rows, columns = array.shape
+        each, size = array.itemsize, columns * array.itemsize
+        alignment = 16 if stride * each % 16 == 0 else each
+        address = self._library.sim_allocate_rows(first, rows, size, stride * each, alignment)
+        assert address
+        buffer = Buffer(address + first * stride * each, (rows - 1) * stride * each + size, -1, array.dtype)
+        buffer.address = address
+        buffer.array = np.lib.stride_tricks.as_strided(buffer.array, array.shape, (stride * each, each))
+        buffer.array[...] = array
+        self._buffers.append(buffer)
+        return buffer
+
     def close(self) -> None:
         for buffer in self._buffers:
             buffer.array = None
-        intact = [self._library.sim_release(b.address, b.size) for b in self._buffers]
+        intact = [self._library.sim_release(b.address) for b in self._buffers]
         self._buffers = []
         if not all(intact):
             raise Fault("something was written beside a buffer")
@@ -136,9 +154,11 @@ class Simulator:
         loader.exec_module(self.module)
         self._library.sim_allocate.restype = ctypes.c_void_p
         self._library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
-        self._library.sim_release.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._library.sim_written_before.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._library.sim_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
+        self._library.sim_allocate_rows.restype = ctypes.c_void_p
+        self._library.sim_allocate_rows.argtypes = [ctypes.c_size_t] * 5
+        self._library.sim_release.argtypes = [ctypes.c_void_p]
+        self._library.sim_written_before.argtypes = [ctypes.c_void_p]
+        self._library.sim_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 2, *[ctypes.c_uint] * 2]
 
     def launches(self) -> dict[str, dict[str, int]]:
         """By kernel, the most that launches so far have asked for: threads and dynamic shared memory of a block."""
@@ -161,14 +181,14 @@ class Simulator:
         memory.close()
 
     def written_before(self, buffer: Buffer) -> None:
-        """The launch before the next one writes what ``buffer`` holds; until that has ended it holds poison."""
-        self._library.sim_written_before(buffer.address, buffer.size)
+        """The launch before the next one writes ``buffer``: a dependent launch may touch it behind grid_wait alone."""
+        self._library.sim_written_before(buffer.address)
 
-    def configure(self, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0) -> None:
-        """The schedule of the launches that follow."""
-        self._library.sim_configure(seed, *mode, resident)
+    def configure(self, seed=0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0, last: int = 0) -> None:
+        """The schedule of the launches that follow. ``last``: of a larger grid only so many clusters run, the last ones."""
+        self._library.sim_configure(seed, *mode, resident, last)
 
-    def run(self, name: str, *arguments, seed: int = 0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0):
+    def run(self, name: str, *arguments, **how):
         """Calls a launcher with buffers, integers, None or ctypes values; raises Fault if a launch failed."""
         function = getattr(self._library, name)
         function.restype = ctypes.c_char_p
@@ -180,7 +200,7 @@ class Simulator:
                 values.append(ctypes.c_int64(a))
             else:
                 values.append(a)
-        self.configure(seed, mode, resident)
+        self.configure(**how)
         error = function(*values)
         if error is not None:
             raise Fault(error.decode())

@@ -10,6 +10,7 @@ import torch
 from peftkern import AdapterBank
 from peftkern.backends import cuda_lora, cuda_multi, cuda_native
 from peftkern.backends.cuda import OPS
+from peftkern.benchmarks import static_launches
 from peftkern.ops.dropout_mask import dropout_mask_ref
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.ops.lora_row_norm import lora_row_norm_ref
@@ -77,6 +78,26 @@ def test_sgmv_add(device, dtype):
     sgmv_add_ref(expected, x, *rest)
     OPS["sgmv_add"](out, x, *rest)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, most",
+    [("sm_80", torch.bfloat16, 10431), ("sm_86", torch.float16, 6335), ("sm_89", torch.float32, 6335),
+     ("sm_90", torch.float32, 14527), ("sm_90", torch.bfloat16, 14527), ("sm_120", torch.bfloat16, 6335)],
+)  # fmt: skip
+def test_more_ranks_than_a_block_has_memory_for(sim, monkeypatch, arch, dtype, most):
+    """Declined, where the launch would fail."""
+    monkeypatch.setattr(cuda_native, "_C", sim.module)
+    for rank, taken in ((1, True), (512, True), (513, True), (most, True), (most + 1, False), (2**31, False)):
+        problem = Problem("sgmv_add", "cuda", arch, dtype, dtype, 6, 40, 24, rank, frozenset())
+        reason = cuda_multi.decline(problem)
+        assert reason is None if taken else "more shared memory than a block has" in reason
+
+
+def test_every_launch_fits_the_devices_that_run_it():
+    """99 KiB are what sm_86, sm_89 and sm_120 have; ``sim`` holds every launch of the tests against what is recorded."""
+    for kernel, most in static_launches.recorded().items():
+        assert most["shared"] <= (227 if kernel.startswith("hopper::") else 99) * 1024, kernel
 
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])

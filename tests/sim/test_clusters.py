@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SOURCE = Path(__file__).with_name("kernels") / "clusters.cu"
+KERNELS = Path(__file__).with_name("kernels")
 MODES = [(schedule, completion) for schedule in (0, 1) for completion in (0, 1)]  # uniform/priority x random/latest
 
 
 def bugs(name: str) -> list[str]:
     """The names in a list of bugs, the first of which is none."""
-    return re.findall(r"\w+", re.search(rf"enum {name} \{{(.*?)\}}", SOURCE.read_text(), re.S)[1])
+    text = "".join((KERNELS / file).read_text() for file in ("clusters.cu", "dependent.cu"))
+    return re.findall(r"\w+", re.search(rf"enum {name} \{{(.*?)\}}", text, re.S)[1])
 
 
 def exchange(sim, bug: int, seed: int, mode=(1, 0), size: int = 3, clusters: int = 2) -> bool:
@@ -72,12 +73,17 @@ SAID = {
     "kOnlyArrives": "wrong values",
     "kPushTooManyBytes": "deadlock",
     "kPushNoWait": "in flight|wrong values",
-    "kPushNoClusterBarrier": "has no mbarrier",
+    "kPushNoClusterBarrier": "has no mbarrier|no cluster barrier behind",
+    "kPushNoInitFence": "no mbarrier_init_fence",
+    "kPushInitFenceBeforeInit": "no mbarrier_init_fence",
+    "kPushInitFenceBehindArrival": "no mbarrier_init_fence|no cluster barrier behind",
+    "kMulticastNoInitFence": "no mbarrier_init_fence",
+    "kHandoverNoInitFence": "no mbarrier_init_fence",
     "kPushBarrierOfThisBlock": "st.async to block",
     "kMaskOfOtherBlock": "deadlock|wrong values|in flight",
     "kNoRemoteArrival": "deadlock",
     "kBytesTooMany": "deadlock",
-    "kNoClusterBarrierAfterInit": "no mbarrier was initialised",
+    "kNoClusterBarrierAfterInit": "has no mbarrier|no cluster barrier behind",
     "kNoClusterBarrierAtEnd": "has exited|in flight",
     "kScopeOfBlock": "at the scope of the block",
 }
@@ -104,15 +110,49 @@ def test_planted_bug_is_found(sim, kernel, bug, name):
     assert any(re.search(SAID.get(name, "."), text) for text in said), said
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_dependent_launch(sim, waits):
-    """What the launch before writes is there after the wait; without one it is missing or overwrites."""
-    for seed in range(4):
-        with sim.memory() as memory:
-            values = np.arange(32, dtype=np.uint32)
-            source, out = memory.put(values), memory.put(values * 0)
-            sim.written_before(source)
-            sim.written_before(out)
-            sim.run("sim_dependent", source, out, int(waits), seed=seed, mode=(1, 1))
-            np.testing.assert_array_equal(source.array, values)
-            assert np.array_equal(out.array, values + (values > 0)) == waits
+def dependent(sim, bug: int, seed: int, mode=(1, 0)) -> bool:
+    start, constant = np.arange(32, dtype=np.uint32), np.arange(100, 132, dtype=np.uint32)
+    with sim.memory() as memory:
+        values = [memory.put(start), memory.put(constant)]
+        # The tile's matrix begins where 16 bytes do.
+        first, second, out = (memory.put(0 * start, alignment=16) for _ in range(3))
+        sim.run("sim_dependent", *values, first, second, out, bug, seed=seed, mode=mode)
+        made = 2 * start, 2 * start + 2 * constant, 2 * start + 4 * constant
+        return all(np.array_equal(b.array, expected) for b, expected in zip((first, second, out), made, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dependent_launches(sim, mode):
+    assert all(dependent(sim, 0, seed, mode) for seed in range(3))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("kNoWait", "exits a dependent launch without grid_wait"),
+        ("kOneThreadDoesNotWait", "exits a dependent launch without grid_wait"),
+        ("kReadsBeforeWait", "which the launch before writes, before grid_wait"),
+        ("kCopiesBeforeWait", "cp.async of what the launch before writes"),
+        ("kLoadsTileBeforeWait", "tile_load of what the launch before writes"),
+        ("kWritesBeforeWait", "a write before grid_wait"),
+        ("kPublishesBeforeWait", "a store before grid_wait"),
+        ("kCountsBeforeWait", "a write before grid_wait"),
+        ("kReadsTheOneBeforeThat", "which the launch before writes, before grid_wait"),
+    ],
+)
+def test_use_of_memory_before_the_wait_is_found(sim, name, said):
+    """Under every schedule: whether it goes wrong is not left to chance."""
+    for seed in range(2):
+        for mode in MODES:
+            with pytest.raises(Exception, match=said):
+                dependent(sim, bugs("DependentBug").index(name), seed, mode)
+
+
+def test_a_buffer_that_the_launch_before_writes(sim):
+    """A test says so of a launch that the simulator does not run."""
+    for said in ("a write before grid_wait", "which the launch before writes, before grid_wait"):
+        with pytest.raises(Exception, match=said), sim.memory() as memory:
+            source, out = memory.put(np.zeros(32, np.uint32)), memory.empty(32, np.uint32)
+            if "launch before" in said:
+                sim.written_before(source)
+            sim.run("sim_double", source, out, 32, 1)

@@ -73,7 +73,7 @@ class Case:
         R, C, M = self.R, self.C, self.M
         strides = (1, R + 3) if self.transposed else (C, 1)
         sizes = [CODES[self.dtype], M, C, R, self.row, CODES[self.adapter], *strides, CODES[self.adapter]]
-        sizes += [*self.p.stride(), how.get("seed", 0) % 2]
+        sizes += [*self.p.stride(), 1 - how.get("seed", 0) % 2]
         with sim.memory(at_end=at_end) as memory:
             # Flush with a guard page at its end, so the start of an aligned matrix may have to give way.
             store = memory.put(raw(self.store), alignment=16 if not at_end or self.store.numel() % 8 == 0 else None)

@@ -46,7 +46,7 @@ class Case:
         library.sim_lora_row_norm_partials.restype = ctypes.c_int64
         partials = library.sim_lora_row_norm_partials(*map(ctypes.c_int64, (self.N, self.K, self.R)))
         sizes = [CODES[self.dtype], self.N, self.K, self.R, self.row, CODES[self.adapter]]
-        sizes += [*self.a.stride(), *self.b.stride(), how.get("seed", 0) % 2]
+        sizes += [*self.a.stride(), *self.b.stride(), 1 - how.get("seed", 0) % 2]
         with sim.memory(at_end=at_end) as memory:
             aligned = 16 if not at_end or self.store.numel() % 8 == 0 else None
             store = memory.put(raw(self.store), alignment=aligned)

@@ -80,8 +80,21 @@ class Batch:
                 y[t] += self.scaling[i].double() * (b @ (a @ self.x[t].double()))
         return y
 
+    def expected_u(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and the sum of the sizes of its terms."""
+        u = torch.zeros(2, self.M, self.max_rank, dtype=torch.float64)
+        for t, i in enumerate(self.ids.tolist()):
+            if 0 <= i < len(self.rows):
+                _, rank, _, at_a, a_row, *_ = self.rows[i]
+                a = self.pools[0].double().as_strided((rank, self.K), (a_row, 1), at_a)
+                u[:, t, :rank] = torch.stack([a @ self.x[t].double(), a.abs() @ self.x[t].double().abs()])
+        return u[0], u[1]
+
     def run(self, sim, arch=80, launches=1, dependent=False, **how) -> torch.Tensor:
-        """``out`` after the launches; arch 90 takes the kernel for clusters, if it is for the dtype."""
+        """``out`` after the launches; arch 90 takes the kernel for clusters, if it is for the dtype.
+
+        That kernel makes u too, and u is checked here; of two launches the second one makes none, and the same bits.
+        """
         library = sim._library
         library.sim_sgmv_partials.restype = library.sim_sgmv_counters.restype = ctypes.c_int64
         as64 = ctypes.c_int64
@@ -89,21 +102,10 @@ class Batch:
         partials = library.sim_sgmv_partials(as64(self.M), as64(self.K), *kernel)
         counters = library.sim_sgmv_counters(as64(self.M), *kernel)
         assert (counters == 0) == (arch >= 90 and self.dtype != torch.float32)
-        sizes = np.array(
-            [
-                CODES[self.dtype],
-                CODES[self.pools[0].dtype],
-                self.N + self.gap,
-                self.K + self.gap,
-                self.M,
-                self.N,
-                self.K,
-                len(self.rows),
-                self.max_rank,
-                int(dependent),
-                arch,
-            ]
-        )
+        sizes = [
+            CODES[self.dtype], CODES[self.pools[0].dtype], self.N + self.gap, self.K + self.gap, self.M, self.N, self.K,
+            len(self.rows), self.max_rank, int(dependent), arch,
+        ]  # fmt: skip
         with sim.memory(at_end=how.pop("at_end", True)) as memory:
             pools = [memory.put(raw(p), alignment=16 if self.bank or self.M % 2 else None) for p in self.pools]
             tensors = memory.put(np.array([p.address for p in pools], np.uint64))
@@ -115,34 +117,35 @@ class Batch:
             x = memory.put(raw(pad(self.x, (self.gap, 0), value=float("nan"))), 16 if self.bank else None)
             x_at = ctypes.c_void_p(x.address + self.gap * self.x.element_size())
             y = raw(pad(self.y, (self.gap, 0), value=1.0))
-            count = partial = None
+            count = partial = u = None
+            if not counters:
+                u = memory.empty((self.M, self.max_rank), np.float32)
             if counters:
                 count = memory.put(np.zeros(counters, np.uint32))
                 partial = memory.empty(partials, np.float32)
-            for _ in range(launches):
+            results = []
+            for launch in range(launches):
                 if partial is not None:
                     partial.array[...] = np.nan
                 out = memory.put(y, 16 if self.bank else None)
                 if dependent:
-                    sim.written_before(out)
+                    for buffer in (out, u, partial, count):
+                        if buffer is not None:
+                            sim.written_before(buffer)
                 at = ctypes.c_void_p(out.address + self.gap * self.y.element_size())
                 sim.run(
-                    "sim_sgmv_add",
-                    memory.put(sizes),
-                    at,
-                    x_at,
-                    tensors,
-                    table,
-                    scaling,
-                    order,
-                    starts,
-                    partial,
-                    count,
-                    **how,
-                )
+                    "sim_sgmv_add", memory.put(np.array(sizes)), at, x_at, tensors, table, scaling, order, starts,
+                    None if launch else u, partial, count, **how,
+                )  # fmt: skip
                 assert count is None or not count.array.any(), "the counters are not ready for the next launch"
-            got = torch.from_numpy(out.array.copy()).view(self.dtype)
+                results.append(out.array.copy())
+            assert all(np.array_equal(bits.view(np.uint8), results[0].view(np.uint8)) for bits in results)
+            got = torch.from_numpy(results[0]).view(self.dtype)
             assert (got[:, : self.gap] == 1).all(), "something was written between the rows"
+            if u is not None:
+                expected, size = self.expected_u()
+                error = (torch.from_numpy(u.array.copy()).double() - expected).abs()
+                assert (error <= 1e-6 * size).all(), f"u of rows {(error > 1e-6 * size).any(1).nonzero().T.tolist()}"
             return got[:, self.gap :]
 
 
@@ -197,17 +200,24 @@ def test_wide_loads(sim, M, K, N, ranks, dtype, adapter_dtype):
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", PAIRS[1:])
-@pytest.mark.parametrize("M, bank", [(230, False), (230, True), (1030, True)])
-def test_many_rows_of_an_adapter(sim, dtype, adapter_dtype, M, bank):
-    """Prefill: several items a segment, the last one with fewer rows, numbered by segment; of 64 rows from 1024 on."""
-    ids = torch.tensor([1] * 77 + [-1] * 3 + [0] * 17 + [2] * (M - 100) + [5] * 2 + [3])[torch.randperm(M)]
-    batch = Batch(M, 72, 136, (16, 40, 1, 7), dtype, adapter_dtype, seed=2, transposed=bank, ids=ids, bank=bank)
+@pytest.mark.parametrize("bank", [False, True])
+def test_many_rows_of_an_adapter(sim, dtype, adapter_dtype, bank):
+    """Prefill: several items a segment, the last one with fewer rows, numbered by segment."""
+    ids = torch.tensor([1] * 77 + [-1] * 3 + [0] * 17 + [2] * 130 + [5] * 2 + [3])[torch.randperm(230)]
+    batch = Batch(230, 72, 136, (16, 40, 1, 7), dtype, adapter_dtype, seed=2, transposed=bank, ids=ids, bank=bank)
+    check(batch, batch.run(sim, 90))
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", PAIRS[1:])
+def test_items_of_64_rows(sim, dtype, adapter_dtype):
+    """From 1024 rows on: whole items and parts of one, of as many ranks as one, two and three products have."""
+    ids = torch.tensor([1] * 70 + [0] * 35 + [2] * 20 + [-1] * 900 + [5] * 2)[torch.randperm(1027)]
+    batch = Batch(1027, 72, 136, (16, 24, 40), dtype, adapter_dtype, seed=2, transposed=True, ids=ids, bank=True)
     got = batch.run(sim, 90)
     check(batch, got)
-    if M > 1024:
-        # The same bits as alone, in an item of 16 rows.
-        for t in range(0, M, 206):
-            check_alone(sim, 90, batch, got, t)
+    # The same bits as alone, in an item of 16 rows.
+    for slot in range(3):
+        check_alone(sim, 90, batch, got, (ids == slot).nonzero()[-1].item())
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -269,8 +279,7 @@ def test_ids_without_an_adapter(sim, arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_behind_a_launch_that_still_runs(sim, arch):
-    """``out`` is touched after the launch before has ended, and that launch has ended when this one has."""
-    for seed in range(4):
-        for ids in (None, torch.tensor([-1, 3, -1, -1])):
-            batch = Batch(4, 40, 80, (4, 2), torch.float16, torch.float16, seed=seed, ids=ids, transposed=True)
-            check(batch, batch.run(sim, arch, seed=seed, mode=(1, 1), dependent=True))
+    """What that launch, or one before it, may use is touched after it has ended; and it has ended when this one has."""
+    for seed, ids in enumerate((None, torch.tensor([-1, 3, -1, -1]), torch.full((4,), -1))):
+        batch = Batch(4, 40, 80, (4, 2), torch.float16, torch.float16, seed=seed, ids=ids, transposed=True)
+        check(batch, batch.run(sim, arch, seed=seed, dependent=True))

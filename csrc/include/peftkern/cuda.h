@@ -118,8 +118,9 @@ const char* store_addresses(const uint64_t* host, int64_t count, uint64_t* out, 
 // have adjacent columns. tensors (addresses of `weights`), table, scaling, order and starts (see
 // peftkern/ops/multi_lora_linear.py) are in device memory. partial: sgmv_partials floats, null if that is 0.
 // counters: sgmv_counters words, null if that is 0, zero before the first launch that uses them and after
-// each; not for two launches at the same time. dependent: the launch before may still run, and writes out. u,
-// with sgmv_in_clusters, or null: A[a] x, fp32 (M, max_rank) without gaps, zeros beyond a row's rank.
+// each; not for two launches at the same time. dependent: the launch before may still run, and writes out;
+// until it has ended nothing is written. u, with sgmv_in_clusters, or null: A[a] x, fp32 (M, max_rank)
+// without gaps, zeros beyond a row's rank.
 struct SgmvArgs {
   DType dtype, adapter_dtype;
   void* out;
@@ -143,6 +144,8 @@ int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int a
 int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch);
 // Whether the kernel for clusters takes the call: it needs neither partial nor counters, and can make u.
 bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch);
+// Whether a block's shared memory suffices for the ranks: up to 6335 on every device.
+bool sgmv_takes(int64_t max_rank, DType dtype, int arch);
 const char* sgmv_add(const SgmvArgs& args);  // fp32 too
 
 }  // namespace peftkern::cuda

@@ -77,6 +77,9 @@ enum PushBug {
   kPushNoWait,
   kPushNoClusterBarrier,
   kPushBarrierOfThisBlock,
+  kPushNoInitFence,
+  kPushInitFenceBeforeInit,
+  kPushInitFenceBehindArrival,
 };
 
 // Every thread sends 16, 8 and 4 bytes to each block of the cluster, all of which wait for the bytes alone.
@@ -86,14 +89,16 @@ __global__ void push_kernel(unsigned size, uint32_t* out, int bug) {
   auto* inbox = reinterpret_cast<uint32_t*>(shared_memory());
   const uint32_t barrier = shared_address(inbox + size * slot);
   if (t == 0) {
+    if (bug == kPushInitFenceBeforeInit) mbarrier_init_fence();
     mbarrier_init(barrier, 1);
-    mbarrier_init_fence();
+    if (bug < kPushNoInitFence) mbarrier_init_fence();
     const uint32_t bytes = 4 * size * slot;
     mbarrier_arrive_expect(barrier, bug == kPushTooFewBytes    ? bytes - 28
                                     : bug == kPushTooManyBytes ? bytes + 4
                                                                : bytes);
   }
   cluster_arrive_relaxed();
+  if (bug == kPushInitFenceBehindArrival && t == 0) mbarrier_init_fence();
   if (bug != kPushNoClusterBarrier) cluster_wait();
   const uint32_t value = 10000 * blockIdx.x + 10 * t;
   for (uint32_t r = 0; r < size; ++r) {
@@ -124,6 +129,7 @@ enum MulticastBug {
   kNoClusterBarrierAfterInit,
   kNoClusterBarrierAtEnd,
   kScopeOfBlock,
+  kMulticastNoInitFence,
 };
 
 constexpr int kRows = 16, kColumns = 64, kStages = 2, kConsumers = 2, kThreads = 32 * (kConsumers + 1);
@@ -143,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
       mbarrier_init(full + 8 * s, 1);
       mbarrier_init(empty + 8 * s, static_cast<int>(kConsumers * arrivals));
     }
-    mbarrier_init_fence();
+    if (bug != kMulticastNoInitFence) mbarrier_init_fence();
   }
   if (bug == kNoClusterBarrierAfterInit) {
     sync_threads();
@@ -190,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
   if (bug != kNoClusterBarrierAtEnd) cluster_sync();
 }
 
-enum HandoverBug { kHandoverCorrect, kUnordered };
+enum HandoverBug { kHandoverCorrect, kUnordered, kHandoverNoInitFence };
 
 // Two blocks hand each other a word per thread. First they meet without handing anything over.
 __global__ void handover_kernel(uint32_t* out, int bug) {
@@ -200,7 +206,7 @@ __global__ void handover_kernel(uint32_t* out, int bug) {
   if (t == 0) {
     mbarrier_init(met, 32);
     mbarrier_init(filled, 32);
-    mbarrier_init_fence();
+    if (bug != kHandoverNoInitFence) mbarrier_init_fence();
   }
   cluster_sync();
   mbarrier_arrive_unordered(met, other);
@@ -215,14 +221,6 @@ __global__ void handover_kernel(uint32_t* out, int bug) {
   }
   out[blockIdx.x * 32 + t] = box[t];
   cluster_sync();
-}
-
-// A launch that depends on the one before: it may read `in` and write `out` after the wait only.
-__global__ void dependent_kernel(const uint32_t* in, uint32_t* out, int waits) {
-  const uint32_t first = threadIdx.x == 0 ? 0 : 1;
-  if (waits) grid_wait();
-  out[threadIdx.x] = in[threadIdx.x] + first;
-  if (!waits) sync_threads();
 }
 
 }  // namespace
@@ -258,10 +256,4 @@ PEFTKERN_EXPORT const char* sim_cluster_handover(unsigned clusters, uint32_t* ou
   Launch how{{clusters * 2}, {32}, 32 * 4 + 16};
   how.cluster = 2;
   return launch(how, handover_kernel, out, bug);
-}
-
-PEFTKERN_EXPORT const char* sim_dependent(const uint32_t* in, uint32_t* out, int waits) {
-  Launch how{{1}, {32}};
-  how.dependent = true;
-  return launch(how, dependent_kernel, in, out, waits);
 }

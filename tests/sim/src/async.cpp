@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "sim/core.h"
+#include "sim/memory_model.h"
 
 namespace sim {
 namespace {
@@ -39,6 +40,7 @@ void copy_async(uint32_t dst, const void* src, int bytes, int valid) {
   unsigned char* to = shared_pointer(self->block, dst, size, size, "cp.async");
   if (reinterpret_cast<uintptr_t>(src) % size != 0)
     fail("cp.async: source %p is not aligned to %d", src, bytes);
+  if (valid > 0) check_read(src, "cp.async");
   std::memset(to, kPoison, size);
   self->copies.push_back({to, static_cast<const unsigned char*>(src), bytes, valid, self->copy_groups});
 }
@@ -63,7 +65,7 @@ void run_copy(Thread* thread, size_t which) {
   const CopyOp op = thread->copies[which];
   thread->copies[which] = thread->copies.back();
   thread->copies.pop_back();
-  std::memcpy(op.dst, op.src, static_cast<size_t>(op.valid));
+  deliver(op.dst, op.src, static_cast<size_t>(op.valid));
   std::memset(op.dst + op.valid, 0, static_cast<size_t>(op.bytes - op.valid));
 }
 
@@ -72,7 +74,27 @@ void barrier_init(uint32_t address, int count) {
   if (count <= 0 || count >= 1 << 20) fail("mbarrier.init with a count of %d", count);
   TransactionBarrier barrier;
   barrier.count = barrier.pending = count;
+  barrier.maker = self;
   self->block->transactions[address] = barrier;
+}
+
+void barrier_init_fence() {
+  for (auto& entry : self->block->transactions) {
+    TransactionBarrier& barrier = entry.second;
+    if (barrier.maker == self && barrier.known == Known::kBlock) barrier.known = Known::kTma;
+  }
+}
+
+TransactionBarrier& barrier_from_outside(Block* block, uint32_t address, const char* what) {
+  auto at = block->transactions.find(address);
+  if (at == block->transactions.end())
+    fail("%s: block %u has no mbarrier at shared address %#x", what, block->cluster_rank, address);
+  const bool remote = block != self->block;
+  if (at->second.known == Known::kBlock)
+    fail("%s: no mbarrier_init_fence behind the mbarrier's initialisation", what);
+  if (remote && at->second.known != Known::kCluster)
+    fail("%s: no cluster barrier behind mbarrier_init_fence", what);
+  return at->second;
 }
 
 void barrier_invalidate(uint32_t address) {

@@ -44,6 +44,10 @@ void cluster_arrive(bool releases) {
   Cluster& cluster = *self->block->cluster;
   if (self->cluster_waits) fail("cluster_arrive twice without cluster_wait");
   step_aside(8);
+  for (auto& entry : self->block->transactions) {
+    TransactionBarrier& barrier = entry.second;
+    if (barrier.maker == self && barrier.known == Known::kTma) barrier.known = Known::kCluster;
+  }
   if (releases) {
     release();
     complete_arrivals(self);
@@ -105,15 +109,14 @@ void cluster_store_async(uint32_t address, const void* value, int bytes, uint32_
   const uint32_t there = barrier & ((1u << kRankShift) - 1);
   if (block != same)
     fail("st.async to block %u, mbarrier of block %u", block->cluster_rank, same->cluster_rank);
-  if (block->transactions.count(there) == 0)
-    fail("st.async: block %u has no mbarrier at shared address %#x", block->cluster_rank, there);
+  TransactionBarrier& known = barrier_from_outside(block, there, "st.async");
   LateStore store{to, {}, bytes, block};
   std::memcpy(store.value, value, static_cast<size_t>(bytes));
   const auto complete = [=] {
     std::memcpy(store.dst, store.value, static_cast<size_t>(bytes));
     barrier_complete(block, there, bytes);
   };
-  block->transactions[there].cluster |= block != self->block;
+  known.cluster |= block != self->block;
   add_bulk({complete, block, "a store", nullptr});
 }
 
@@ -121,9 +124,8 @@ void barrier_arrive_cluster(uint32_t address, uint32_t rank, bool ordered) {
   maybe_yield(4);
   if (ordered) release();
   Block* block = member(rank, "mbarrier.arrive at another block");
-  if (block->transactions.count(address) == 0)
-    fail("mbarrier.arrive: block %u has no mbarrier at shared address %#x", rank, address);
-  if (ordered) block->transactions[address].cluster |= block != self->block;
+  TransactionBarrier& known = barrier_from_outside(block, address, "mbarrier.arrive");
+  if (ordered) known.cluster |= block != self->block;
   add_bulk({[=] { barrier_arrived(block, address, 0); }, block, "an arrival", self});
 }
 

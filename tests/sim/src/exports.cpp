@@ -5,21 +5,25 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void sim_configure(uint64_t seed, int schedule, int completion, unsigned resident) {
+EXPORT void sim_configure(uint64_t seed, int schedule, int completion, unsigned resident, unsigned last) {
   sim::configure(
-      {seed, static_cast<sim::Schedule>(schedule), static_cast<sim::Completion>(completion), resident});
+      {seed, static_cast<sim::Schedule>(schedule), static_cast<sim::Completion>(completion), resident, last});
 }
 
 EXPORT void* sim_allocate(size_t bytes, size_t alignment, int at_end) {
   return sim::allocate(bytes, alignment, at_end != 0);
 }
 
-EXPORT int sim_release(void* p, size_t bytes) {
-  return sim::release(p, bytes);
+EXPORT void* sim_allocate_rows(size_t first, size_t rows, size_t bytes, size_t stride, size_t alignment) {
+  return sim::allocate_rows(first, rows, bytes, stride, alignment);
 }
 
-EXPORT void sim_written_before(void* p, size_t bytes) {
-  sim::written_before(p, bytes);
+EXPORT int sim_release(void* p) {
+  return sim::release(p);
+}
+
+EXPORT void sim_written_before(void* p) {
+  sim::written_before(p);
 }
 
 EXPORT const char* sim_dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold,
@@ -30,7 +34,7 @@ EXPORT const char* sim_dropout_mask(const int64_t* seed, int64_t M, int64_t K, u
 // Sizes are in `sizes`: dtype, adapter dtype, out_row, x_row, M, N, K, slots, max_rank, dependent, arch.
 EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, const uint64_t* tensors,
                                 const int64_t* table, const float* scaling, const int32_t* order,
-                                const int32_t* starts, float* partial, uint32_t* counters) {
+                                const int32_t* starts, float* u, float* partial, uint32_t* counters) {
   peftkern::cuda::SgmvArgs args{};
   args.dtype = static_cast<peftkern::DType>(sizes[0]);
   args.adapter_dtype = static_cast<peftkern::DType>(sizes[1]);
@@ -50,6 +54,7 @@ EXPORT const char* sim_sgmv_add(const int64_t* sizes, void* out, const void* x, 
   args.scaling = scaling;
   args.order = order;
   args.starts = starts;
+  args.u = u;
   args.partial = partial;
   args.counters = counters;
   return peftkern::cuda::sgmv_add(args);

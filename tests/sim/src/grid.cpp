@@ -27,9 +27,10 @@ unsigned threads_of(const LaunchShape& s) {
 
 }  // namespace
 
-Grid::Grid(const LaunchShape& s, unsigned n) : shape(s), slots(std::max(n, s.cluster)) {
-  const unsigned blocks = s.grid.x * s.grid.y * s.grid.z;
-  for (unsigned i = 0; i + s.cluster <= blocks; i += s.cluster) waiting_.push_back(i);
+Grid::Grid(const LaunchShape& s, unsigned n, unsigned last) : shape(s), slots(std::max(n, s.cluster)) {
+  const unsigned clusters = s.cluster == 0 ? 0 : s.grid.x * s.grid.y * s.grid.z / s.cluster;
+  for (unsigned i = last == 0 || last > clusters ? 0 : clusters - last; i < clusters; ++i)
+    waiting_.push_back(i * s.cluster);
 }
 
 Grid::~Grid() {

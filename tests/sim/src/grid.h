@@ -8,7 +8,8 @@
 namespace sim {
 
 struct Grid {
-  Grid(const LaunchShape& shape, unsigned slots);
+  // Of its clusters only the last ones run if `last` is not 0.
+  Grid(const LaunchShape& shape, unsigned slots, unsigned last);
   ~Grid();
   // Fails if the shape is not one that a GPU takes.
   void check() const;

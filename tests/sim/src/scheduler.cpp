@@ -12,6 +12,7 @@
 #include "fiber.h"
 #include "grid.h"
 #include "sim/core.h"
+#include "sim/memory_model.h"
 
 namespace sim {
 
@@ -29,20 +30,11 @@ sigjmp_buf out;
 void* scheduler_context = nullptr;
 const std::function<void()>* body = nullptr;
 
-struct EarlierWrite {
-  unsigned char* dst;
-  std::vector<unsigned char> value;
-};
-std::vector<EarlierWrite> earlier;
-
-void finish_earlier_launch() {
-  for (const EarlierWrite& write : earlier) std::memcpy(write.dst, write.value.data(), write.value.size());
-  earlier.clear();
-}
-
 void fiber_main() {
   (*body)();
   Thread* thread = self;
+  // Whoever comes after this launch relies on the one before it.
+  if (grid->shape.dependent && !thread->waited) fail("exits a dependent launch without grid_wait");
   if (!thread->copies.empty()) fail("exits with %zu asynchronous copies in flight", thread->copies.size());
   drain(thread->stores);
   cluster_exit(thread);
@@ -60,13 +52,14 @@ void leave() {
 }
 
 void on_fault(int, siginfo_t* info, void*) {
+  const char* const wrong = judge(info->si_addr);
+  if (wrong == nullptr) return;
   char text[200];
   if (self != nullptr) {
-    snprintf(text, sizeof text, "block %u,%u thread %u: access to address %p, outside every buffer",
-             self->block->index.x, self->block->index.y, self->index.x, info->si_addr);
+    snprintf(text, sizeof text, "block %u,%u thread %u: access to address %p, %s", self->block->index.x,
+             self->block->index.y, self->index.x, info->si_addr, wrong);
   } else {
-    snprintf(text, sizeof text, "an asynchronous operation touches address %p, outside every buffer",
-             info->si_addr);
+    snprintf(text, sizeof text, "an asynchronous operation touches address %p, %s", info->si_addr, wrong);
   }
   error = text;
   siglongjmp(out, 1);
@@ -99,6 +92,7 @@ class FaultGuard {
 };
 
 void switch_to(Thread* thread) {
+  if (grid->shape.dependent && !thread->waited) hide_memory();
   self = thread;
   switch_fiber(&scheduler_context, thread->context);
   self = nullptr;
@@ -176,8 +170,6 @@ bool complete_one() {
   if (copier != nullptr) ways.push_back([&] { run_copy(copier, random_bits() % copier->copies.size()); });
   if (storer != nullptr) ways.push_back([&] { drain(storer->stores); });
   if (product != nullptr) ways.push_back([&] { run_product(product); });
-  const bool early = config.completion == kRandom && chance(32);
-  if (!earlier.empty() && (ways.empty() || early)) ways.push_back(finish_earlier_launch);
   if (ways.empty()) return false;
   ways[random_bits() % ways.size()]();
   return true;
@@ -223,15 +215,9 @@ void loop() {
 void configure(const Config& c) {
   config = c;
 }
-void written_before(void* p, size_t bytes) {
-  auto* dst = static_cast<unsigned char*>(p);
-  earlier.push_back({dst, {dst, dst + bytes}});
-  std::memset(dst, kPoison, bytes);
-}
-
 void grid_wait() {
   step_aside(8);
-  spin("the launch before", [] { return earlier.empty(); });
+  self->waited = true;
 }
 
 const char* last_error() {
@@ -312,19 +298,20 @@ const char* run(const LaunchShape& shape, const std::function<void()>& kernel) {
   lowest = 0;
   error.clear();
   FaultGuard guard;
-  Grid current(shape, config.resident != 0 ? config.resident : 1 + static_cast<unsigned>(random_bits() % 4));
+  Grid current(shape, config.resident != 0 ? config.resident : 1 + static_cast<unsigned>(random_bits() % 4),
+               config.last);
   grid = &current;
   current.entry = fiber_main;
   body = &kernel;
-  if (!shape.dependent) finish_earlier_launch();
+  open_memory(shape.dependent);
   if (sigsetjmp(out, 1) == 0) {
     current.check();
     loop();
     if (!current.bulk.empty()) fail("the grid ends with %zu bulk copies in flight", current.bulk.size());
   }
-  finish_earlier_launch();
   self = nullptr;
   grid = nullptr;
+  close_memory();
   return error.empty() ? nullptr : error.c_str();
 }
 

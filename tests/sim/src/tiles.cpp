@@ -5,6 +5,7 @@
 #include "cuda/tma.h"
 #include "sim/async.h"
 #include "sim/core.h"
+#include "sim/memory_model.h"
 
 namespace peftkern::cuda {
 
@@ -37,8 +38,7 @@ void load_into(Block* block, uint32_t dst, const TileSource& source, uint32_t ba
   if (s.swizzle && s.box_columns != 64)
     fail("tile_load: swizzled rows of less than 128 bytes are not modelled");
   unsigned char* to = shared_pointer(block, dst, bytes, 128, "tile_load");
-  if (block->transactions.count(barrier) == 0)
-    fail("tile_load: no mbarrier was initialised at shared address %#x", barrier);
+  barrier_from_outside(block, barrier, "tile_load");
   std::memset(to, kPoison, bytes);
   std::memset(async_view(block) + (to - block->shared), kPoison, bytes);
   const auto complete = [=] {
@@ -68,6 +68,7 @@ void load_into(Block* block, uint32_t dst, const TileSource& source, uint32_t ba
 void tile_load(uint32_t dst, const TileSource& source, uint32_t barrier, int row, int column,
                unsigned blocks) {
   maybe_yield();
+  check_read(source.data, "tile_load");
   const Cluster& cluster = *self->block->cluster;
   if (blocks == 0) return load_into(self->block, dst, source, barrier, row, column);
   if (blocks >> cluster.size != 0) fail("tile_load: blocks %#x of a cluster of %u", blocks, cluster.size);

@@ -6,18 +6,24 @@
 namespace sim {
 
 struct Block;
+struct TransactionBarrier;
 
 void copy_async(uint32_t dst, const void* src, int bytes, int valid);
 void copy_commit();
 void copy_wait(int left);
 
 void barrier_init(uint32_t address, int count);
+// The barriers that this thread has initialised: the TMA unit may use them, and once the thread has arrived
+// at the cluster's barrier, other blocks.
+void barrier_init_fence();
 void barrier_invalidate(uint32_t address);
 // One arrival, which also announces bytes.
 void barrier_arrive(uint32_t address, int64_t bytes);
 // At the barrier of another block, some time later.
 // ordered: what the thread stored before is there for those that wait at the scope of the cluster.
 void barrier_arrive_cluster(uint32_t address, uint32_t rank, bool ordered);
+// The barrier of a block, for whoever is not a thread of it. Fails unless that was fenced.
+TransactionBarrier& barrier_from_outside(Block* block, uint32_t address, const char* what);
 void barrier_arrived(Block* block, uint32_t address, int64_t bytes);
 void barrier_complete(Block* block, uint32_t address, int64_t bytes);
 // `cluster`: the wait also orders what threads of other blocks did before they arrived.

@@ -47,6 +47,7 @@ struct Thread {
   void* context = nullptr;      // where the fiber goes on
   const char* waits = nullptr;  // what blocks it, for the report
   bool done = false;
+  bool waited = false;         // has called grid_wait
   std::function<bool()> poll;  // set while it spins
   std::vector<CopyOp> copies;
   int64_t copy_groups = 0;
@@ -90,8 +91,13 @@ struct NamedBarrier {
   std::vector<Thread*> waiting;
 };
 
+// Who knows of a barrier that a thread has initialised: its block, the TMA unit too, the cluster too.
+enum class Known { kBlock, kTma, kCluster };
+
 struct TransactionBarrier {
   int count = 0, pending = 0;
+  Thread* maker = nullptr;
+  Known known = Known::kBlock;
   bool cluster = false;  // threads of other blocks arrive here
   int64_t bytes = 0;
   unsigned phase = 0;
@@ -139,6 +145,7 @@ struct Config {
   Schedule schedule = kPriority;
   Completion completion = kRandom;
   unsigned resident = 0;  // blocks that run at the same time; 0: random
+  unsigned last = 0;      // clusters that run at all, the last ones of the grid; 0: every one
 };
 
 struct LaunchShape {
@@ -154,9 +161,6 @@ extern thread_local Thread* self;
 const char* run(const LaunchShape& shape, const std::function<void()>& kernel);
 const char* last_error();
 void configure(const Config& config);
-// What lies at `p` is written there by the launch before the next one: before the next begins or, if that is
-// a dependent one, before its first grid_wait returns, or after its end if there is none.
-void written_before(void* p, size_t bytes);
 void grid_wait();
 
 // --- for host bodies of instructions ---
@@ -186,6 +190,8 @@ void complete_arrivals(Thread* thread);
 void run_copy(Thread* thread, size_t which);
 void run_product(Warp* warp);
 void drain(std::vector<LateStore>& stores);
+// A copy that an instruction started and no thread makes.
+void deliver(void* dst, const void* src, size_t bytes);
 // The memory at a shared address; fails unless all bytes lie in this block's dynamic shared memory.
 unsigned char* shared_pointer(Block* block, uint32_t address, size_t bytes, size_t alignment,
                               const char* what);

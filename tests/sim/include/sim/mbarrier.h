@@ -9,7 +9,9 @@ namespace peftkern::cuda {
 PEFTKERN_DEVICE void mbarrier_init(uint32_t barrier, int count) {
   ::sim::barrier_init(barrier, count);
 }
-PEFTKERN_DEVICE void mbarrier_init_fence() {}
+PEFTKERN_DEVICE void mbarrier_init_fence() {
+  ::sim::barrier_init_fence();
+}
 PEFTKERN_DEVICE void mbarrier_arrive(uint32_t barrier) {
   ::sim::barrier_arrive(barrier, 0);
 }

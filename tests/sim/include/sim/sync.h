@@ -40,7 +40,7 @@ PEFTKERN_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value) {
 PEFTKERN_DEVICE uint32_t atomic_max(uint32_t* p, uint32_t value) {
   ::sim::maybe_yield();
   const uint32_t old = *p;
-  if (value > old) *p = value;
+  *p = value > old ? value : old;
   ::sim::step_aside(3);
   return old;
 }
