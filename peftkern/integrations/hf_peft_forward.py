@@ -20,8 +20,10 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from ..autograd.lora_linear import lora_linear
+from .hf_peft_fsdp import run_inside, units
 from .hf_peft_guard import Branch, Plan, call_plan
 from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
+from .hf_peft_status import calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
 
@@ -148,18 +150,31 @@ def _no_recomputation(layer: Linear) -> None:
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
+        if not wanted(self):
+            return stock(self, x, *args, **kwargs)
+        eager = not torch.compiler.is_compiling()
         names = kwargs.get("adapter_names")
-        if wanted(self) and not args and not kwargs.keys() - {"adapter_names"}:
-            if names is None:
-                if _mixed and not torch.compiler.is_compiling():
-                    _no_recomputation(self)
-                plan = call_plan(self, x)
-                if type(plan) is Plan:
-                    return _run(self, plan, x)
-            else:
-                mixed = mixed_plan(self, x, names)
-                if type(mixed) is tuple:
-                    return run_mixed(*mixed, x)
+        if args or kwargs.keys() - {"adapter_names"}:
+            plan = "the call has arguments of its own"
+        elif names is None:
+            if _mixed and eager:
+                _no_recomputation(self)
+            plan = call_plan(self, x)
+            if type(plan) is Plan:
+                if eager:
+                    calls_of(self).fused += 1
+                return _run(self, plan, x)
+        else:
+            plan = mixed_plan(self, x, names)
+            if type(plan) is tuple:
+                if eager:
+                    calls_of(self).fused += 1
+                return run_mixed(*plan, x)
+        if eager:
+            inside = units(self, names)
+            if inside:
+                return run_inside(inside, x, lambda x: forward(self, x, *args, **kwargs))
+            note_stock(self, plan)
         return stock(self, x, *args, **kwargs)
 
     return forward
@@ -224,5 +239,6 @@ def set_mark(layer: Linear) -> None:
 def clear_mark(layer) -> None:
     """Run PEFT's own code in this layer from its next call on, under ``patch`` too."""
     layer.__dict__.pop(KEY, None)
+    clear_calls(layer)
     if switch.everywhere:
         layer.__dict__[KEY] = False
