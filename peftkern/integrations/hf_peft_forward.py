@@ -23,6 +23,7 @@ from ..autograd.lora_linear import lora_linear
 from .hf_peft_fsdp import run_inside, units
 from .hf_peft_guard import Branch, Plan, call_plan
 from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
+from .hf_peft_status import KEY as CALLS
 from .hf_peft_status import calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
@@ -152,29 +153,31 @@ def _fused_forward(stock):
     def forward(self, x, *args, **kwargs):
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
-        eager = not torch.compiler.is_compiling()
         names = kwargs.get("adapter_names")
         if args or kwargs.keys() - {"adapter_names"}:
             plan = "the call has arguments of its own"
         elif names is None:
-            if _mixed and eager:
+            if _mixed and not torch.compiler.is_compiling():
                 _no_recomputation(self)
             plan = call_plan(self, x)
-            if type(plan) is Plan:
-                if eager:
-                    calls_of(self).fused += 1
-                return _run(self, plan, x)
         else:
             plan = mixed_plan(self, x, names)
-            if type(plan) is tuple:
-                if eager:
-                    calls_of(self).fused += 1
-                return run_mixed(*plan, x)
-        if eager:
-            inside = units(self, names)
-            if inside:
-                return run_inside(inside, x, lambda x: forward(self, x, *args, **kwargs))
-            note_stock(self, plan)
+        # A graph that counted would be compiled anew at each call.
+        if not torch.compiler.is_dynamo_compiling():
+            if type(plan) is str:
+                inside = units(self, names)
+                if inside:
+                    return run_inside(inside, x, lambda x: forward(self, x, *args, **kwargs))
+                note_stock(self, plan)
+            else:
+                calls = self.__dict__.get(CALLS)
+                if calls is None:
+                    calls = calls_of(self)
+                calls.fused += 1
+        if type(plan) is Plan:
+            return _run(self, plan, x)
+        if type(plan) is tuple:
+            return run_mixed(*plan, x)
         return stock(self, x, *args, **kwargs)
 
     return forward

@@ -184,7 +184,7 @@ def _branch(layer: Linear, name: str, N: int, K: int, read: Read) -> Branch | st
 def _absent(asked: Iterable[str], present: Iterable[str], whose: str) -> str:
     asked, present = (", ".join([f"{n!r}" for n in names]) for names in (asked, present))
     if not asked:
-        return "it has no active adapter" if whose == "active" else "it has no adapter in this batch: base rows alone"
+        return "it has no active adapter" if whose == "active" else "it has no adapter of the batch"
     if not present:
         return "it has no adapter"
     return f"it has none of the {whose} adapters ({asked}), it has {present}"

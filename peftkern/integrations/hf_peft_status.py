@@ -2,7 +2,6 @@
 
 Counting must cost a small layer nothing: a fused call adds one to an integer, everything else happens where PEFT's own
 code runs. Between reading and storing an attribute CPython (with its lock) switches no thread, so no call is lost.
-Compiled graphs are not counted: a counter would be compiled anew at each call.
 """
 
 from __future__ import annotations
