@@ -136,16 +136,13 @@ def status(model: nn.Module, reset: bool = False) -> Status:
     answer = Status()
     for name, module in _layers(model):
         calls = _status.known_calls(module)
-        if calls is None:
-            reason = _guard.type_reason(module)
-            if reason is not None:
-                answer.reasons[name] = reason
-            continue
-        answer.fused += calls.fused
-        answer.stock += calls.stock
-        if calls.reason is not None:
-            answer.reasons[name] = calls.reason
-        if reset:
+        if calls is not None:
+            answer.fused += calls.fused
+            answer.stock += calls.stock
+        reason = (calls.reason if calls is not None else None) or _guard.type_reason(module)
+        if reason is not None:
+            answer.reasons[name] = reason
+        if reset and calls is not None:
             calls.reset()
     return answer
 

@@ -145,9 +145,7 @@ def _fully_sharded() -> set[tuple[int, str]]:
             if not p.is_dtensor:  # else tensor parallel too
                 info = p._module_info
                 found.add((id(info.module), info.param_name))
-                found.update(
-                    (id(m), n) for m, n in zip(info.shared_modules, info.shared_param_names, strict=True)
-                )
+                found.update((id(m), n) for m, n in zip(info.shared_modules, info.shared_param_names, strict=True))
     return found
 
 

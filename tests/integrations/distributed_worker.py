@@ -24,17 +24,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import peftkern
 
-STEPS = 3
+STEPS = 2
 torch.set_num_threads(1)
 
 
-def _model():
+def _model(**options):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         attention_bias=True,
     )  # fmt: skip
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
     return peft.get_peft_model(transformers.LlamaForCausalLM(config), settings)
 
 
@@ -62,17 +63,31 @@ def _peft_policy(model, use_orig_params):
     return _fsdp1(model, use_orig_params, peft.utils.other.fsdp_auto_wrap_policy(model))
 
 
-# Name -> how the model is wrapped, and whether that comes before accelerate.
+def _checkpointed(wrap, reentrant):
+    def checkpointed(model):
+        inner = model.base_model.model
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        inner.enable_input_require_grads()
+        return wrap(model)
+
+    return checkpointed
+
+
+_apart = functools.partial(_fsdp2, apart=True)
+_policy, _flat = (functools.partial(_peft_policy, use_orig_params=flag) for flag in (True, False))
+
+# Name -> how the model is wrapped, whether that comes before accelerate, options of the adapter.
 STRATEGIES = {
-    "ddp": (torch.nn.parallel.DistributedDataParallel, False),
-    "fsdp2": (_fsdp2, True),
-    "fsdp2, accelerated before": (_fsdp2, False),
-    "fsdp2, adapters apart": (functools.partial(_fsdp2, apart=True), False),
-    "fsdp2, adapters apart before": (functools.partial(_fsdp2, apart=True), True),
-    "fsdp1": (_fsdp1, True),
-    "fsdp1, accelerated before": (_fsdp1, False),
-    "fsdp1, PEFT's policy": (functools.partial(_peft_policy, use_orig_params=True), False),
-    "fsdp1, PEFT's policy, flat": (functools.partial(_peft_policy, use_orig_params=False), True),
+    "ddp": (torch.nn.parallel.DistributedDataParallel, False, {}),
+    "fsdp2": (_fsdp2, True, {}),
+    "fsdp2, accelerated before": (_fsdp2, False, {"bias": "lora_only"}),
+    "fsdp2, adapters apart": (_apart, False, {}),
+    "fsdp2, adapters apart, checkpointed": (_checkpointed(_apart, False), True, {"lora_bias": True}),
+    "fsdp1": (_fsdp1, True, {"bias": "lora_only"}),
+    "fsdp1, accelerated before": (_fsdp1, False, {"lora_bias": True}),
+    "fsdp1, PEFT's policy": (_policy, False, {}),
+    "fsdp1, PEFT's policy, flat": (_flat, True, {}),
+    "fsdp1, PEFT's policy, checkpointed": (_checkpointed(_policy, True), True, {}),
 }
 
 
@@ -92,16 +107,20 @@ def _train(model, rank):
     else:
         whole = contextlib.nullcontext()
     with whole:
-        full = [p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters() if "lora_" in n]
-        # The order of parameters is the wrapper's.
+        # Sums of squares, since the order of parameters is the wrapper's.
+        full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters() if p.requires_grad]
         weights = sorted(p.double().square().sum().item() for p in full)
     return {"losses": losses, "weights": weights}
 
 
-def _run(wrap, wrapped_before, rank):
-    stock = _model()
+def _squares(model):
+    return sorted(p.double().square().sum().item() for p in model.parameters() if p.requires_grad)
+
+
+def _run(wrap, wrapped_before, options, rank):
+    stock = _model(**options)
     ours = copy.deepcopy(stock)
-    result = {"stock": _train(wrap(stock), rank)}
+    result = {"before": _squares(stock), "stock": _train(wrap(stock), rank)}
     if wrapped_before:
         model = wrap(ours)
         report = peftkern.accelerate(model)
@@ -123,9 +142,7 @@ def _run(wrap, wrapped_before, rank):
 def main(store: str, rank: int) -> None:
     """Run this rank."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    before = sorted(p.double().square().sum().item() for n, p in _model().named_parameters() if "lora_" in n)
-    runs = {name: _run(*strategy, rank) for name, strategy in STRATEGIES.items()}
-    print(json.dumps({"before": before, **runs}), flush=True)
+    print(json.dumps({name: _run(*strategy, rank) for name, strategy in STRATEGIES.items()}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     # At interpreter exit torch sometimes aborts on a thread of FSDP that is still joinable; nothing is left to do.

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern.integrations import hf_peft
 
+
 def counts(model, reset=True):
     """(fused, stock) since the last reset."""
     status = peftkern.status(model, reset=reset)
@@ -127,19 +128,26 @@ def test_copies_and_pickles_start_at_zero(zoo):
         model(x)
 
 
-def test_compiled_graphs_neither_count_nor_are_compiled_again(zoo):
+def test_compiled_calls_are_not_counted_and_do_not_compile_again(zoo):
     model, layer = zoo.layer()
-    layer.eval()
-    peftkern.accelerate(model)
-    compiled = torch.compile(layer, fullgraph=True)
-    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    before = torch.compile(layer, fullgraph=True, backend="eager")  # compiled before it is accelerated
     x = torch.randn(4, 24)
-    compiled(x)
-    before = graphs["unique_graphs"]
+    before(x)
+    peftkern.accelerate(model)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    expected, _ = compiled(x), before(x)
+    made = graphs["unique_graphs"]
     for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected)
+        layer(x), before(x)
+    assert graphs["unique_graphs"] == made and counts(model) == (3, 0)
+    layer.base_layer.weight.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         compiled(x)
-        layer(x)
-    assert graphs["unique_graphs"] == before and counts(model) == (3, 0)
+    assert graphs["unique_graphs"] > made and counts(model) == (0, 0)
 
 
 class Other(nn.Linear):

@@ -13,8 +13,9 @@ import peftkern
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STRATEGIES = (
-    "ddp", "fsdp2", "fsdp2, accelerated before", "fsdp2, adapters apart", "fsdp2, adapters apart before",
+    "ddp", "fsdp2", "fsdp2, accelerated before", "fsdp2, adapters apart", "fsdp2, adapters apart, checkpointed",
     "fsdp1", "fsdp1, accelerated before", "fsdp1, PEFT's policy", "fsdp1, PEFT's policy, flat",
+    "fsdp1, PEFT's policy, checkpointed",
 )  # fmt: skip
 
 
@@ -92,15 +93,16 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_on_gloo(ranks, strategy):
+    calls = 2 * 6 * (2 if "checkpointed" in strategy else 1)
     for result in (rank[strategy] for rank in ranks):
         stock, ours = result["stock"], result["ours"]
-        assert len(stock["losses"]) == 3 and stock["losses"][0] != stock["losses"][-1]
+        assert len(stock["losses"]) == 2 and stock["losses"][0] != stock["losses"][-1]
         assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
-        assert len(stock["weights"]) == 12 and ours["weights"] == pytest.approx(stock["weights"], rel=1e-5)
-        assert stock["weights"] != pytest.approx(ranks[0]["before"], rel=1e-4)
+        assert len(stock["weights"]) >= 12 and ours["weights"] == pytest.approx(stock["weights"], rel=1e-5)
+        assert stock["weights"] != pytest.approx(result["before"], rel=1e-4)
         # What the report said is what ran.
         assert result["accelerated"] == 6 and not result["skipped"]
-        assert (result["fused"], result["stock calls"], result["reasons"]) == (3 * 6, 0, {})
+        assert (result["fused"], result["stock calls"], result["reasons"]) == (calls, 0, {})
         assert not result["warnings"]
     # The gradients were averaged: both ranks hold the same weights, though they saw other data.
     first, second = (rank[strategy] for rank in ranks)
