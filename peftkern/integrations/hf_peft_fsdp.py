@@ -69,7 +69,9 @@ def _unit(parent: dict[str, nn.Module], key: str, fsdp) -> Unit | None:
     elif isinstance(part, fsdp.FSDPModule):
         state = part._get_fsdp_state()
         hooks = [hook for hook in hooks if getattr(hook, "__self__", None) is not state]
-        inner, cls = part, type(part).__mro__[2]  # fully_shard gave the module a subclass
+        inner = part
+        # fully_shard gave the module a subclass of its class; the kin of FSDPModule stand at other places.
+        cls = type(part).__mro__[getattr(part, "_orig_cls_mro_index", 2)]
     else:
         return None
     # Other hooks, and another forward, are meant for the part alone.
@@ -110,7 +112,7 @@ def plain_parts(of: list[Unit]) -> Iterator[None]:
 
 def run_inside(of: list[Unit], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
     """``call(x)`` while all of these units run, each inside the one before: so FSDP gathers their weights first, and
-    again before the backward of what comes out."""
+    again before the backward of what comes out. Like FSDP itself, for one thread at a time."""
 
     def enter(depth: int, x: Tensor) -> Tensor:
         if depth == len(of):
@@ -164,9 +166,8 @@ class AtRest:
         if not getattr(t, "_fsdp_flattened", False) and (id(_known_as(part)), name) not in self._sharded:
             return t
         if isinstance(part, nn.Linear):
-            shape = (part.out_features, part.in_features)
-        else:
-            shape = (part.nx, part.nf)  # transformers' Conv1D
-        N = part.out_features if isinstance(part, nn.Linear) else part.nf
+            N, shape = part.out_features, (part.out_features, part.in_features)
+        else:  # transformers' Conv1D
+            N, shape = part.nf, (part.nx, part.nf)
         full = torch.empty((), dtype=t.dtype, device=t.device).expand(shape if name == "weight" else (N,))
         return full.requires_grad_(t.requires_grad)

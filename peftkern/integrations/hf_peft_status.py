@@ -17,7 +17,7 @@ KEY = "_peftkern_calls"
 _lock = threading.Lock()
 
 # What the user asked for: then the base layer alone is the whole of PEFT's forward, and nothing is lost.
-_ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no", "it has none")
+_ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no")
 
 
 class Calls:

@@ -73,6 +73,16 @@ def _checkpointed(wrap, reentrant):
     return checkpointed
 
 
+def _hooked(wrap):
+    def hooked(model):
+        for name, module in model.named_modules():
+            if name.endswith("lora_dropout.default"):
+                module.register_forward_hook(lambda *args: None)
+        return wrap(model)
+
+    return hooked
+
+
 _apart = functools.partial(_fsdp2, apart=True)
 _policy, _flat = (functools.partial(_peft_policy, use_orig_params=flag) for flag in (True, False))
 
@@ -88,6 +98,8 @@ STRATEGIES = {
     "fsdp1, PEFT's policy": (_policy, False, {}),
     "fsdp1, PEFT's policy, flat": (_flat, True, {}),
     "fsdp1, PEFT's policy, checkpointed": (_checkpointed(_policy, True), True, {}),
+    "fsdp1, PEFT's policy, hooked": (_hooked(_policy), False, {}),
+    "fsdp2, adapters apart, hooked": (_hooked(_apart), False, {}),
 }
 
 
