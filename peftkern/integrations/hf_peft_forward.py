@@ -20,13 +20,15 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from ..autograd.lora_linear import lora_linear
-from .hf_peft_fsdp import run_inside, units
-from .hf_peft_guard import Branch, Plan, call_plan
+from .hf_peft_fsdp import AtRest, Unit, plain_parts, run_inside, units
+from .hf_peft_guard import Branch, Plan, call_plan, read
 from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
 from .hf_peft_status import KEY as CALLS
 from .hf_peft_status import calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
+
+_whole = AtRest(read, units_alone=True)
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
@@ -148,13 +150,21 @@ def _no_recomputation(layer: Linear) -> None:
         _mixed.discard(layer)
 
 
+def _plan_inside(layer: Linear, x: Tensor, names, inside: list[Unit]):
+    # The plan of this call once the shards of these units are whole, or the reason why PEFT's own code runs anyway:
+    # then in no unit of ours.
+    with plain_parts(inside):
+        return call_plan(layer, x, None, _whole) if names is None else mixed_plan(layer, x, names, _whole)
+
+
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
         names = kwargs.get("adapter_names")
-        if args or kwargs.keys() - {"adapter_names"}:
+        others = args or kwargs.keys() - {"adapter_names"}
+        if others:
             plan = "the call has arguments of its own"
         elif names is None:
             if _mixed and not torch.compiler.is_compiling():
@@ -165,9 +175,11 @@ def _fused_forward(stock):
         # A graph that counted would be compiled anew at each call.
         if not torch.compiler.is_dynamo_compiling():
             if type(plan) is str:
-                inside = units(self, names)
+                inside = [] if others else units(self, names)
                 if inside:
-                    return run_inside(inside, x, lambda x: forward(self, x, *args, **kwargs))
+                    plan = _plan_inside(self, x, names, inside)
+                    if type(plan) is not str:
+                        return run_inside(inside, x, lambda x: forward(self, x, **kwargs))
                 note_stock(self, plan)
             else:
                 calls = self.__dict__.get(CALLS)

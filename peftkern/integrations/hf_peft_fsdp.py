@@ -153,17 +153,19 @@ def _fully_sharded() -> set[tuple[int, str]]:
 
 class AtRest:
     """Reads parameters as a forward will find them: a parameter that FSDP holds as a shard is read as a stand-in of its
-    full shape without contents. To be made anew for every question."""
+    full shape without contents. To be made anew for every question, unless ``units_alone``: in the forward of a model
+    no parameter is a shard any more but those of units inside the layer."""
 
-    def __init__(self, read: Callable[[nn.Module, str], Any]):
+    def __init__(self, read: Callable[[nn.Module, str], Any], *, units_alone: bool = False):
         self._read = read
-        self._sharded = _fully_sharded()
+        self._sharded = set() if units_alone else _fully_sharded()
 
     def __call__(self, part: nn.Module, name: str) -> Any:
         t = self._read(part, name)
         if not isinstance(t, Tensor):
             return t
-        if not getattr(t, "_fsdp_flattened", False) and (id(_known_as(part)), name) not in self._sharded:
+        sharded = _TWIN_OF in part.__dict__ or getattr(t, "_fsdp_flattened", False)
+        if not sharded and (id(part), name) not in self._sharded:
             return t
         if isinstance(part, nn.Linear):
             N, shape = part.out_features, (part.out_features, part.in_features)

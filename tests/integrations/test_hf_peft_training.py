@@ -112,11 +112,9 @@ def test_two_processes_on_gloo(ranks, strategy):
 
 @pytest.mark.parametrize("strategy", ["fsdp1, PEFT's policy, hooked", "fsdp2, adapters apart, hooked"])
 def test_adapters_apart_in_a_layer_that_falls_back(ranks, strategy):
-    # A hook on lora_dropout that came after the report: PEFT's own forward runs in the same units of FSDP.
+    # A hook on lora_dropout that came after the report: PEFT's own forward runs as if it were alone.
     for result in (rank[strategy] for rank in ranks):
-        for what in ("losses", "weights"):
-            assert result["ours"][what] == pytest.approx(result["stock"][what], rel=1e-5)
-        assert result["accelerated"] == 6
+        assert result["ours"] == result["stock"] and result["accelerated"] == 6
         assert (result["fused"], result["stock calls"], len(result["reasons"])) == (0, 2 * 6, 6)
         (text,) = result["warnings"]
         assert "was reported as accelerated, but runs PEFT's own code: lora_dropout carries a hook" in text
