@@ -26,8 +26,8 @@ from torch import nn
 
 from . import hf_peft_forward as _forward
 from . import hf_peft_guard as _guard
-from . import hf_peft_inspect as _inspect
 from . import hf_peft_mixed as _mixed
+from . import hf_peft_report as _report
 from . import hf_peft_status as _status
 from .hf_peft_fsdp import AtRest as _AtRest
 from .hf_peft_fsdp import plain_parts, units
@@ -99,10 +99,10 @@ def accelerate(model: nn.Module) -> Report:
                 report.skipped[name] = plan
             else:
                 report.accelerated.append(name)
-                report.backends[name] = _inspect.backend_of(plan)
+                report.backends[name] = _report.backend_of(plan)
                 devices.add(plan.weight.device.type)
     for device in sorted(devices):
-        reason = _inspect.only_reference(device)
+        reason = _report.only_reference(device)
         if reason is not None:
             warnings.warn(
                 f"peftkern: the PyTorch reference computes the accelerated layers, which makes nothing faster: {reason}."
@@ -111,7 +111,7 @@ def accelerate(model: nn.Module) -> Report:
                 stacklevel=2,
             )
     if not report.accelerated and not report.skipped:
-        report.note = _inspect.anything_else(model)
+        report.note = _report.anything_else(model)
     return report
 
 
