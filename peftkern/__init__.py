@@ -16,7 +16,7 @@ from .ops.dropout_mask import dropout_mask
 
 # Names that need HF PEFT or transformers are looked up at first use.
 _LAZY = {
-    **dict.fromkeys(("accelerate", "restore", "Report"), "peftkern.integrations.hf_peft"),
+    **dict.fromkeys(("accelerate", "restore", "status", "Report"), "peftkern.integrations.hf_peft"),
     **dict.fromkeys(("attach_adapters", "MultiLoRA"), "peftkern.integrations.attach"),
 }
 

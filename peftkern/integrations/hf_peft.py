@@ -16,24 +16,43 @@ rounds them. Second derivatives, which PEFT's own code has, raise an error.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import peft
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import hf_peft_forward as _forward
 from . import hf_peft_guard as _guard
 from . import hf_peft_mixed as _mixed
-from .hf_peft_report import Report
+from . import hf_peft_report as _report
+from . import hf_peft_status as _status
+from .hf_peft_fsdp import AtRest as _AtRest
+from .hf_peft_fsdp import plain_parts, units
+from .hf_peft_report import Report, Status
 
-__all__ = ["Report", "accelerate", "patch", "restore", "unpatch", "why_not"]
+__all__ = ["Report", "Status", "accelerate", "patch", "restore", "status", "unpatch", "why_not"]
 
 
 def _library_reason() -> str | None:
     return _guard.version_reason(peft.__version__) or _forward.replaced_reason()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # PEFT's layers; the nested wrappers of one module's parameters are one.
+    nested: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module not in nested:
+            if type(module) is ParamWrapper:
+                nested.update(_guard.wrapped_parameters(module))
+            yield name, module
+
+
+def _static_plan(layer: nn.Module, at_rest: _AtRest) -> _guard.Plan | str:
+    with plain_parts(units(layer)):
+        return _guard.static_plan(layer, at_rest)
 
 
 def _check_model(model) -> None:
@@ -45,8 +64,12 @@ def accelerate(model: nn.Module) -> Report:
     """Run the LoRA layers of ``model`` on the fused op from now on.
 
     Covered are plain LoRA and rsLoRA adapters (any number, any dropout, lora_bias) on ``torch.nn.Linear``
-    and on transformers' ``Conv1D``, on CPU and CUDA. Calling it again takes layers that were added since.
-    Compile the model after this, not before.
+    and on transformers' ``Conv1D``, on CPU and CUDA. Calling it again takes layers that were added since. It may come
+    before or after DDP, FSDP1 and ``fully_shard``, but before ``torch.compile``.
+
+    Warns (RuntimeWarning) if no back end works here, so that the reference computes everything. Later a call of a layer
+    that the report calls accelerated warns if it runs PEFT's own code: once for each kind of layer and reason, and not for
+    what was asked for (disabled, merged or inactive adapters).
 
     Args:
         model: any module that contains PEFT layers (a PeftModel, a transformers model with adapters).
@@ -60,21 +83,68 @@ def accelerate(model: nn.Module) -> Report:
     _check_model(model)
     report = Report()
     library = _library_reason()
+    at_rest = _AtRest(_guard.read)
+    warned: set[tuple[str, str]] = set()
+    devices = set()
     with _forward.switch.lock:
-        for name, module in model.named_modules():
-            if not isinstance(module, BaseTunerLayer):
-                continue
-            reason = library or _guard.type_reason(module)
-            if reason is None:
+        for name, module in _layers(model):
+            plan = library or _guard.type_reason(module)
+            if plan is None:
                 # Marked even if its present state speaks against it: states end, and each call looks again.
                 _forward.install()
                 _forward.set_mark(module)
-                reason = _guard.static_reason(module)
-            if reason is None:
-                report.accelerated.append(name)
+                plan = _static_plan(module, at_rest)
+                _status.calls_of(module).warned = None if isinstance(plan, str) else warned
+            if isinstance(plan, str):
+                report.skipped[name] = plan
             else:
-                report.skipped[name] = reason
+                report.accelerated.append(name)
+                report.backends[name] = _report.backend_of(plan)
+                devices.add(plan.weight.device.type)
+    for device in sorted(devices):
+        reason = _report.only_reference(device)
+        if reason is not None:
+            warnings.warn(
+                f"peftkern: the PyTorch reference computes the accelerated layers, which makes nothing faster: {reason}."
+                " python -m peftkern doctor says more.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    if not report.accelerated and not report.skipped:
+        report.note = _report.anything_else(model)
     return report
+
+
+def status(model: nn.Module, reset: bool = False) -> Status:
+    """What the accelerated PEFT layers of ``model`` did since the last reset, or since they were accelerated.
+
+    A call counts whenever PEFT's layer is called: recomputation by a checkpoint and each step of ``generate`` too, in
+    every thread and every replica of DataParallel. Not counted are calls inside graphs of ``torch.compile``, layers that were
+    not accelerated, and other layers than PEFT's (``LoRALinear`` and ``attach_adapters`` have no other code to run).
+
+    Args:
+        model: a module that contains PEFT layers.
+        reset: start anew after this answer.
+
+    Returns:
+        Status: the numbers of calls, and why layers ran PEFT's own code.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model(model)
+    answer = Status()
+    for name, module in _layers(model):
+        calls = _status.known_calls(module)
+        if calls is not None:
+            answer.fused += calls.fused
+            answer.stock += calls.stock
+        reason = (calls.reason if calls is not None else None) or _guard.type_reason(module)
+        if reason is not None:
+            answer.reasons[name] = reason
+        if reset and calls is not None:
+            calls.reset()
+    return answer
 
 
 def restore(model: nn.Module) -> None:
@@ -126,7 +196,13 @@ def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None
         return reason
     if not _forward.wanted(layer):
         return "it is not accelerated: call accelerate or patch"
+    at_rest = _AtRest(_guard.read)
     if x is None:
-        return _guard.static_reason(layer)
-    plan = _guard.call_plan(layer, x) if adapter_names is None else _mixed.mixed_plan(layer, x, adapter_names)
+        plan = _static_plan(layer, at_rest)
+    else:
+        with plain_parts(units(layer, adapter_names)):
+            if adapter_names is None:
+                plan = _guard.call_plan(layer, x, None, at_rest)
+            else:
+                plan = _mixed.mixed_plan(layer, x, adapter_names, at_rest)
     return plan if isinstance(plan, str) else None

@@ -20,10 +20,15 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
 from ..autograd.lora_linear import lora_linear
-from .hf_peft_guard import Branch, Plan, call_plan
+from .hf_peft_fsdp import AtRest, Unit, plain_parts, run_inside, units
+from .hf_peft_guard import Branch, Plan, call_plan, read
 from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
+from .hf_peft_status import KEY as CALLS
+from .hf_peft_status import calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
+
+_whole = AtRest(read, units_alone=True)
 
 
 def _accumulate(x: Tensor) -> torch.dtype:
@@ -145,21 +150,46 @@ def _no_recomputation(layer: Linear) -> None:
         _mixed.discard(layer)
 
 
+def _plan_inside(layer: Linear, x: Tensor, names, inside: list[Unit]):
+    # The plan of this call once the shards of these units are whole, or the reason why PEFT's own code runs anyway:
+    # then in no unit of ours.
+    with plain_parts(inside):
+        return call_plan(layer, x, None, _whole) if names is None else mixed_plan(layer, x, names, _whole)
+
+
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
+        if not wanted(self):
+            return stock(self, x, *args, **kwargs)
         names = kwargs.get("adapter_names")
-        if wanted(self) and not args and not kwargs.keys() - {"adapter_names"}:
-            if names is None:
-                if _mixed and not torch.compiler.is_compiling():
-                    _no_recomputation(self)
-                plan = call_plan(self, x)
-                if type(plan) is Plan:
-                    return _run(self, plan, x)
+        others = args or kwargs.keys() - {"adapter_names"}
+        if others:
+            plan = "the call has arguments of its own"
+        elif names is None:
+            if _mixed and not torch.compiler.is_compiling():
+                _no_recomputation(self)
+            plan = call_plan(self, x)
+        else:
+            plan = mixed_plan(self, x, names)
+        # A graph that counted would be compiled anew at each call.
+        if not torch.compiler.is_dynamo_compiling():
+            if type(plan) is str:
+                inside = [] if others else units(self, names)
+                if inside:
+                    plan = _plan_inside(self, x, names, inside)
+                    if type(plan) is not str:
+                        return run_inside(inside, x, lambda x: forward(self, x, **kwargs))
+                note_stock(self, plan)
             else:
-                mixed = mixed_plan(self, x, names)
-                if type(mixed) is tuple:
-                    return run_mixed(*mixed, x)
+                calls = self.__dict__.get(CALLS)
+                if calls is None:
+                    calls = calls_of(self)
+                calls.fused += 1
+        if type(plan) is Plan:
+            return _run(self, plan, x)
+        if type(plan) is tuple:
+            return run_mixed(*plan, x)
         return stock(self, x, *args, **kwargs)
 
     return forward
@@ -224,5 +254,6 @@ def set_mark(layer: Linear) -> None:
 def clear_mark(layer) -> None:
     """Run PEFT's own code in this layer from its next call on, under ``patch`` too."""
     layer.__dict__.pop(KEY, None)
+    clear_calls(layer)
     if switch.everywhere:
         layer.__dict__[KEY] = False

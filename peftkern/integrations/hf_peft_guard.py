@@ -9,16 +9,18 @@ dropout bits).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 from transformers.pytorch_utils import Conv1D
+
+from . import hf_peft_fsdp as _fsdp
 
 # Releases whose lora.Linear.forward is the one that this integration reproduces; the test suite runs on each.
 PEFT_RELEASES = ((0, 18), (0, 19), (0, 20), (0, 21))
@@ -27,6 +29,8 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LINEAR_FORWARD = nn.Linear.forward
 _CONV1D_FORWARD = Conv1D.forward
+
+Read = Callable[[nn.Module, str], Any]
 
 
 class Branch(NamedTuple):
@@ -63,18 +67,44 @@ def version_reason(version: str) -> str | None:
 def type_reason(layer: nn.Module) -> str | None:
     """Why a layer of this type is not covered, or None. Exact: a subclass may compute anything."""
     cls = type(layer)
+    if cls is ParamWrapper:
+        chain = wrapped_parameters(layer)
+        names, base = ", ".join(w.parameter_name for w in chain), type(chain[-1].base_layer).__name__
+        return f"target_parameters ({names} of {base}) are adapted inside the base layer, which is not covered"
     if cls is not Linear:
         return f"layer type {cls.__module__}.{cls.__qualname__} is not covered"
-    if "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ and not _only_aligns(layer, Linear):
         return "its forward was replaced on the instance"
     return None
+
+
+def wrapped_parameters(layer: ParamWrapper) -> list[ParamWrapper]:
+    """The wrappers of one base layer's parameters, this one first: PEFT nests them, one for each parameter."""
+    chain = [layer]
+    while type(chain[-1].base_layer) is ParamWrapper:
+        chain.append(chain[-1].base_layer)
+    return chain
+
+
+def _only_aligns(module: nn.Module, cls: type) -> bool:
+    # accelerate's device_map puts a forward on the instance that moves the input to the weights and then calls the
+    # class's. The guard asks for both on one device, so nothing moves, unless the weights are elsewhere between calls.
+    own = module.__dict__
+    hook, forward = own.get("_hf_hook"), own["forward"]
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and getattr(getattr(forward, "func", None), "__module__", "") == type(hook).__module__ == "accelerate.hooks"
+        and getattr(own.get("_old_forward"), "__func__", None) is cls.forward
+    )
 
 
 def _plain_or_none(t: Any) -> bool:
     return t is None or type(t) in _PLAIN_TENSORS
 
 
-def _get(module: nn.Module, name: str) -> Any:
+def read(module: nn.Module, name: str) -> Any:
+    """A parameter of a part of a layer, or None, as it is now."""
     # nn.Module.__getattr__ costs more than the rest of the guard; it stays for weights that are plain
     # attributes (FSDP's views, replicas of DataParallel).
     parameters = module._parameters
@@ -88,28 +118,32 @@ def _part_reason(part: Any, cls: type, name: str) -> str | None:
     own = part.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"{name} carries a hook"
-    if "forward" in own:
+    if "forward" in own and not _only_aligns(part, cls):
         return f"the forward of {name} was replaced on the instance"
     return None
 
 
-def _base(layer: Linear) -> tuple[Tensor, Tensor | None] | str:
+def _base(layer: Linear, read: Read) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules.get("base_layer")
     conv1d = type(base) is Conv1D
     reason = _part_reason(base, Conv1D if conv1d else nn.Linear, "base_layer")
     if reason is not None:
         return reason
-    weight, bias = _get(base, "weight"), _get(base, "bias")
+    weight, bias = read(base, "weight"), read(base, "bias")
     if type(weight) not in _PLAIN_TENSORS or not _plain_or_none(bias):
         return f"the base weight is a {type(weight).__name__}, not a plain tensor"
     if weight.requires_grad:
-        return "the base weight requires grad"
+        if _fsdp.trains(base, "weight", weight):
+            return "the base weight requires grad"
+        weight = weight.detach()
+    if bias is not None and bias.requires_grad and not _fsdp.trains(base, "bias", bias):
+        bias = bias.detach()
     if weight.dim() != 2:
         return f"the base weight has shape {tuple(weight.shape)}"
     return (weight.t() if conv1d else weight), bias
 
 
-def _branch(layer: Linear, name: str, N: int, K: int) -> Branch | str:
+def _branch(layer: Linear, name: str, N: int, K: int, read: Read) -> Branch | str:
     if name in layer.lora_variant:
         return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
     modules = layer._modules
@@ -123,11 +157,11 @@ def _branch(layer: Linear, name: str, N: int, K: int) -> Branch | str:
     )
     if reason is not None:
         return f"{reason} (adapter {name!r})"
-    A, B, bias = _get(lora_A, "weight"), _get(lora_B, "weight"), _get(lora_B, "bias")
+    A, B, bias = read(lora_A, "weight"), read(lora_B, "weight"), read(lora_B, "bias")
     scaling = layer.scaling[name]
     if type(A) not in _PLAIN_TENSORS or type(B) not in _PLAIN_TENSORS or not _plain_or_none(bias):
         return f"a weight of {name!r} is not a plain tensor"
-    if _get(lora_A, "bias") is not None:
+    if read(lora_A, "bias") is not None:
         return f"lora_A of {name!r} has a bias"
     a, b = A.shape, B.shape
     if len(a) != 2 or len(b) != 2 or a[1] != K or b[0] != N or a[0] != b[1]:
@@ -147,10 +181,20 @@ def _branch(layer: Linear, name: str, N: int, K: int) -> Branch | str:
     return Branch(name, A, B, bias, scaling, p)
 
 
-def layer_plan(layer: nn.Module, mixed: Iterable[str] | None = None) -> Plan | str:
+def _absent(asked: Iterable[str], present: Iterable[str], whose: str) -> str:
+    asked, present = (", ".join([f"{n!r}" for n in names]) for names in (asked, present))
+    if not asked:
+        return "it has no active adapter" if whose == "active" else "it has no adapter of the batch"
+    if not present:
+        return "it has no adapter"
+    return f"it has none of the {whose} adapters ({asked}), it has {present}"
+
+
+def layer_plan(layer: nn.Module, mixed: Iterable[str] | None = None, read: Read = read) -> Plan | str:
     """The layer's forward as base plus branches, or the reason why it runs PEFT's own code.
 
     ``mixed``: the adapters of a batch in which each row takes one of them; the active ones do not count then.
+    ``read``: how a parameter is looked up.
     """
     reason = type_reason(layer)
     if reason is not None:
@@ -159,21 +203,22 @@ def layer_plan(layer: nn.Module, mixed: Iterable[str] | None = None) -> Plan | s
         return "its adapters are disabled"
     if layer.merged_adapters:
         return "its adapters are merged into the base weight"
-    base = _base(layer)
+    base = _base(layer, read)
     if isinstance(base, str):
         return base
     weight, bias = base
     N, K = weight.shape
     present = layer._modules["lora_A"]._modules
     branches = []
-    for name in layer.active_adapters if mixed is None else mixed:
+    asked = layer.active_adapters if mixed is None else mixed
+    for name in asked:
         if name in present:
-            branch = _branch(layer, name, N, K)
+            branch = _branch(layer, name, N, K, read)
             if isinstance(branch, str):
                 return branch
             branches.append(branch)
     if not branches:
-        return "it has no active adapter" if mixed is None else "it has no adapter of the batch"
+        return _absent(asked, present, "active" if mixed is None else "batch's")
     return Plan(weight, bias, branches)
 
 
@@ -238,21 +283,21 @@ def input_reason(layer: Linear, plan: Plan, x: Any) -> str | None:
     return _dtype_reason(layer, plan, x)
 
 
-def call_plan(layer: nn.Module, x: Any, mixed: Iterable[str] | None = None) -> Plan | str:
-    """The plan of this call, or the reason why it runs PEFT's own code. ``mixed`` as in ``layer_plan``."""
+def call_plan(layer: nn.Module, x: Any, mixed: Iterable[str] | None = None, read: Read = read) -> Plan | str:
+    """The plan of this call, or the reason why it runs PEFT's own code. ``mixed`` and ``read`` as in ``layer_plan``."""
     reason = process_reason()
     if reason is not None:
         return reason
-    plan = layer_plan(layer, mixed)
+    plan = layer_plan(layer, mixed, read)
     if isinstance(plan, str):
         return plan
     reason = input_reason(layer, plan, x)
     return plan if reason is None else reason
 
 
-def static_reason(layer: nn.Module) -> str | None:
-    """Why this layer, as it is now, would run PEFT's own code for an input of its own dtype and device, or None."""
-    plan = layer_plan(layer)
+def static_plan(layer: nn.Module, read: Read = read) -> Plan | str:
+    """``call_plan`` of this layer, as it is now, for an input of its own dtype and device."""
+    plan = layer_plan(layer, None, read)
     if isinstance(plan, str):
         return plan
-    return input_reason(layer, plan, plan.weight.new_empty((0, plan.weight.shape[1]))) or process_reason()
+    return input_reason(layer, plan, plan.weight.new_empty((0, plan.weight.shape[1]))) or process_reason() or plan

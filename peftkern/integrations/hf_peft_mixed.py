@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..adapter_table import AdapterTable, table_of
 from ..autograd.multi_lora_linear import multi_lora_linear
 from ..ops.checks import accumulate_dtype
-from .hf_peft_guard import Branch, Plan, call_plan
+from .hf_peft_guard import Branch, Plan, Read, call_plan, read
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -72,12 +72,12 @@ def batch_of(names: Sequence[str]) -> Batch:
     return batch
 
 
-def mixed_plan(layer: nn.Module, x: Any, names: Any) -> tuple[nn.Module, Plan, Batch] | str:
+def mixed_plan(layer: nn.Module, x: Any, names: Any, read: Read = read) -> tuple[nn.Module, Plan, Batch] | str:
     """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         return "adapter_names is not a list of names"
     batch = batch_of(names)
-    plan = call_plan(layer, x, batch.adapters)
+    plan = call_plan(layer, x, batch.adapters, read)
     if isinstance(plan, str):
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):

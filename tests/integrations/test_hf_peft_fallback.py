@@ -23,7 +23,7 @@ def runs_stock(zoo, model, layer, fused, reason, x=None):
     assert torch.equal(layer(x), expected) and not fused
     assert reason in report.skipped["base_model.model.0"], report
     assert reason in hf_peft.why_not(layer) and reason in hf_peft.why_not(layer, x)
-    assert not report.accelerated
+    assert not report.accelerated and reason in peftkern.status(model).reasons["base_model.model.0"]
 
 
 class Custom(nn.Linear):

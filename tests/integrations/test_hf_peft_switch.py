@@ -157,7 +157,7 @@ def test_import_loads_no_peft():
     code = (
         "import sys, peftkern, peftkern.integrations\n"
         "assert not {'peft', 'transformers', 'triton'} & set(sys.modules)\n"
-        "peftkern.accelerate, peftkern.restore, peftkern.Report\n"
+        "peftkern.accelerate, peftkern.restore, peftkern.status, peftkern.Report\n"
         "assert 'peft' in sys.modules\n"
         "from peft.tuners.lora.layer import Linear\n"
         "assert not hasattr(Linear.forward, '__wrapped__')"

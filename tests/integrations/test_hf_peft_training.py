@@ -1,4 +1,4 @@
-"""Trainers that people use, with an accelerated model: HF Trainer, DDP and FSDP2 on gloo; stock's losses."""
+"""Trainers that people use, with an accelerated model: HF Trainer, DDP, FSDP1 and FSDP2 on gloo; stock's losses."""
 
 import json
 import os
@@ -12,6 +12,11 @@ import torch
 import peftkern
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+STRATEGIES = (
+    "ddp", "fsdp2", "fsdp2, accelerated before", "fsdp2, adapters apart", "fsdp2, adapters apart, checkpointed",
+    "fsdp1", "fsdp1, accelerated before", "fsdp1, PEFT's policy", "fsdp1, PEFT's policy, flat",
+    "fsdp1, PEFT's policy, checkpointed",
+)  # fmt: skip
 
 
 class Examples(torch.utils.data.Dataset):
@@ -63,9 +68,10 @@ def test_trainer_with_accumulation_and_checkpointing(zoo, fused, tmp_path, preci
         assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_on_gloo(tmp_path, strategy):
-    command = [sys.executable, str(WORKER), strategy, str(tmp_path / "store")]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes on gloo says about every strategy."""
+    command = [sys.executable, str(WORKER), str(tmp_path_factory.mktemp("gloo") / "store")]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     processes = [
         subprocess.Popen(
@@ -76,16 +82,39 @@ def test_two_processes_on_gloo(tmp_path, strategy):
     results = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=150)
+            out, err = process.communicate(timeout=200)
             assert process.returncode == 0, err[-3000:]
             results.append(json.loads(out.splitlines()[-1]))
     finally:
         for process in processes:
             process.kill()
-    for result in results:
-        assert len(result["stock"]) == 4 and result["fused_calls"] > 0
-        assert result["stock"][0] != result["stock"][-1]
-        assert result["ours"] == pytest.approx(result["stock"], rel=1e-5)
+    return results
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_on_gloo(ranks, strategy):
+    calls = 2 * 6 * (2 if "checkpointed" in strategy else 1)
+    for result in (rank[strategy] for rank in ranks):
+        stock, ours = result["stock"], result["ours"]
+        assert len(stock["losses"]) == 2 and stock["losses"][0] != stock["losses"][-1]
+        assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+        assert len(stock["weights"]) >= 12 and ours["weights"] == pytest.approx(stock["weights"], rel=1e-5)
+        assert stock["weights"] != pytest.approx(result["before"], rel=1e-4)
+        # What the report said is what ran.
+        assert result["accelerated"] == 6 and not result["skipped"]
+        assert (result["fused"], result["stock calls"], result["reasons"]) == (calls, 0, {})
+        assert not result["warnings"]
     # The gradients were averaged: both ranks hold the same weights, though they saw other data.
-    assert results[0]["weights"] == results[1]["weights"]
-    assert results[0]["stock"] != results[1]["stock"]
+    first, second = (rank[strategy] for rank in ranks)
+    assert first["ours"]["weights"] == second["ours"]["weights"]
+    assert first["stock"]["losses"] != second["stock"]["losses"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1, PEFT's policy, hooked", "fsdp2, adapters apart, hooked"])
+def test_adapters_apart_in_a_layer_that_falls_back(ranks, strategy):
+    # A hook on lora_dropout that came after the report: PEFT's own forward runs as if it were alone.
+    for result in (rank[strategy] for rank in ranks):
+        assert result["ours"] == result["stock"] and result["accelerated"] == 6
+        assert (result["fused"], result["stock calls"], len(result["reasons"])) == (0, 2 * 6, 6)
+        (text,) = result["warnings"]
+        assert "was reported as accelerated, but runs PEFT's own code: lora_dropout carries a hook" in text

@@ -1,0 +1,89 @@
+"""What ran: calls of accelerated layers, fused and in PEFT's own code, and a warning where a report said otherwise.
+
+Counting must cost a small layer nothing: a fused call adds one to an integer, everything else happens where PEFT's own
+code runs. Between reading and storing an attribute CPython (with its lock) switches no thread, so no call is lost.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+
+from torch import nn
+
+KEY = "_peftkern_calls"
+
+_lock = threading.Lock()
+
+# What the user asked for: then the base layer alone is the whole of PEFT's forward, and nothing is lost.
+_ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no")
+
+
+class Calls:
+    """Calls of one layer since the last reset. ``reason``: why the last of those that ran PEFT's own code did.
+
+    ``warned``: None, or, if a report said that the layer is accelerated, what its layers have warned of already.
+    """
+
+    __slots__ = ("fused", "reason", "stock", "warned")
+
+    def __init__(self, warned: set[tuple[str, str]] | None = None) -> None:
+        self.warned = warned
+        self.reset()
+
+    def reset(self) -> None:
+        self.fused, self.stock, self.reason = 0, 0, None
+
+    def __deepcopy__(self, memo) -> Calls:
+        # A copy of a layer starts at zero, and is under the same report.
+        return Calls(self.warned)
+
+    def __reduce__(self):
+        # None: the pickle of an accelerated model loads where only PEFT is installed.
+        return type(None), ()
+
+
+def known_calls(layer: nn.Module) -> Calls | None:
+    """The counters of this layer if it has been accelerated, else None."""
+    return layer.__dict__.get(KEY)
+
+
+def calls_of(layer: nn.Module) -> Calls:
+    """The counters of this layer, made at first use."""
+    calls = layer.__dict__.get(KEY)
+    if calls is None:
+        with _lock:
+            calls = layer.__dict__.get(KEY)
+            if calls is None:
+                calls = layer.__dict__[KEY] = Calls()
+    return calls
+
+
+def clear_calls(layer: nn.Module) -> None:
+    """Forget the counters of this layer."""
+    layer.__dict__.pop(KEY, None)
+
+
+def _kind(layer: nn.Module) -> str:
+    base = type(layer._modules.get("base_layer"))
+    return f"{base.__module__}.{base.__qualname__}"
+
+
+def note_stock(layer: nn.Module, reason: str) -> None:
+    """Count a call that runs PEFT's own code; warn if the report said otherwise, once for each kind of layer and reason."""
+    calls = calls_of(layer)
+    calls.stock += 1
+    calls.reason = reason
+    if calls.warned is None or reason.startswith(_ASKED_FOR):
+        return
+    # A reason that differs in names or sizes alone is the same one.
+    key = _kind(layer), re.sub(r"'[^']*'|\d+", "", reason)
+    if key not in calls.warned:
+        calls.warned.add(key)
+        warnings.warn(
+            f"peftkern: a LoRA layer on {key[0]} was reported as accelerated, but runs PEFT's own code: {reason}."
+            " peftkern.status(model) counts such calls and names their layers.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
