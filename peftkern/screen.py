@@ -100,10 +100,18 @@ class Console:
         self._live = text
 
     @contextmanager
-    def progress(self, total: float, prior: float = 0.0, clock: Callable[[], float] = time.perf_counter):
+    def progress(
+        self,
+        total: float,
+        *,
+        prior: float = 0.0,
+        limit: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         """A Progress over ``total`` units of work, whose live line is gone at the end. If the units are expected seconds,
-        ``prior`` is for how many of them the expectation is trusted before what was measured counts."""
-        progress = Progress(self, total, prior, clock)
+        ``prior`` is for how many of them the expectation is trusted before what was measured counts. ``limit``: seconds
+        after which the work ends in any case."""
+        progress = Progress(self, total, prior, limit, clock)
         try:
             yield progress
         finally:
@@ -113,8 +121,8 @@ class Console:
 class Progress:
     """How much of some work is done, and how long the rest will take at the speed so far."""
 
-    def __init__(self, console: Console, total: float, prior: float, clock: Callable[[], float]):
-        self.console, self.total, self.prior, self.clock = console, total, prior, clock
+    def __init__(self, console: Console, total: float, prior: float, limit: float, clock: Callable[[], float]):
+        self.console, self.total, self.prior, self.limit, self.clock = console, total, prior, limit, clock
         self.done = self._inside = 0.0
         self._what = ""
         self._started, self._shown = clock(), -math.inf
@@ -132,9 +140,10 @@ class Progress:
     def left(self) -> float | None:
         """Seconds that the rest will take; None while nothing is known."""
         done, gone = self.done + self._inside, self.clock() - self._started
+        at_most = max(self.limit - gone, 0.0)
         if done + self.prior <= 0:
-            return None
-        return max(self.total - done, 0.0) * (gone + self.prior) / (done + self.prior)
+            return None if math.isinf(at_most) else at_most
+        return min(max(self.total - done, 0.0) * (gone + self.prior) / (done + self.prior), at_most)
 
     def text(self) -> str:
         """The line."""

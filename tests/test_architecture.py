@@ -41,6 +41,7 @@ HEIGHT = {
     "peftkern._C": 2,
     "peftkern.tuned": 2,
     "peftkern.problem": 1,
+    "peftkern.screen": 1,
     "peftkern.settings": 1,
     "peftkern._version": 0,
 }
@@ -51,7 +52,6 @@ THIRD_PARTY = {
     "triton": ("peftkern.kernels", "peftkern.backends.triton", "peftkern.doctor", "peftkern.benchmarks"),
     "packaging": ("peftkern.integrations",),
     "safetensors": ("peftkern.integrations",),
-    "rich": ("peftkern.demo", "peftkern.benchmarks", "peftkern.doctor"),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),
 }

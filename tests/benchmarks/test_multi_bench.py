@@ -14,7 +14,6 @@ from peftkern.benchmarks.case import COPY, OWN_BASE, Case
 from peftkern.benchmarks.registry import OPS
 from peftkern.benchmarks.runner import Runner, Settings
 
-pytest.importorskip("rich")
 pytest.importorskip("peft")
 
 BENCH = OPS["multi_lora_linear"]

@@ -10,8 +10,6 @@ import torch
 from peftkern.benchmarks import verify
 from peftkern.testing import accuracy
 
-pytest.importorskip("rich")
-
 
 @pytest.fixture
 def small(monkeypatch):

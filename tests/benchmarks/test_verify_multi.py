@@ -11,8 +11,6 @@ from peftkern.benchmarks import verify
 from peftkern.benchmarks.problem_sets import SETS, set_of
 from peftkern.testing import accuracy, multi_problems
 
-pytest.importorskip("rich")
-
 MULTI = SETS["multi_lora_linear"]
 RUN = ["--op", "multi_lora_linear", "--backend", "reference"]
 

@@ -60,6 +60,11 @@ def test_time_left_follows_what_was_measured():
         clock.now += 35
         progress.advance(15)
         assert progress.left() == pytest.approx(45 * 40 / 20)
+    with console.progress(100, limit=30, clock=clock) as progress:
+        assert progress.left() == 30
+        clock.now += 20
+        progress.advance(10)
+        assert progress.left() == 10
 
 
 def test_a_log_gets_a_line_now_and_then_a_terminal_one_that_changes():
