@@ -2,7 +2,8 @@
 
 CMakeLists.txt is the only list of sources and flags. ``PEFTKERN_CUDA`` is AUTO, ON or OFF (an environment variable): AUTO
 compiles the CUDA kernels, for minutes, only if the installed torch was built with CUDA and nvcc is found; a GPU is never
-looked for. ``PEFTKERN_CUDA_ARCHITECTURES`` ("90", or "80;90") builds for fewer GPUs. Without a C++ compiler the package
+looked for. ``PEFTKERN_CUDA_ARCHITECTURES`` ("90", or "80;90") builds for fewer GPUs. ``PEFTKERN_BUILD_DIR`` names a
+folder that keeps what was compiled, so that the next build, or one after an interruption, goes on from there. Without a C++ compiler the package
 installs without the extension and runs on its PyTorch reference and on Triton. ``pip -v`` shows each step.
 """
 
@@ -106,7 +107,7 @@ class CMakeBuild(build_ext):
             )
             return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        build = Path(os.environ.get("PEFTKERN_BUILD_DIR") or Path(self.build_temp, "cmake")).resolve()
         build.mkdir(parents=True, exist_ok=True)
         cmake = required("cmake")
         # Ninja's and CMake's paths change with every isolated build; a cache of another one would fail.

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(f"not measured: {failed[-1]}", style="red")
             torch.cuda.empty_cache()
             progress.advance()
-            if len(rows) % 20 == 1:
+            if len(rows) % 5 == 1:
                 write(file, table(rows, failed, len(work), started))
     write(file, table(rows, failed, len(work), started))
     print(f"{len(rows)} of {len(work)} problems in {time.perf_counter() - started:.0f} s, {len(failed)} failed: {file}")
