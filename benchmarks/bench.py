@@ -229,7 +229,10 @@ def describe(header: dict, console: Console) -> None:
 def failures(rows: list[dict], bench: Bench, console) -> int:
     """1 if a provider broke or was wrong (one that is slow, or not for this machine, is no failure), else 0."""
     bad = {r["skipped"] for r in rows if r["skipped"] and not r["skipped"].startswith(("hopelessly slow", NOT_HERE))}
-    bad -= {reason for p in bench.providers.values() if (reason := p.missing())}
+    missing = {reason for p in bench.providers.values() if (reason := p.missing())}
+    for reason in sorted(bad & missing):
+        console.print(f"left out: {reason}")
+    bad -= missing
     for reason in sorted(bad):
         console.print(f"not measured: {reason}", style="red")
     return 1 if bad else 0

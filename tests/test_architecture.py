@@ -54,6 +54,7 @@ THIRD_PARTY = {
     "safetensors": ("peftkern.integrations",),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),
+    "polylora": ("peftkern.benchmarks.peer_polylora",),
 }
 # Ops without a benchmark of their own, and why.
 NO_BENCHMARK = {
