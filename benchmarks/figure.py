@@ -54,60 +54,32 @@ def caption(header: dict) -> str:
 
 
 class Figure:
-    """Panels one below the other, with room above for a title and below for a legend and a caption."""
+    """A matplotlib figure of ``rows`` rows of panels, which whoever asked for it makes in ``figure``, with room above for a
+    title and a mark (``busy``), and below for a legend and lines of small print (``foot``)."""
 
-    def __init__(self, result: dict, title: str, panels: int, *, width: float, notes: list[str]):
+    def __init__(self, title: str, foot: Iterable[str], busy: str, *, width: float, rows: int, row_height: float = 3.1):
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        self._plt, self._width = plt, width
-        words, self.busy = interference.words(result)
+        self._plt, self._width, self._busy = plt, width, f"BUSY MACHINE: {busy}. No verdict." if busy else ""
         self._title = self._wrap(title, 12, 0.62)
-        foot = [f"Lines and bars: medians. Whiskers: quartiles of the rounds. {words[0].upper()}{words[1:]}.", *notes,
-                caption(result["header"])]  # fmt: skip
         self._foot = "\n".join(self._wrap(text, 8) for text in foot)
-        self._busy_words = f"BUSY MACHINE: {words}. No verdict." if self.busy else ""
         self._title_height = 0.24 * (1 + self._title.count("\n")) + 0.16
-        top = self._title_height + 0.36 * self.busy
+        self._top = self._title_height + 0.36 * bool(busy)
         self._bottom = 0.145 * (1 + self._foot.count("\n")) + 0.22
-        height = top + self._bottom + 3.1 * panels + 0.35
-        self.figure, axes = plt.subplots(
-            panels, 1, figsize=(width, height), squeeze=False, sharex=True, sharey=True, layout="constrained"
-        )
-        self.axes = [ax for (ax,) in axes]
-        self._top, self._height = top, height
+        self._height = self._top + self._bottom + row_height * rows + 0.35
+        self.figure = plt.figure(figsize=(width, self._height), layout="constrained")
 
     def _wrap(self, text: str, size: float, letter: float = 0.53) -> str:
         # ``letter``: its width over its height.
         return "\n".join(textwrap.wrap(text, int((self._width - 0.3) * 72 / (letter * size))))
 
-    def ratio_axes(self, label: str, titles: list[str]) -> None:
-        """The axes of all panels: logarithmic, of ratios, with plain numbers and a line at 1. Call when all is drawn."""
-        for ax, title in zip(self.axes, titles):
-            ax.axhline(1.0, color="black", linewidth=1.0, zorder=1)
-            ax.set_yscale("log")
-            ax.set_ylabel(label, fontsize=9)
-            ax.set_title(title, fontsize=9.5, loc="left", color="#333333")
-            ax.grid(axis="y", color="#d9d9d9", linewidth=0.7, zorder=0)
-            ax.set_axisbelow(True)
-            for side in ("top", "right"):
-                ax.spines[side].set_visible(False)
-            ax.tick_params(labelsize=8.5)
-        low, high = self.axes[0].get_ylim()
-        low, high = min(low, 0.85), max(high, 1.2)
-        suited = next(ticks for span, ticks in TICKS.items() if high / low <= span)
-        for ax in self.axes:
-            ticks = [t for t in suited if low <= t <= high]
-            ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-            ax.minorticks_off()
-            ax.set_ylim(low, high)
-
     def save(self, file: Path, labels: Iterable[str]) -> Path:
-        """Places the words around the panels and writes the file. ``labels``: the order of the legend."""
+        """Places the words around the panels and writes the file. ``labels``: those of the legend, in order."""
         fig, height = self.figure, self._height
-        drawn = {label: h for ax in self.axes for h, label in zip(*ax.get_legend_handles_labels())}
+        drawn = {label: h for ax in fig.axes for h, label in zip(*ax.get_legend_handles_labels())}
         handles = {label: drawn[label] for label in labels if label in drawn}
         columns = max(1, min(len(handles), int(self._width / (0.6 + 0.075 * max(map(len, handles))))))
         rows = -(-len(handles) // columns)
@@ -122,11 +94,49 @@ class Figure:
         )  # fmt: skip
         x = 0.15 / self._width
         fig.text(x, 1 - 0.12 / height, self._title, fontsize=12, weight="bold", va="top", linespacing=1.25)
-        if self._busy_words:
+        if self._busy:
             box = dict(boxstyle="round,pad=0.35", facecolor="#fff1f0", edgecolor="#cc0000")
             y = 1 - (self._title_height + 0.06) / height
-            fig.text(1.5 * x, y, self._busy_words, fontsize=9, color="#cc0000", weight="bold", va="top", bbox=box)
+            fig.text(1.5 * x, y, self._busy, fontsize=9, color="#cc0000", weight="bold", va="top", bbox=box)
         fig.text(x, 0.1 / height, self._foot, fontsize=8, color="#555555", va="bottom", linespacing=1.3)
         fig.savefig(file, dpi=DPI)
         self._plt.close(fig)
         return file
+
+
+def result_figure(result: dict, title: str, panels: int, *, width: float, notes: list[str]) -> tuple[Figure, list]:
+    """A figure of a benchmark's result with panels one below the other, and their axes."""
+    words, busy = interference.words(result)
+    foot = [f"Lines and bars: medians. Whiskers: quartiles of the rounds. {words[0].upper()}{words[1:]}.", *notes,
+            caption(result["header"])]  # fmt: skip
+    figure = Figure(title, foot, words if busy else "", width=width, rows=panels)
+    axes = figure.figure.subplots(panels, 1, squeeze=False, sharex=True, sharey=True)
+    return figure, [ax for (ax,) in axes]
+
+
+def plain_axis(ax, label: str, title: str = "") -> None:
+    """What every panel looks like."""
+    ax.set_ylabel(label, fontsize=9)
+    ax.set_title(title, fontsize=9.5, loc="left", color="#333333")
+    ax.grid(axis="y", color="#d9d9d9", linewidth=0.7, zorder=0)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(labelsize=8.5)
+
+
+def ratio_axes(axes: list, label: str, titles: list[str]) -> None:
+    """The axes of panels that share one scale: logarithmic, of ratios, with plain numbers and a line at 1. Call when all is
+    drawn."""
+    for ax, title in zip(axes, titles):
+        ax.axhline(1.0, color="black", linewidth=1.0, zorder=1)
+        ax.set_yscale("log")
+        plain_axis(ax, label, title)
+    low, high = axes[0].get_ylim()
+    low, high = min(low, 0.85), max(high, 1.2)
+    suited = next(ticks for span, ticks in TICKS.items() if high / low <= span)
+    for ax in axes:
+        ticks = [t for t in suited if low <= t <= high]
+        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_ylim(low, high)

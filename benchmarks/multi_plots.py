@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .case import REFERENCES, Bench
-from .figure import Figure, colours, quartiles
+from .figure import colours, quartiles, ratio_axes, result_figure
 from .plots import absent
 
 WORDS = {"fwd": "forward", "fwd_bwd": "forward and backward"}
@@ -39,8 +39,8 @@ def plot(result: dict, bench: Bench, folder: Path) -> list[Path]:
 def _draw(result: dict, rows: list[dict], bench: Bench, key: str, title: str, file: Path) -> Path:
     present = [n for n in bench.providers if any(r["provider"] == n for r in rows)]
     shades = colours(present)
-    figure = Figure(result, title, 1, width=7.5, notes=absent(rows, bench))
-    (ax,) = figure.axes
+    figure, axes = result_figure(result, title, 1, width=7.5, notes=absent(rows, bench))
+    (ax,) = axes
     for name in present:
         by: dict[int, list[dict]] = {}
         for r in rows:
@@ -56,6 +56,6 @@ def _draw(result: dict, rows: list[dict], bench: Bench, key: str, title: str, fi
     ax.set_xscale("log", base=2)
     counts = sorted({r["adapters"] for r in rows})
     ax.set_xticks(counts, [str(n) for n in counts])
-    figure.ratio_axes("time / frozen " + ("fp32 linear" if key == "ratio_to_fp32_base" else "linear"), [""])
+    ratio_axes(axes, "time / frozen " + ("fp32 linear" if key == "ratio_to_fp32_base" else "linear"), [""])
     ax.set_xlabel("adapters in the batch", fontsize=9)
     return figure.save(file, [bench.providers[name].title for name in present])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .case import BASE, FP32_BASE, Bench
-from .figure import Figure, colours, quartiles
+from .figure import colours, quartiles, ratio_axes, result_figure
 from .judge import slow_half
 
 PASS = "fwd_bwd"
@@ -79,8 +79,8 @@ def _against_rows(result: dict, rows: list[dict], bench: Bench, key: str, ylabel
         "Geometric means over the sizes with that many rows, of those that a provider was timed on.",
         *absent(rows, bench),
     ]
-    figure = Figure(result, title, len(panels), width=7.5, notes=notes)
-    for ax, (_, inside) in zip(figure.axes, panels):
+    figure, axes = result_figure(result, title, len(panels), width=7.5, notes=notes)
+    for ax, (_, inside) in zip(axes, panels):
         for label, (colour, own) in series.items():
             by_M: dict[int, list[dict]] = {}
             for row in own:
@@ -98,17 +98,19 @@ def _against_rows(result: dict, rows: list[dict], bench: Bench, key: str, ylabel
         ax.set_xscale("log", base=2)
         sizes = sorted({r["M"] for r in rows})
         ax.set_xticks(sizes, [str(M) for M in sizes])
-    figure.ratio_axes(ylabel, [words for words, _ in panels])
-    figure.axes[-1].set_xlabel("rows M", fontsize=9)
+    ratio_axes(axes, ylabel, [words for words, _ in panels])
+    axes[-1].set_xlabel("rows M", fontsize=9)
     return figure.save(file, series)
 
 
 def _bars(result: dict, rows: list[dict], bench: Bench, key: str, ylabel: str, title: str, file: Path) -> Path:
     panels, series = _panels(rows), _series(rows, bench)
     shapes = list(dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows))
-    figure = Figure(result, title, len(panels), width=max(7.5, 1.5 + 1.25 * len(shapes)), notes=absent(rows, bench))
+    figure, axes = result_figure(
+        result, title, len(panels), width=max(7.5, 1.5 + 1.25 * len(shapes)), notes=absent(rows, bench)
+    )
     width = 0.84 / len(series)
-    for ax, (_, inside) in zip(figure.axes, panels):
+    for ax, (_, inside) in zip(axes, panels):
         for j, shape in enumerate(shapes):
             here = [r for r in inside if (r["M"], r["K"], r["N"]) == shape]
             at = {label: own for label, (_, rows) in series.items() if (own := [r for r in rows if r in here])}
@@ -126,8 +128,8 @@ def _bars(result: dict, rows: list[dict], bench: Bench, key: str, ylabel: str, t
                     ax.text(x, 1.03, _mark(own), rotation=90, fontsize=7, color=colour, ha="center", va="bottom")
         ax.set_xticks(range(len(shapes)), ["x".join(map(str, s)) for s in shapes], fontsize=8)
         ax.margins(x=0.02)
-    figure.ratio_axes(ylabel, [words for words, _ in panels])
-    figure.axes[-1].set_xlabel("M x K x N", fontsize=9)
+    ratio_axes(axes, ylabel, [words for words, _ in panels])
+    axes[-1].set_xlabel("M x K x N", fontsize=9)
     return figure.save(file, series)
 
 
