@@ -1,10 +1,15 @@
 """Builds the C++ extension ``peftkern._C`` with CMake and Ninja; everything else is in pyproject.toml.
 
-CMakeLists.txt is the only list of sources and flags. ``PEFTKERN_CUDA`` is AUTO, ON or OFF (an environment variable): AUTO
-compiles the CUDA kernels, for minutes, only if the installed torch was built with CUDA and nvcc is found; a GPU is never
-looked for. ``PEFTKERN_CUDA_ARCHITECTURES`` ("90", or "80;90") builds for fewer GPUs. ``PEFTKERN_BUILD_DIR`` names a
-folder that keeps what was compiled, so that the next build, or one after an interruption, goes on from there. Without a C++ compiler the package
-installs without the extension and runs on its PyTorch reference and on Triton. ``pip -v`` shows each step.
+CMakeLists.txt is the only list of sources and flags. Environment variables:
+
+- ``PEFTKERN_CUDA``: AUTO, ON or OFF. AUTO compiles the CUDA kernels, for minutes, only if the installed torch was built with
+  CUDA and nvcc is found; a GPU is never looked for.
+- ``PEFTKERN_CUDA_ARCHITECTURES`` ("90", or "80;90"): for fewer GPUs.
+- ``PEFTKERN_BUILD_DIR``: a folder that keeps what was compiled, so that the next build, or one after an interruption, goes on
+  from there.
+
+Without a C++ compiler the package installs without the extension and runs on its PyTorch reference and on Triton. ``pip -v``
+shows each step.
 """
 
 import importlib.util

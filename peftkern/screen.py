@@ -1,7 +1,7 @@
 """What commands show: lines, tables, and progress with the time that is left. No package is needed for it.
 
 On a terminal words may be coloured and progress is one line that changes; a file or a pipe gets plain text, a line of
-progress every ``LOG_SECONDS``.
+progress every ``LOG_SECONDS``, however long a part takes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -75,13 +76,15 @@ class Console:
         self.file = sys.stdout if file is None else file
         self.terminal = self.file.isatty()
         self._live = ""
+        self._lock = threading.RLock()
 
     def print(self, what: object = "", style: str = "") -> None:
         """A line, or a Table. ``style``: a key of STYLES."""
-        self._clear()
         lines = what.lines(self._paint) if isinstance(what, Table) else [self._paint(str(what), style)]
-        self.file.write("\n".join(lines) + "\n")
-        self.file.flush()
+        with self._lock:
+            self._clear()
+            self.file.write("\n".join(lines) + "\n")
+            self.file.flush()
 
     def _paint(self, text: str, style: str) -> str:
         return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self.terminal else text
@@ -111,10 +114,19 @@ class Console:
         """A Progress over ``total`` units of work, whose live line is gone at the end. If the units are expected seconds,
         ``prior`` is for how many of them the expectation is trusted before what was measured counts. ``limit``: seconds
         after which the work ends in any case."""
-        progress = Progress(self, total, prior, limit, clock)
+        progress, over = Progress(self, total, prior, limit, clock), threading.Event()
+
+        def tick() -> None:
+            while not over.wait(1.0):
+                progress.show()
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
         try:
             yield progress
         finally:
+            over.set()
+            ticker.join()
             self._clear()
 
 
@@ -130,12 +142,12 @@ class Progress:
     def say(self, what: str, inside: float = 0.0) -> None:
         """``what`` is being done; ``inside``: units of it that are done by now, before ``advance`` counts it as a whole."""
         self._what, self._inside = what, inside
-        self._show()
+        self.show()
 
     def advance(self, units: float = 1.0) -> None:
         """A part is finished."""
         self.done, self._inside = self.done + units, 0.0
-        self._show()
+        self.show()
 
     def left(self) -> float | None:
         """Seconds that the rest will take; None while nothing is known."""
@@ -151,11 +163,13 @@ class Progress:
         rest = "" if left is None else f", about {duration(left)} left"
         return f"{share:4.0%}  {duration(self.clock() - self._started)} gone{rest}  {self._what}"
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Draws the line, if it was not drawn just now."""
         now, live = self.clock(), self.console.terminal
-        if now - self._shown >= (DRAW_SECONDS if live else LOG_SECONDS):
-            self._shown = now
-            (self.console._draw if live else self.console.print)(self.text())
+        with self.console._lock:
+            if now - self._shown >= (DRAW_SECONDS if live else LOG_SECONDS):
+                self._shown = now
+                (self.console._draw if live else self.console.print)(self.text())
 
 
 def duration(seconds: float) -> str:

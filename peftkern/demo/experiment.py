@@ -84,6 +84,7 @@ def compare(
 
     Accuracies of both are those of the trained adapter in stock PEFT on the fp32 model: the same judge for all.
     """
+    say(f"{name}: two models, bytes saved for backward", 5.0)
     data = batches(corpus.train, tokenizer, size, steps)
     stock_model, fused_model, layers = _pair(dtype)
     saved = saved_bytes(stock_model, data[0]), saved_bytes(fused_model, data[0])

@@ -12,6 +12,7 @@ from peftkern.benchmarks.interference import BUSY_CORES
 from peftkern.screen import Console, Table
 
 from .experiment import EQUAL_STEPS, RELOADED_TEXTS, Result
+from .model import RANK
 from .train import Timing
 
 _LAST = 5
@@ -92,12 +93,11 @@ def plot(results: list[Result], path: Path, machine: str, others: float | None) 
     foot = [
         "Same seeds and batches, steps in turn. Bars: medians; whiskers: quartiles of the steps. Saved: distinct storages that "
         "autograd keeps, parameters left out.",
-        *(note[0].upper() + note[1:] + "." for r in results for note in r.notes),
         f"{'Other work was not measured' if others is None else f'Other processes used {others:.2f} cores meanwhile'}. "
         f"{machine}; {datetime.date.today()}",
     ]
     busy = f"other processes used {others:.2f} cores meanwhile" if others and others > BUSY_CORES else ""
-    title = "all-MiniLM-L6-v2 fine-tuned by stock PEFT and by peftkern: same losses, less time, less memory"
+    title = f"all-MiniLM-L6-v2, LoRA of rank {RANK}: fine-tuned by stock PEFT and by peftkern"
     figure = Figure(title, foot, busy, width=10.5, rows=2, row_height=2.9)
     above, below = [f"loss {r.dtype}" for r in results], [*(f"time {n}" for n in sizes), "saved"]
     columns = math.lcm(len(above), len(below))
@@ -125,12 +125,8 @@ def _losses(ax, result: Result) -> None:
         if side.losses:
             steps = range(1, len(side.losses) + 1)
             ax.plot(steps, side.losses, "o-", ms=width, lw=width, color=COLOURS[name], label=name)
-    short = {n: len(s.losses) for n, s in (("stock PEFT", result.stock), ("peftkern", result.fused))}
-    words = [
-        f"{name}: {count} of {result.steps} steps in its time" for name, count in short.items() if count < result.steps
-    ]
-    if words:
-        ax.text(0.97, 0.95, "\n".join(words), transform=ax.transAxes, ha="right", va="top", fontsize=8.5, color="#444444",
+    if result.notes:
+        ax.text(0.97, 0.95, "\n".join(result.notes), transform=ax.transAxes, ha="right", va="top", fontsize=8.5, color="#444444",
                 bbox=dict(boxstyle="round", facecolor="#f4f4f4", edgecolor="#bbbbbb"))  # fmt: skip
     ax.set(xlim=(0.5, result.steps + 0.5), ylim=(0, None))
     ax.locator_params(axis="x", integer=True)

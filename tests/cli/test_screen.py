@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 
@@ -78,6 +79,15 @@ def test_a_log_gets_a_line_now_and_then_a_terminal_one_that_changes():
     lines = log.getvalue().splitlines()
     assert 9 <= len(lines) <= 12 and all(" left  part " in line for line in lines[1:])
     assert "\n" not in shown.getvalue() and shown.getvalue().endswith("\r") and "part 99" in shown.getvalue()
+
+
+def test_a_part_that_takes_long_is_seen_to_go_on(monkeypatch):
+    monkeypatch.setattr("peftkern.screen.LOG_SECONDS", 0.5)
+    log = io.StringIO()
+    with Console(log).progress(2) as progress:
+        progress.say("the only word")
+        time.sleep(2.3)
+    assert log.getvalue().count("the only word") >= 2
 
 
 def test_a_line_of_output_does_not_mix_with_progress():
