@@ -14,7 +14,8 @@ TESTS   ?= tests
 TEST_CUDA := $(if $(or $(CUDACXX),$(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc 2>/dev/null)),ON,OFF)
 
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
-BUILD  := PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+# Objects are kept: after a change only what it reaches is compiled again.
+BUILD  := PEFTKERN_BUILD_DIR="$(CURDIR)/build/objects" PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false

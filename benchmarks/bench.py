@@ -222,7 +222,7 @@ def describe(header: dict, console: Console) -> None:
         f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, {products}"
         f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
     )
-    if header["load"] is not None and header["load"] > 0.5:
+    if header["load"] is not None and header["load"] > interference.BUSY_LOAD:
         console.print(f"this machine is busy (load {header['load']:.1f}): the times will be poor", style="yellow")
 
 

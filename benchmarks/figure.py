@@ -11,7 +11,7 @@ from . import interference
 from .judge import geomean
 
 PALETTE = ("#7a7a7a", "#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#d55e00", "#8c6d31", "#9467bd", "#17becf", "#bcbd22")
-OURS = ("#0b3d91", "#2a7de1", "#7b4fb5")
+OURS = ("#0b3d91", "#2a7de1", "#7b4fb5", "#008b8b", "#6aa5e8", "#3f2a7a")
 # Ticks of a ratio by the largest range that they suit: few over a wide one, more over a narrow one.
 TICKS = {
     4.5: (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3),

@@ -8,6 +8,8 @@ from pathlib import Path
 STAT = Path("/proc/stat")
 # Cores, on the average of a run, from which its times are called poor.
 BUSY_CORES = 0.25
+# Load average from which a run should not start.
+BUSY_LOAD = 0.5
 
 
 def _busy_seconds() -> float | None:
@@ -51,8 +53,6 @@ def words(result: dict) -> tuple[str, bool]:
         text = f"other processes used {mean:.2f} cores while this was timed, {worst:.2f} at worst"
         return text, mean > BUSY_CORES or worst > 4 * BUSY_CORES
     load = result["header"].get("load")
-    return (
-        ("other work was not measured", False)
-        if load is None
-        else (f"load average {load:.2f} before the run", load > 0.5)
-    )
+    if load is None:
+        return "other work was not measured", False
+    return f"load average {load:.2f} before the run", load > BUSY_LOAD

@@ -86,8 +86,8 @@ def test_the_test_suite_compiles_cuda_wherever_nvcc_is(tmp_path):
     (tmp_path / "nvcc").chmod(0o755)
     command = ["make", "-n", "-B", "-o", ".venv/.requirements"]
     for target, expected in (
-        ("test", "PEFTKERN_CUDA=${PEFTKERN_CUDA:-ON} PATH="),
-        ("demo", '"building peftkern"\nPATH='),
+        ("test", "PEFTKERN_CUDA=${PEFTKERN_CUDA:-ON} PEFTKERN_BUILD_DIR="),
+        ("demo", '"building peftkern"\nPEFTKERN_BUILD_DIR='),
     ):
         done = subprocess.run(
             [*command, target], cwd=ROOT, capture_output=True, text=True, check=True,

@@ -31,7 +31,7 @@ from .experiment import (
     losses_without_dropout,
     machine,
     small_steps,
-)  # fmt: skip
+)
 from .model import DROPOUT, RANK, Tokenizer, weights
 from .report import plot, print_table
 

@@ -34,7 +34,7 @@ def _megabytes(n: int) -> str:
 
 def _quartiles(seconds: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile in ms."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return 1e3 * low, 1e3 * middle, 1e3 * high
 
 
