@@ -50,7 +50,7 @@ def words(result: dict) -> tuple[str, bool]:
     found = [row["others_cores"] for row in result["rows"] if row.get("others_cores") is not None]
     if found:
         mean, worst = sum(found) / len(found), max(found)
-        text = f"other processes used {mean:.2f} cores while this was timed, {worst:.2f} at worst"
+        text = f"other processes used {mean:.2f} cores meanwhile, {worst:.2f} at worst"
         return text, mean > BUSY_CORES or worst > 4 * BUSY_CORES
     load = result["header"].get("load")
     if load is None:
