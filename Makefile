@@ -10,7 +10,12 @@ PIP    := $(BIN)/pip --disable-pip-version-check -qq
 WORKERS ?= 2
 TESTS   ?= tests
 
+# The tests want the CUDA kernels compiled wherever there is nvcc, whatever torch was built with; users get AUTO.
+TEST_CUDA := $(if $(or $(CUDACXX),$(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc 2>/dev/null)),ON,OFF)
+
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+# Objects are kept: after a change only what it reaches is compiled again.
+BUILD  := PEFTKERN_BUILD_DIR="$(CURDIR)/build/objects" PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -21,10 +26,10 @@ export TOKENIZERS_PARALLELISM = false
 demo: setup
 	$(BIN)/python -m peftkern demo --png demo.png
 
-test: lint
+test: lint $(VENV)/.package-cuda
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 10 $(TESTS)
 
-lint: setup
+lint: $(VENV)/.requirements
 	$(BIN)/ruff check -q .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.cpp' '*.h' '*.hpp' '*.inc' '*.cu' '*.cuh')
 
@@ -48,8 +53,14 @@ $(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-node
 
 $(VENV)/.package: $(NATIVE) $(VENV)/.requirements
 	@echo "building peftkern"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --no-deps -e .
+	@$(BUILD)
 	@touch $@
+
+# Serves the other targets as well.
+$(VENV)/.package-cuda: $(NATIVE) $(VENV)/.requirements
+	@echo "building peftkern for the tests"
+	@PEFTKERN_CUDA=$${PEFTKERN_CUDA:-$(TEST_CUDA)} $(BUILD)
+	@touch $@ $(VENV)/.package
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info peftkern/*.so demo.png

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from . import gpu, machine, populations
+from peftkern.screen import Console
+
+from . import gpu, interference, machine, populations
 from .candidates import NOT_HERE
-from .case import DTYPES, Bench
+from .case import DTYPES, PASSES, Bench, Case
 from .device_timing import CudaClock
 from .registry import OPS
 from .result import write
@@ -25,6 +27,9 @@ LIMITS = {"quick": 2.0, "full": 4.0, "gpu": 4.0}
 EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
 training step, fwd_bwd the whole step (gradients of x and the adapters). Provider names: {providers}.
 """
+# FLOPs per second by device, and for how many seconds that guess counts: for the time left.
+RATE = {"cpu": 1e11, "cuda": 3e14}
+PRIOR = 5.0
 # Arguments of some ops' cases: option, name of the list.
 OPTIONS = {
     "--adapters": "counts", "--mix": "mixes", "--base-share": "base_shares", "--ranks": "rank_kinds",
@@ -96,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return tune.main([a for a in argv if a != "--tune"])
     args = parser().parse_args(argv)
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console()
     if args.plot:
         import matplotlib  # noqa: F401  (absent: say so now, not after the measurement)
     if args.threads:
@@ -141,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(args.json, result)
     for table in _tables(bench, device)(result["rows"], bench):
         console.print(table)
-    console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s")
+    words, busy = interference.words(result)
+    console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
         from .plots import plot
 
@@ -186,18 +190,30 @@ def _extra(args, bench: Bench) -> dict:
     return given
 
 
-def _progress(runner: Runner, cases, console):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _expected(block: list[Case], runner: Runner) -> float:
+    """Seconds that a block will take, roughly: what a log starts from before the first block is done."""
+    s, case = runner.settings, block[0]
+    floors = [runner.bench.floor(case, which) for which in PASSES if which in case.passes]
+    step = max(f.base_flops + f.branch_flops for f in floors) / RATE[case.device]
+    steps = sum(len(s.providers or runner.bench.plan(c, s.preset)) for c in block) + 2
+    return 1.0 + max(s.seconds, (s.min_repeats + 2) * steps * step)
 
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(blocks(cases)))
-        for rows in runner.run(cases, lambda text: progress.update(task, description=text)):
-            progress.advance(task)
+
+def _progress(runner: Runner, cases: list[Case], console: Console):
+    expected = [_expected(block, runner) for block in blocks(cases)]
+    done = 0
+
+    def say(what: str, share: float) -> None:
+        progress.say(f"{done + 1} of {len(expected)}: {what}", share * expected[done])
+
+    with console.progress(sum(expected), prior=PRIOR) as progress:
+        for rows in runner.run(cases, say):
+            progress.advance(expected[done])
+            done += 1
             yield rows
 
 
-def describe(header: dict, console) -> None:
+def describe(header: dict, console: Console) -> None:
     """One line on what is measured on."""
     versions, cpu = header["versions"], header["cpu"]
     isa = header["gpu"]["arch"] if header["gpu"] else cpu["torch_isa"]
@@ -206,14 +222,17 @@ def describe(header: dict, console) -> None:
         f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, {products}"
         f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
     )
-    if header["load"] is not None and header["load"] > 0.5:
+    if header["load"] is not None and header["load"] > interference.BUSY_LOAD:
         console.print(f"this machine is busy (load {header['load']:.1f}): the times will be poor", style="yellow")
 
 
 def failures(rows: list[dict], bench: Bench, console) -> int:
     """1 if a provider broke or was wrong (one that is slow, or not for this machine, is no failure), else 0."""
     bad = {r["skipped"] for r in rows if r["skipped"] and not r["skipped"].startswith(("hopelessly slow", NOT_HERE))}
-    bad -= {reason for p in bench.providers.values() if (reason := p.missing())}
+    missing = {reason for p in bench.providers.values() if (reason := p.missing())}
+    for reason in sorted(bad & missing):
+        console.print(f"left out: {reason}")
+    bad -= missing
     for reason in sorted(bad):
         console.print(f"not measured: {reason}", style="red")
     return 1 if bad else 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from peftkern.screen import Cell, Table
 
 from .case import BASE, COPY, PASSES, Bench
-from .table import PASS_TITLES
+from .table import PASS_TITLES, SPREAD, milliseconds, spread
 
 # What one table has in common.
 COMMON = ("dtype", "K", "N", "R", "adapters", "mix", "phase")
@@ -32,31 +30,25 @@ def _table(rows: list[dict], bench: Bench, kind: str, which: str) -> Table:
     many = f", {first['adapters']} adapters, {first['mix']}" if first.get("adapters") else ""
     phase = "decoding" if first.get("phase") == "decode" else PASS_TITLES[which]
     title = f"{bench.name} {first['dtype']}, M x {first['K']} x {first['N']}, R = {first['R']}{many}, {kind} adapters, "
-    table = Table(title=title + phase, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    columns = sorted(
-        {(r["M"], r["dropout"]) for r in rows if r["dropout"] is not None}, key=lambda c: (-c[0], c[1])
-    )  # fmt: skip
-    drops = any(dropout for _, dropout in columns)
-    for M, dropout in columns:
-        table.add_column(f"M {M}" + (f"\ndrop {dropout:g}" if drops else ""), justify="right", no_wrap=True)
-    for column in ("launches", "MiB", "bytes", "FLOPs"):
-        table.add_column(column, justify="right", no_wrap=True)
+    sizes = sorted({(r["M"], r["dropout"]) for r in rows if r["dropout"] is not None}, key=lambda c: (-c[0], c[1]))
+    drops = any(dropout for _, dropout in sizes)
+    heads = [f"M {M}" + (f"\ndrop {dropout:g}" if drops else "") for M, dropout in sizes]
+    table = Table(title + phase, ("", *heads, "launches", "MiB", "bytes", "FLOPs"), left=("",))
     notes = []
     for name, provider in bench.providers.items():
         mine = [r for r in rows if r["provider"] == name]
         if not mine:
             continue
         at = {(r["M"], r["dropout"]): r for r in mine}
-        cells = [_cell(at.get(column) or at.get((column[0], None))) for column in columns]
+        cells = [_cell(at.get(size) or at.get((size[0], None))) for size in sizes]
         last = next((r for r in mine if r["median_ms"] is not None), mine[0])
-        table.add_row(
+        table.add(
             provider.title, *cells, _number(last.get("launches"), "{}"), _number(_mib(last), "{:.0f}"),
             _number(last["bytes_bound_fraction"], "{:.0%}"), _number(last.get("flops_bound_fraction"), "{:.0%}"),
         )  # fmt: skip
         notes += [f"{provider.title}: {r['skipped']}" for r in mine if r["skipped"]]
         notes += [f"{provider.title}: not in a graph: {r['no_graph']}" for r in mine if r.get("no_graph")]
-    lines = ["times over the frozen linear, whose own are in ms; launches, peak MiB, and the shares of the time that "
+    lines = [SPREAD, "times over the frozen linear, whose own are in ms; launches, peak MiB, and the shares of the time that "
              "bytes at copy speed and FLOPs at the product's best explain, of the first size", *dict.fromkeys(notes)]  # fmt: skip
     table.caption = "\n".join(lines)
     return table
@@ -70,11 +62,12 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _cell(row: dict | None) -> Text:
+def _cell(row: dict | None) -> Cell:
     if row is None:
-        return Text("")
+        return Cell("")
     if row["median_ms"] is None:
-        return Text("none", style="dim")
+        return Cell("none", "dim")
     if row["provider"] in (BASE, COPY) or row["ratio_to_base"] is None:
-        return Text(f"{row['median_ms']:.3f} ms")
-    return Text(f"{row['ratio_to_base']:.3f}", style="bold" if row["provider"].startswith("peftkern") else "")
+        return Cell(milliseconds(row, "{:.3f} ms"))
+    style = "bold" if row["provider"].startswith("peftkern") else ""
+    return Cell(f"{row['ratio_to_base']:.3f}{spread(row)}", style)

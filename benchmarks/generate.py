@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 
 import peftkern
+from peftkern.screen import Console, Progress
 
-from . import machine
+from . import interference, machine
+from .interference import Meter
 from .result import write
 from .timing import copy_bandwidth, quiet
 
@@ -92,20 +94,22 @@ class Batch:
         return torch.cat(found)
 
 
-def measure(theirs, ours, batch: Batch, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each provider, in turns: PEFT's own code on one model, peftkern's on another."""
+def measure(theirs, ours, batch: Batch, repeats: int, progress: Progress) -> dict[str, list[float]]:
+    """Seconds of each provider, in turns: PEFT's own code on one model, peftkern's on another. A round is one unit of
+    ``progress``, and so is the one before the first that is timed."""
     providers: dict[str, Callable[[], torch.Tensor]] = {
         BASE: lambda: batch.base(theirs), PEFT: lambda: batch.mixed(theirs), OURS: lambda: batch.mixed(ours)
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for f in providers.values():
-        f()
     with quiet():
-        for _ in range(repeats):
+        for k in range(repeats + 1):
             for name, f in providers.items():
+                progress.say(f"round {k} of {repeats}: {name}" if k else f"warming up: {name}")
                 start = time.perf_counter()
                 f()
-                seconds[name].append(time.perf_counter() - start)
+                if k:
+                    seconds[name].append(time.perf_counter() - start)
+            progress.advance()
     return seconds
 
 
@@ -142,24 +146,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, accelerated = (model_of(args.adapters, args.rank) for _ in range(2))
     peftkern.accelerate(accelerated)
     batch = Batch(args.prompts, args.adapters, args.length, args.new_tokens)
-    with torch.inference_mode():
+    meter = Meter()
+    with torch.inference_mode(), Console().progress(args.repeats + 2) as progress:
+        progress.say("each prompt alone, for comparison")
         equal = torch.equal(batch.mixed(accelerated), batch.alone(model))
-        seconds = measure(model, accelerated, batch, args.repeats)
+        progress.advance()
+        meter.restart()
+        seconds = measure(model, accelerated, batch, args.repeats, progress)
+    others = meter.cores()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
+    quarters = {
+        name: statistics.quantiles(times, n=4) if len(times) > 1 else times * 3 for name, times in seconds.items()
+    }
     tokens = args.prompts * args.new_tokens
     parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     rows = [
         dict(
             op="generate", device="cpu", dtype="fp32", provider=name, prompts=args.prompts, adapters=args.adapters,
             R=args.rank, parameters=parameters, prompt_tokens=args.length, new_tokens=args.new_tokens,
-            median_ms=1e3 * seconds, tokens_per_s=tokens / seconds, speed_up=medians[PEFT] / seconds,
-            equals_each_prompt_alone=equal if name == OURS else None,
+            median_ms=1e3 * seconds, p25_ms=1e3 * quarters[name][0], p75_ms=1e3 * quarters[name][2],
+            tokens_per_s=tokens / seconds, speed_up=medians[PEFT] / seconds,
+            equals_each_prompt_alone=equal if name == OURS else None, others_cores=others,
         )
         for name, seconds in medians.items()
     ]  # fmt: skip
     speed_up = medians[PEFT] / medians[OURS]
     print("\n".join(markdown(rows, "fp32")))
-    print(f"{'equal to' if equal else 'DIFFERS from'} each prompt alone; {speed_up:.2f} times as fast as PEFT")
+    words, _ = interference.words({"rows": rows, "header": {}})
+    print(f"{'equal to' if equal else 'DIFFERS from'} each prompt alone; {speed_up:.2f} times as fast as PEFT; {words}")
     if args.json:
         header = machine.header("cpu", copy_bandwidth("cpu")) | {"op": "generate", "command": json.dumps(sys.argv[1:])}
         write(args.json, {"schema": 1, "header": header, "rows": rows, "reruns": []})

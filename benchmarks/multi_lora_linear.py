@@ -2,12 +2,12 @@
 
 Decoding (up to 256 rows) is a forward pass without gradients, training (more rows) both passes. Providers: the frozen
 nn.Linear; peftkern's own base product; a loop over adapters, gather + einsum and grouped_mm in plain PyTorch
-(multi_peers.py); shrink and expand over padded adapters (padded.py, Triton); HF PEFT's ``adapter_names``; peftkern with a
-list of adapters, which trains, and with an AdapterBank, which serves. ``sgmv`` (of a bank), ``sgmv_add`` (into an output
-that is there) and names that end in ``_branch`` are the branch alone, without the frozen linear: their
-``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is what the branch would add to a
-linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back end is a provider of its own
-besides (candidates.py).
+(multi_peers.py); shrink and expand over padded adapters (padded.py, Triton); HF PEFT's ``adapter_names``; PolyLoRA, where
+it is installed (peer_polylora.py); peftkern with a list of adapters, which trains, and with an AdapterBank, which serves.
+``sgmv`` (of a bank), ``sgmv_add`` (into an output that is there) and names that end in ``_branch`` are the branch alone,
+without the frozen linear: their ``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is
+what the branch would add to a linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back
+end is a provider of its own besides (candidates.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 import peftkern
 from peftkern.backends import cpu_base, cpu_native
 
-from . import candidates, padded, peer_check
+from . import candidates, padded, peer_check, peer_polylora
 from .case import BASE, COPY, DTYPES, FP32_BASE, OWN_BASE, Bench, Case, Floor, Provider, Step
 from .lora_linear import _no_peft
 from .multi_data import MultiData, copies, make_data
@@ -120,6 +120,11 @@ def _peft(case: Case, data: MultiData) -> Step:
     return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
 
 
+def _polylora(case: Case, data: MultiData) -> Step:
+    layer = peer_polylora.PolyLayer(data, case.adapter_dtype)
+    return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
+
+
 def _list(case: Case, data: MultiData) -> Step:
     lists = data.lists(case.adapter_dtype)
     flat = [[t for adapter in adapters for t in adapter[:2]] for adapters in lists]
@@ -188,6 +193,8 @@ PROVIDERS = {
         Provider("grouped_mm", "grouped mm", _peer(Grouped), no_grouped_mm, unusable=ungrouped),
         Provider("padded", "padded stack", _peer(padded.Padded), passes=FORWARD, unusable=padded.unusable),
         Provider("peft", "PEFT adapter names", _peft, _no_peft, passes=FORWARD, no_graph=_NO_GRAPH),
+        Provider("polylora", "PolyLoRA", _polylora, peer_polylora.missing, passes=FORWARD,
+                 unusable=peer_polylora.unusable, no_graph=peer_polylora.NO_GRAPH),
         *(provider for provider, _ in OURS.values()),
         *_forced(),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
@@ -243,7 +250,7 @@ def plan(case: Case, preset: str) -> list[str]:
     branches = ["sgmv", "gather_branch"]
     if preset == "full":
         branches += ["loop_branch", *(f"{g}_branch" for g in grouped)]
-    return [*names, "loop", "gather", *grouped, "peft", "peftkern", "peftkern_bank", *branches]
+    return [*names, "loop", "gather", *grouped, "peft", "polylora", "peftkern", "peftkern_bank", *branches]
 
 
 def _plan_gpu(case: Case) -> list[str]:
@@ -253,7 +260,7 @@ def _plan_gpu(case: Case) -> list[str]:
     if case.phase == "training":
         return [COPY, *peers, "peftkern", "peftkern_bank", *(n for n in forced if not n.startswith("sgmv"))]
     branches = [*(f"{g}_branch" for g in grouped), "padded_branch", "gather_branch"]
-    return [COPY, *peers, "gather", *OURS, *forced, *branches]
+    return [COPY, *peers, "polylora", "gather", *OURS, *forced, *branches]
 
 
 def _takes_grouped(case: Case) -> bool:

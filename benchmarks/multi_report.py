@@ -9,6 +9,7 @@ COLUMNS = (
     ("gather + einsum", "gather"),
     ("`grouped_mm`", "grouped_mm"),
     ("PEFT", "peft"),
+    ("PolyLoRA", "polylora"),
     ("**list**", "peftkern"),
     ("**bank**", "peftkern_bank"),
 )

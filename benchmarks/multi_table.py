@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.table import Table
+from peftkern.screen import Table
 
 from .case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench
-from .table import PASS_TITLES, _cell, _number
+from .table import PASS_TITLES, SPREAD, cell, milliseconds, number
 
+FIRST = ("M", "R", "adapters", "base\nrows")
 KEY = ("M", "R", "adapters", "mix", "base_share", "ranks")
 
 
@@ -24,13 +24,6 @@ def tables(rows: list[dict], bench: Bench) -> list[Table]:
             found += [_layer(whole, bench, title)] if whole else []
             found += [_branch(branch, bench, f"{title}, the branch alone")] if branch else []
     return found
-
-
-def _start(title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("M", "R", "adapters", "base\nrows"):
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _labels(key: tuple) -> list[str]:
@@ -51,21 +44,19 @@ def _layer(rows: list[dict], bench: Bench, title: str) -> Table:
     yardstick = "ratio_to_fp32_base" if slow else "ratio_to_base"
     over = "the frozen fp32 linear (this dtype's own is skipped as too slow)" if slow else "the frozen linear"
     names = [n for n in bench.providers if n not in REFERENCES and any(n in by for by in cases.values())]
-    table = _start(f"{title}: times over {over}")
     drops = any(dropout for _, _, dropout in cases)
     titles = [bench.providers[name].title.replace(" ", "\n") for name in names]
-    for column in ("adapt.", *(["drop"] if drops else []), "linear\nms", "own\nbase", *titles, "floor"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = (*FIRST, "adapt.", *(["drop"] if drops else []), "linear\nms", "own\nbase", *titles, "floor")
+    notes = f"{SPREAD} own base: peftkern's own base product alone. floor: least possible ratio."
+    table = Table(f"{title}: times over {over}", columns, caption=notes)
     for (key, adapter, dropout), by in cases.items():
         base = bases.get(key, {})
-        ms = (base.get(FP32_BASE if slow else BASE) or {}).get("median_ms")
         floor = next(iter(by.values()))["floor_ratio"]
-        table.add_row(
-            *_labels(key), adapter, *([f"{dropout:g}"] if drops else []), _number(ms, "{:.2f}"),
-            _cell(base.get(OWN_BASE), yardstick), *(_cell(by.get(name), yardstick) for name in names),
-            _number(floor, "{:.3f}"),
+        table.add(
+            *_labels(key), adapter, *([f"{dropout:g}"] if drops else []),
+            milliseconds(base.get(FP32_BASE if slow else BASE), "{:.2f}"), cell(base.get(OWN_BASE), yardstick),
+            *(cell(by.get(name), yardstick) for name in names), number(floor, "{:.3f}"),
         )  # fmt: skip
-    table.caption = "own base: peftkern's own base product alone. floor: least possible ratio."
     return table
 
 
@@ -74,15 +65,13 @@ def _branch(rows: list[dict], bench: Bench, title: str) -> Table:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((tuple(row[name] for name in KEY), row["adapter_dtype"]), {})[row["provider"]] = row
-    table = _start(f"{title}: ms")
-    for column in ("adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "bytes"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = (*FIRST, "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "bytes")
+    notes = f"{SPREAD} bytes: share of sgmv's time that copying the adapters in use, x and y explains."
+    table = Table(f"{title}: ms", columns, caption=notes)
     for (key, adapter), by in cases.items():
         ours = by.get("sgmv", next(iter(by.values())))
-        table.add_row(
-            *_labels(key), adapter,
-            *("" if name not in by else _number(by[name]["median_ms"], "{:.3f}") for name in names),
-            f"{ours['copy_gb_per_s']:.1f}", _number(ours["bytes_bound_fraction"], "{:.0%}"),
+        table.add(
+            *_labels(key), adapter, *("" if name not in by else milliseconds(by[name], "{:.3f}") for name in names),
+            f"{ours['copy_gb_per_s']:.1f}", number(ours["bytes_bound_fraction"], "{:.0%}"),
         )  # fmt: skip
-    table.caption = "bytes: share of sgmv's time that copying the adapters in use, x and y explains."
     return table

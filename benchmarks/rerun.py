@@ -10,6 +10,8 @@ import json
 import statistics
 from pathlib import Path
 
+from peftkern.screen import Console
+
 from .case import DTYPES, Case
 from .judge import ADDMM, KEY, OURS, RERUN_ABOVE, against_addmm
 from .registry import OPS
@@ -19,7 +21,7 @@ from .runner import Runner, Settings
 TIMES = 3
 
 
-def rerun(file: Path, console, *, repeats: int) -> int:
+def rerun(file: Path, console: Console, *, repeats: int) -> int:
     """Rerun, print and write. Exit code 1 if a median still is above 1.05."""
     result = json.loads(file.read_text())
     header = result["header"]
@@ -29,22 +31,26 @@ def rerun(file: Path, console, *, repeats: int) -> int:
     )  # fmt: skip
     again: dict[tuple, dict] = {tuple(r[name] for name in KEY): r for r in result["reruns"]}
     losers = [k for k, ratio in against_addmm(result["rows"]).items() if ratio > RERUN_ABOVE and k not in again]
-    for k in losers:
-        row = dict(zip(KEY, k))
-        case = Case(
-            row["op"], row["device"], DTYPES[row["dtype"]], DTYPES[row["adapter_dtype"]],
-            row["M"], row["K"], row["N"], row["R"], row["dropout"],
-        )  # fmt: skip
-        runner = Runner(OPS[row["op"]], settings)
-        ratios = [against_addmm(next(runner.run([case]))).get(k) for _ in range(TIMES)]
-        ratios = [round(r, 4) for r in ratios if r is not None]
-        if not ratios:
-            console.print(f"{case}: could not be measured", style="red")
-            continue
-        again[k] = row | {"ratios": ratios, "median": statistics.median(ratios)}
-        console.print(f"{case}: {', '.join(f'{r:.3f}' for r in ratios)} -> {again[k]['median']:.3f}")
-        result["reruns"] = list(again.values())
-        write(file, result)
+    with console.progress(TIMES * len(losers)) as progress:
+        for k in losers:
+            row = dict(zip(KEY, k))
+            case = Case(
+                row["op"], row["device"], DTYPES[row["dtype"]], DTYPES[row["adapter_dtype"]],
+                row["M"], row["K"], row["N"], row["R"], row["dropout"],
+            )  # fmt: skip
+            runner, ratios = Runner(OPS[row["op"]], settings), []
+            for _ in range(TIMES):
+                progress.say(str(case))
+                ratios.append(against_addmm(next(runner.run([case]))).get(k))
+                progress.advance()
+            ratios = [round(r, 4) for r in ratios if r is not None]
+            if not ratios:
+                console.print(f"{case}: could not be measured", style="red")
+                continue
+            again[k] = row | {"ratios": ratios, "median": statistics.median(ratios)}
+            console.print(f"{case}: {', '.join(f'{r:.3f}' for r in ratios)} -> {again[k]['median']:.3f}")
+            result["reruns"] = list(again.values())
+            write(file, result)
     still = [r for r in again.values() if r["median"] > RERUN_ABOVE]
     console.print(f"{len(losers)} rows run again; {len(still)} of {len(again)} remain over 5 %")
     return 1 if still else 0

@@ -24,6 +24,7 @@ from . import launches
 from .case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench, Case, Floor, Provider, short
 from .device_timing import Clock, DeviceEntry
 from .floor import bytes_bound_fraction, floor_ratio
+from .interference import Meter
 from .memory import peak_bytes, saved_bytes
 from .probe import Probe
 from .timing import Entry, interleave
@@ -58,6 +59,10 @@ def blocks(cases: list[Case]) -> list[list[Case]]:
     return [list(group) for _, group in itertools.groupby(cases, key=lambda c: c.block)]
 
 
+# Share of a block's time that goes by before the first timed round: checks, probes, warm steps.
+PREPARING = 0.3
+
+
 @dataclass
 class _Slot:
     # One provider of one case, or a reference (case of the block's first, shown without adapter and dropout).
@@ -87,32 +92,40 @@ class Runner:
         self._checks: dict[tuple, str | None] = {}
         self._fp32: dict[tuple, dict[str, float | None]] = {}
 
-    def run(self, cases: list[Case], announce: Callable[[str], None] = lambda text: None) -> Iterator[list[dict]]:
-        """The rows of each block in turn. ``announce`` is told what is being measured."""
+    def run(
+        self, cases: list[Case], announce: Callable[[str, float], None] = lambda text, share: None
+    ) -> Iterator[list[dict]]:
+        """The rows of each block in turn. ``announce`` is told what is being done, and which share of its block is."""
         for block in blocks(cases):
-            announce(f"{short(block[0].dtype)} {'x'.join(map(str, block[0].shape))} R={block[0].R}")
-            yield self._block(block)
+            what = f"{short(block[0].dtype)} {'x'.join(map(str, block[0].shape))} R={block[0].R}"
+            yield self._block(block, lambda doing, share, what=what: announce(f"{what}: {doing}", share))
 
-    def _block(self, block: list[Case]) -> list[dict]:
+    def _block(self, block: list[Case], say: Callable[[str, float], None]) -> list[dict]:
         s, copies = self.settings, self.bench.copies(block[0], self.settings.cache)
+        say("making data", 0.0)
         data = self.bench.data(block[0], copies)
-        slots = self._slots(block)
-        for slot in slots:
+        slots = self._slots(block, say)
+        for k, slot in enumerate(slots):
+            say(f"warming up {slot.provider.title}", PREPARING * (1 + k / len(slots)) / 2)
             self._warm(slot, data)
         running = [slot.entry for slot in slots if slot.entry]
         for k, entry in enumerate(running if block[0].many else ()):
             entry.shift = k * copies // len(running)
+        meter = Meter()
         if running:
             interleave(
-                running, copies, seconds=s.seconds, min_repeats=s.min_repeats, max_repeats=s.max_repeats, often=(BASE,)
-            )
+                running, copies, seconds=s.seconds, min_repeats=s.min_repeats, max_repeats=s.max_repeats, often=(BASE,),
+                after=lambda share: say("timing all in turn", PREPARING + (1 - PREPARING) * share),
+            )  # fmt: skip
+        others = meter.cores()
         for slot in slots:
             self._count(slot)
         for slot in slots:
             for which, took in (slot.entry.stopped if slot.entry else {}).items():
                 slot.skipped[which] = f"hopelessly slow here: one step took {took:.1f} s, limit {s.limit:g} s"
         reference = {slot.provider.name: slot for slot in slots if slot.is_reference}
-        return [self._row(slot, reference, which, copies) for slot in slots for which in slot.provider.timed(slot.case)]
+        rows = [self._row(slot, reference, which, copies) for slot in slots for which in slot.provider.timed(slot.case)]
+        return [row | {"others_cores": others} for row in rows]
 
     def _count(self, slot: _Slot) -> None:
         # What is counted, not timed: memory and, on a GPU, launches.
@@ -127,7 +140,7 @@ class Runner:
                 if device and slot.provider.no_graph is None:
                     slot.launches[which] = launches.count(entry.step, 0, backward)
 
-    def _slots(self, block: list[Case]) -> list[_Slot]:
+    def _slots(self, block: list[Case], say: Callable[[str, float], None]) -> list[_Slot]:
         first, asked = block[0], self.settings.providers
         slots = [self._slot(BASE, first)]
         # The fp32 linear is slow beside a fast bf16 one: once per shape, unless it is what to compare with. On a GPU
@@ -140,6 +153,7 @@ class Runner:
         for case in block:
             for name in asked or self.bench.plan(case, self.settings.preset):
                 if name not in REFERENCES:
+                    say(f"checking {self.bench.providers[name].title}", 0.0)
                     slots.append(self._slot(name, case))
         return slots
 

@@ -17,9 +17,10 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from peftkern.screen import Console
 
 from . import static_bounds, static_cubin, static_cuda, static_launches
 from .static_bounds import Row
@@ -100,12 +101,11 @@ def compile_variants(module: str, which: tuple[int, bool], positions: list[int])
     return [Result(r.row, tuple(p for check in launches.CHECKS for p in check(r))) for r in reports]
 
 
-def audit_triton(module: str, archs: list[str] | None, start: Callable, advance: Callable[[], None]) -> list[Result]:
-    """Every variant of the Triton kernels of an op. ``start`` gets their number."""
-    todo = triton_variants(module, archs)
-    start(sum(map(len, todo.values())))
+def audit_triton(module: str, todo: dict[tuple[int, bool], list[int]], advance: Callable[[], None]) -> list[Result]:
+    """These variants (of ``triton_variants``) of the Triton kernels of an op."""
     if len(todo) == 1:
-        return compile_variants(module, *todo.popitem())
+        ((which, positions),) = todo.items()
+        return compile_variants(module, which, positions)
     results = []
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
@@ -138,12 +138,6 @@ class _Audit:
         self.notes: list[str] = []
         self.gone: list[str] = []
 
-    def _progress(self, what: str):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn(f"{what:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(*columns, console=self.console, transient=True)
-
     def _finish(self, name: str, results: list[Result], bounds: dict, table, gone: list[str]) -> None:
         self.notes += _unknown_compilers([r.row for r in results], bounds)
         self.rows += [(name, r) for r in results]
@@ -158,9 +152,9 @@ class _Audit:
         if isinstance(origin, str):
             self.skipped["cuda"] = origin
             return
-        with self._progress("CUDA") as progress:
-            task = progress.add_task("", total=len(origin.cubins))
-            rows = audit_cuda(origin, self.args.arch, lambda: progress.advance(task))
+        with self.console.progress(len(origin.cubins)) as progress:
+            progress.say("CUDA kernels")
+            rows = audit_cuda(origin, self.args.arch, progress.advance)
         bounds = static_bounds.read(static_cuda.BOUNDS)
         if self.args.record:
             static_bounds.record(static_cuda.BOUNDS, rows, bounds)
@@ -178,12 +172,10 @@ class _Audit:
         from . import static_triton
 
         launches = importlib.import_module(f".{module}", __package__)
-        with self._progress(f"Triton, {op}") as progress:
-            task = progress.add_task("")
-            start = functools.partial(progress.update, task)
-            results = audit_triton(
-                module, self.args.arch, lambda n: start(total=n), lambda: progress.advance(task)
-            )  # fmt: skip
+        todo = triton_variants(module, self.args.arch)
+        with self.console.progress(sum(map(len, todo.values()))) as progress:
+            progress.say(f"Triton kernels of {op}")
+            results = audit_triton(module, todo, progress.advance)
         bounds = static_bounds.read(launches.BOUNDS)
         if self.args.record:
             static_bounds.record(launches.BOUNDS, [r.row for r in results], bounds)
@@ -198,13 +190,11 @@ class _Audit:
         """The last lines and the exit code."""
         failed = [(name, r) for name, r in self.rows if r.problems]
         for _, r in failed:
-            self.console.print(
-                f"FAILED {r.row.key}", *(f"  {p}" for p in r.problems), sep="\n", style="red", markup=False
-            )
+            self.console.print("\n".join([f"FAILED {r.row.key}", *(f"  {p}" for p in r.problems)]), style="red")
         for line in self.gone:
-            self.console.print(f"FAILED {line}", style="red", markup=False)
+            self.console.print(f"FAILED {line}", style="red")
         for name, reason in self.skipped.items():
-            self.console.print(f"{name}: not audited: {reason}", style="yellow", markup=False)
+            self.console.print(f"{name}: not audited: {reason}", style="yellow")
         for note in dict.fromkeys(self.notes):
             self.console.print(note, style="yellow")
         self.console.print(f"{len(self.rows)} compiled kernels, {len(failed) + len(self.gone)} failures")
@@ -222,9 +212,7 @@ class _Audit:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 1 on a broken bound, or if nothing could be audited that was asked for."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console()
     if args.record and (static_cubin.checkout() is None or args.arch):
         console.print("--record needs a checkout of the sources and every architecture", style="red")
         return 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from peftkern.screen import Table
+
 from . import static_occupancy
 from .static_bounds import Row
 
@@ -45,45 +47,31 @@ def _warps(rows: Sequence[Row]) -> str:
     return f"{min(r.warps for r in rows)}/{static_occupancy.limits(rows[0].arch).warps}"
 
 
-def _table(title: str, *columns: str):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in columns:
-        left = column in ("kernel", "arch", "products", "copies", "loads\nbits:number", "stores\nbits:number")
-        table.add_column(
-            column, justify="left" if left else "right", overflow="fold", no_wrap=column in ("kernel", "arch")
-        )
-    return table
-
-
-def _line(table, bad: bool, *cells: object) -> None:
-    table.add_row(*map(str, cells), style="red" if bad else "")
-
-
 _LAST = ("products", "copies", "loads\nbits:number", "stores\nbits:number")
 
 
-def cuda_table(title: str, results: Audited):
+def cuda_table(title: str, results: Audited) -> Table:
     """Shared memory is static + dynamic; warps are those of a multiprocessor, of how many it can have."""
-    table = _table(title, "kernel", "arch", "regs", "spills", "threads", "shared", "warps", *_LAST)
+    columns = ("kernel", "arch", "regs", "spills", "threads", "shared", "warps", *_LAST)
+    table = Table(title, columns, left=("kernel", "arch", *_LAST))
     for row, problems in results:
         name = row.kernel.replace("_kernel", "").replace(", ", ",")
         shared = f"{row.shared}+{'?' if row.dynamic is None else row.dynamic}"
         cells = (row.registers, _spills(row), row.launched or row.threads, shared, _warps([row]))
-        _line(table, bool(problems), name, row.arch, *cells, *_instructions([row.mix]))
+        table.add(name, row.arch, *cells, *_instructions([row.mix]), style="red" if problems else "")
     return table
 
 
-def triton_table(title: str, results: Audited):
+def triton_table(title: str, results: Audited) -> Table:
     """The worst of all variants; numbers of instructions are sums over them."""
-    table = _table(title, "kernel", "arch", "variants", "regs", "spills", "shared", "warps", *_LAST)
+    columns = ("kernel", "arch", "variants", "regs", "spills", "shared", "warps", *_LAST)
+    table = Table(title, columns, left=("kernel", "arch", *_LAST))
     for kernel, arch in dict.fromkeys((row.kernel, row.arch) for row, _ in results):
         rows = [r for r, _ in results if (r.kernel, r.arch) == (kernel, arch)]
         bad = any(problems for r, problems in results if (r.kernel, r.arch) == (kernel, arch))
-        _line(
-            table, bad, kernel, arch, len(rows), max(r.registers for r in rows), sum(map(_spills, rows)),
+        table.add(
+            kernel, arch, len(rows), max(r.registers for r in rows), sum(map(_spills, rows)),
             max(r.total_shared for r in rows), _warps(rows), *_instructions([r.mix for r in rows]),
+            style="red" if bad else "",
         )  # fmt: skip
     return table

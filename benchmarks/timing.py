@@ -102,10 +102,12 @@ def quiet():
 def interleave(
     entries: list[Entry], copies: int, *,
     seconds: float, min_repeats: int, max_repeats: int, often: tuple[str, ...] = (),
+    after: Callable[[float], None] = lambda share: None,
 ) -> int:  # fmt: skip
     """Run all entries in turn until ``seconds`` have passed and each has ``min_repeats``; returns the rounds.
 
-    Entries named in ``often`` (what the others are compared with) run twice a round, half a round apart.
+    Entries named in ``often`` (what the others are compared with) run twice a round, half a round apart. ``after`` is
+    told after each round which share of the whole that was.
     """
     order = list(entries)
     for entry in entries:
@@ -118,6 +120,8 @@ def interleave(
                 entry = order[(k + done) % len(order)]
                 entry.once((done + entry.shift) % copies)
             done += 1
+            gone = (time.perf_counter() - start) / max(seconds, 1e-9)
+            after(min(1.0, done / max(min_repeats, 1), max(gone, done / max_repeats)))
     return done
 
 

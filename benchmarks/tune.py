@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peftkern import doctor, tuned
+from peftkern.screen import Console
 
 from . import machine
 from .timing import quiet
@@ -83,17 +84,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     file = args.json or tuned.FOLDER / f"{tuned.slug(torch.cuda.get_device_name())}.json"
     started, rows, failed = time.perf_counter(), [], []
-    for job in work:
-        if time.perf_counter() - started > args.seconds:
-            break
-        try:
-            rows.append(measure(job, args.repeats))
-        except Exception as error:  # one problem that fails must not end the run
-            failed.append(f"{job}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-            print(f"not measured: {failed[-1]}", file=sys.stderr)
-        torch.cuda.empty_cache()
-        if len(rows) % 20 == 1:
-            write(file, table(rows, failed, len(work), started))
+    console = Console()
+    # What ends the run is the time or the list, whichever is over first.
+    with console.progress(len(work), limit=args.seconds) as progress:
+        for k, job in enumerate(work):
+            if time.perf_counter() - started > args.seconds:
+                break
+            progress.say(f"{k + 1} of {len(work)}: {job.op} {job.dtype} {job.M}x{job.N}x{job.K} R={job.R}")
+            try:
+                rows.append(measure(job, args.repeats))
+            except Exception as error:  # one problem that fails must not end the run
+                failed.append(f"{job}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                console.print(f"not measured: {failed[-1]}", style="red")
+            torch.cuda.empty_cache()
+            progress.advance()
+            if len(rows) % 5 == 1:
+                write(file, table(rows, failed, len(work), started))
     write(file, table(rows, failed, len(work), started))
     print(f"{len(rows)} of {len(work)} problems in {time.perf_counter() - started:.0f} s, {len(failed)} failed: {file}")
     return 1 if failed or not rows else 0
@@ -194,12 +200,16 @@ def interleaved(calls: dict[str, Callable[[int], object]], count: int, repeats: 
 def row(job: Job, found, times: dict[str, list[float]], not_run: dict[str, str], count: int) -> dict:
     """Medians, and which candidate is fastest. Raises ValueError if none that may be chosen was measured."""
     us = {name: round(statistics.median(t), 2) for name, t in times.items()}
+    quartiles = {
+        name: [round(q, 2) for q in statistics.quantiles(t, n=4)[::2]] for name, t in times.items() if len(t) > 1
+    }
     eligible = [c.label for c in found if c.eligible and c.label in us]
     best = next(c for c in found if c.label == fastest(us, eligible))
     return dataclasses.asdict(job) | {
         "choice": best.name,
         "config": dataclasses.asdict(best.config) if best.config else None,
         "us": us,
+        "quartiles_us": quartiles,
         "eligible": eligible,
         "over_composition": round(us[best.label] / us[COMPOSITION], 4) if COMPOSITION in us else None,
         "copies": count,

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 
+from peftkern.screen import Cell, Console, Table
+
 from . import static_audit
 from .case import DTYPES, short
 from .problem_sets import SETS, set_of
@@ -160,9 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             SETS[args.op].parse(name)
         except ValueError as error:
             _parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console()
     started, usable = time.perf_counter(), []
     asked = targets(args.backend, args.cpu_base, args.op, device)
     for target in asked:
@@ -228,21 +228,17 @@ def _chosen(args, target: Target) -> list[str]:
 
 
 def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[dict] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(work))
-        for target, name in work:
-            progress.update(task, description=f"{name} {target.name}")
+    with console.progress(len(work)) as progress:
+        for k, (target, name) in enumerate(work):
+            progress.say(f"{k + 1} of {len(work)}: {name} on {target.name}")
             with target.active():
                 own = check_one(target, name)
             bad = [r for r in own if not r["ok"]]
             if bad:
                 console.print(_failure(target, name, bad), style="red")
             rows += own
-            progress.advance(task)
+            progress.advance()
     return rows
 
 
@@ -309,22 +305,14 @@ def _failure(target: Target, name: str, bad: list[dict]) -> str:
     return f"FAILED {name} [{settings}]: {what}\n  {_problem(target, name)}\n  again: {again}"
 
 
-def _table(rows: list[dict]):
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(rows: list[dict]) -> Table:
     # dA0, dA1, ...: one column for the gradients of all adapters.
     def kind(row: dict) -> str:
         return row["output"].rstrip("0123456789")
 
     outputs = list(dict.fromkeys(map(kind, rows)))
-    table = Table(
-        title="worst error over its bound (1 is the limit)", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
-    )
-    table.add_column("back end", no_wrap=True)
-    for column in ("dtype", "prob-\nlems", *(o.replace("_", "\n") for o in outputs)):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("back end", "dtype", "prob-\nlems", *(o.replace("_", "\n") for o in outputs))
+    table = Table("worst error over its bound (1 is the limit)", columns, left=columns[:1])
     for backend in dict.fromkeys(r["backend"] for r in rows):
         for dtype in dict.fromkeys(r["dtype"] for r in rows if r["backend"] == backend):
             own = [r for r in rows if r["backend"] == backend and r["dtype"] == dtype]
@@ -333,8 +321,8 @@ def _table(rows: list[dict]):
                 mine = [r for r in own if kind(r) == output]
                 worst = max((math.inf if r["ratio"] is None else r["ratio"] for r in mine), default=None)
                 good = all(r["ok"] for r in mine)
-                cells.append(Text("" if worst is None else f"{worst:.2f}", style="" if good else "bold red"))
-            table.add_row(backend, dtype, str(len({r["problem"] for r in own})), *cells)
+                cells.append(Cell("" if worst is None else f"{worst:.2f}", "" if good else "bold red"))
+            table.add(backend, dtype, len({r["problem"] for r in own}), *cells)
     return table
 
 

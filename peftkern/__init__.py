@@ -27,5 +27,12 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            package = (error.name or "peftkern").partition(".")[0]
+            if package == "peftkern":
+                raise
+            command = f"pip install {package}"
+            raise ModuleNotFoundError(f"peftkern.{name} needs {package}: {command}", name=error.name) from None
     raise AttributeError(f"module 'peftkern' has no attribute {name!r}")

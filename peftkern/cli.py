@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing in ("", "peftkern"):
             raise
         print(
-            f"peftkern {args[0]}: the package {missing!r} is not installed; pip install 'peftkern[bench]'",
+            f"peftkern {args[0]}: the package {missing!r} is not installed: pip install {missing} "
+            "(or all that the commands need: pip install 'peftkern[bench]')",
             file=sys.stderr,
         )
         return 3

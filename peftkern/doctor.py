@@ -32,6 +32,11 @@ OTHER_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "TORCH_LOGS",
 )  # fmt: skip
 
+NO_EXTENSION = (
+    "no C++ compiler when peftkern was installed; install one (apt-get install g++), then peftkern again, "
+    "with pip install --force-reinstall --no-build-isolation --no-deps"
+)
+
 
 def versions() -> dict[str, str | None]:
     """Version of peftkern, Python and the packages that matter, None for those not installed."""
@@ -153,6 +158,12 @@ def report() -> dict:
     }
 
 
+def _no_cuda(build: dict) -> str:
+    if build["torch_cuda"] is None:
+        return "not built: torch is a CPU build"
+    return "not built: install peftkern again with PEFTKERN_CUDA=ON in the environment; needs nvcc and a C++ compiler"
+
+
 def text(found: dict) -> str:
     """The report as readable lines."""
     lines: list[str] = []
@@ -162,7 +173,8 @@ def text(found: dict) -> str:
         width = max((len(str(k)) for k in items), default=0)
         lines.extend(f"  {k:<{width}}  {v}" for k, v in items.items())
 
-    section("versions", {k: v or "not installed" for k, v in found["versions"].items()})
+    absent = {k: f"not installed: pip install {k}" for k in found["versions"]}
+    section("versions", {k: v or absent[k] for k, v in found["versions"].items()})
     c = dict(found["cpu"])
     c["features"] = " ".join(c["features"]) or "none of " + " ".join(FEATURES)
     c["model_id"] = "{}, family {}, model {}".format(*c["model_id"]) if c["model_id"] else "unknown"
@@ -173,8 +185,8 @@ def text(found: dict) -> str:
     section(
         "build",
         {
-            "C++ kernels": b["extension"] or "not built (no compiler at installation, or not installed)",
-            "CUDA kernels": "built" if b["cuda_kernels"] else "not built",
+            "C++ kernels": b["extension"] or f"not built: {NO_EXTENSION}",
+            "CUDA kernels": "built" if b["cuda_kernels"] else _no_cuda(b),
             "torch's CUDA": b["torch_cuda"] or "none (CPU build)",
         },
     )

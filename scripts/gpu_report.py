@@ -20,6 +20,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 WORST, REASONS = 12, 15
+STAGES = ("build", "tests", "tune", "bench")
 NOT_RUN = "GPU tests, timing of candidates, timing against peers: no GPU, or a dry run"
 
 
@@ -60,7 +61,7 @@ def tests(junit: Path) -> dict:
     skips: collections.Counter = collections.Counter()
     failures, rows = [], []
     if not junit.stat().st_size:
-        return dict(counts={}, failures=[dict(name="pytest", message="wrote no results")], skips={}, rows=[])
+        return lines_of_pytest(Path(f"{junit}.said"))
     for case in ElementTree.parse(junit).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         bad = [e for e in case if e.tag in ("failure", "error")]
@@ -77,6 +78,22 @@ def tests(junit: Path) -> dict:
     if not counts:
         failures.append(dict(name="pytest", message="ran no test"))
     return dict(counts=dict(counts), failures=failures, skips=dict(skips.most_common()), rows=rows)
+
+
+def lines_of_pytest(said: Path) -> dict:
+    """What is left of a pytest that was killed: a line for every test that had ended, by itself or in one of several
+    processes (``said``: its output with -v)."""
+    counts: collections.Counter = collections.Counter()
+    failures = []
+    words = {"PASSED": "passed", "SKIPPED": "skipped", "XFAIL": "skipped", "FAILED": "failed", "ERROR": "failed"}
+    for line in said.read_text().splitlines() if said.is_file() else ():
+        one = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )(\w+) (\S*::.*\S)|(\S*::.*\S) (\w+) +(?:\(.*\) +)?\[ *\d+%\]", line)
+        if one and (word := words.get(one[1] or one[4])):
+            counts[word] += 1
+            if word == "failed":
+                failures.append(dict(name=one[2] or one[3], message="see log"))
+    failures.append(dict(name="pytest", message="was killed before it wrote its results; some test may hang"))
+    return dict(counts=dict(counts), failures=failures, skips={}, rows=[])
 
 
 def plan(op: str) -> dict:

@@ -2,11 +2,14 @@
 # All that a machine with an NVIDIA GPU is needed for, in under ten minutes and without a network: builds the package for
 # this GPU, runs tests/gpu, tunes, benchmarks, and sums up with the worst rows last.
 #
-# Usage: scripts/gpu_validate.sh OUTDIR [--only build|tests|tune|bench] [--dry-run]
+# Usage: scripts/gpu_validate.sh OUTDIR [--only STAGE[,STAGE...] [STAGE...]] [--dry-run]
+#
+# The stages are build, tests, tune and bench. Two calls do everything, with a look at the first result between them:
+# --only build tests ends within 5 minutes, --only tune bench within 4. What a stage that is cut off had done is kept.
 #
 # OUTDIR gets log, one JSON a stage (bench: two) and summary.json. A stage that ended well is not run again until a
-# source changes; --only runs that one in any case. A stage that fails does not stop those after it, except build; the
-# exit status is 0 only if none failed. Without a GPU, or with --dry-run, nothing is timed: it builds (or takes the build
+# source changes; --only runs the named ones in any case. A stage that fails does not stop those after it, except build;
+# the exit status is 0 only if none failed. Without a GPU, or with --dry-run, nothing is timed: it builds (or takes the build
 # that is there), collects the GPU tests, holds the simulator to the golden vectors, and plans tuning and benchmark.
 # PYTHON names the interpreter (default python3); it needs torch, pytest, pybind11, cmake and ninja.
 set -eu
@@ -24,10 +27,17 @@ usage() {
   exit 2
 }
 
-# Seconds that a stage may take, 570 in all; without a GPU there is no hurry.
+# Seconds that a stage may take: the least of its own and of what the stage before has left of the two stages' time
+# (build and tests, tune and bench). Without a GPU there is no hurry.
 limit() {
-  local seconds
-  case $1 in build) seconds=120 ;; tests) seconds=200 ;; tune) seconds=90 ;; bench) seconds=160 ;; esac
+  local seconds both
+  case $1 in
+    build) seconds=150 both=275 ;;
+    tests) seconds=225 both=275 ;;
+    tune) seconds=85 both=220 ;;
+    bench) seconds=170 both=220 ;;
+  esac
+  if [ "$seconds" -gt $((both - SPENT)) ]; then seconds=$((both - SPENT)); fi
   echo $((seconds * (1 + 7 * DRY)))
 }
 
@@ -73,6 +83,8 @@ stage_build() {
       export PEFTKERN_CUDA_ARCHITECTURES PEFTKERN_CUDA=ON
     fi
     rm -rf "$LINKS"
+    # Objects stay: a build that was cut off goes on where it was.
+    export PEFTKERN_BUILD_DIR=$ROOT/build/validate
     "$PYTHON" -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e . || in_place
     use_links
     imports
@@ -90,19 +102,20 @@ workers() {
 
 stage_tests() {
   local junit status=0
+  set -o pipefail
   junit=$(mktemp)
-  # Interrupted in time, pytest still writes what it has.
+  # Interrupted in time, pytest still writes what it has, unless a kernel hangs; its lines are there in any case.
   if [ "$DRY" = 1 ]; then
     "$PYTHON" -m pytest -q -p no:cacheprovider --collect-only tests/gpu >"$junit.collected" || status=$?
     tail -n 1 "$junit.collected"
     "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$junit" tests/sim/test_golden.py -k "not nvcc" || status=$?
   else
     # shellcheck disable=SC2046
-    timeout -s INT -k 10 $(($(limit tests) - 15)) "$PYTHON" -m pytest -q -p no:cacheprovider --durations 15 \
-      $(workers) --junitxml "$junit" -o junit_family=xunit1 tests/gpu || status=$?
+    timeout -s INT -k 15 $((LIMIT - 20)) "$PYTHON" -m pytest -v -p no:cacheprovider --durations 15 \
+      $(workers) --junitxml "$junit" -o junit_family=xunit1 tests/gpu | tee "$junit.said" || status=$?
   fi
   report tests "$junit" "$OUT/tests.json" || status=1
-  rm -f "$junit" "$junit.collected"
+  rm -f "$junit" "$junit.collected" "$junit.said"
   return "$status"
 }
 
@@ -112,8 +125,9 @@ stage_tune() {
     "$PYTHON" -m peftkern bench --tune --dry-run --json "$OUT/tune.json"
     return
   fi
-  "$PYTHON" -m peftkern bench --tune --seconds $(($(limit tune) - 25)) --json "$OUT/tune.json" || status=1
-  # The benchmark after this chooses by it.
+  timeout -k 5 $((LIMIT - 10)) "$PYTHON" -m peftkern bench --tune --seconds $((LIMIT - 25)) --json "$OUT/tune.json" ||
+    status=1
+  # The benchmark after this chooses by it, by a part as well.
   report install "$OUT/tune.json" || status=1
   return "$status"
 }
@@ -125,7 +139,7 @@ stage_bench() {
     return
   fi
   # The sizes that limits are stated on, and no more than half of the time for them. Both files grow block by block.
-  timeout -k 10 $(($(limit bench) / 2)) "$PYTHON" -m peftkern bench --op lora_linear --preset gpu --seconds 2.5 \
+  timeout -k 10 $((LIMIT / 2)) "$PYTHON" -m peftkern bench --op lora_linear --preset gpu --seconds 2.5 \
     --shape 8192,4096,4096 8192,4096,14336 --json "$OUT/bench.json" || status=1
   "$PYTHON" -m peftkern bench --op multi_lora_linear --preset gpu --seconds 1.5 --json "$OUT/decode.json" || status=1
   return "$status"
@@ -135,22 +149,29 @@ stage_bench() {
 inside() {
   cd "$ROOT"
   use_links
+  if [ "$1" != build ] && ! imports; then
+    echo "peftkern is not built here: --only build" >&2
+    return 1
+  fi
   "stage_$1"
 }
 
 run_stage() {
   local name=$1 started=$SECONDS status=0
-  printf '== %s (at most %s s)\n' "$name" "$(limit "$name")"
-  timeout -k 15 "$(limit "$name")" bash "$SELF" --inside "$name" "$OUT" "$DRY" "$DEVICE" || status=$?
-  [ "$status" != 124 ] || echo "$name: out of time"
+  LIMIT=$(limit "$name")
+  printf '== %s (at most %s s)\n' "$name" "$LIMIT"
+  timeout -k 5 "$LIMIT" bash "$SELF" --inside "$name" "$OUT" "$DRY" "$DEVICE" "$LIMIT" || status=$?
+  [ "$status" != 124 ] || echo "$name: out of time; what it had done is kept"
   report stage "$OUT" "$name" "$status" $((SECONDS - started)) "$KEY"
+  SPENT=$((SECONDS - started))
   return "$status"
 }
 
 run_all() {
   local failed=0
   for name in $STAGES; do
-    if [ -n "$ONLY" ] && [ "$ONLY" != "$name" ]; then continue; fi
+    case " ${ONLY:-$STAGES} " in *" $name "*) ;; *) continue ;; esac
+    case $name in build | tune) SPENT=0 ;; esac
     if [ -z "$ONLY" ] && report current "$OUT" "$name" "$KEY"; then
       echo "== $name: done before, nothing has changed"
     elif ! run_stage "$name"; then
@@ -171,11 +192,26 @@ trim() {
   fi
 }
 
+# Whether a word is a stage, or several with commas between them.
+stages() {
+  local name
+  [ -n "${1//,/}" ] || return 1
+  for name in ${1//,/ }; do
+    case " $STAGES " in *" $name "*) ;; *) return 1 ;; esac
+  done
+}
+
 main() {
-  OUT="" ONLY="" DRY=0
+  OUT="" ONLY="" DRY=0 SPENT=0
   while [ $# -gt 0 ]; do
     case $1 in
-      --only) [ $# -gt 1 ] || usage; ONLY=$2; shift ;;
+      --only)
+        [ $# -gt 1 ] && stages "$2" || usage
+        while [ $# -gt 1 ] && stages "$2"; do
+          ONLY="$ONLY ${2//,/ }"
+          shift
+        done
+        ;;
       --dry-run) DRY=1 ;;
       -*) usage ;;
       *) [ -z "$OUT" ] || usage; OUT=$1 ;;
@@ -183,7 +219,6 @@ main() {
     shift
   done
   [ -n "$OUT" ] || usage
-  case " $STAGES  " in *" $ONLY "*) ;; *) usage ;; esac
   mkdir -p "$OUT"
   OUT=$(cd "$OUT" && pwd)
   DEVICE=$(device)
@@ -193,15 +228,16 @@ main() {
   fi
   KEY=$(key)
   local status=0
-  { run_all || echo failed >"$OUT/.failed"; } 2>&1 | tee -a "$OUT/log"
-  if [ -e "$OUT/.failed" ]; then status=1; fi
-  rm -f "$OUT/.failed"
+  set -o pipefail
+  run_all 2>&1 | tee -a "$OUT/log" || status=1
+  # What a writer that was killed has left.
+  rm -f "$OUT"/*.tmp
   trim "$OUT/log"
   return "$status"
 }
 
 if [ "${1:-}" = --inside ]; then
-  OUT=$3 DRY=$4 DEVICE=$5
+  OUT=$3 DRY=$4 DEVICE=$5 LIMIT=$6
   inside "$2"
 else
   main "$@"

@@ -41,6 +41,7 @@ HEIGHT = {
     "peftkern._C": 2,
     "peftkern.tuned": 2,
     "peftkern.problem": 1,
+    "peftkern.screen": 1,
     "peftkern.settings": 1,
     "peftkern._version": 0,
 }
@@ -51,9 +52,9 @@ THIRD_PARTY = {
     "triton": ("peftkern.kernels", "peftkern.backends.triton", "peftkern.doctor", "peftkern.benchmarks"),
     "packaging": ("peftkern.integrations",),
     "safetensors": ("peftkern.integrations",),
-    "rich": ("peftkern.demo", "peftkern.benchmarks", "peftkern.doctor"),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),
+    "polylora": ("peftkern.benchmarks.peer_polylora",),
 }
 # Ops without a benchmark of their own, and why.
 NO_BENCHMARK = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_x" name="test_t"><skipped message="no nvcc"/></testcase>
 <testcase classname="tests.gpu.test_x" name="test_e"><error message="boom"/></testcase>
 </testsuite></testsuites>"""
+
+
+# All that may come out: at most eight files.
+FILES = {f"{n}.json" for n in ("build", "tests", "tune", "bench", "decode", "summary")} | {"log"}
 
 
 def run(out: Path, *arguments: str, python: str = sys.executable) -> tuple[int, str]:
@@ -66,7 +71,7 @@ def test_dry_run(tmp_path):
         "== bench",
     ]
     files = {p.name: p.stat().st_size for p in out.iterdir()}
-    assert set(files) == {f"{n}.json" for n in ("build", "tests", "tune", "bench", "decode", "summary")} | {"log"}
+    assert set(files) == FILES
     assert max(files.values()) < 1_000_000
     summary = json.loads((out / "summary.json").read_text())
     assert (
@@ -86,7 +91,11 @@ def test_dry_run(tmp_path):
     assert status == 0 and "== tune (" in said and "done before" not in said and "== tests" not in said
 
 
-@pytest.mark.parametrize("arguments", [(), ("a", "b"), ("a", "--only"), ("a", "--only", "everything"), ("a", "--fast")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("a", "b"), ("a", "--only"), ("a", "--only", "everything"), ("a", "--fast"), ("a", "--only", "build,all"),
+     ("a", "--only", ","), ("--only", "build", "tests"), ("a", "--only", "--dry-run")],
+)  # fmt: skip
 def test_wrong_use(tmp_path, arguments):
     done = subprocess.run(
         [SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHON": sys.executable}
@@ -95,10 +104,46 @@ def test_wrong_use(tmp_path, arguments):
     assert not list(tmp_path.iterdir())
 
 
-def test_limits_are_under_ten_minutes():
-    import re
+@pytest.mark.parametrize(
+    "arguments, stages",
+    [
+        (("--only", "tests", "build"), ["build", "tests"]),
+        (("--only", "tune,bench"), ["tune", "bench"]),
+        (("--only", "tune,build", "bench", "--dry-run"), ["build", "tune", "bench"]),
+        (("--only", "tests"), ["tests"]),
+        ((), ["build", "tests", "tune", "bench"]),
+    ],
+)
+def test_only_takes_several_stages(tmp_path, arguments, stages):
+    """With a Python that does nothing: which stages are run, in what order, and what comes out."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    real = "*gpu_report.py\\ stage*|*gpu_report.py\\ current*|*gpu_report.py\\ summary*"
+    python.write_text(f'#!/bin/sh\ncase "$*" in {real}) exec {sys.executable} "$@" ;; esac\n')
+    python.chmod(0o755)
+    status, said = run(out, *arguments, python=str(python))
+    ran = [line.split()[1] for line in said.splitlines() if line.startswith("== ")]
+    assert ran == stages, said
+    assert set(json.loads((out / "summary.json").read_text())["stages"]) == set(stages)
+    assert {p.name for p in out.iterdir()} <= FILES
 
-    assert sum(map(int, re.findall(r"seconds=(\d+)", SCRIPT.read_text()))) < 600
+
+def _limits(*, dry: int = 0, **spent: int) -> dict[str, int]:
+    """The limit of each stage; ``spent``: seconds that the one before it took."""
+    function = re.search(r"^limit\(\) \{.*?^\}", SCRIPT.read_text(), re.M | re.S)[0]
+    calls = "; ".join(f"SPENT={spent.get(name, 0)}; limit {name}" for name in report.STAGES)
+    done = subprocess.run(["bash", "-c", f"DRY={dry}\n{function}\n{calls}"], capture_output=True, text=True, check=True)
+    return dict(zip(report.STAGES, map(int, done.stdout.split())))
+
+
+def test_two_calls_of_five_and_four_minutes():
+    """Each stage is killed 5 s after its limit at the latest; beside them there are 15 s for the script itself."""
+    alone = _limits()
+    for first, second, seconds in (("build", "tests", 300), ("tune", "bench", 240)):
+        for took in (0, 20, alone[first] // 2, alone[first] + 5):
+            left = _limits(**{second: took})[second]
+            assert 60 <= left <= alone[second] and took + left + 5 + 10 <= seconds
+    assert sum(alone[name] for name in ("build", "tests")) > 275  # what one does not need the other may take
+    assert _limits(dry=1) == {name: 8 * seconds for name, seconds in alone.items()}
 
 
 def test_results_of_pytest(tmp_path):
@@ -111,6 +156,22 @@ def test_results_of_pytest(tmp_path):
     for nothing in ("", "<testsuites/>"):
         file.write_text(nothing)
         assert report.tests(file)["failures"]
+
+
+def test_what_a_killed_pytest_had_done_is_kept(tmp_path):
+    """A kernel that hangs: no JUnit file, but the lines of the tests before it."""
+    file = tmp_path / "junit.xml"
+    file.write_text("")
+    Path(f"{file}.said").write_text(
+        "[gw0] [  1%] PASSED tests/gpu/test_a.py::test_x[a b-1] \n[gw11] [  2%] FAILED tests/gpu/test_a.py::test_y \n"
+        "[gw1] [  3%] SKIPPED tests/gpu/test_a.py::test_z \ntests/gpu/test_a.py::test_v PASSED    [ 17%]\n"
+        "tests/gpu/test_a.py::test_s SKIPPED (no nvcc)     [ 27%]\ntests/gpu/test_a.py::test_w "
+    )
+    found = report.tests(file)
+    assert found["counts"] == dict(passed=2, failed=1, skipped=2)
+    assert (
+        found["failures"][0]["name"] == "tests/gpu/test_a.py::test_y" and "may hang" in found["failures"][1]["message"]
+    )
 
 
 def test_stamps(tmp_path):

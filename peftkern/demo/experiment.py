@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
 
+from peftkern import doctor
 from peftkern.integrations.hf_peft import accelerate
 
 from .corpus import Corpus
 from .measure import copy_adapter, reload_difference, retrieval_accuracy, saved_bytes
 from .model import Tokenizer, lora_model
-from .train import Batch, Trainer, batches, step_times, train_in_turn
+from .train import Timing, Trainer, batches, step_times, train_in_turn
 
 # Seconds of training that one run may take. Stock bf16 needs minutes per step on a CPU without bf16 instructions.
 FUSED_SECONDS = 35.0
 STOCK_SECONDS = {"fp32": 35.0, "bf16": 12.0}
+# What the parts take, roughly: for the time left.
+TRAINING_SECONDS, ACCURACY_SECONDS, RELOAD_SECONDS, REST_SECONDS = 40.0, 10.0, 4.0, 12.0
 SMALL_BATCH, SMALL_STEPS, SMALL_SECONDS = 2, 5, 15.0
 EQUAL_STEPS = 4
 RELOADED_TEXTS = 32
@@ -36,7 +38,7 @@ class Side:
 
 @dataclass
 class Result:
-    """One dtype's comparison. ``timed`` are the medians (stock, fused) in seconds, ``timed_pairs`` the batch size."""
+    """One dtype's comparison. ``timings``: at the size of the training's batches, and maybe at a smaller one."""
 
     dtype: str
     steps: int
@@ -45,16 +47,17 @@ class Result:
     fused: Side
     reload_difference: float
     accelerated_layers: int
-    timed: tuple[float, float] | None
-    timed_pairs: int
+    timings: list[Timing]
     notes: list[str] = field(default_factory=list)
 
 
 def machine() -> str:
     """The CPU, its vector extension and the versions that the figures depend on."""
+    found, cpu = doctor.versions(), doctor.cpu()
+    names = ("torch", "peft", "transformers", "peftkern")
     return (
-        f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
+        f"{cpu['model']} ({cpu['torch_isa']}), {torch.get_num_threads()} threads, Python {found['python']}, "
+        f"{', '.join(f'{name} {found[name]}' for name in names)}"
     )
 
 
@@ -74,12 +77,14 @@ def compare(
     tokenizer: Tokenizer,
     size: int,
     steps: int,
-    say: Callable[..., None] = lambda what, detail="": None,
+    say: Callable[..., None] = lambda what, seconds=None, share=0.0: None,
 ) -> Result:
-    """Train both models for ``steps`` steps of ``size`` pairs, within the time limits above, and measure.
+    """Train both models for ``steps`` steps of ``size`` pairs, within the time limits above, and measure. ``say`` is told of
+    each part with the seconds that it may take, and then of the share of it that is done.
 
     Accuracies of both are those of the trained adapter in stock PEFT on the fp32 model: the same judge for all.
     """
+    say(f"{name}: two models, bytes saved for backward", 5.0)
     data = batches(corpus.train, tokenizer, size, steps)
     stock_model, fused_model, layers = _pair(dtype)
     saved = saved_bytes(stock_model, data[0]), saved_bytes(fused_model, data[0])
@@ -87,11 +92,11 @@ def compare(
     stock = Trainer(stock_model, STOCK_SECONDS[name])
     fused = Trainer(fused_model, FUSED_SECONDS)
     phase = f"{name}: training, stock and accelerated in turn"
-    say(phase)
+    say(phase, TRAINING_SECONDS)
     for k in train_in_turn(stock, fused, data):
-        say(phase, f", step {k + 1} of {steps}")
+        say(f"{phase}, step {k + 1} of {steps}", share=(k + 1) / steps)
 
-    say(f"{name}: held-out accuracy")
+    say(f"{name}: held-out accuracy", ACCURACY_SECONDS)
     judge = lora_model(torch.float32)
 
     def accuracy(model: PeftModel) -> float:
@@ -103,7 +108,7 @@ def compare(
     # An adapter without a step is the untrained one.
     after_stock = accuracy(stock_model) if stock.losses else None
 
-    say(f"{name}: reloading the adapter into stock PEFT")
+    say(f"{name}: reloading the adapter into stock PEFT", RELOAD_SECONDS)
     texts = [pair.text for pair in corpus.held_out[:RELOADED_TEXTS]]
     result = Result(
         dtype=name,
@@ -113,26 +118,21 @@ def compare(
         fused=Side(fused.losses, fused.seconds, saved[1], after_fused),
         reload_difference=reload_difference(fused_model, dtype, tokenizer, texts),
         accelerated_layers=layers,
-        timed=step_times(stock, fused),
-        timed_pairs=size,
+        timings=[step_times(stock, fused, size)],
     )
     for label, trainer, limit in (("stock", stock, STOCK_SECONDS[name]), ("peftkern", fused, FUSED_SECONDS)):
         if len(trainer.losses) < steps:
             result.notes.append(f"{name} {label}: {len(trainer.losses)} of {steps} steps in its {limit:.0f} s")
-    if result.timed is None and steps >= 3:
-        say(f"{name}: step time at {SMALL_BATCH} pairs")
-        _time_small(result, batches(corpus.train, tokenizer, SMALL_BATCH, SMALL_STEPS), stock_model, fused_model)
     return result
 
 
-def _time_small(result: Result, data: list[Batch], stock_model: PeftModel, fused_model: PeftModel) -> None:
-    """Where stock cannot finish enough full steps, both are timed on small ones."""
+def small_steps(dtype: torch.dtype, corpus: Corpus, tokenizer: Tokenizer) -> Timing:
+    """Steps of few pairs: what a dtype is timed on whose full steps stock cannot finish, and the others beside it."""
+    stock_model, fused_model, _ = _pair(dtype)
     stock, fused = Trainer(stock_model, SMALL_SECONDS), Trainer(fused_model, SMALL_SECONDS)
-    for _ in train_in_turn(stock, fused, data):
+    for _ in train_in_turn(stock, fused, batches(corpus.train, tokenizer, SMALL_BATCH, SMALL_STEPS)):
         pass
-    result.timed, result.timed_pairs = step_times(stock, fused), SMALL_BATCH
-    if result.timed is None:
-        result.notes.append(f"{result.dtype}: too slow to time, {SMALL_BATCH} pairs a step and {SMALL_SECONDS:.0f} s")
+    return step_times(stock, fused, SMALL_BATCH)
 
 
 def losses_without_dropout(corpus: Corpus, tokenizer: Tokenizer, size: int) -> float:

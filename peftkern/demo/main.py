@@ -14,11 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from peftkern.benchmarks.interference import Meter
+from peftkern.screen import Console
 
 from .corpus import Corpus, collect
-from .experiment import EQUAL_STEPS, Result, compare, losses_without_dropout, machine
+from .experiment import (
+    ACCURACY_SECONDS,
+    EQUAL_STEPS,
+    RELOAD_SECONDS,
+    REST_SECONDS,
+    SMALL_BATCH,
+    TRAINING_SECONDS,
+    Result,
+    compare,
+    losses_without_dropout,
+    machine,
+    small_steps,
+)
 from .model import DROPOUT, RANK, Tokenizer, weights
 from .report import plot, print_table
 
@@ -47,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code (3: the model's weights are not installed)."""
     args = _parse(argv)
     start = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console = Console()
     try:
         weights()
     except ModuleNotFoundError as error:
@@ -57,20 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
 
-    console.print(f"[bold]peftkern demo[/] on {machine()}")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("reading the standard library")
+    console.print(f"peftkern demo on {machine()}", style="bold")
+    meter = Meter()
+    names = list(DTYPES) if args.dtype == "both" else [args.dtype]
+    expected = len(names) * (TRAINING_SECONDS + ACCURACY_SECONDS + RELOAD_SECONDS) + REST_SECONDS
+    with console.progress(expected, prior=expected / 10) as progress:
+        part = 0.0
 
-        def say(what: str, detail: str = "") -> None:
-            progress.update(task, description=f"{what}{detail}")
-            # A log gets a line for each phase, a terminal the step within it as well.
-            if not console.is_terminal and not detail:
-                console.print(f"  {time.perf_counter() - start:5.0f} s  {what}")
+        def say(what: str, seconds: float | None = None, share: float = 0.0) -> None:
+            nonlocal part
+            if seconds is not None:
+                progress.advance(part)
+                part = seconds
+            progress.say(what, share * part)
 
+        say("reading the standard library")
         corpus = collect(*((256, 64) if args.quick else (4096, 320)))
         size = 8 if args.quick else 32
-        names = list(DTYPES) if args.dtype == "both" else [args.dtype]
         results, difference = _experiments(corpus, size, args.steps, names, say)
 
     console.print(
@@ -79,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print_table(console, results, difference)
     if args.png is not None:
-        plot(results, args.png)
+        plot(results, args.png, machine(), meter.cores())
         console.print(f"picture: {args.png}")
     console.print(f"total time: {time.perf_counter() - start:.0f} s")
     return 0
@@ -88,5 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _experiments(corpus: Corpus, size: int, steps: int, dtypes: list[str], say) -> tuple[list[Result], float]:
     tokenizer = Tokenizer()
     results = [compare(name, DTYPES[name], corpus, tokenizer, size, steps, say) for name in dtypes]
-    say(f"{EQUAL_STEPS} steps without dropout")
+    if steps >= 3 and any(result.timings[0].ratio is None for result in results):
+        # Then every dtype is timed on small steps, so that like stands beside like.
+        for result in results:
+            say(f"{result.dtype}: step time at {SMALL_BATCH} pairs", 0.0)
+            result.timings.append(small_steps(DTYPES[result.dtype], corpus, tokenizer))
+    say(f"{EQUAL_STEPS} steps without dropout", REST_SECONDS)
     return results, losses_without_dropout(corpus, tokenizer, size)

@@ -124,12 +124,22 @@ def train_in_turn(first: Trainer, second: Trainer, data: list[Batch]) -> Iterato
         yield k
 
 
-def step_times(stock: Trainer, fused: Trainer) -> tuple[float, float] | None:
-    """Median seconds per step of each over the steps that both finished, the first (warm-up) left out.
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of steps of ``pairs`` pairs by stock PEFT and by peftkern; a side that was too slow to time has none."""
 
-    None if fewer than two such steps exist.
-    """
+    pairs: int
+    stock: list[float]
+    fused: list[float]
+
+    @property
+    def ratio(self) -> float | None:
+        """Median of stock over that of peftkern, None where one is missing."""
+        return median(self.stock) / median(self.fused) if self.stock and self.fused else None
+
+
+def step_times(stock: Trainer, fused: Trainer, pairs: int) -> Timing:
+    """The steps that both finished, the first (warm-up) left out; where those are fewer than two, each side's own."""
     both = min(len(stock.seconds), len(fused.seconds))
-    if both < 3:
-        return None
-    return median(stock.seconds[1:both]), median(fused.seconds[1:both])
+    sides = [t.seconds[1 : both if both > 2 else None] for t in (stock, fused)]
+    return Timing(pairs, *(seconds if len(seconds) > 1 else [] for seconds in sides))

@@ -9,13 +9,12 @@ import pytest
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import registry
 
-pytest.importorskip("rich")
 pytest.importorskip("peft")
 
 REQUIRED = {
     "op", "device", "dtype", "adapter_dtype", "M", "N", "K", "R", "dropout", "provider", "pass", "median_ms",
     "ratio_to_base", "ratio_to_fp32_base", "floor_ratio", "bytes_bound_fraction", "min_ms", "p25_ms", "p75_ms",
-    "repeats", "skipped",
+    "repeats", "skipped", "others_cores",
 }  # fmt: skip
 HEADER = {"versions", "device", "cpu", "threads", "settings", "commit", "date", "copy_gb_per_s", "base_products"}
 TINY = ["--device", "cpu", "--shape", "24,40,32", "--rank", "4", "--seconds", "0.05", "--repeats", "5"]
@@ -30,6 +29,34 @@ def result(tmp_path_factory):
     assert command.main(argv) == 0
     assert len(list(folder.glob("*.png"))) == 4
     return json.loads((folder / "r.json").read_text())
+
+
+def test_progress_says_what_is_done_and_how_long_the_rest_takes(monkeypatch, capsys):
+    monkeypatch.setattr("peftkern.screen.LOG_SECONDS", 0.0)
+    argv = [
+        *TINY,
+        "--dtype",
+        "fp32",
+        "--rank",
+        "4",
+        "2",
+        "--dropout",
+        "0",
+        "--provider",
+        "addmm",
+        "peftkern",
+        "--no-gate",
+    ]
+    assert command.main(argv) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if " gone, about " in line]
+    assert any("1 of 2: fp32 24x40x32 R=4: warming up peftkern" in line for line in lines)
+    assert any("2 of 2: fp32 24x40x32 R=2: timing all in turn" in line for line in lines) and "100%" in lines[-1]
+    shares = [int(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares) and len(set(shares)) > 10
+    # The table has the spread of every time.
+    row = next(line for line in out.splitlines() if line.split()[:2] == ["24x40x32", "4"])
+    assert row.count("±") == 3 and "quartiles of the rounds" in out
 
 
 def test_rows_are_complete(result):

@@ -14,8 +14,6 @@ from peftkern.benchmarks import bench, gpu, launches, machine, report
 from peftkern.benchmarks.candidates import LINEAR, NOT_HERE
 from peftkern.benchmarks.registry import OPS
 
-pytest.importorskip("rich")
-
 
 def test_smi_answer():
     found = gpu.parse("570.86.15, 345, 2619, 1980, 2619, 70.21, 700.00, 31, P0\n")

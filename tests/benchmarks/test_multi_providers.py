@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def _build(name, case, copies=1):
     provider = multi_lora_linear.PROVIDERS[name]
     if provider.missing():
         pytest.skip(provider.missing())
+    if name == "polylora":
+        case = dataclasses.replace(case, phase="decode")
+    if reason := provider.unusable(case):
+        pytest.skip(reason)
     data = make_data(case, copies)
     return data, provider.build(case, data)
 
@@ -121,7 +126,8 @@ def test_dropout_acts(name):
 
 
 def test_what_only_serves_has_no_graph_in_training():
-    for name in ("gather", "peft", "peftkern_bank", "sgmv"):
+    serving = ["gather", "peft", "peftkern_bank", "sgmv"]
+    for name in [*serving, "polylora"] if importlib.util.find_spec("polylora") else serving:
         assert not _build(name, CASE)[1].forward(0).requires_grad
     assert _build("peftkern", CASE)[1].forward(0).requires_grad
 

@@ -8,8 +8,6 @@ import pytest
 
 from peftkern.benchmarks import bench, judge, rerun
 
-pytest.importorskip("rich")
-
 
 @pytest.fixture
 def file(tmp_path):

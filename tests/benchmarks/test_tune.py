@@ -232,7 +232,7 @@ def test_the_whole_run_with_a_made_up_clock(monkeypatch, tmp_path, capsys):
     assert {r["choice"] for r in json.loads(file.read_text())["rows"]} == {"epilogue"}
     monkeypatch.setattr(tune, "measure", lambda job, repeats: 1 / 0)
     assert tune.main(["--json", str(file)]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert "ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_a_candidate_that_cannot_run_says_why(monkeypatch):

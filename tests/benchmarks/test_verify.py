@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 from peftkern.benchmarks import verify
 from peftkern.testing import accuracy
-
-pytest.importorskip("rich")
 
 
 @pytest.fixture
@@ -188,3 +187,11 @@ def test_bad_names(name):
 def test_a_back_end_that_is_asked_for_but_not_usable_is_an_error(monkeypatch):
     monkeypatch.setattr(verify.Target, "reason", lambda self: "for this test")
     assert verify.main(["--problems", "1", "--backend", "cpu"]) == 1
+
+
+def test_verify_needs_no_package_for_its_text(monkeypatch, capsys):
+    """Plain text, with progress, where rich is not installed."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert verify.main(["--device", "cpu", "--problems", "3", "--backend", "reference", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert "worst error over its bound" in out and " gone" in out and "0 failures" in out and "\x1b" not in out

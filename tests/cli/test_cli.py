@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import peftkern
 from peftkern import __version__, cli
 
 
@@ -27,13 +28,26 @@ def test_wrong_use_is_2(argv, capsys):
     assert "usage" in "".join(capsys.readouterr())
 
 
-def test_missing_optional_package_is_named(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "module, package", [("peft.tuners", "peft"), ("matplotlib", "matplotlib"), ("rich.console", "rich")]
+)
+def test_a_missing_package_is_named_with_the_command_that_mends_it(monkeypatch, capsys, module, package):
     def absent(name):
-        raise ModuleNotFoundError("No module named 'rich'", name="rich.console")
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr(cli.importlib, "import_module", absent)
     assert cli.main(["bench"]) == 3
-    assert "'rich' is not installed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{package!r} is not installed: pip install {package} (" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["accelerate", "restore", "Report"])
+def test_names_that_need_peft_say_how_to_get_it(monkeypatch, name):
+    for module in [m for m in sys.modules if m.partition(".")[0] == "peft" or m.startswith("peftkern.integrations")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=f"^peftkern.{name} needs peft: pip install peft$"):
+        getattr(peftkern, name)
 
 
 def test_a_missing_part_of_peftkern_is_not_blamed_on_the_user(monkeypatch):

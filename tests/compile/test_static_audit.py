@@ -11,7 +11,6 @@ import pytest
 
 from peftkern.benchmarks import static_bounds, static_cubin, static_cuda, static_launches, static_nvcc, verify
 
-pytest.importorskip("rich")
 SCALE = Path(__file__).with_name("kernels") / "scale.cu"
 pytestmark = [
     pytest.mark.skipif(static_cubin.unavailable() is not None, reason=str(static_cubin.unavailable())),

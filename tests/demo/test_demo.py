@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import math
+import types
 
 import pytest
 import torch
-from rich.console import Console
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
 # They import both.
+from peftkern.benchmarks.figure import Figure  # noqa: E402
 from peftkern.demo import experiment, main, measure, model, report, train  # noqa: E402
+from peftkern.screen import Console  # noqa: E402
+
+save = Figure.save
 
 
 class TinyTokenizer:
@@ -70,8 +75,8 @@ def test_two_equal_models_trained_in_turn_stay_equal(tiny, data):
     a, b = train.Trainer(tiny), train.Trainer(other)
     assert list(train.train_in_turn(a, b, data)) == list(range(6))
     assert a.losses == b.losses and len(set(a.losses)) == 6
-    first, second = train.step_times(a, b)
-    assert first > 0 and second > 0
+    timing = train.step_times(a, b, 4)
+    assert len(timing.stock) == len(timing.fused) == 5 and timing.ratio > 0
 
 
 def test_a_step_out_of_time_is_broken_off_and_not_recorded(tiny, data):
@@ -83,7 +88,7 @@ def test_a_step_out_of_time_is_broken_off_and_not_recorded(tiny, data):
     assert trainer.losses == [] and trainer.seconds_left == 0.0
     train.contrastive_loss(tiny, data[0]).backward()  # outside of a step there is no deadline
     assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), before))
-    assert train.step_times(trainer, free) is None
+    assert train.step_times(trainer, free, 4) == train.Timing(4, [], [])
 
 
 def test_time_is_also_checked_in_backward(tiny, data):
@@ -114,23 +119,64 @@ def test_saved_bytes_counts_distinct_storages_without_parameters():
         measure.contrastive_loss = original
 
 
-def _result(timed) -> experiment.Result:
-    stock = experiment.Side(losses=[1.0, 0.5], seconds=[0.2, 0.2], saved_bytes=3_000_000, accuracy=None)
+def _result(stock_seconds, fused_seconds=(0.1, 0.1, 0.12), dtype="bf16") -> experiment.Result:
+    stock_losses = [1.0, 0.5] if stock_seconds else []
+    stock = experiment.Side(losses=stock_losses, seconds=[], saved_bytes=3_000_000, accuracy=None)
     fused = experiment.Side(losses=[1.0, 0.4], seconds=[0.1, 0.1], saved_bytes=1_000_000, accuracy=0.25)
-    return experiment.Result("bf16", 2, 0.125, stock, fused, 1e-3, 36, timed, 8, ["a note"])
+    timing = train.Timing(8, list(stock_seconds), list(fused_seconds))
+    return experiment.Result(dtype, 2, 0.125, stock, fused, 1e-3, 36, [timing], ["a note"])
 
 
-def test_table_shows_what_was_measured_and_dashes_for_the_rest():
+def test_table_shows_what_was_measured_and_says_so_of_the_rest():
     out = io.StringIO()
-    report.print_table(Console(file=out, width=110), [_result((0.2, 0.1)), _result(None)], 2e-7)
+    report.print_table(Console(out), [_result((0.18, 0.2, 0.22)), _result(())], 2e-7)
     text = out.getvalue()
-    for word in ("200 ms", "100 ms", "2.00x", "3.0 MB", "3.00x", "12.5 %", "25.0 %", "a note", "2.0e-07"):
+    for word in ("200 ms ±5%", "100 ms", "2.00x", "3.0 MB", "3.00x", "12.5 %", "25.0 %", "a note", "2.0e-07"):
         assert word in text
+    assert text.count("too slow to time") == 1
 
 
-def test_plot_is_written_also_without_times(tmp_path):
-    report.plot([_result((0.2, 0.1)), _result(None)], tmp_path / "a.png")
+def test_times_of_a_side_that_is_too_slow():
+    stock, fused = (types.SimpleNamespace(seconds=s) for s in ([9.0], [1.0, 2.0, 3.0, 4.0]))
+    found = train.step_times(stock, fused, 32)
+    assert found == train.Timing(32, [], [2.0, 3.0, 4.0]) and found.ratio is None
+    stock.seconds = [9.0, 8.0, 8.0]
+    assert train.step_times(stock, fused, 32) == train.Timing(32, [8.0, 8.0], [2.0, 3.0])
+    assert train.step_times(stock, fused, 32).ratio == pytest.approx(3.2)
+
+
+def test_picture_compares_like_with_like_and_says_what_is_absent(tmp_path, monkeypatch):
+    """bf16 too slow for stock at 8 pairs: small steps of both dtypes have a panel of their own."""
+    drawn = []
+    monkeypatch.setattr(
+        report.Figure, "save", lambda self, path, labels: drawn.append(self.figure) or save(self, path, labels)
+    )
+    results = [_result((0.2, 0.2), dtype="fp32"), _result(())]
+    results[0].notes, results[1].notes = [], ["bf16 stock: 0 of 2 steps"]
+    for result in results:
+        result.timings.append(train.Timing(2, [0.05, 0.06], [0.02, 0.02]))
+    report.plot(results, tmp_path / "a.png", "a processor, torch 2", 1.25)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    panels = {ax.get_title(loc="left"): ax for ax in drawn[0].axes}
+    assert list(panels) == [
+        "fp32 base",
+        "bf16 base",
+        "median step of 8 pairs",
+        "median step of 2 pairs",
+        "saved for backward",
+    ]
+    for size, bars in ((8, 3), (2, 4)):
+        ax = panels[f"median step of {size} pairs"]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["fp32", "bf16"] and len(ax.patches) == bars
+    assert [t.get_text().strip() for t in panels["median step of 8 pairs"].texts].count("too slow to time") == 1
+    assert panels["bf16 base"].texts[0].get_text() == "bf16 stock: 0 of 2 steps" and not panels["fp32 base"].texts
+    words = " ".join(t.get_text() for t in drawn[0].texts).replace("\n", " ")
+    for part in (
+        "BUSY MACHINE: other processes used 1.25 cores",
+        "a processor, torch 2",
+        str(datetime.date.today()),
+    ):
+        assert part in words
 
 
 def test_missing_weights_are_named(monkeypatch, capsys):

@@ -13,8 +13,6 @@ from peftkern.benchmarks.device_timing import CudaClock, DeviceEntry
 from peftkern.benchmarks.lora_linear import PROVIDERS, make_data
 from peftkern.benchmarks.registry import OPS
 
-pytest.importorskip("rich")
-
 CASE = OPS["lora_linear"].cases("gpu", "cuda", shapes=[(512, 1024, 1024)], adapters=["same"], dropouts=[0.1])[0]
 
 
