@@ -22,7 +22,7 @@ from torch import Tensor
 from ..autograd.lora_linear import lora_linear
 from .hf_peft_fsdp import AtRest, Unit, plain_parts, run_inside, units
 from .hf_peft_guard import Branch, Plan, call_plan, read
-from .hf_peft_mixed import mixed_plan, run_mixed, training_hooks, training_reason
+from .hf_peft_mixed import left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
 from .hf_peft_status import KEY as CALLS
 from .hf_peft_status import calls_of, clear_calls, note_stock
 
@@ -211,7 +211,9 @@ def _mixed_hooks(stock):
             with training_hooks(stock, self, names, args, rest):
                 yield
         else:
-            with stock(self, *args, **kwargs):
+            context = stock(self, *args, **kwargs)
+            ours = names is not None and any(isinstance(m, Linear) and wanted(m) for m in self.modules())
+            with left_as_after_success(context) if ours else context:
                 yield
 
     return hooks

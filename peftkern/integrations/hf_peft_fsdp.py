@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn import flat_parameter
+
 _FSDP = "torch.distributed.fsdp"
 _TWIN_OF = "_peftkern_twin_of"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -28,18 +30,7 @@ def _known_as(part: nn.Module) -> nn.Module:
 
 def trains(part: nn.Module, name: str, weight: Tensor) -> bool:
     """Whether this parameter of ``part`` gets a gradient that is kept: FSDP1's views ask for one even if frozen."""
-    flat = weight._base if weight.requires_grad else None
-    if not getattr(flat, "_is_flat_param", False) or flat._params is None:
-        return weight.requires_grad
-    part = _known_as(part)
-    for info, original in zip(flat._param_infos, flat._params, strict=True):
-        if info.module is part and info.param_name == name:
-            return original.requires_grad
-    # Tied to a parameter of another module.
-    for info, original in zip(flat._shared_param_infos, flat._shared_params, strict=True):
-        if info.module is part and info.param_name == name:
-            return original.requires_grad
-    return True
+    return flat_parameter.trains(_known_as(part), name, weight)
 
 
 class Unit(NamedTuple):

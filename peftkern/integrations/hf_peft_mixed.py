@@ -185,18 +185,25 @@ def _checkpoints_keep(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def left_as_after_success(context) -> Iterator[None]:
+    """PEFT's context for mixed batches. Left as PEFT leaves it, it keeps the hooks of a forward that raised, and they
+    give the names of that batch to later ones."""
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
 def training_hooks(stock, model: nn.Module, names: Sequence[str], args, kwargs) -> Iterator[None]:
     """PEFT's context for mixed batches, ``stock``, for a model in training mode."""
-    context = stock(model, *args, adapter_names=names, **kwargs)
     # PEFT's checks and hooks are right in training too; the flag of the outermost module is all it objects to.
     model.training = False
-    try:
-        context.__enter__()
-    finally:
-        model.training = True
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(left_as_after_success(stock(model, *args, adapter_names=names, **kwargs)))
+        finally:
+            model.training = True
         with _checkpoints_keep(model, names):
             yield
-    finally:
-        # Left as after success: PEFT removes its hooks only then, and they would give these names to later batches.
-        context.__exit__(None, None, None)

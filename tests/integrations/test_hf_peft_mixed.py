@@ -356,3 +356,25 @@ def test_adapters_that_change_between_calls(zoo, fused_mixed):
         seen.append(found)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert len(fused_mixed) >= 5 * 12
+
+
+@pytest.mark.parametrize("failing", ["input", "hook", "names"])
+@torch.no_grad()
+def test_a_batch_that_failed_leaves_no_names_behind(zoo, failing):
+    model = zoo.several("llama")
+    inputs = zoo.batch("llama", rows=2)["input_ids"]
+    model.set_adapter("first")
+    expected = model(inputs).logits
+    peftkern.accelerate(model)
+    hooked = model.base_model.model.model.layers[1].mlp
+    names = ["second", "third"]
+    if failing == "hook":
+        handle = hooked.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+        with pytest.raises(RuntimeError, match="stop"):
+            model(inputs, adapter_names=names)
+        handle.remove()
+    else:
+        with pytest.raises((IndexError, ValueError)):
+            model(inputs + 10**6 * (failing == "input"), adapter_names=names + ["third"] * (failing == "names"))
+    torch.testing.assert_close(model(inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(inputs[:1]).logits, expected[:1], rtol=1e-4, atol=1e-5)
