@@ -62,7 +62,7 @@ class AttachedEntry(Replacement):
                 _mark(batch, name, value, name == main)
             with batch.trace:
                 y = self.inner(*args, **kwargs)
-        if batch.settled:
+        if batch.settled and not batch.trace.decided:
             layouts = self.owner.layouts
             for oldest in list(layouts)[: len(layouts) + 1 - _CALLS]:  # other threads may do the same
                 layouts.pop(oldest, None)
@@ -140,7 +140,7 @@ class AttachedEntry(Replacement):
                 " followed through it on its main input alone: call it without torch.compile for such batches, compile"
                 " its layers one by one, or name one adapter"
             ) from error
-        return batch.layouts if batch.settled else {}
+        return batch.layouts if batch.settled and not batch.trace.decided else {}
 
 
 def _described(value: Any, depth: int = 3) -> Any:

@@ -37,6 +37,11 @@ UNKNOWN: Final = Unknown()
 Place = Rows | Unknown | None  # None: of no sequence (weights, constants, positions)
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an argument or a result: itself, or a list's."""
+    return [t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor)]
+
+
 class Call(NamedTuple):
     """One operation: arguments by their names in its schema, its result, the place of a tensor, whether it comes from
     torch.arange, the batch."""
@@ -49,10 +54,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        found = []
-        for value in self.arguments.values():
-            found += [t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor)]
-        return found
+        return [t for value in self.arguments.values() for t in tensors_of(value)]
 
     @property
     def first(self) -> Tensor:
@@ -318,7 +320,9 @@ def written(call: Call) -> Place:
     if given is None or arguments.get("accumulate"):
         return place
     if "indices" not in arguments:
-        return UNKNOWN if "dim" in arguments and place.axis in _dims(call) else place
+        return (
+            UNKNOWN if "mask" not in arguments and place.axis in _axes(call.first, arguments.get("dim", 0)) else place
+        )
     axes: dict[int, Tensor] = {}
     axis = 0
     for index in arguments["indices"]:
@@ -372,7 +376,7 @@ def _table() -> dict[str, Rule]:
         " pixel_unshuffle _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
         " _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
-        " scaled_dot_product_attention",
+        " scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd",
         normalised: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
         as_given: "triu tril one_hot view_as_real view_as_complex",
         product: "mm addmm",
