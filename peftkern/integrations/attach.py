@@ -153,7 +153,7 @@ class MultiLoRA:
 
     def check_outside(self, name: str) -> None:
         """RuntimeError if calls outside of ``use`` are to raise."""
-        if self.outside == "error":
+        if self.outside == "error" and self._attached:  # a graph, or another MultiLoRA, may call what was detached
             raise RuntimeError(
                 f"{name or type(self.model).__name__} is called outside of use(), in a model attached with"
                 " outside='error': a new thread or executor sees no block of another one. Run what bind(names) returns"

@@ -49,7 +49,7 @@ class Replacement:
     method = "forward"
 
     def __init__(self, owner, name: str, module: nn.Module):
-        self.owner, self.name, self.module = owner, name, module
+        self.owner, self.name, self.module, self.left = owner, name, module, False
         self._before = module.__dict__.get(self.method)  # another library's, which it goes on to call
 
     def inner(self, *args, **kwargs) -> Any:
@@ -66,8 +66,12 @@ class Replacement:
         """Give the place back, unless something else has taken it since."""
         if self.module.__dict__.get(self.method) is self:
             del self.module.__dict__[self.method]
-            if self._before is not None:
-                self.module.__dict__[self.method] = self._before
+            before = self._before
+            while isinstance(before, Replacement) and before.left:
+                before = before._before
+            if before is not None:
+                self.module.__dict__[self.method] = before
+        self.left = True
 
     def __deepcopy__(self, memo):
         module = memo.get(id(self.module), self.module)
@@ -86,6 +90,17 @@ class AttachedLinear(Replacement):
         self.bank = bank
         self.number = number_of(self)
         self._trained = False
+        above, _, self.key = name.rpartition(".")
+        self.holder = owner.model.get_submodule(above)._modules if name else {"": module}
+
+    def check_in_place(self) -> None:
+        """RuntimeError if the model holds another layer by this name now: adapters would be lost without a word."""
+        held = self.holder.get(self.key)
+        if held is not self.module and (held is None or all(m is not self.module for m in held.modules())):
+            raise RuntimeError(
+                f"{self.name} was replaced after adapters were attached to it (by resize_token_embeddings, for example):"
+                " detach(), and attach adapters that fit the model as it is now"
+            )
 
     def __call__(self, *args, **kwargs) -> Tensor:
         if len(args) + len(kwargs) != 1:
@@ -111,6 +126,11 @@ class AttachedLinear(Replacement):
         if request is None:
             self._outside()
             return self._base(x, weight, bias)
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                f"torch.jit.trace would keep the adapters of this use() block in {self.name} for every later caller: use"
+                " torch.compile, or trace outside of use(), which gives the base model"
+            )
         each = request.each(self)
         if max(each, default=-1) < 0 or not x.shape[:-1].numel():
             return self._base(x, weight, bias)
