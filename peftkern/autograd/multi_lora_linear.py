@@ -157,7 +157,7 @@ def multi_lora_linear(
     if bias is not None:
         check_tensor("bias", bias)
     dtype = _autocast_dtype(x) or x.dtype
-    if dtype == x.dtype and weight.dtype != dtype:
+    if _autocast_dtype(x) is None and weight.dtype != dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {weight.shape[0]}")
