@@ -82,8 +82,8 @@ class AttachedEntry(Replacement):
     def _main(self, given: dict[str, Any]) -> str | None:
         tensors = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim()]
         main = getattr(self.module, "main_input_name", None)
-        if isinstance(main, str) and _ITEMS.search(main) and any(name in tensors for name in _MAIN):
-            main = None  # images of prompts
+        if isinstance(main, str) and _ITEMS.search(main) and ("input_ids" in tensors or "inputs_embeds" in tensors):
+            main = None  # items of prompts
         for name in (main, *_MAIN):
             if name in tensors:
                 return name

@@ -144,6 +144,15 @@ def first_axis(call: Call) -> Place:
     return place
 
 
+def attended(call: Call) -> Place:
+    """Attention with the batch as first axis of query, key and value; queries may be the model's own."""
+    names = [n for n in ("query", "key", "value") if isinstance(call.arguments.get(n), Tensor)]
+    places = [call.place(call.arguments[n]) for n in names]
+    if places[0] is None and _agreed(places, None) == Rows(0):
+        return Rows(0) if call.shape[0] == call.arguments["key"].shape[0] else UNKNOWN
+    return first_axis(call)
+
+
 def normalised(call: Call) -> Place:
     """A norm over the last dimensions."""
     place = call.place(call.first)
@@ -373,10 +382,11 @@ def _table() -> dict[str, Rule]:
         " _native_batch_norm_legit_no_training _batch_norm_no_update cudnn_batch_norm max_pool2d_with_indices avg_pool2d"
         " _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d"
         " upsample_linear1d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d im2col pixel_shuffle"
-        " pixel_unshuffle _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+        " pixel_unshuffle _native_multi_head_attention _transformer_encoder_layer_fwd",
+        attended: "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
         " _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
-        " scaled_dot_product_attention _native_multi_head_attention _transformer_encoder_layer_fwd",
+        " scaled_dot_product_attention",
         normalised: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
         as_given: "triu tril one_hot view_as_real view_as_complex",
         product: "mm addmm",
