@@ -147,7 +147,7 @@ class AttachedLinear(Replacement):
             y = multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
         if copies and batch.trace is not None:
             batch.trace.mark(y, rows)
-            batch.trace.in_layers = True
+            batch.trace.computed(y)
         return y
 
     def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

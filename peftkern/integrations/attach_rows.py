@@ -62,8 +62,8 @@ class RowTrace(TorchDispatchMode):
         # storage -> a weak reference, which keeps its number from being given to another one, and places of its views.
         self._known: dict[int, tuple[StorageWeakRef, dict[tuple, Place]]] = {}
         self._counted: dict[int, StorageWeakRef] = {}  # of what arange made in this call
-        # Whether values read from what layers gave may have decided about the way; masks are looked at before.
-        self.in_layers = self.decided = False
+        self._computed: dict[int, StorageWeakRef] = {}  # of what was computed from what layers gave
+        self.decided = False  # whether values of that were read, and may have chosen the way
 
     def place(self, t: Tensor) -> Place:
         """Rows, UNKNOWN, or None for a tensor of no sequence."""
@@ -95,6 +95,17 @@ class RowTrace(TorchDispatchMode):
             known = self._known[storage._cdata] = StorageWeakRef(storage), {}
         known[1][_geometry(t)] = place
 
+    def computed(self, *tensors: Tensor) -> None:
+        """Say that these depend on what a layer with adapters gave."""
+        for t in tensors:
+            storage = _storage(t)
+            if storage is not None and storage._cdata not in self._computed:
+                self._computed[storage._cdata] = StorageWeakRef(storage)
+
+    def _is_computed(self, t: Tensor) -> bool:
+        storage = _storage(t)
+        return storage is None or storage._cdata in self._computed
+
     def _fits(self, place: Place, t: Tensor, first: Tensor) -> bool:
         if not isinstance(place, Rows):
             return True
@@ -111,8 +122,9 @@ class RowTrace(TorchDispatchMode):
         if func._schema.name == "aten::arange":
             self._counted[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage())
         written = [t for a in func._schema.arguments if _writes(a) for t in tensors_of(call.arguments.get(a.name))]
-        if self.in_layers and func._schema.name in _READS:
-            self.decided |= any(self.place(t) is not None for t in call.tensors)
+        if self._computed and any(self._is_computed(t) for t in call.tensors):
+            self.decided |= func._schema.name in _READS
+            self.computed(*results, *written)
         if torch.Tag.inplace_view in func.tags:
             return out  # its new shape is another view of its memory
         if (not results and not written) or all(self.place(t) is None for t in call.tensors):

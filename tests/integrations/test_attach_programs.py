@@ -275,10 +275,13 @@ def test_models_in_inference_mode(tmp_path, build, targets, mode):
     with mode():
         for B, T in ((4, 4), (4, 4), (3, 5)):
             inputs = {"input_ids": torch.randint(3, 64, (B, T))}
+            if build is _bart:
+                inputs["attention_mask"] = torch.ones(B, T, dtype=torch.long)
             if build is _whisper:
                 inputs = {"input_features": torch.randn(B, 8, 16), "decoder_input_ids": inputs["input_ids"]}
             with multi.use(NAMES[:B]):
                 y = plain(**inputs).logits
+            assert multi.layouts  # masks are looked at, between layers too: that decides about no rows
             for b, name in enumerate(NAMES[:B]):
                 with multi.use(name):
                     expected = plain(**{n: t[b : b + 1] for n, t in inputs.items()}).logits
