@@ -136,8 +136,11 @@ class MultiLoRA:
             repeats: each name stands for so many rows in a run. Within ``generate`` that is known: beams, and several
                 sequences per prompt, come as such runs.
 
-        The batch is counted where it enters the model, and its rows are followed from there: a layer that gets them in
-        another order serves each with its own adapter, and one where that is not known raises ValueError.
+        The batch is counted where it enters the model, along the first axis of its main input, and its rows are followed
+        from there: a layer that gets them in another order serves each with its own adapter, and one where that is not
+        known raises ValueError. What a call finds is kept for calls of the same kind. Not seen are writes that torch's
+        dispatcher does not see (memory shared with numpy, other threads) and changes of the model's own code or hooks
+        after its first call: attach again after those.
 
         Blocks hold for their thread or task alone (contextvars); the innermost counts. A new thread has none: give it
         what ``bind`` returns. A block in a generator raises RuntimeError; ``bind`` is for that, too.
@@ -161,7 +164,7 @@ class MultiLoRA:
 
     def check_outside(self, name: str) -> None:
         """RuntimeError if calls outside of ``use`` are to raise."""
-        if self.outside == "error":
+        if self.outside == "error" and self._attached:  # a graph, or another MultiLoRA, may call what was detached
             raise RuntimeError(
                 f"{name or type(self.model).__name__} is called outside of use(), in a model attached with"
                 " outside='error': a new thread or executor sees no block of another one. Run what bind(names) returns"

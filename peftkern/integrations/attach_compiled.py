@@ -33,17 +33,19 @@ def _named(number: int):
 
 
 @torch.library.custom_op("peftkern::attached_entry", mutates_args=())
-def attached_entry(x: Tensor, entry: int, main: str, others: str) -> Tensor:
+def attached_entry(
+    x: Tensor, entry: int, main: str, others: str, tensors: list[Tensor], names: str, opaque: str
+) -> Tensor:
     """The number of the batch that enters a model with the input x; 0 for one adapter, or none, for all rows.
 
-    ``main``: its name. ``others``: the call's numbers, strings and flags, which may send it another way.
+    ``main`` is the name of x; the rest, which may send the call another way, as in ``AttachedEntry.batch_of_graph``.
     """
-    batch = _named(entry).batch_of_graph(x, main, others)
+    batch = _named(entry).batch_of_graph(x, main, others, dict(zip(names.split(), tensors, strict=True)), opaque)
     return torch.tensor(0 if batch is None else batch.number, dtype=torch.int64)
 
 
 @attached_entry.register_fake
-def _(x, entry, main, others):
+def _(x, entry, main, others, tensors, names, opaque):
     return torch.empty((), dtype=torch.int64)
 
 

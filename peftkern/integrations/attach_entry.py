@@ -56,14 +56,15 @@ class AttachedEntry(Replacement):
         kind = self, self.module.training, torch.is_grad_enabled(), described
         layouts = self.owner.layouts  # another dictionary as soon as another layer gets adapters
         batch = Batch(request, copies, layouts.get(kind, {}))
+        trace = batch.trace
         with bound(batch):
-            if batch.trace is None:
+            if trace is None:
                 return self.inner(*args, **kwargs)
             for name, value in given.items():
                 _mark(batch, name, value, name == main)
-            with batch.trace:
+            with trace:
                 y = self.inner(*args, **kwargs)
-        if batch.settled:
+        if batch.settled and not trace.decided:
             for oldest in list(layouts)[: len(layouts) + 1 - _CALLS]:  # other threads may do the same
                 layouts.pop(oldest, None)
             layouts[kind] = batch.layouts
@@ -71,14 +72,14 @@ class AttachedEntry(Replacement):
 
     def _given(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         names = list(self._signature.parameters) if self._signature is not None else []
-        names += [f"argument {i}" for i in range(len(names), len(args))]
+        names += [f"argument_{i}" for i in range(len(names), len(args))]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _main(self, given: dict[str, Any]) -> str | None:
         tensors = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim()]
         main = getattr(self.module, "main_input_name", None)
-        if isinstance(main, str) and _ITEMS.search(main) and any(name in tensors for name in _MAIN):
-            main = None  # images of prompts
+        if isinstance(main, str) and _ITEMS.search(main) and ("input_ids" in tensors or "inputs_embeds" in tensors):
+            main = None  # items of prompts
         for name in (main, *_MAIN):
             if name in tensors:
                 return name
@@ -100,47 +101,72 @@ class AttachedEntry(Replacement):
         main = self._main(given)
         if main is None or self.owner.graph_batch is not None:
             return self.inner(*args, **kwargs)
+        # What may send the call another way; caches and the like, which cannot be handed to an op, by their names.
         others = [f"{n!r}: {v!r}" for n, v in given.items() if v is None or isinstance(v, (bool, int, float, str))]
-        self.owner.graph_batch = torch.ops.peftkern.attached_entry(given[main], self.number, main, ", ".join(others))
+        names = [n for n, v in given.items() if isinstance(v, Tensor) and n != main]
+        opaque = [
+            n
+            for n, v in given.items()
+            if v is not None and not isinstance(v, (bool, int, float, str, Tensor)) and not _STATES.match(n)
+        ]
+        self.owner.graph_batch = torch.ops.peftkern.attached_entry(
+            given[main],
+            self.number,
+            main,
+            ", ".join(others),
+            [given[n] for n in names],
+            " ".join(names),
+            " ".join(opaque),
+        )
         try:
             return self.inner(*args, **kwargs)
         finally:
             self.owner.graph_batch = None
 
-    def batch_of_graph(self, x: Tensor, main: str, others: str) -> Batch | None:
-        """The batch of a compiled call with the main input x, or None if all rows take the same adapter."""
+    def batch_of_graph(self, x: Tensor, main: str, others: str, tensors: dict, opaque: str) -> Batch | None:
+        """The batch of a compiled call with the main input x, or None if all rows take the same adapter.
+
+        ``others``: its constants, as source. ``tensors``: its other tensors. ``opaque``: names of the rest
+        """
         request = current_request(self.owner)
         if request is None:
             self.owner.check_outside(self.name)
         if request is None or request.uniform:
             return None
-        kind = self, self.module.training, _described(x), main, others
+        kind = self, self.module.training, _described(x), main, others, _described(tensors), opaque
         key = kind, self._copies(request, main, x)
         batch = request.batches.get(key)
         if batch is None or batch.lost:
             known = self.owner.layouts
             layouts = known.get(kind)
             if not layouts:
-                layouts = known[kind] = self._followed(Batch(request, key[1], {}), x, main, others)
+                if opaque:
+                    raise RuntimeError(self._not_followed(f"with arguments such as {opaque}"))
+                given = {**ast.literal_eval(f"{{{others}}}"), **tensors, main: x}
+                layouts = known[kind] = self._followed(Batch(request, key[1], {}), given, main)
             batch = request.batches[key] = Batch(request, key[1], layouts)
             batch.number = number_of(batch)
         return batch
 
-    def _followed(self, batch: Batch, x: Tensor, main: str, others: str) -> dict:
-        # A graph cannot be watched: the model runs once more beside it, as it is, on its main input alone.
-        given = {**ast.literal_eval(f"{{{others}}}"), main: x}
-        args = [given.pop(name) for name in list(given) if name.startswith("argument ")]
+    def _not_followed(self, why: str) -> str:
+        return (
+            f"{self.name or type(self.module).__name__} was compiled, and a batch with several adapters cannot be followed"
+            f" through it {why}: call it without torch.compile for such batches, compile its layers one by one, or name"
+            " one adapter"
+        )
+
+    def _followed(self, batch: Batch, given: dict[str, Any], main: str) -> dict:
+        # A graph cannot be watched: the model runs once more beside it, as it is, without its caches.
+        for name, value in given.items():
+            _mark(batch, name, value, name == main)
+        args = [given.pop(name) for name in list(given) if name.startswith("argument_")]
+        trace = batch.trace
         try:
-            with bound(batch), torch.no_grad(), batch.trace:
-                batch.trace.mark(x, Rows(0))
+            with bound(batch), torch.no_grad(), trace:
                 self.inner(*args, **given)
         except Exception as error:
-            raise RuntimeError(
-                f"{self.name or type(self.module).__name__} was compiled, and a batch with several adapters cannot be"
-                " followed through it on its main input alone: call it without torch.compile for such batches, compile"
-                " its layers one by one, or name one adapter"
-            ) from error
-        return batch.layouts if batch.settled else {}
+            raise RuntimeError(self._not_followed("without its caches")) from error
+        return batch.layouts if batch.settled and not trace.decided else {}
 
 
 def _described(value: Any, depth: int = 3) -> Any:

@@ -67,7 +67,7 @@ class Replacement:
     method = "forward"
 
     def __init__(self, owner, name: str, module: nn.Module):
-        self.owner, self.name, self.module = owner, name, module
+        self.owner, self.name, self.module, self.left = owner, name, module, False
         self._place = forward_attribute(module) if self.method == "forward" else self.method
         self._before = module.__dict__.get(self._place)  # another library's, which it goes on to call
 
@@ -83,12 +83,17 @@ class Replacement:
 
     def take_back(self) -> None:
         """Give the place back, unless something else has taken it since: a hook that came or went moves it along."""
-        before = self._before or self._own(self.module)
+        before = self._before
+        while isinstance(before, Replacement) and before.left:
+            before = before._before
         for place in (self.method, "_old_forward"):
-            if self.module.__dict__.get(place) is self:
-                self.module.__dict__[place] = before
-        if self.module.__dict__.get(self.method) is before and self._before is None:
-            del self.module.__dict__[self.method]
+            if self.module.__dict__.get(place) is not self:
+                continue
+            if before is not None or place != self.method:
+                self.module.__dict__[place] = before or self._own(self.module)
+            else:
+                del self.module.__dict__[place]
+        self.left = True
 
     def _own(self, module: nn.Module) -> types.MethodType:
         return types.MethodType(getattr(type(module), self.method), module)
@@ -135,6 +140,11 @@ class AttachedLinear(Replacement):
         if request is None:
             self._outside()
             return self._base(x, weight, bias)
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                f"torch.jit.trace would keep the adapters of this use() block in {self.name} for every later caller: use"
+                " torch.compile, or trace outside of use(), which gives the base model"
+            )
         if batch is None and not request.uniform:
             batch = batch_of(request)
         rows = _FIRST
@@ -155,6 +165,7 @@ class AttachedLinear(Replacement):
             y = multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
         if batch is not None and batch.trace is not None:
             batch.trace.mark(y, UNKNOWN if rows is None else rows)
+            batch.trace.computed(y)
         return y
 
     def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,9 +25,10 @@ def edges(model: nn.Module, names: Iterable[str]) -> list[Edge]:
 
 
 def check_in_place(steps: list[Edge]) -> None:
-    """Raise RuntimeError if a module on the way to a layer was replaced, so that the model calls another one."""
+    """Raise RuntimeError if a module on the way to a layer was replaced, and not by one that goes on to call it."""
     for parent, step, child in steps:
-        if parent._modules.get(step) is not child:
+        held = parent._modules.get(step)
+        if held is not child and (held is None or all(m is not child for m in held.modules())):
             raise RuntimeError(
                 f"{type(parent).__name__}.{step} was replaced since its adapters were attached (as "
                 "resize_token_embeddings does with a head), so that they would have no effect: attach them anew"

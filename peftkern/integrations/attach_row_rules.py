@@ -37,6 +37,11 @@ UNKNOWN: Final = Unknown()
 Place = Rows | Unknown | None  # None: of no sequence (weights, constants, positions)
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an argument or a result: itself, or a list's."""
+    return [t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor)]
+
+
 class Call(NamedTuple):
     """One operation: arguments by their names in its schema, its result, the place of a tensor, whether it comes from
     torch.arange, the batch."""
@@ -49,10 +54,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        found = []
-        for value in self.arguments.values():
-            found += [t for t in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(t, Tensor)]
-        return found
+        return [t for value in self.arguments.values() for t in tensors_of(value)]
 
     @property
     def first(self) -> Tensor:
@@ -140,6 +142,15 @@ def first_axis(call: Call) -> Place:
     if isinstance(place, Rows) and (place.axis or call.shape[0] != call.first.shape[0]):
         return UNKNOWN
     return place
+
+
+def attended(call: Call) -> Place:
+    """Attention with the batch as first axis of query, key and value; queries may be the model's own."""
+    names = [n for n in ("query", "key", "value") if isinstance(call.arguments.get(n), Tensor)]
+    places = [call.place(call.arguments[n]) for n in names]
+    if places[0] is None and _agreed(places, None) == Rows(0):
+        return Rows(0) if call.shape[0] == call.arguments["key"].shape[0] else UNKNOWN
+    return first_axis(call)
 
 
 def normalised(call: Call) -> Place:
@@ -318,7 +329,9 @@ def written(call: Call) -> Place:
     if given is None or arguments.get("accumulate"):
         return place
     if "indices" not in arguments:
-        return UNKNOWN if "dim" in arguments and place.axis in _dims(call) else place
+        return (
+            UNKNOWN if "mask" not in arguments and place.axis in _axes(call.first, arguments.get("dim", 0)) else place
+        )
     axes: dict[int, Tensor] = {}
     axis = 0
     for index in arguments["indices"]:
@@ -369,7 +382,8 @@ def _table() -> dict[str, Rule]:
         " _native_batch_norm_legit_no_training _batch_norm_no_update cudnn_batch_norm max_pool2d_with_indices avg_pool2d"
         " _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d"
         " upsample_linear1d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d im2col pixel_shuffle"
-        " pixel_unshuffle _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+        " pixel_unshuffle _native_multi_head_attention _transformer_encoder_layer_fwd",
+        attended: "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
         " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
         " _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math"
         " scaled_dot_product_attention",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .attach_row_rules import RULES, UNKNOWN, Call, Place, Rows, nothing_known, pointwise
+from .attach_row_rules import RULES, UNKNOWN, Call, Place, Rows, nothing_known, pointwise, tensors_of
 
 __all__ = ["UNKNOWN", "Layout", "Place", "RowTrace", "Rows", "layout_of"]
 
@@ -62,6 +62,8 @@ class RowTrace(TorchDispatchMode):
         # storage -> a weak reference, which keeps its number from being given to another one, and places of its views.
         self._known: dict[int, tuple[StorageWeakRef, dict[tuple, Place]]] = {}
         self._counted: dict[int, StorageWeakRef] = {}  # of what arange made in this call
+        self._computed: dict[int, StorageWeakRef] = {}  # of what was computed from what layers gave
+        self.decided = False  # whether values of that were read, and may have chosen the way
 
     def place(self, t: Tensor) -> Place:
         """Rows, UNKNOWN, or None for a tensor of no sequence."""
@@ -93,6 +95,17 @@ class RowTrace(TorchDispatchMode):
             known = self._known[storage._cdata] = StorageWeakRef(storage), {}
         known[1][_geometry(t)] = place
 
+    def computed(self, *tensors: Tensor) -> None:
+        """Say that these depend on what a layer with adapters gave."""
+        for t in tensors:
+            storage = _storage(t)
+            if storage is not None and storage._cdata not in self._computed:
+                self._computed[storage._cdata] = StorageWeakRef(storage)
+
+    def _is_computed(self, t: Tensor) -> bool:
+        storage = _storage(t)
+        return storage is None or storage._cdata in self._computed
+
     def _fits(self, place: Place, t: Tensor, first: Tensor) -> bool:
         if not isinstance(place, Rows):
             return True
@@ -104,13 +117,16 @@ class RowTrace(TorchDispatchMode):
             with self:  # what autograd's dispatch takes apart before it comes here
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        results = [t for t in (out if isinstance(out, (list, tuple)) else (out,)) if isinstance(t, Tensor)]
+        results = tensors_of(out)
         call = Call(_named(func._schema, args, kwargs), out, self.place, self.counted, self.batch)
         if func._schema.name == "aten::arange":
             self._counted[out.untyped_storage()._cdata] = StorageWeakRef(out.untyped_storage())
-        written = [
-            v for a in func._schema.arguments if _writes(a) and isinstance(v := call.arguments.get(a.name), Tensor)
-        ]
+        written = [t for a in func._schema.arguments if _writes(a) for t in tensors_of(call.arguments.get(a.name))]
+        if self._computed and any(self._is_computed(t) for t in call.tensors):
+            self.decided |= func._schema.name in _READS
+            self.computed(*results, *written)
+        if torch.Tag.inplace_view in func.tags:
+            return out  # its new shape is another view of its memory
         if (not results and not written) or all(self.place(t) is None for t in call.tensors):
             return out
         place = nothing_known(call)
@@ -189,6 +205,10 @@ def _tells(offset: int, shape: torch.Size, strides: tuple, step: int, size: int)
 def _composite(func) -> bool:
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+# What brings values of tensors to Python.
+_READS = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::is_nonzero")
 
 
 def _named(schema, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
