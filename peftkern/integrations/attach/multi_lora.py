@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_bank import AdapterBank
-from ..ops.checks import accumulate_dtype
-from .attach_checkpoint import Checkpoint
-from .attach_entry import AttachedEntry, AttachedGenerate, entries_above
-from .attach_fit import Fitted, fit
-from .attach_layer import AttachedLinear, Replacement, device_of, features
-from .attach_reach import Edge, check_in_place, edges
-from .attach_request import Entry, Request, in_force, refuse_generators
-from .attach_weights import refuse
+from ...adapter_bank import AdapterBank
+from ...ops.checks import accumulate_dtype
+from .checkpoint import Checkpoint
+from .entry import AttachedEntry, AttachedGenerate, entries_above
+from .fit import Fitted, fit
+from .layer import AttachedLinear, Replacement, device_of, features
+from .reach import Edge, check_in_place, edges
+from .request import Entry, Request, in_force, refuse_generators
+from .weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]
 
@@ -170,6 +170,10 @@ class MultiLoRA:
                 " outside='error': a new thread or executor sees no block of another one. Run what bind(names) returns"
             )
 
+    def check_in_place(self) -> None:
+        """RuntimeError if the model calls other modules by now than those that adapters were attached to."""
+        check_in_place(self._edges)
+
     def detach(self) -> None:
         """Make the model plain again and forget all adapters. Idempotent."""
         with self._changing:
@@ -223,7 +227,6 @@ class MultiLoRA:
 
     @contextmanager
     def _in_use(self, names: tuple[str | None, ...], repeats: int) -> Iterator[None]:
-        check_in_place(self._edges)
         with self._lock:
             entries = {name: self._find(name) for name in names if name is not None}
             for entry in entries.values():

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkern
-from peftkern.integrations.attach_checkpoint import Checkpoint
-from peftkern.integrations.attach_weights import SAFETENSORS
+from peftkern.integrations.attach.checkpoint import Checkpoint
+from peftkern.integrations.attach.weights import SAFETENSORS
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")

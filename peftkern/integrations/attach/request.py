@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..adapter_bank import AdapterBank
-from .attach_rows import Layout, Rows, RowTrace, layout_of
+from ...adapter_bank import AdapterBank
+from .rows import Layout, Rows, RowTrace, layout_of
 
 
 class Layer(Protocol):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftkern
-from peftkern.integrations.attach_weights import DIFFUSERS as FILES
+from peftkern.integrations.attach.weights import DIFFUSERS as FILES
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

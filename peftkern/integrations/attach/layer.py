@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_bank import AdapterBank
-from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
-from .attach_compiled import number_of
-from .attach_request import Batch, Request, batch_of, current_request
-from .attach_rows import UNKNOWN, Rows
+from ...adapter_bank import AdapterBank
+from ...autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .compiled import number_of
+from .request import Batch, Request, batch_of, current_request
+from .rows import UNKNOWN, Rows
 
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attach_keys
-from .attach_config import CONFIG, DEFAULTS, check_config, rank_of, read_config, scaling_of, targets
-from .attach_weights import DIFFUSERS, Weights, refuse
+from . import keys
+from .config import CONFIG, DEFAULTS, check_config, rank_of, read_config, scaling_of, targets
+from .weights import DIFFUSERS, Weights, refuse
 
 _METADATA = "lora_adapter_metadata"
 
@@ -55,12 +55,12 @@ class Checkpoint:
         if self.config_file.exists() or not any((folder / name).exists() for name in DIFFUSERS):
             self.config = read_config(self.config_file)
             self._weights = Weights(folder)
-            self._read(attach_keys.parse, {"": self.config})
+            self._read(keys.parse, {"": self.config})
         else:
             self._weights = Weights(folder, DIFFUSERS)
             settings = self._settings()
             self.config = settings.get("")
-            self._read(attach_keys.parse_diffusers, settings)
+            self._read(keys.parse_diffusers, settings)
 
     @property
     def file(self) -> Path:
@@ -92,25 +92,25 @@ class Checkpoint:
         for name in self._weights.header:
             key = parse(name)
             if key is None:
-                copied = attach_keys.copied(name)
-                if attach_keys.for_training(name):
+                copied = keys.copied(name)
+                if keys.for_training(name):
                     continue
-                if copied is None or parse is attach_keys.parse_diffusers:
-                    raise refuse(self.file, name, attach_keys.complaint(name))
+                if copied is None or parse is keys.parse_diffusers:
+                    raise refuse(self.file, name, keys.complaint(name))
                 self.copies[name] = copied
                 continue
-            keys = found.setdefault(key.module, {})
+            parts = found.setdefault(key.module, {})
             adapters.add(key.adapter)
-            if key.part in keys or len(adapters) > 1:
+            if key.part in parts or len(adapters) > 1:
                 raise refuse(self.file, name, "belongs to another adapter than the keys before it")
-            keys[key.part] = name
+            parts[key.part] = name
         if not found:
             raise ValueError(f"{self.file}: holds no adapter")
-        for module, keys in found.items():
+        for module, parts in found.items():
             for part, other in ("AB", "BA"):
-                if part not in keys:
-                    raise refuse(self.file, keys[other].replace(f"lora_{other}", f"lora_{part}"), "is missing")
-            self.parts[module] = self._part(module, keys["A"], keys["B"], settings)
+                if part not in parts:
+                    raise refuse(self.file, parts[other].replace(f"lora_{other}", f"lora_{part}"), "is missing")
+            self.parts[module] = self._part(module, parts["A"], parts["B"], settings)
 
     def _part(self, module: str, key_A: str, key_B: str, settings: Mapping[str, dict[str, Any]]) -> Part:
         A, B = self._weights.header[key_A], self._weights.header[key_B]

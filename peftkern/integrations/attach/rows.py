@@ -3,7 +3,7 @@
 A layer deep in a model sees rows, not sequences, and a shape does not say which row is whose: (4, 4, K) may be four
 sequences of four tokens or the other way round, (8, K) any order of eight tokens. So a call of the model is watched by
 a dispatch mode, and each operation carries the place of the batch from its inputs to its outputs
-(``attach_row_rules``). Sizes, equal by accident or not, decide nothing. An operation without a rule makes its result
+(``row_rules``). Sizes, equal by accident or not, decide nothing. An operation without a rule makes its result
 UNKNOWN.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .attach_row_rules import RULES, UNKNOWN, Call, Place, Rows, nothing_known, pointwise, tensors_of
+from .row_rules import RULES, UNKNOWN, Call, Place, Rows, nothing_known, pointwise, tensors_of
 
 __all__ = ["UNKNOWN", "Layout", "Place", "RowTrace", "Rows", "layout_of"]
 

@@ -31,7 +31,7 @@ def check_in_place(steps: list[Edge]) -> None:
         if held is not child and (held is None or all(m is not child for m in held.modules())):
             raise RuntimeError(
                 f"{type(parent).__name__}.{step} was replaced since its adapters were attached (as "
-                "resize_token_embeddings does with a head), so that they would have no effect: attach them anew"
+                "resize_token_embeddings does with a head), so that they would have no effect: detach(), and attach anew"
             )
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .attach_weights import refuse
+from .weights import refuse
 
 CONFIG = "adapter_config.json"
 # Read here; PEFT's default where a file lacks it.

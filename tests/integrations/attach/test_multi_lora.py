@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
-from peftkern.integrations import attach_layer
+from peftkern.integrations.attach import layer as attach_layer
 
 NAMES = ["first", None, "second", "third", "first", "second"]
 KINDS = ["llama", "qwen2", "bert", "gpt2"]

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attach_checkpoint import Checkpoint
-from .attach_keys import PREFIX, complaint
-from .attach_layer import features, layer_reason
-from .attach_reach import bypass
-from .attach_weights import refuse
+from .checkpoint import Checkpoint
+from .keys import PREFIX, complaint
+from .layer import features, layer_reason
+from .reach import bypass
+from .weights import refuse
 
 
 class Fitted(NamedTuple):

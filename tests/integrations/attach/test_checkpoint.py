@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern.integrations.attach_checkpoint import CONFIG, Checkpoint
-from peftkern.integrations.attach_weights import SAFETENSORS as WEIGHTS
+from peftkern.integrations.attach.checkpoint import CONFIG, Checkpoint
+from peftkern.integrations.attach.weights import SAFETENSORS as WEIGHTS
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach_compiled import number_of
-from .attach_layer import Replacement
-from .attach_request import Batch, Request, batch_of, bound, current_request, in_force
-from .attach_rows import UNKNOWN, Rows
+from .compiled import number_of
+from .layer import Replacement
+from .request import Batch, Request, batch_of, bound, current_request, in_force
+from .rows import UNKNOWN, Rows
 
 # Inputs that may hold the batch; a model's own main_input_name comes first, and any other tensor last.
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "hidden_states")
@@ -44,6 +44,8 @@ class AttachedEntry(Replacement):
         request = current_request(self.owner)
         if request is None:
             self.owner.check_outside(self.name)
+        elif not self.name:
+            self.owner.check_in_place()
         if request is None or request.uniform or batch_of(request) is not None:
             return self.inner(*args, **kwargs)
         given = self._given(args, kwargs)

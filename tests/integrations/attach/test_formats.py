@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftkern
-from peftkern.integrations.attach_checkpoint import CONFIG, Checkpoint
-from peftkern.integrations.attach_config import _CHANGES, _IGNORED, _READ
-from peftkern.integrations.attach_weights import PICKLE, SAFETENSORS
+from peftkern.integrations.attach.checkpoint import CONFIG, Checkpoint
+from peftkern.integrations.attach.config import _CHANGES, _IGNORED, _READ
+from peftkern.integrations.attach.weights import PICKLE, SAFETENSORS
 
 peft = pytest.importorskip("peft")
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
