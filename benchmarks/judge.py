@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 OURS, ADDMM, PEFT, BASE = "peftkern", "addmm", "peft", "base"
+# Ranks that tables and limits speak of.
+RANKS = (8, 16)
 RERUN_ABOVE = 1.05
 MEAN_ABOVE_ADDMM = 1.03
 KEY = ("op", "device", "dtype", "adapter_dtype", "M", "K", "N", "R", "dropout", "pass")
@@ -76,7 +78,7 @@ def figures(result: dict) -> list[Figure]:
 
 
 def _core(row: dict) -> bool:
-    return row["adapter_dtype"] == "fp32" and row["pass"] == "fwd_bwd" and row["M"] >= 512 and row["R"] in (8, 16)
+    return row["adapter_dtype"] == "fp32" and row["pass"] == "fwd_bwd" and row["M"] >= 512 and row["R"] in RANKS
 
 
 def _mean(rows: list[dict], field: str, dropout: float | None = None, chosen: Callable[[dict], bool] = _core):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from . import gpu_judge, model
 from .case import BASE, FP32_BASE
 from .floor import lora_floor
-from .judge import OURS, geomean, slow_half
+from .judge import OURS, RANKS, geomean, slow_half
 
 CALCULATION = "*A calculation from sizes and data-sheet rates, not a measurement.*"
 LIMITS = "*Limits, and calculations from sizes and data-sheet rates; not measurements.*"
@@ -172,9 +172,10 @@ def gap(result: dict) -> list[str]:
         field, base = ("ratio_to_fp32_base", FP32_BASE) if slow else ("ratio_to_base", BASE)
         over = "frozen fp32 linear" if slow else "frozen linear"
         table = []
+        ranks = " and ".join(str(R) for R in RANKS if any(r["R"] == R for r in rows))
         for shape in dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows):
             own = [r for r in rows if (r["M"], r["K"], r["N"]) == shape]
-            ours = [r for r in own if r["provider"] == OURS and r["adapter_dtype"] == "fp32" and r["R"] in (8, 16)]
+            ours = [r for r in own if r["provider"] == OURS and r["adapter_dtype"] == "fp32" and r["R"] in RANKS]
             ours = [r for r in ours if r[field] is not None]
             if ours:
                 ms = [r["median_ms"] for r in own if r["provider"] == base and r["median_ms"]]
@@ -183,7 +184,7 @@ def gap(result: dict) -> list[str]:
                 table.append(["x".join(map(str, shape)), f"{geomean(ms):.2f}", f"{floor:.3f}", f"{ratio:.2f}",
                               f"{ratio / floor:.2f}", f"{share:.0%}"])  # fmt: skip
         head = ["M x K x N", f"{over}, ms", "floor", "peftkern", "gap", "of copy bandwidth"]
-        lines += [f"{dtype}, fp32 adapters, R = 8 and 16, dropout 0 and 0.1: over a {over}", "", *_table(head, table)]
+        lines += [f"{dtype}, fp32 adapters, R = {ranks}, dropout 0 and 0.1: over a {over}", "", *_table(head, table)]
     return lines
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import generate, gpu_judge, multi_judge, multi_report, performance
 from .case import BASE, FP32_BASE
-from .judge import Figure, figures, geomean, slow_half
+from .judge import RANKS, Figure, figures, geomean, slow_half
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -32,7 +32,7 @@ COLUMNS = (
     ("`addmm_` function", "addmm", "fp32"),
     ("**peftkern**", "peftkern", "fp32"),
 )
-RANKS = (8, 16)
+
 # Ops whose rows are judged and shown in their own way.
 JUDGES = {"multi_lora_linear": multi_judge.figures}
 TABLES = {"multi_lora_linear": multi_report.markdown, "generate": generate.markdown}
@@ -101,9 +101,10 @@ def _table(rows: list[dict], dtype: str) -> list[str]:
     field = "ratio_to_fp32_base" if slow else "ratio_to_base"
     over = "a frozen fp32 linear (torch's own product is slow in this dtype here)" if slow else "a frozen linear"
     rows = [r for r in rows if r["pass"] == "fwd_bwd" and (r["R"] in RANKS or r["provider"] in (BASE, FP32_BASE))]
+    ranks = " and ".join(str(r) for r in RANKS if any(row["R"] == r for row in rows))
     columns = [c for c in COLUMNS if any(r["provider"] == c[1] for r in rows)]
     lines = [
-        f"{dtype}, forward + backward, R = 8 and 16, fp32 adapters: time over {over}",
+        f"{dtype}, forward + backward, R = {ranks}, fp32 adapters: time over {over}",
         "",
         "| M x K x N | dropout | frozen linear, ms | " + " | ".join(c[0] for c in columns) + " | floor |",
         "|---|---|---|" + "---|" * (len(columns) + 1),
