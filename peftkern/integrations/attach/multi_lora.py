@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,8 @@ from .entry import AttachedEntry, AttachedGenerate, entries_above
 from .fit import Fitted, fit
 from .layer import AttachedLinear, Replacement, device_of, features
 from .reach import Edge, check_in_place, edges
-from .request import Entry, Request, in_force, refuse_generators
+from .request import Entry, Request, in_force
+from .use import BoundModel, Use, checked_repeats, named
 from .weights import refuse
 
 __all__ = ["MultiLoRA", "attach_adapters"]
@@ -127,7 +127,7 @@ class MultiLoRA:
             self._leaving.add(entry)
         self._free_unused([entry])
 
-    def use(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> _Use:
+    def use(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> Use:
         """A ``with`` block in which calls of the model take these adapters.
 
         Args:
@@ -149,18 +149,18 @@ class MultiLoRA:
             KeyError: an unknown name. TypeError: names that are no list. ValueError: at a call, a batch that does not
             fit. RuntimeError: a block in a generator, or a call in a context copied from a block that has ended.
         """
-        return _Use(self, self._named(names), _checked_repeats(repeats))
+        return Use(self, self._in_use(named(names), checked_repeats(repeats)))
 
     def bind(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> BoundModel:
         """The model with these adapters: to be called, or to ``generate``, in any thread, executor or generator.
 
         Arguments and errors as in ``use``. Names are looked up at every call.
         """
-        named = self._named(names)
+        each, repeats = named(names), checked_repeats(repeats)
         with self._lock:
-            for name in set(named) - {None}:
+            for name in set(each) - {None}:
                 self._find(name)
-        return BoundModel(self, named, _checked_repeats(repeats))
+        return BoundModel(self.model, each, repeats, lambda: self._in_use(each, repeats))
 
     def check_outside(self, name: str) -> None:
         """RuntimeError if calls outside of ``use`` are to raise."""
@@ -215,16 +215,6 @@ class MultiLoRA:
         except (KeyError, TypeError):
             raise KeyError(f"no adapter {name!r} is attached") from None
 
-    @staticmethod
-    def _named(names: Any) -> tuple[str | None, ...]:
-        if names is None or isinstance(names, str):
-            return (names,)
-        if not isinstance(names, Sequence):
-            raise TypeError(
-                f"names must be a list with one name or None per sequence, or one name, got {type(names).__name__}"
-            )
-        return tuple(names)
-
     @contextmanager
     def _in_use(self, names: tuple[str | None, ...], repeats: int) -> Iterator[None]:
         with self._lock:
@@ -277,8 +267,9 @@ class MultiLoRA:
             fitted = {name: fit(Checkpoint(folder), modules, self._attached) for name, folder in adapters.items()}
             max_rank = self._checked_rank(fitted)
             new = self._new_layers(fitted, max_rank)
-            entries: dict[str, Entry] = {}
             layers = {**self._attached, **new}
+            _reserve(fitted, layers)
+            entries: dict[str, Entry] = {}
             try:
                 for name, one in fitted.items():
                     entries[name] = Entry(f"{name}#{next(self._serial)}")
@@ -347,39 +338,11 @@ class MultiLoRA:
             entry.ids[layer] = layer.bank.add(entry.key, A, B, fitted.checkpoint.parts[name].scaling)
 
 
-class _Use:
-    """The block of ``MultiLoRA.use``."""
-
-    def __init__(self, multi: MultiLoRA, names: tuple[str | None, ...], repeats: int):
-        self._multi, self._block = multi, multi._in_use(names, repeats)
-
-    def __enter__(self) -> MultiLoRA:
-        refuse_generators()
-        self._block.__enter__()
-        return self._multi
-
-    def __exit__(self, *error) -> None:
-        self._block.__exit__(*error)
-
-
-class BoundModel:
-    """A model with the adapters of a batch, from ``MultiLoRA.bind``: each call enters and leaves by itself."""
-
-    def __init__(self, multi: MultiLoRA, names: tuple[str | None, ...], repeats: int):
-        self._multi, self.names, self.repeats = multi, names, repeats
-
-    def __call__(self, *args, **kwargs) -> Any:
-        """A call of the model."""
-        with self._multi._in_use(self.names, self.repeats):
-            return self._multi.model(*args, **kwargs)
-
-    def generate(self, *args, **kwargs) -> Any:
-        """The model's ``generate``."""
-        with self._multi._in_use(self.names, self.repeats):
-            return self._multi.model.generate(*args, **kwargs)
-
-
-def _checked_repeats(repeats: int) -> int:
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats is {repeats!r}, expected a number of rows of at least 1")
-    return repeats
+def _reserve(fitted: Mapping[str, Fitted], attached: Mapping[nn.Module, AttachedLinear]) -> None:
+    # One piece of memory in each bank for all that come at once.
+    ranks: dict[AttachedLinear, list[int]] = {}
+    for one in fitted.values():
+        for name, layer in one.layers.items():
+            ranks.setdefault(attached[layer], []).append(one.checkpoint.parts[name].rank)
+    for layer, each in ranks.items():
+        layer.bank.reserve(each)
