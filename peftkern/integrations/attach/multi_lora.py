@@ -127,14 +127,14 @@ class MultiLoRA:
             self._leaving.add(entry)
         self._free_unused([entry])
 
-    def use(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> Use:
+    def use(self, names: str | Sequence[str | None] | None, repeats: int | None = None) -> Use:
         """A ``with`` block in which calls of the model take these adapters.
 
         Args:
             names: one name per sequence of the batch (None: the base model), in the order of the model's input; or one
                 for all. One name, or the same one everywhere, fits any batch. Several need a batch of their number.
-            repeats: each name stands for so many rows in a run. Within ``generate`` that is known: beams, and several
-                sequences per prompt, come as such runs.
+            repeats: each name stands for so many rows in a run (default: one). Within ``generate`` that is known: beams,
+                and several sequences per prompt, come as such runs.
 
         The batch is counted where it enters the model, along the first axis of its main input, and its rows are followed
         from there: a layer that gets them in another order serves each with its own adapter, and one where that is not
@@ -151,7 +151,7 @@ class MultiLoRA:
         """
         return Use(self, self._in_use(named(names), checked_repeats(repeats)))
 
-    def bind(self, names: str | Sequence[str | None] | None, repeats: int = 1) -> BoundModel:
+    def bind(self, names: str | Sequence[str | None] | None, repeats: int | None = None) -> BoundModel:
         """The model with these adapters: to be called, or to ``generate``, in any thread, executor or generator.
 
         Arguments and errors as in ``use``. Names are looked up at every call.

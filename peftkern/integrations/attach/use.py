@@ -60,8 +60,10 @@ def named(names: Any) -> Names:
     return tuple(names)
 
 
-def checked_repeats(repeats: int) -> int:
-    """``repeats`` itself. ValueError unless it is a number of rows of at least 1."""
+def checked_repeats(repeats: int | None) -> int:
+    """``repeats``; 1 for None. ValueError unless it is a number of rows of at least 1."""
+    if repeats is None:
+        return 1
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats is {repeats!r}, expected a number of rows of at least 1")
     return repeats
