@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 from torch import nn
 
-from ...dispatch.registry import choose
-from ...dispatch.registry import ORDER, Declined, load
+from ...dispatch.registry import ORDER, Declined, choose, load
 from ...problem import Problem, device_arch
 from ...settings import current
 from .guard import Plan
