@@ -27,7 +27,7 @@ HERE = ROOT / "tests/sim"
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
 PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.cu")) if p.name != "tensor_map.cu"]
 # The extension's own bindings, as a Python module of simulated kernels.
-BINDINGS = [HERE / "module.cpp", ROOT / "csrc/bindings_cuda.cpp"]
+BINDINGS = [ROOT / "csrc/bindings/cuda.cpp"]
 SOURCES = [*sorted(HERE.glob("src/**/*.cpp")), *sorted(HERE.glob("kernels/**/*.cu")), *PRODUCT, *BINDINGS]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
