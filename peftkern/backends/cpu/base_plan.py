@@ -1,11 +1,11 @@
 """Who computes the base product on CPU, and in which blocks: pure functions of sizes, dtype, CPU and settings.
 
 - ``vendor``: torch's own matrix product, written in the output's dtype.
-- ``panels``: ours (csrc/cpu/base_gemm.cpp). Half precision is widened while packing, the product is fp32, and the
+- ``panels``: ours (csrc/cpu/base/gemm.cpp). Half precision is widened while packing, the product is fp32, and the
   epilogue rounds once. A row's bits depend on (C, dtype) alone, so this is also the batch-invariant product.
-- ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base_gemm_bf16.cpp), fp32 panels of the result as well. It
+- ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It
   takes the place of ``panels`` there, unless the input has a scale.
-- ``few``: ours for few rows (csrc/cpu/base_few.cpp), one pass over W.
+- ``few``: ours for few rows (csrc/cpu/base/few.cpp), one pass over W.
 
 Nothing here times anything: a noisy measurement would change bits from run to run. A committed table of this CPU model
 (cpu_base_table) names the fastest kind. Where it has none, fp32 is the vendor's: which of two good products is faster

@@ -7,7 +7,7 @@ from .device import kernel_settings, on_device
 
 def multi_lora_linear_route(ids, table, mask):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi_route import route
+    from ...kernels.multi.route import route
 
     with on_device(ids):
         order, starts = route(ids, table, mask)
@@ -21,7 +21,7 @@ def multi_lora_linear_route(ids, table, mask):
 
 
 def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed):
-    from ...kernels.multi_lora_linear import batch
+    from ...kernels.multi.multi_lora_linear import batch
 
     return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like))
 
@@ -30,7 +30,7 @@ def multi_lora_linear_fwd(
     x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
 ):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi_lora_linear import forward
+    from ...kernels.multi.multi_lora_linear import forward
 
     with on_device(x):
         batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed)
@@ -39,7 +39,7 @@ def multi_lora_linear_fwd(
 
 def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
     """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi_lora_linear import backward_adapter
+    from ...kernels.multi.multi_lora_linear import backward_adapter
 
     with on_device(dy):
         batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
@@ -48,7 +48,7 @@ def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, star
 
 def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
     """dx, see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi_lora_linear import backward_input
+    from ...kernels.multi.multi_lora_linear import backward_input
 
     with on_device(dy):
         batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed)
@@ -57,7 +57,7 @@ def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, ord
 
 def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
-    from ...kernels.multi_lora_linear import add
+    from ...kernels.multi.multi_lora_linear import add
 
     with on_device(x):
         add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None), out, x)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.kernels import configs, multi_tiles
+from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
-from peftkern.kernels.multi_configs import BASES
+from peftkern.kernels.multi import tiles as multi_tiles
+from peftkern.kernels.multi.configs import BASES
 from peftkern.ops import multi_lora_linear as op
 from peftkern.testing.accuracy import check
 from peftkern.testing.multi_problems import MIXES, random_multi_problem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern.kernels import configs
-from peftkern.kernels.multi_configs import BASES
+from peftkern.kernels.multi.configs import BASES
 
 ops = torch.ops.peftkern
 NAN = float("nan")
