@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import configs, launch, multi_lora_linear
+from ..kernels import configs, launch
 from ..kernels.lora_linear import Settings
-from ..kernels.multi_route import route
+from ..kernels.multi import multi_lora_linear
+from ..kernels.multi.route import route
 from .static_triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
 BOUNDS = "triton_multi_lora_linear"
