@@ -8,7 +8,7 @@
 #include <unordered_map>
 
 #include "cpu/base/product.h"
-#include "cpu/dispatch.h"
+#include "cpu/common/dispatch.h"
 
 namespace peftkern {
 
@@ -48,7 +48,8 @@ class Plans {
   struct Hash {
     size_t operator()(const PlanKey& key) const {
       uint64_t h = reinterpret_cast<uintptr_t>(key.settings);
-      for (const int64_t fact : key.facts) h = (h ^ static_cast<uint64_t>(fact)) * 0x9E3779B97F4A7C15u, h ^= h >> 32;
+      for (const int64_t fact : key.facts)
+        h = (h ^ static_cast<uint64_t>(fact)) * 0x9E3779B97F4A7C15u, h ^= h >> 32;
       return h;
     }
   };

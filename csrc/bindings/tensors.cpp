@@ -35,7 +35,7 @@ struct DlExchangeApi {
 constexpr int32_t kDlCpu = 1;
 
 // --- what torch's libraries export: functions of its C shim, and the step from there to Python ---
-using Handle = void*;  // at::Tensor*
+using Handle = void*;                                       // at::Tensor*
 constexpr int32_t kAtenCpu = 0, kAtenTypes[] = {6, 15, 5};  // of the dtype codes: Float, BFloat16, Half
 struct Exported {
   int (*empty_strided)(int64_t dims, const int64_t* shape, const int64_t* strides, int32_t dtype,
@@ -71,7 +71,8 @@ void look_up_exports(const char* path) {
                    look_up(library, "aoti_torch_empty_strided", e.empty_strided) &&
                    look_up(library, "_Z16THPVariable_WrapRKN2at10TensorBaseE", e.wrap);
   if (!all) e.wrap = nullptr;
-  const bool product = e.destroy != nullptr && look_up(library, "aoti_torch_create_tensor_from_blob", e.from_blob) &&
+  const bool product = e.destroy != nullptr &&
+                       look_up(library, "aoti_torch_create_tensor_from_blob", e.from_blob) &&
                        look_up(library, "aoti_torch_cpu_mm_out", e.mm_out);
   if (!product) e.mm_out = nullptr;
 }
@@ -81,8 +82,8 @@ class Borrowed {
  public:
   Borrowed(int64_t rows, int64_t cols, const ConstMatrix& m) {
     const int64_t shape[] = {rows, cols}, strides[] = {m.row, m.col};
-    if (state.torch.from_blob(const_cast<void*>(m.data), 2, shape, strides, 0, kAtenTypes[static_cast<int>(m.dtype)],
-                              kAtenCpu, -1, &handle) != 0)
+    if (state.torch.from_blob(const_cast<void*>(m.data), 2, shape, strides, 0,
+                              kAtenTypes[static_cast<int>(m.dtype)], kAtenCpu, -1, &handle) != 0)
       throw std::runtime_error("torch could not make a tensor of a matrix");
   }
   Borrowed(const Borrowed&) = delete;
@@ -91,7 +92,8 @@ class Borrowed {
   Handle handle = nullptr;
 };
 
-void multiply(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b, const Matrix& out) {
+void multiply(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b,
+              const Matrix& out) {
   const Borrowed left(M, C, a), right(C, D, b), result(M, D, cpu::as_const(out));
   if (state.torch.mm_out(result.handle, left.handle, right.handle) != 0)
     throw std::runtime_error("torch's matrix product failed");
@@ -99,9 +101,11 @@ void multiply(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const Const
 
 PyObject* empty_through_python(const int64_t* shape, int dims, DType dtype) {
   PyObject* sizes = PyTuple_New(dims);
-  for (int i = 0; sizes != nullptr && i < dims; ++i) PyTuple_SET_ITEM(sizes, i, PyLong_FromLongLong(shape[i]));
+  for (int i = 0; sizes != nullptr && i < dims; ++i)
+    PyTuple_SET_ITEM(sizes, i, PyLong_FromLongLong(shape[i]));
   PyObject* args = sizes != nullptr ? PyTuple_Pack(1, sizes) : nullptr;
-  PyObject* out = args != nullptr ? PyObject_Call(state.empty, args, state.keywords[static_cast<int>(dtype)]) : nullptr;
+  PyObject* out =
+      args != nullptr ? PyObject_Call(state.empty, args, state.keywords[static_cast<int>(dtype)]) : nullptr;
   Py_XDECREF(args);
   Py_XDECREF(sizes);
   return out;
@@ -116,7 +120,8 @@ PyObject* empty_through_exports(const int64_t* shape, int dims, DType dtype) {
     step *= std::max<int64_t>(shape[i], 1);
   }
   Handle handle = nullptr;
-  if (state.torch.empty_strided(dims, shape, strides, kAtenTypes[static_cast<int>(dtype)], kAtenCpu, -1, &handle) != 0)
+  if (state.torch.empty_strided(dims, shape, strides, kAtenTypes[static_cast<int>(dtype)], kAtenCpu, -1,
+                                &handle) != 0)
     return PyErr_NoMemory();
   PyObject* out = state.torch.wrap(handle);
   state.torch.destroy(handle);
@@ -145,7 +150,8 @@ bool View::dtype(DType& out) const {
 }
 
 bool read(PyObject* object, View& out) {
-  if (state.api == nullptr || (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter)) return false;
+  if (state.api == nullptr || (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter))
+    return false;
   DlTensor t;
   if (state.api->view_of_object(object, &t) != 0) {
     PyErr_Clear();
@@ -216,7 +222,8 @@ cpu::Product product() {
 }
 
 bool multiply_in_python(PyObject* a, PyObject* weight, bool transpose, PyObject* scale, PyObject* out) {
-  PyObject* done = PyObject_CallFunctionObjArgs(state.product, a, weight, transpose ? Py_True : Py_False, scale, out, nullptr);
+  PyObject* done = PyObject_CallFunctionObjArgs(state.product, a, weight, transpose ? Py_True : Py_False,
+                                                scale, out, nullptr);
   Py_XDECREF(done);
   return done != nullptr;
 }
@@ -224,8 +231,8 @@ bool multiply_in_python(PyObject* a, PyObject* weight, bool transpose, PyObject*
 PyObject* set_up(PyObject*, PyObject* args) {
   PyObject *tensor, *parameter, *is_neg, *empty, *dtypes[3], *product;
   const char* path;
-  if (!PyArg_ParseTuple(args, "OOOO(OOO)Oz", &tensor, &parameter, &is_neg, &empty, dtypes, dtypes + 1, dtypes + 2,
-                        &product, &path))
+  if (!PyArg_ParseTuple(args, "OOOO(OOO)Oz", &tensor, &parameter, &is_neg, &empty, dtypes, dtypes + 1,
+                        dtypes + 2, &product, &path))
     return nullptr;
   PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
   if (capsule == nullptr) return nullptr;

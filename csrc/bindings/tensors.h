@@ -44,9 +44,9 @@ cpu::Product product();
 // Python error.
 bool multiply_in_python(PyObject* a, PyObject* weight, bool transpose, PyObject* scale, PyObject* out);
 
-// What Python brings, once: (torch.Tensor, Parameter, TensorBase.is_neg, torch.empty, the dtypes of the codes,
-// the function for multiply_in_python, the path of torch._C or None to do without its libraries' exports).
-// Raises where this torch has no exchange API.
+// What Python brings, once: (torch.Tensor, Parameter, TensorBase.is_neg, torch.empty, the dtypes of the
+// codes, the function for multiply_in_python, the path of torch._C or None to do without its libraries'
+// exports). Raises where this torch has no exchange API.
 PyObject* set_up(PyObject* self, PyObject* args);
 
 }  // namespace peftkern::tensors

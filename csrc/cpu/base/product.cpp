@@ -1,7 +1,7 @@
 // The base product's blocks, and who fills them.
 #include "cpu/base/product.h"
 
-#include "peftkern/launchers.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern::cpu {
 namespace {
@@ -111,13 +111,35 @@ void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int
                 int64_t c0, int64_t c1, float* panel, int64_t ld, float* room) {
   const int64_t rows = r1 - r0, cols = c1 - c0;
   if (g.kind == BaseKind::identity) {
-    scale_copy({from(g.a, r0, c0), {panel, DType::f32, ld, 1}, rows, cols, 0, 1.0f, nullptr,
-                g.scale != nullptr ? g.scale + c0 : nullptr, worth_threads(4 * rows * cols, g.threads)});
+    scale_copy({from(g.a, r0, c0),
+                {panel, DType::f32, ld, 1},
+                rows,
+                cols,
+                0,
+                1.0f,
+                nullptr,
+                g.scale != nullptr ? g.scale + c0 : nullptr,
+                worth_threads(4 * rows * cols, g.threads)});
     return;
   }
   const ConstMatrix a = from(g.a, r0, 0), b = from(g.b, 0, c0);
-  const BaseArgs args{a.data, a.row, a.col,  b.data, b.col,  b.row,  a.dtype,           g.scale,           panel,
-                      ld,     rows,  cols,   g.C,    blocks.block_rows, blocks.block_cols, room, threads};
+  const BaseArgs args{a.data,
+                      a.row,
+                      a.col,
+                      b.data,
+                      b.col,
+                      b.row,
+                      a.dtype,
+                      g.scale,
+                      panel,
+                      ld,
+                      rows,
+                      cols,
+                      g.C,
+                      blocks.block_rows,
+                      blocks.block_cols,
+                      room,
+                      threads};
   if (g.kind == BaseKind::few) {
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {

@@ -62,7 +62,8 @@ void base_product(const BaseProduct& g, KeptScratch& scratch, const Epilogue& ep
   }
   const int threads = worth_threads(g.M * g.C * g.D, g.threads);
   const BaseBlocks blocks = base_blocks(g.kind, g.M, g.D, g.C, threads);
-  const int64_t ld = blocks.cols + 16;  // not a multiple of 4 KB: a tile's rows would share one set of the cache
+  const int64_t ld =
+      blocks.cols + 16;  // not a multiple of 4 KB: a tile's rows would share one set of the cache
   float* panel = scratch.take(blocks.panel);
   float* room = scratch.take(blocks.scratch);
   for (int64_t c0 = 0; c0 < g.D; c0 += blocks.cols) {

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/scratch.h"
+#include "cpu/common/scratch.h"
 
 namespace peftkern::cpu {
 

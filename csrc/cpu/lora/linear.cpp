@@ -28,8 +28,9 @@ void reduce_dy(const Backward& b) {
   LoraReduceArgs sums = args;
   sums.v = b.G != nullptr ? g.u : nullptr, sums.g = b.G, sums.colsum = g.dbias;
   if (b.du != nullptr) {
-    const Panel p = as_panel(transposed(g.B), g.R, g.N, g.scaling, g.drank_scale != nullptr ? nullptr : b.rank_scale,
-                             b.delta_out_scale, g.threads, b.scratch);
+    const Panel p =
+        as_panel(transposed(g.B), g.R, g.N, g.scaling, g.drank_scale != nullptr ? nullptr : b.rank_scale,
+                 b.delta_out_scale, g.threads, b.scratch);
     LoraReduceArgs& with_dot = g.R * g.N <= kFusedElements ? sums : args;
     with_dot.p = p.data, with_dot.ldp = p.ld, with_dot.out = b.du;
   }
@@ -85,15 +86,16 @@ void grad_x(const Backward& b) {
   const float* out_scale = as_floats(g.base_out_scale, g.N, b.scratch);
   const Panel p = as_panel(g.A, g.R, g.K, 1.0f, nullptr, b.delta_in_scale, g.threads, b.scratch);
   const BaseProduct base{g.kind, g.M, g.K, g.N, g.dy, g.weight, out_scale, g.dx, g.vendor, g.threads};
-  base_product(base, b.scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
-    const int64_t rows = r1 - r0, cols = c1 - c0;
-    if (g.dbase_in != nullptr)
-      dot_columns(block, from(g.x, r0, c0), rows, cols, g.dbase_in + c0, true, g.threads);
-    const Dropout dropout{g.dropout.seed, g.dropout.threshold, r0, c0};
-    lora_expand({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, b.du + r0 * g.R, g.R, p.data + c0, p.ld,
-                 g.kept_scale, dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
-                 worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)});
-  });
+  base_product(
+      base, b.scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
+        const int64_t rows = r1 - r0, cols = c1 - c0;
+        if (g.dbase_in != nullptr)
+          dot_columns(block, from(g.x, r0, c0), rows, cols, g.dbase_in + c0, true, g.threads);
+        const Dropout dropout{g.dropout.seed, g.dropout.threshold, r0, c0};
+        lora_expand({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, b.du + r0 * g.R, g.R, p.data + c0,
+                     p.ld, g.kept_scale, dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
+                     worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)});
+      });
 }
 
 }  // namespace
@@ -102,8 +104,8 @@ void lora_linear_forward(const LoraLinearForward& g) {
   KeptScratch scratch;
   LoraReduceArgs shrink{};
   shrink.in = g.x, shrink.M = g.M, shrink.C = g.K, shrink.R = g.R, shrink.dropout = g.dropout;
-  const Panel a = as_panel(g.A, g.R, g.K, 1.0f, nullptr, as_floats(g.delta_in_scale, g.K, scratch), g.threads,
-                           scratch);
+  const Panel a =
+      as_panel(g.A, g.R, g.K, 1.0f, nullptr, as_floats(g.delta_in_scale, g.K, scratch), g.threads, scratch);
   float* u = g.u != nullptr ? g.u : scratch.take(g.M * g.R);
   shrink.p = a.data, shrink.ldp = a.ld, shrink.out = u, shrink.alpha_dot = g.kept_scale;
   reduce(shrink, g.threads);
@@ -114,15 +116,17 @@ void lora_linear_forward(const LoraLinearForward& g) {
   const float* out_scale = as_floats(g.base_out_scale, g.N, scratch);
   const bool keep = g.h.data != nullptr;
   const Matrix& product = keep ? g.h : g.y;
-  const BaseProduct base{g.kind, g.M, g.N, g.K, g.x, transposed(g.weight), in_scale, product, g.vendor, g.threads};
+  const BaseProduct base{g.kind,   g.M,     g.N,      g.K,      g.x, transposed(g.weight),
+                         in_scale, product, g.vendor, g.threads};
   base_product(base, scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
     const int64_t rows = r1 - r0, cols = c1 - c0;
     const Matrix saved = from(product, r0, c0);
     if (keep && block.data != saved.data) {
-      scale_copy({block, saved, rows, cols, 0, 1.0f, nullptr, nullptr, worth_threads(4 * rows * cols, g.threads)});
+      scale_copy(
+          {block, saved, rows, cols, 0, 1.0f, nullptr, nullptr, worth_threads(4 * rows * cols, g.threads)});
     }
-    lora_expand({from(g.y, r0, c0), block, nullptr, rows, cols, g.R, u + r0 * g.R, g.R, p.data + c0, p.ld, 1.0f,
-                 Dropout{}, out_scale != nullptr ? out_scale + c0 : nullptr,
+    lora_expand({from(g.y, r0, c0), block, nullptr, rows, cols, g.R, u + r0 * g.R, g.R, p.data + c0, p.ld,
+                 1.0f, Dropout{}, out_scale != nullptr ? out_scale + c0 : nullptr,
                  bias != nullptr ? bias + c0 : nullptr,
                  worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)});
   });
@@ -130,7 +134,8 @@ void lora_linear_forward(const LoraLinearForward& g) {
 
 void lora_linear_backward(const LoraLinearBackward& g) {
   KeptScratch scratch;
-  const bool du = g.dx.data != nullptr || g.dA.data != nullptr || g.ddelta_in != nullptr || g.drank_scale != nullptr;
+  const bool du =
+      g.dx.data != nullptr || g.dA.data != nullptr || g.ddelta_in != nullptr || g.drank_scale != nullptr;
   const bool G = g.dB.data != nullptr || g.ddelta_out != nullptr;
   const Backward b{g,
                    scratch,

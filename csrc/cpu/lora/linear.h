@@ -2,8 +2,8 @@
 //
 //   y = g_b * ((x * p_b) W^T) + s g_d * ((d * u) B^T) + bias,        u = (drop(x) * p_d) A^T
 //
-// and its gradients; peftkern/ops/lora_linear.py is the definition. Nothing is kept between calls but scratch,
-// and nothing here chooses: who computes the base product is an argument.
+// and its gradients; peftkern/ops/lora_linear.py is the definition. Nothing is kept between calls but
+// scratch, and nothing here chooses: who computes the base product is an argument.
 #pragma once
 
 #include "cpu/base/product.h"

@@ -3,7 +3,7 @@
 
 #include "cpu/common/kept_scratch.h"
 #include "cpu/common/views.h"
-#include "peftkern/launchers.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern::cpu {
 
@@ -29,7 +29,14 @@ inline Panel as_panel(const ConstMatrix& adapter, int64_t R, int64_t C, float al
     return {static_cast<const float*>(adapter.data), adapter.row};
   const int64_t ld = padded(C);
   float* out = scratch.take(R * ld);
-  scale_copy({adapter, {out, DType::f32, ld, 1}, R, C, ld - C, alpha, row_scale, col_scale,
+  scale_copy({adapter,
+              {out, DType::f32, ld, 1},
+              R,
+              C,
+              ld - C,
+              alpha,
+              row_scale,
+              col_scale,
               worth_threads(4 * R * C, threads)});
   return {out, ld};
 }

@@ -71,7 +71,7 @@ def base_product(
             scaled=in_scale is not None,
         )  # fmt: skip
     if kind == "vendor":
-        _vendor(a, b, in_scale, out)
+        vendor_product(a, b, in_scale, out)
         epilogue(0, M, 0, D, None)
     else:
         _ours(kind, a, b, vector(in_scale), epilogue)
@@ -85,7 +85,8 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def _vendor(a: Tensor, b: Tensor, in_scale: Tensor | None, out: Tensor) -> None:
+def vendor_product(a: Tensor, b: Tensor, in_scale: Tensor | None, out: Tensor) -> None:
+    """``out = (a * in_scale) b`` by torch, for a (M, C) with C > 0 and a b (C, D) of any strides."""
     if in_scale is None:
         _mm(a, b, out)
         return

@@ -152,49 +152,12 @@ def choose(
     return "vendor"
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _even(n: int, most: int, multiple: int) -> int:
-    """Size of the parts if n is cut into as few as ``most`` allows, all alike."""
-    return _up(-(-n // -(-n // most)), multiple)
-
-
 @functools.lru_cache(maxsize=4096)
 def blocks(kind: str, M: int, D: int, C: int, threads: int) -> Plan:
     """The plan of ``kind``; M, D, C >= 1. ``Plan.bytes`` never exceeds SCRATCH_BYTES."""
     if kind == "vendor":
         return Plan(kind, M, D)
-    # More threads need more to share out.
-    elements = _PANEL * min(max(threads // 2, 1), 4)
-    rows = _even(M, _BLOCK_ROWS, 1)
-    cols = min(_up(D, _ALIGN), _even(D, max(_PANEL_COLS, elements // rows), _ALIGN))
-    panel = rows * (cols + 16)
-    if kind == "few":
-        return Plan(kind, rows, cols, scratch=M * (C + _ALIGN), panel=panel)
-    block_rows, block_cols = min(rows, _BLOCK_ROWS), min(cols, _BLOCK_COLS)
-    while _uneven(rows, cols, block_rows, block_cols, threads) and block_rows * block_cols > 64 * 128:
-        if block_cols > 128 and (block_cols >= block_rows or block_rows <= 64):
-            block_cols = _up(block_cols // 2, _ALIGN)
-        else:
-            block_rows = -(-block_rows // 2)
-    while 4 * (threads * _per_thread(block_rows, block_cols) + panel) > SCRATCH_BYTES:
-        if block_cols > block_rows:
-            block_cols = _up(block_cols // 2, _ALIGN)
-        else:
-            block_rows = -(-block_rows // 2)
-    return Plan(kind, rows, cols, block_rows, block_cols, threads * _per_thread(block_rows, block_cols), panel)
-
-
-def _per_thread(block_rows: int, block_cols: int) -> int:
-    return block_rows * _C.base_row + (block_cols + _C.base_tile_cols) * _C.base_block
-
-
-def _uneven(rows: int, cols: int, block_rows: int, block_cols: int, threads: int) -> bool:
-    """Whether threads would wait for each other for more than a fifth of the time."""
-    count = -(-rows // block_rows) * -(-cols // block_cols)
-    return -(-count // threads) * threads > 1.2 * count
+    return Plan(kind, *_C.base_blocks(kind, M, D, C, threads))
 
 
 def describe() -> dict[str, dict[str, str]]:
