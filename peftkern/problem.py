@@ -43,3 +43,12 @@ class Problem:
         flags = ",".join(sorted(self.flags)) or "-"
         sizes = f"M={self.M} N={self.N} K={self.K} R={self.R}"
         return f"{self.op}[{self.device}:{self.arch} {dtype} adapters={adapter} {sizes} {flags}]"
+
+
+def problem_like(
+    t: torch.Tensor, op: str, adapter_dtype: torch.dtype | None, sizes: tuple[int, int, int, int], present: dict
+) -> Problem:
+    """A problem on the device and in the dtype of ``t``; sizes M, N, K, R; flags: the names of what ``present`` has."""
+    device = t.device
+    flags = frozenset(name for name, value in present.items() if value is not None and value is not False)
+    return Problem(op, device.type, device_arch(device.type, device.index), t.dtype, adapter_dtype, *sizes, flags)

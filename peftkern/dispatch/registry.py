@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from .. import settings
 from ..problem import Problem
+from .watch import nobody_watches
 
 log = logging.getLogger("peftkern")
 
@@ -35,16 +36,18 @@ ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.
+    """A registered op. Every function of it takes the arguments as one ``arguments`` tuple.
 
-    ``flops(problem, *args)``: what torch's flop counter counts, 2 for each product and sum of a matrix product.
-    ``describe`` may look at dtypes, shapes, devices and Python values, never at a tensor's values: its outcome is kept.
+    ``describe`` checks them and makes their Problem, ``reference`` defines the result; ``flops(problem, arguments)``: what
+    torch's flop counter counts, 2 for each product and sum of a matrix product. ``describe`` may look at dtypes, shapes,
+    devices and Python values, never at a tensor's values: its outcome is kept.
     """
 
     name: str
+    arguments: type
     reference: Callable
-    describe: Callable[..., Problem]
-    flops: Callable[..., int]
+    describe: Callable[[Any], Problem]
+    flops: Callable[[Problem, Any], int]
 
 
 class Declined(RuntimeError):
@@ -54,21 +57,40 @@ class Declined(RuntimeError):
 OPS: dict[str, Op] = {}
 
 
+# Types of an op's arguments: an int that is a tensor's size, a tensor that the op changes.
+Size = int
+Out = torch.Tensor
+# What a field of an op's arguments is to torch.
+_SCHEMA = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "Out": "Tensor(a!)", "list[Tensor]": "Tensor[]",
+    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "bool": "bool", "int": "int", "Size": "SymInt",
+    "float": "float", "str": "str",
+}  # fmt: skip
+
+
+def schema_of(arguments: type, returns: str) -> str:
+    """torch's schema of an op that takes the fields of a NamedTuple (its annotations unevaluated) in their order."""
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in arguments.__annotations__.items()}
+    fields = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    return f"({fields}) -> {returns}"
+
+
 def define(
     name: str,
-    schema: str,
+    arguments: type,
+    returns: str,
     *,
     reference: Callable,
     fake: Callable,
-    describe: Callable[..., Problem],
-    flops: Callable[..., int] = lambda problem, *args: 0,
+    describe: Callable[[Any], Problem],
+    flops: Callable[[Problem, Any], int] = lambda problem, arguments: 0,
 ) -> None:
-    """Register ``peftkern::name`` with the given schema for every device."""
-    op = Op(name, reference, describe, flops)
+    """Register ``peftkern::name``, with a schema made of the NamedTuple ``arguments``, for every device."""
+    op = Op(name, arguments, reference, describe, flops)
     OPS[name] = op
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + schema_of(arguments, returns), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peftkern::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"peftkern::{name}", lambda *args: fake(arguments(*args)), lib=LIBRARY)
     torch.library.register_vmap(f"peftkern::{name}", functools.partial(_one_by_one, name), lib=LIBRARY)
     LIBRARY.impl(name, functools.partial(_legacy_one_by_one, name), "Batched")
 
@@ -187,7 +209,7 @@ def _function(module: ModuleType, problem: Problem) -> Callable:
 
 
 def _find(op: Op, args) -> _Taker:
-    problem = op.describe(*args)
+    problem = op.describe(op.arguments(*args))
     name, declined = choose(problem)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
     function = op.reference if name == "reference" else _function(load(name), problem)
@@ -217,30 +239,18 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _apply(taker: _Taker, args):
+def _apply(taker: _Taker, arguments):
     device = taker.device
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
     autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if not autocast and not torch.is_grad_enabled():
-        return taker.function(*args)
+        return taker.function(arguments)
     with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return taker.function(*args)
+        return taker.function(arguments)
 
 
 def _run(op: Op, *args):
-    return _apply(_taker(op, args), args)
-
-
-def watched() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform or a profiler wants to see which ops are called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return _apply(_taker(op, args), op.arguments(*args))
 
 
 def _tell_flop_counters() -> None:
@@ -258,7 +268,8 @@ def _tell_flop_counters() -> None:
 
 
 def _flops(op: Op, *args, out_val) -> int:
-    return op.flops(op.describe(*args), *args)
+    arguments = op.arguments(*args)
+    return op.flops(op.describe(arguments), arguments)
 
 
 def caller(name: str) -> Callable:
@@ -269,11 +280,11 @@ def caller(name: str) -> Callable:
     op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
 
     def call(*args):
-        if watched() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
+        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
             if not torch.compiler.is_compiling():
                 _tell_flop_counters()
             return overload(*args)
         taker = _taker(op, args)
-        return _apply(taker, args) if taker.plain else overload(*args)
+        return _apply(taker, op.arguments(*args)) if taker.plain else overload(*args)
 
     return call

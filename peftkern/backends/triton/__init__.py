@@ -52,15 +52,17 @@ def decline(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
+    if "identity" in problem.flags:
+        return "no kernel for the identity base"
     return None
 
 
-def dropout_mask(seed, M, K, p):
+def dropout_mask(c):
     """bool (M, K), see ``peftkern.ops.dropout_mask``."""
     from ...kernels.dropout import dropout_mask as launch_mask
 
-    with on_device(seed):
-        return launch_mask(seed, M, K, p)
+    with on_device(c.seed):
+        return launch_mask(*c)
 
 
 OPS = {
@@ -72,6 +74,6 @@ OPS = {
 
 def function(problem: Problem) -> Callable:
     """The op for this problem: who computes the base product, and with which tiles, may have been measured."""
-    measured = tuned.entry(problem) if problem.op in ("lora_linear_fwd", "lora_linear_bwd_input") else None
+    measured = tuned.entry(problem) if problem.op in ("lora_linear_fwd", "lora_linear_bwd") else None
     op = OPS[problem.op]
     return op if measured is None else functools.partial(op, measured=measured)

@@ -5,53 +5,35 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def lora_linear_fwd(
-    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
-    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, measured=None,
-):  # fmt: skip
+def lora_linear_fwd(c, measured=None):
     """(y, u, h), see ``peftkern.ops.lora_linear``; ``measured``: what is known to be fastest."""
     from ...kernels import lora_linear as kernels
 
-    with on_device(x):
+    with on_device(c.x):
         return kernels.forward(
-            x, weight, lora_A, lora_B, bias, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
-            kernel_settings(x, measured),
+            c.x, c.base[0], c.lora_A, c.lora_B, c.bias, c.scaling, kernels.dropout(c.dropout_p, c.seed), *c.scales,
+            c.save_base, kernel_settings(c.x, measured),
         )  # fmt: skip
 
 
-def lora_linear_bwd_adapter(
-    dy, x, u, h, lora_A, lora_B, scaling, dropout_p, seed, rank_scale, delta_in_scale, delta_out_scale,
-    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out,
-):  # fmt: skip
-    """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out), see ``peftkern.ops.lora_linear``."""
+def lora_linear_bwd(c, measured=None):
+    """(dx, dA, dB, dbias, vectors' gradients), see ``peftkern.ops.lora_linear``; ``measured``: as above, for dx."""
     from ...kernels import lora_linear as kernels
     from ...kernels.lora_linear_grad import Needs, backward_adapter
 
-    needs = Needs(need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out)
-    with on_device(dy):
-        return backward_adapter(
-            dy, x, u, h, lora_A, lora_B, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, delta_in_scale, delta_out_scale, needs, kernel_settings(dy),
+    d, p_b, p_d, g_b, g_d = c.scales
+    need, dropout = c.need, kernels.dropout(c.dropout_p, c.seed)
+    with on_device(c.dy):
+        du, dA, dB, dbias, dd, dp_d, dg_b, dg_d = backward_adapter(
+            c.dy, c.x, c.u, c.h, c.lora_A, c.lora_B, c.scaling, dropout, d, p_d, g_d,
+            Needs(need.A, need.B, need.bias, need.d, need.p_d, need.g_b, need.g_d), kernel_settings(c.dy),
         )  # fmt: skip
+        dx, dp_b = c.dy.new_empty(0), c.u.new_empty(0)
+        if need.x or need.p_b:
+            dx, dp_b = kernels.backward_input(
+                c.dy, du, c.x, c.base[0], c.lora_A, dropout, p_b, p_d, g_b, need.p_b, kernel_settings(c.dy, measured)
+            )  # fmt: skip
+    return dx, dA, dB, dbias, [dd, dp_b, dp_d, dg_b, dg_d]
 
 
-def lora_linear_bwd_input(
-    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in,
-    measured=None,
-):  # fmt: skip
-    """(dx, dbase_in), see ``peftkern.ops.lora_linear``; ``measured``: what is known to be fastest."""
-    from ...kernels import lora_linear as kernels
-
-    with on_device(dy):
-        return kernels.backward_input(
-            dy, du, x, weight, lora_A, kernels.dropout(dropout_p, seed),
-            base_in_scale, delta_in_scale, base_out_scale, need_base_in, kernel_settings(dy, measured),
-        )  # fmt: skip
-
-
-OPS = {
-    "lora_linear_fwd": lora_linear_fwd,
-    "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
-    "lora_linear_bwd_input": lora_linear_bwd_input,
-}
+OPS = {"lora_linear_fwd": lora_linear_fwd, "lora_linear_bwd": lora_linear_bwd}
