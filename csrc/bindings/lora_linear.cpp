@@ -263,7 +263,8 @@ bool read_forward(PyObject* const* a, Py_ssize_t count, ForwardCall& call) {
       !scales_fit(g, dtype))
     return false;
   call.want_u = a[kFWantU] == Py_True, call.want_h = a[kFWantH] == Py_True;
-  const int64_t present = 8 * identity + 4 * call.want_h + 2 * call.want_u + (g.bias.data != nullptr);
+  // Whether u is wanted changes no choice.
+  const int64_t present = 4 * identity + 2 * call.want_h + (g.bias.data != nullptr);
   call.key = key_of(a[kFSettings], 0, g, dtype, g.A.dtype, present);
   return true;
 }

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.cpu import call as native
 from ..bases.base import Base, base_of, kind_of
-from ..dispatch import fastpath
+from ..checks import accumulate_dtype, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
 from ..equation import NO_SCALES, Needs, Scales, fold
-from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
@@ -75,8 +75,8 @@ class Call(NamedTuple):
         now, base, scaling, dropout_p, seed, dtype, scales = self
         if now is not None:
             weight = base.tensors[0] if base.tensors else None
-            done = fastpath.forward(
-                now, fastpath.threads(), x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, scales, want_u, want_h
+            done = native.forward(
+                now, torch.get_num_threads(), x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, scales, want_u, want_h
             )  # fmt: skip
             if done is not None:
                 return done
@@ -121,8 +121,8 @@ class LoRALinearFunction(torch.autograd.Function):
         now, kind, scaling, dropout_p, dtype = ctx.call
         scales, rank, K, grads = (d, p_b, p_d, g_b, g_d), ctx.rank, ctx.x_shape[-1], None
         if now is not None and nobody_watches():
-            grads = fastpath.backward(
-                current(), fastpath.threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling, dropout_p,
+            grads = native.backward(
+                current(), torch.get_num_threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling, dropout_p,
                 seed, _some(scales), _bits(needs), K, rank, ctx.adapter_dtype,
             )  # fmt: skip
         if grads is None:
@@ -132,10 +132,11 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_A = dy.new_empty((rank, K), dtype=ctx.adapter_dtype) if lora_A is None else lora_A
             lora_B = dy.new_empty((N, rank), dtype=ctx.adapter_dtype) if lora_B is None else lora_B
             u = dy.new_empty((M, rank), dtype=accumulate_dtype(dtype)) if u is None else u
+            tensors = kind_of(kind).cast([t for t in base if t is not None], dtype)
+            x = None if x is None else rows_of(x, dtype)
             dx, dA, dB, dbias, dscales = _bwd(
-                dy, None if x is None else rows_of(x, dtype), u, h,
-                kind_of(kind).cast([t for t in base if t is not None], dtype), kind, lora_A, lora_B, scaling, dropout_p, seed, list(scales), list(need),
-            )  # fmt: skip
+                dy, x, u, h, tensors, kind, lora_A, lora_B, scaling, dropout_p, seed, list(scales), list(need)
+            )
             grads = [g if n else None for g, n in zip((dx, dA, dB, dbias, *dscales), need)]
         dx, dA, dB, dbias, *dscales = grads
         if dx is not None:
@@ -183,6 +184,9 @@ class Options(NamedTuple):
     seed: int | Tensor | None = None
 
 
+_PLAIN_OPTIONS = Options()
+
+
 def _check(x: Tensor, base: Base, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise TypeError for what is no plain tensor; shapes, dtypes and devices are checked by the op."""
     check_tensor("x", x)
@@ -200,7 +204,7 @@ def _cast_all(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, other: tor
 
 def lora_linear_with(
     x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None,
-    options: Options = Options(), coefficients: Mapping[str, Tensor | None] | None = None,
+    options: Options = _PLAIN_OPTIONS, coefficients: Mapping[str, Tensor | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
     no_transforms("lora_linear")

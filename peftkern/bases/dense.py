@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_fits, check_tensor
+from ..checks import check_fits, check_tensor
 
 
 class Dense:

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..checks import accumulate_dtype, check_number, check_tensor
 from ..dispatch.registry import FixedList
-from ..ops.checks import accumulate_dtype, check_number, check_tensor
 
 INT32_MASK = 2**31 - 1
 

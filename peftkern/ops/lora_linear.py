@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ..bases.base import kind_of
+from ..checks import accumulate_dtype, check_adapters, check_fits, check_number, check_rows, check_tensor
 from ..dispatch.registry import define
 from ..equation import PLACES, Needs, Scales, names
 from ..problem import Problem, problem_like
-from .checks import accumulate_dtype, check_adapters, check_fits, check_number, check_rows, check_tensor
 from .dropout_mask import check_p, check_seed, dropout_mask_ref
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..bases.base import kind_of
+from ..checks import accumulate_dtype, check_adapters, check_number
 from ..dispatch.registry import define
 from ..problem import Problem, problem_like
-from .checks import accumulate_dtype, check_adapters, check_number
 
 # Elements of the scratch that the reference adds W and B A in.
 _SCRATCH = 1 << 22

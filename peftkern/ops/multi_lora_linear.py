@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from ..bases.base import kind_of
+from ..checks import accumulate_dtype, check_fits, check_rows, check_tensor
 from ..dispatch.registry import Size, define
 from ..problem import Problem, problem_like
-from .checks import accumulate_dtype, check_fits, check_rows, check_tensor
 from .dropout_mask import check_seed, dropout_rows_ref
 
 # Columns of a table row. Offsets and strides count elements from the tensor's first; A's columns are adjacent.

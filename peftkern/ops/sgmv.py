@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..checks import accumulate_dtype, check_fits
 from ..dispatch.registry import Out, define
 from ..problem import Problem
-from .checks import accumulate_dtype, check_fits
 from .multi_lora_linear import NO_BASE, MultiForward, describe_fwd, multi_lora_linear_fwd_ref, rank_rows
 
 

@@ -163,8 +163,9 @@ def column_dot(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
     )  # fmt: skip
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The keep bits of ``seed`` as bool (M, K)."""
+def dropout_mask(c) -> Tensor:
+    """The keep bits of a seed as bool (M, K); see peftkern.ops.dropout_mask."""
+    seed, M, K, p = c
     use_isa()
     out = torch.empty((M, K), dtype=torch.bool)
     if out.numel():

@@ -5,68 +5,61 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def multi_lora_linear_route(ids, table, mask):
+def multi_lora_linear_route(c):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.route import route
 
+    ids, slots = c.ids, c.table.shape[0]
     with on_device(ids):
-        order, starts = route(ids, table, mask)
+        order, starts = route(ids, c.table, c.mask)
     # Only where it makes nobody wait: in the interpreter, on CPU tensors.
-    if ids.device.type == "cpu" and starts[table.shape[0] + 1] < ids.numel():
-        bad = ids.reshape(-1)[order[starts[table.shape[0] + 1]].long()].item()
-        raise ValueError(
-            f"adapter_ids holds {bad}, which is no adapter of the {table.shape[0]} here (-1 means base only)"
-        )
+    if ids.device.type == "cpu" and starts[slots + 1] < ids.numel():
+        bad = ids.reshape(-1)[order[starts[slots + 1]].long()].item()
+        raise ValueError(f"adapter_ids holds {bad}, which is no adapter of the {slots} here (-1 means base only)")
     return order, starts
 
 
-def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed):
+def _batch(c, like, max_rank: int, dropout_p, seed):
     from ...kernels.multi.multi_lora_linear import batch
 
-    return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like))
+    return batch(
+        c.weights, like, c.table, c.scaling, c.order, c.starts, max_rank, dropout_p, seed, kernel_settings(like)
+    )  # fmt: skip
 
 
-def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
-):
+def multi_lora_linear_fwd(c):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import forward
 
-    with on_device(x):
-        batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed)
-        return forward(batch, x, weight, out_features, bias)
+    with on_device(c.x):
+        batch = _batch(c, c.x, c.max_rank, c.dropout_p, c.seed)
+        return forward(batch, c.x, c.base[0] if c.base else None, c.out_features, c.bias)
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
-    """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_adapter
+def multi_lora_linear_bwd(c):
+    """(dx, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
+    from ...kernels.multi.multi_lora_linear import backward_adapter, backward_input
 
-    with on_device(dy):
-        batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
-        return backward_adapter(batch, dy, x, u, weights, need, need_bias)
-
-
-def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
-    """dx, see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_input
-
-    with on_device(dy):
-        batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed)
-        return backward_input(batch, dy, du, weight, in_features)
+    with on_device(c.dy):
+        batch = _batch(c, c.dy, c.u.shape[1], c.dropout_p, c.seed)
+        du, dbias, grads = backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
+        dx = c.dy.new_empty(0)
+        if c.need_x:
+            dx = backward_input(batch, c.dy, du, c.base[0] if c.base else None, c.in_features)
+    return dx, dbias, grads
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
+def sgmv_add(c):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
     from ...kernels.multi.multi_lora_linear import add
 
-    with on_device(x):
-        add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None), out, x)
+    with on_device(c.x):
+        add(_batch(c, c.x, c.max_rank, None, None), c.out, c.x)
 
 
 OPS = {
     "multi_lora_linear_route": multi_lora_linear_route,
     "multi_lora_linear_fwd": multi_lora_linear_fwd,
-    "multi_lora_linear_bwd_adapter": multi_lora_linear_bwd_adapter,
-    "multi_lora_linear_bwd_input": multi_lora_linear_bwd_input,
+    "multi_lora_linear_bwd": multi_lora_linear_bwd,
     "sgmv_add": sgmv_add,
 }

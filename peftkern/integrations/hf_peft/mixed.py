@@ -20,8 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
+from ...checks import accumulate_dtype
 from ...many.table import AdapterTable, table_of
-from ...ops.checks import accumulate_dtype
 from .guard import Branch, Plan, Read, call_plan, read
 
 BASE = "__base__"  # PEFT's name for no adapter
