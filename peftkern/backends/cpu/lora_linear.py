@@ -22,10 +22,10 @@ _FUSED_ELEMENTS = 1 << 20
 
 def lora_linear_fwd(
     x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
-    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
+    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, *, way,
 ):  # fmt: skip
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.isa)
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     dropout = Dropout.of(dropout_p, seed)
     base_out_scale, bias = vector(base_out_scale), vector(bias)
@@ -43,16 +43,16 @@ def lora_linear_fwd(
             h[r0:r1, c0:c1] = block
         expand(y[r0:r1, c0:c1], src=block, v=u, p=p, row0=r0, col0=c0, base_scale=base_out_scale, bias=bias)
 
-    base_product(x, weight, transpose=True, in_scale=base_in_scale, out=product, epilogue=epilogue)
+    base_product(x, weight, transpose=True, in_scale=base_in_scale, out=product, epilogue=epilogue, way=way)
     return y, u, x.new_empty(0) if h is None else h
 
 
 def lora_linear_bwd_adapter(
     dy, x, u, h, lora_A, lora_B, scaling, dropout_p, seed, rank_scale, delta_in_scale, delta_out_scale,
-    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out,
+    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out, *, way,
 ):  # fmt: skip
     """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.isa)
     (M, N), R = dy.shape, lora_A.shape[0]
     rank_scale, delta_in_scale, delta_out_scale = (vector(t) for t in (rank_scale, delta_in_scale, delta_out_scale))
     du = torch.empty((M, R), dtype=torch.float32)
@@ -115,10 +115,10 @@ def _grad_A(x, du, lora_A, dropout: Dropout, delta_in_scale, need_A: bool, need_
 
 
 def lora_linear_bwd_input(
-    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in
+    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in, *, way
 ):
     """(dx, dbase_in); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.isa)
     M, K = dy.shape[0], weight.shape[1]
     dropout = Dropout.of(dropout_p, seed)
     base_in_scale = vector(base_in_scale)
@@ -136,7 +136,7 @@ def lora_linear_bwd_input(
             base_scale=base_in_scale,
         )  # fmt: skip
 
-    base_product(dy, weight, transpose=False, in_scale=base_out_scale, out=dx, epilogue=epilogue)
+    base_product(dy, weight, transpose=False, in_scale=base_out_scale, out=dx, epilogue=epilogue, way=way)
     return dx, dbase_in
 
 

@@ -17,7 +17,7 @@ from .base import base_product
 from .native import _C, CODES, pointer, threads, vector
 
 
-def multi_lora_linear_route(ids, table, mask):
+def multi_lora_linear_route(ids, table, mask, *, way):
     """(order, starts); see peftkern.ops.multi_lora_linear."""
     ids, table, slots = ids.reshape(-1).contiguous(), table.contiguous(), table.shape[0]
     order = torch.empty(ids.numel(), dtype=torch.int32)
@@ -38,7 +38,6 @@ class _Batch:
     __slots__ = ("M", "held", "max_rank", "native")
 
     def __init__(self, weights, table, scaling, order, starts, max_rank: int, dropout_p, seed):
-        native.use_isa()
         table, order, starts = table.contiguous(), order.contiguous(), starts.contiguous()
         scaling = None if scaling is None else scaling.contiguous()
         dropout_p = None if dropout_p is None else dropout_p.contiguous()
@@ -71,7 +70,7 @@ class _Batch:
             row0, m, col0, c, v.data_ptr(), pointer(bias), threads(m * c * max(self.max_rank, 1)),
         )  # fmt: skip
 
-    def onto_base(self, side_b: bool, a: Tensor, weight: Tensor | None, out: Tensor, v: Tensor, bias=None) -> None:
+    def onto_base(self, side_b: bool, a: Tensor, weight: Tensor | None, out: Tensor, v: Tensor, way, bias=None) -> None:
         """``out`` (M, D) = the base product of a (zero without weight) + branch + bias."""
         if out.numel() == 0:
             return
@@ -83,13 +82,14 @@ class _Batch:
             part = out[r0:r1, c0:c1]
             self.expand(side_b, part, part if block is None else block, v, r0, c0, bias)
 
-        base_product(a, weight, transpose=side_b, in_scale=None, out=out, epilogue=epilogue)
+        base_product(a, weight, transpose=side_b, in_scale=None, out=out, epilogue=epilogue, way=way)
 
 
 def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
+    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way
 ):
     """(y, u); see peftkern.ops.multi_lora_linear."""
+    native.use_isa(way.isa)
     if weight is None and bias is None and dropout_p is None:
         y = torch.empty((x.shape[0], out_features), dtype=x.dtype)
         return y, _branch(y, x, weights, table, scaling, max_rank, order, starts, add=False)
@@ -97,12 +97,13 @@ def multi_lora_linear_fwd(
     u = torch.empty((batch.M, max_rank), dtype=torch.float32)
     batch.reduce(False, x, dot=u)
     y = torch.empty((batch.M, out_features), dtype=x.dtype)
-    batch.onto_base(True, x, weight, y, u, vector(bias))
+    batch.onto_base(True, x, weight, y, u, way, vector(bias))
     return y, u
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
+def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts, *, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
+    native.use_isa(way.isa)
     args = x, weights, table, scaling, max_rank, order, starts
     if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
         _branch(out, *args, add=True)
@@ -114,7 +115,6 @@ def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
 
 def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bool):
     # u; out = the branch, or plus it.
-    native.use_isa()
     table, order, starts, scaling = table.contiguous(), order.contiguous(), starts.contiguous(), scaling.contiguous()
     (M, K), N = x.shape, out.shape[1]
     u = torch.empty((M, max_rank), dtype=torch.float32)
@@ -126,8 +126,9 @@ def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bo
     return u
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
+def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way):
     """(du, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
+    native.use_isa(way.isa)
     batch = _Batch(weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
     # Zero where no row's adapter lies.
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
@@ -140,11 +141,12 @@ def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, star
     return du, dbias, grads
 
 
-def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
+def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way):
     """dx; see peftkern.ops.multi_lora_linear."""
+    native.use_isa(way.isa)
     batch = _Batch(weights, table, None, order, starts, du.shape[1], dropout_p, seed)
     dx = torch.empty((batch.M, in_features), dtype=dy.dtype)
-    batch.onto_base(False, dy, weight, dx, du.contiguous())
+    batch.onto_base(False, dy, weight, dx, du.contiguous(), way)
     return dx
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def multi_lora_linear_route(ids, table, mask):
+def multi_lora_linear_route(ids, table, mask, *, way):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.route import route
 
@@ -20,47 +20,47 @@ def multi_lora_linear_route(ids, table, mask):
     return order, starts
 
 
-def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed):
+def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed, way):
     from ...kernels.multi.multi_lora_linear import batch
 
-    return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like))
+    return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like, way))
 
 
 def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
+    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way
 ):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import forward
 
     with on_device(x):
-        batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed)
+        batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed, way)
         return forward(batch, x, weight, out_features, bias)
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
+def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way):
     """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import backward_adapter
 
     with on_device(dy):
-        batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
+        batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed, way)
         return backward_adapter(batch, dy, x, u, weights, need, need_bias)
 
 
-def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
+def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way):
     """dx, see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import backward_input
 
     with on_device(dy):
-        batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed)
+        batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed, way)
         return backward_input(batch, dy, du, weight, in_features)
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
+def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts, *, way):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
     from ...kernels.multi.multi_lora_linear import add
 
     with on_device(x):
-        add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None), out, x)
+        add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None, way), out, x)
 
 
 OPS = {
