@@ -72,8 +72,9 @@ def _unable(name: str, problem: Problem, now: Settings) -> str | None:
 
 
 def _not_preferred(name: str, problem: Problem, now: Settings) -> str | None:
-    # The CUDA kernels take what they were measured to be fastest at, and all that they can where they are named.
-    if name != "cuda" or now.backend == "cuda":
+    # The CUDA kernels take what they were measured to be fastest at, and all that they can where they are named. A mask
+    # is one pass whoever makes it: nobody measured that.
+    if name != "cuda" or now.backend == "cuda" or problem.op == "dropout_mask":
         return None
     if problem.op == "multi_lora_linear_fwd":
         # What differs between the candidates is the branch, and that was measured.
@@ -89,7 +90,7 @@ def _way(name: str, problem: Problem, now: Settings) -> tuple[CpuWay | TritonWay
         return _cpu_way(problem, now)
     if name == "triton":
         return _triton_way(problem, now)
-    return None, "the CUDA kernels have one way" if now.backend == "cuda" else "measured to be fastest on this GPU"
+    return None, "the CUDA kernels, measured to be fastest on this GPU" if now.backend == "auto" else "the CUDA kernels"
 
 
 def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
