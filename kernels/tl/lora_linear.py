@@ -31,19 +31,30 @@ except ImportError:  # Triton before host descriptors
 class Settings:
     """``arch``: 90 for sm_90, 0 when interpreted. ``allow_tf32``: torch's own switch for fp32 products.
 
-    ``base`` (one of ``configs.BASES``) and ``gemm``: what was measured to be fastest, None for the defaults.
+    ``fixed``: answers that replace those of ``configs``, see ``configs.fixed``.
     """
 
     arch: int
     allow_tf32: bool = False
     batch_invariant: bool = False
-    base: str | None = None
-    gemm: configs.LaunchConfig | None = None
+    fixed: tuple[tuple[str, object], ...] = ()
 
     @property
     def precision(self) -> str:
         """How a product of fp32 tiles is computed."""
         return "tf32" if self.allow_tf32 else "ieee"
+
+    def pick(self, name: str, default: object) -> object:
+        """The fixed answer of that name, or the default."""
+        return next((value for known, value in self.fixed if known == name), default)
+
+    def config(self, name: str, default: configs.LaunchConfig, itemsize: int) -> configs.LaunchConfig:
+        """``pick`` for a launch configuration. Raises ValueError if it is invalid here."""
+        config = self.pick(name, default)
+        reason = configs.reason_against(config, itemsize, self.arch)
+        if reason is not None:
+            raise ValueError(f"{name}={config} cannot be used: {reason}")
+        return config
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,9 @@ def shrink(
     if K == 0:
         return out.zero_()
     config = configs.shrink(K, R, x.element_size(), s.arch)
-    config = configs.pick_config("shrink", config, x.element_size(), s.arch)
+    config = s.config("shrink", config, x.element_size())
     blocks = cdiv(K, config.block_k)
-    groups = configs.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
+    groups = s.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
     per = cdiv(blocks, groups)
     several = per < blocks or rank_scale is not None or partial is not None
     into = torch.empty((blocks, M, R), dtype=torch.float32, device=x.device) if several else out
@@ -202,11 +213,11 @@ def expand(
     drop, extra = low.drop.seed is not None and R > 0, base_first or in_scale is not None
     if fused:
         config = configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra)
-        config = configs.pick_config("gemm", s.gemm or config, size, s.arch)
+        config = s.config("gemm", config, size)
         block_k = config.block_k
         tma = config.tma and TensorDescriptor is not None and _describable(x) and _describable(w)
     else:
-        config = configs.pick_config("epilogue", configs.epilogue(M, N, R, size, s.arch), size, s.arch)
+        config = s.config("epilogue", configs.epilogue(M, N, R, size, s.arch), size)
         block_k, tma = 16, False
     tiles = cdiv(M, config.block_m), cdiv(N, config.block_c)
     partial = torch.empty((tiles[0], N), dtype=torch.float32, device=out.device) if factor is not None else None
@@ -253,7 +264,7 @@ def owner(x: Tensor, weight: Tensor, s: Settings) -> str:
     """Who computes x weight^T: one of ``configs.BASES``."""
     (M, K), N = x.shape, weight.shape[0]
     default = configs.base_product(M, N, K, x.element_size(), s.arch, s.batch_invariant)
-    return configs.pick("base", s.base or default)
+    return s.pick("base", default)
 
 
 def linear(

@@ -38,8 +38,8 @@ def _one_pass(
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     M, C = t.shape
     config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None)
-    config = configs.pick_config("adapter_grad", config, t.element_size(), s.arch)
-    ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
+    config = s.config("adapter_grad", config, t.element_size())
+    ranges, rows = s.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
     def buffer(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=t.device) if wanted else None

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...settings import current
-from . import base_plan as plans
 from . import call, native
 
 
@@ -28,25 +26,10 @@ def _plain(args: tuple) -> tuple:
     return tuple(a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
 
 
-def _kind(c, a: Tensor, transpose: bool) -> str:
-    """Who computes Base(a): as base_plan chooses."""
+def _kind(c, way) -> str:
     if c.kind == "identity":
         return "identity"
-    N, K = c.base[0].shape
-    now, unit, scale = current(), 1 in c.base[0].stride(), c.at.p_b if transpose else c.at.g_b
-    D, C = (N, K) if transpose else (K, N)
-    return plans.choose(
-        a.dtype,
-        transpose,
-        a.shape[0],
-        D,
-        C,
-        unit,
-        plans.cpu(),
-        now.cpu_base,
-        now.batch_invariant,
-        scaled=scale is not None,
-    )
+    return way.kind if 1 in c.base[0].stride() else way.strided
 
 
 def _run(entry, learn, args: tuple, kind: str):
@@ -60,26 +43,26 @@ def _run(entry, learn, args: tuple, kind: str):
     raise RuntimeError(f"the C++ extension takes no call like this one: {call.unavailable or 'arguments do not fit'}")
 
 
-def lora_linear_fwd(c):
+def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     args = (
-        current(), torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, c.x, True))
+    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
 
 
-def lora_linear_bwd(c):
+def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
     args = (
-        current(), torch.get_num_threads(), c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p,
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p,
         c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
-    kind = _kind(c, c.dy, False) if need.x or need.p_b else "vendor"
+    kind = _kind(c, way) if need.x or need.p_b else "vendor"
     dx, dA, dB, *sums = _run(call.backward, call.learn_backward, args, kind)
     empty = c.u.new_empty(0)
     dbias, *vectors = (empty if t is None else t for t in sums)

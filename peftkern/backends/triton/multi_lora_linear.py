@@ -5,7 +5,7 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def multi_lora_linear_route(c):
+def multi_lora_linear_route(c, way):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.route import route
 
@@ -19,29 +19,29 @@ def multi_lora_linear_route(c):
     return order, starts
 
 
-def _batch(c, like, max_rank: int, dropout_p, seed):
+def _batch(c, like, max_rank: int, dropout_p, seed, way):
     from ...kernels.multi.multi_lora_linear import batch
 
     return batch(
-        c.weights, like, c.table, c.scaling, c.order, c.starts, max_rank, dropout_p, seed, kernel_settings(like)
+        c.weights, like, c.table, c.scaling, c.order, c.starts, max_rank, dropout_p, seed, kernel_settings(like, way)
     )  # fmt: skip
 
 
-def multi_lora_linear_fwd(c):
+def multi_lora_linear_fwd(c, way):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import forward
 
     with on_device(c.x):
-        batch = _batch(c, c.x, c.max_rank, c.dropout_p, c.seed)
+        batch = _batch(c, c.x, c.max_rank, c.dropout_p, c.seed, way)
         return forward(batch, c.x, c.base[0] if c.base else None, c.out_features, c.bias)
 
 
-def multi_lora_linear_bwd(c):
+def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import backward_adapter, backward_input
 
     with on_device(c.dy):
-        batch = _batch(c, c.dy, c.u.shape[1], c.dropout_p, c.seed)
+        batch = _batch(c, c.dy, c.u.shape[1], c.dropout_p, c.seed, way)
         du, dbias, grads = backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
         dx = c.dy.new_empty(0)
         if c.need_x:
@@ -49,12 +49,12 @@ def multi_lora_linear_bwd(c):
     return dx, dbias, grads
 
 
-def sgmv_add(c):
+def sgmv_add(c, way):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
     from ...kernels.multi.multi_lora_linear import add
 
     with on_device(c.x):
-        add(_batch(c, c.x, c.max_rank, None, None), c.out, c.x)
+        add(_batch(c, c.x, c.max_rank, None, None, way), c.out, c.x)
 
 
 OPS = {
