@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
-from .adapter_bank import AdapterBank
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .many.bank import AdapterBank
 from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, settings
+from . import settings
 from ._version import __version__
+from .dispatch import registry as dispatch
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 # Instruction sets that decide which product is fast.
@@ -125,8 +126,8 @@ def base_table() -> str | None:
 def _base_plan():
     if backends()["cpu"]["reason"]:
         return None
-    importlib.import_module("peftkern.backends.cpu_native").use_isa()
-    return importlib.import_module("peftkern.backends.cpu_base_plan")
+    importlib.import_module("peftkern.backends.cpu.native").use_isa()
+    return importlib.import_module("peftkern.backends.cpu.base_plan")
 
 
 def settings_in_use() -> dict[str, str]:

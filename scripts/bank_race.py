@@ -21,8 +21,8 @@ import time
 import torch
 
 from peftkern import AdapterBank, multi_lora_linear, sgmv
-from peftkern.backends import cpu_native
-from peftkern.chunks import Chunks
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.many.chunks import Chunks
 
 K, N, READERS, WRITERS = 96, 80, 4, 4
 ROWS, RANK = 400, 32  # enough for a call to be in the kernels most of the time

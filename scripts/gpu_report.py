@@ -110,8 +110,8 @@ def plan(op: str) -> dict:
 
 
 def install(file: Path) -> Path:
-    """Copies a table to where peftkern/tuned.py looks for it."""
-    from peftkern import tuned
+    """Copies a table to where peftkern/dispatch/tuned.py looks for it."""
+    from peftkern.dispatch import tuned
 
     data = load(file)
     tuned.parse(data, file.name)

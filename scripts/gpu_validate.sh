@@ -108,7 +108,7 @@ stage_tests() {
   if [ "$DRY" = 1 ]; then
     "$PYTHON" -m pytest -q -p no:cacheprovider --collect-only tests/gpu >"$junit.collected" || status=$?
     tail -n 1 "$junit.collected"
-    "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$junit" tests/sim/test_golden.py -k "not nvcc" || status=$?
+    "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$junit" tests/sim/instructions/test_golden.py -k "not nvcc" || status=$?
   else
     # shellcheck disable=SC2046
     timeout -s INT -k 15 $((LIMIT - 20)) "$PYTHON" -m pytest -v -p no:cacheprovider --durations 15 \

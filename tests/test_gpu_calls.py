@@ -36,7 +36,7 @@ def test_ids_alone_change_the_result():
 
 
 def test_calls_name_their_ops():
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     assert [c.name for c in calls.calls("cpu")] == list(calls.NAMES)
     for call in calls.calls("cpu"):
@@ -53,7 +53,7 @@ def test_without_a_device_no_back_end_is_able():
 def test_using_restores_the_setting(monkeypatch):
     import os
 
-    from peftkern import tuned
+    from peftkern.dispatch import tuned
     from peftkern.problem import Problem
 
     problem = Problem("x", "cuda", "sm_90", torch.bfloat16, None, 1, 1, 1, 1)

@@ -236,7 +236,7 @@ def test_a_gpu_machine_needs_cuda_kernels(gpu, cuda, dry, good):
 
 
 def test_a_table_is_installed_where_it_is_looked_for(tmp_path, monkeypatch):
-    from peftkern import tuned
+    from peftkern.dispatch import tuned
 
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     report.save(tmp_path / "t.json", dict(schema=1, meta=dict(gpu=dict(name="GPU X")), rows=[]))

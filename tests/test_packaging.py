@@ -120,7 +120,7 @@ def test_wheel_contains_the_package_only(distributions):
 def test_sdist_contains_the_sources(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE", "csrc/bindings.cpp"}
+    wanted = {"pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE", "csrc/bindings/module.cpp"}
     assert wanted <= names
     assert "kernels/tl/lora_linear.py" in names and "tests/test_packaging.py" in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

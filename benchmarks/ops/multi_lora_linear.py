@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftkern
-from peftkern.backends import cpu_base, cpu_native
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import native as cpu_native
 
 from ..core.case import BASE, COPY, DTYPES, FP32_BASE, OWN_BASE, Bench, Case, Floor, Provider, Step
 from ..peers import candidates, padded

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from peftkern import dispatch, tuned
+from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch import tuned
 from peftkern.problem import Problem, device_arch
 
 from ..core.case import Case

@@ -71,7 +71,7 @@ def forward(M: int, K: int, N: int, R: int = RANK, *, adapter: int = 4) -> list[
 
 
 def ranges_that_fill(tiles: int, most: int, slots: int) -> int:
-    """As csrc/cuda/waves.h."""
+    """As csrc/cuda/common/waves.h."""
     best, best_full = 1, 0.0
     for ranges in range(1, most + 1):
         if best_full >= 0.9:
@@ -85,7 +85,7 @@ def ranges_that_fill(tiles: int, most: int, slots: int) -> int:
 
 def shares(M: int, C: int, R: int, *, down: bool) -> float:
     """Bytes of partial sums that a pass over (M, C) for gradients writes and a second launch reads, as
-    csrc/cuda/lora_grad_plan.h cuts the pass."""
+    csrc/cuda/lora_grad/plan.h cuts the pass."""
     strips, most = -(-C // 256), -(-M // 192)
     ranges = ranges_that_fill(strips * -(-R // 32), most, 132 if down else 264)
     return 8.0 * R * (C * ranges * (ranges > 1) + strips * M * (down and strips > 1))

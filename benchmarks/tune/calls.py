@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkern import dispatch, tuned
+from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch import tuned
 from peftkern.kernels import configs
 
 from ..core.case import DTYPES
@@ -70,8 +71,8 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
 
 def _many(normal, small, M: int, N: int, K: int, R: int) -> tuple[Tensor, tuple]:
     # x, and what the ops take of adapters and route. Every copy has adapters of its own: they are most of what is read.
-    from peftkern.adapter_table import table_of
-    from peftkern.autograd.routes import route
+    from peftkern.many.route import route
+    from peftkern.many.table import table_of
 
     x, count = normal(M, K), min(M, ADAPTERS)
     pairs = [(small(R, K, scale=K**-0.5), small(N, R, scale=R**-0.5), SCALING) for _ in range(count)]

@@ -21,8 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern import tuned
-from peftkern.backends import cpu_base, cpu_base_plan, cpu_base_table, cpu_native
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import base_table as cpu_base_table
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.dispatch import tuned
 
 from ..core import machine
 from ..core.case import DTYPES

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peftkern import doctor, tuned
+from peftkern import doctor
+from peftkern.dispatch import tuned
 from peftkern.screen import Console
 
 from ..core import machine

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..dispatch import caller
+from ..dispatch.registry import caller
 from ..ops.checks import accumulate_dtype, check_number, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base

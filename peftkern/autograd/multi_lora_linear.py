@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapter_bank import AdapterBank
-from ..adapter_table import AdapterTable, probabilities, table_of
-from ..dispatch import caller
+from ..dispatch.registry import caller
+from ..many.bank import AdapterBank
+from ..many.route import route
+from ..many.table import AdapterTable, probabilities, table_of
 from ..ops.checks import accumulate_dtype, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.lora_linear import check_base
 from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
-from .routes import route
 from .saved import kept_input, read_saved
 
 _fwd, _bwd_adapter, _bwd_input = (caller(f"multi_lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import define
+from ..dispatch.registry import define
 from ..problem import Problem, device_arch
 
 _ROUNDS = 7

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import define
+from ..dispatch.registry import define
 from ..problem import Problem, device_arch
 from .checks import accumulate_dtype, check_fits, check_number, check_tensor
 from .dropout_mask import check_p, check_seed, dropout_mask_ref

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import define
+from ..dispatch.registry import define
 from ..problem import Problem
 from .checks import accumulate_dtype, check_number, check_tensor
 from .lora_linear import _adapter_dtypes, _check_adapters, _problem

@@ -5,7 +5,7 @@ out_t += s[a_t] B[a_t] A[a_t] x_t         rounded once; rows without an adapter 
 
 from __future__ import annotations
 
-from ..dispatch import define
+from ..dispatch.registry import define
 from ..problem import Problem
 from .checks import accumulate_dtype, check_fits
 from .multi_lora_linear import _describe_fwd, multi_lora_linear_fwd_ref, rank_rows

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter_bank import AdapterBank
 from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ..many.bank import AdapterBank
 from ..ops.dropout_mask import dropout_mask_ref
 from . import equations
 from .problems import DROPOUT_SEED, LAYOUTS, laid_out

@@ -57,7 +57,8 @@ class Target:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The settings in force inside."""
-        from peftkern import dispatch, tuned
+        from peftkern.dispatch import registry as dispatch
+        from peftkern.dispatch import tuned
 
         before = {k: os.environ.get(k) for k in self.environment}
         os.environ.update(self.environment)
@@ -75,7 +76,7 @@ class Target:
     def reason(self) -> str | None:
         """Why this target can't run its op here."""
         import peftkern  # noqa: F401  (registers the ops)
-        from peftkern import dispatch
+        from peftkern.dispatch import registry as dispatch
 
         if self.device == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device"
@@ -245,7 +246,7 @@ def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
 def check_one(target: Target, name: str) -> list[dict]:
     """The rows of one problem on one target, whose settings must be active. An exception is a row that fails; one row
     whose output is DECLINED says why the back end does not take the problem."""
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
     from peftkern.testing.accuracy import check
 
     problem = _problem(target, name)
@@ -269,7 +270,7 @@ def check_one(target: Target, name: str) -> list[dict]:
 @contextlib.contextmanager
 def takers() -> Iterator[list[tuple]]:
     """Which back end took each op inside: (problem, name, who declined and why)."""
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     taken: list[tuple] = []
 

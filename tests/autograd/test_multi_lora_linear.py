@@ -84,7 +84,7 @@ def test_ids_per_row_per_sequence_and_wrong():
 
 
 def test_a_route_is_made_once_per_batch_and_again_after_a_change():
-    from peftkern.autograd.routes import _known
+    from peftkern.many.route import _known
 
     adapters, W, x = listed(torch.float32, grad=False), torch.randn(N, K), torch.randn(3, K)
     ids = torch.tensor([1, -1, 2])

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from peftkern import dispatch, doctor
+from peftkern import doctor
+from peftkern.dispatch import registry as dispatch
 
 
 def test_text_has_every_section(capsys):

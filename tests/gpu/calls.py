@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern import dispatch, tuned
+from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch import tuned
 
 M, N, K, R = 96, 264, 200, 16
 COUNT = 6

@@ -2,7 +2,7 @@
 
 The launchers are those of tests/sim/kernels, built for the simulator or by nvcc. Operands are a plain function of their
 position, small integers wherever sums are formed, so that results are exact and no rounding can differ. The vectors in
-golden/, a file for each launcher, were computed by the simulator; tests/sim/test_golden.py holds it to them, and
+golden/, a file for each launcher, were computed by the simulator; tests/sim/instructions/test_golden.py holds it to them, and
 tests/gpu/test_instructions.py the GPU.
 
     python tests/gpu/golden_cases.py --write        after a change of a launcher or a case

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "tests/sim/kernels"
 INCLUDES = (ROOT / "csrc", ROOT / "csrc/include")
 # Headers of instructions that sm_90 brought.
-HOPPER = {"cuda/cluster.h", "cuda/tma.h", "cuda/wgmma.h", "cuda/mbarrier.h"}
+HOPPER = {f"cuda/instructions/{name}.h" for name in ("cluster", "tma", "wgmma", "mbarrier")}
 
 
 def nvcc() -> str | None:
@@ -29,8 +29,8 @@ def nvcc() -> str | None:
 
 def sources(arch: int) -> list[Path]:
     """Files that an architecture (90 for sm_90) can run."""
-    chosen = [p for p in sorted(KERNELS.glob("*.cu")) if arch == 90 or not needs_hopper(p)]
-    return [*chosen, *([ROOT / "csrc/cuda/tensor_map.cu"] if arch == 90 else [])]
+    chosen = [p for p in sorted(KERNELS.glob("**/*.cu")) if arch == 90 or not needs_hopper(p)]
+    return [*chosen, *([ROOT / "csrc/cuda/common/tensor_map.cu"] if arch == 90 else [])]
 
 
 def needs_hopper(source: Path) -> bool:
@@ -46,7 +46,7 @@ def launchers(source: Path) -> list[str]:
 def build(folder: Path, arch: int) -> Path:
     """The library for one architecture; made again only if a source has changed. RuntimeError if nvcc fails."""
     files = sources(arch)
-    texts = [p.read_bytes() for p in (*files, *sorted((ROOT / "csrc/cuda").glob("*.h")))]
+    texts = [p.read_bytes() for p in (*files, *sorted((ROOT / "csrc/cuda").glob("**/*.h")))]
     name = f"instructions-sm{arch}-{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
     library = folder / f"{name}.so"
     if library.is_file():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import dispatch
 from peftkern.benchmarks.tune.plan import jobs
+from peftkern.dispatch import registry as dispatch
 from peftkern.testing.accuracy import _row, check
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem

@@ -151,7 +151,7 @@ def test_compiles_without_a_break(name, backend):
 
 def test_the_highest_rank_that_is_taken_starts():
     """What a block may have of shared memory is known by architecture, and no more than the device has."""
-    from peftkern.backends import cuda_native as native
+    from peftkern.backends.cuda import native
 
     x = torch.randn(3, 40, device="cuda")
     kernel = native.CODES[x.dtype], native.device(x).arch

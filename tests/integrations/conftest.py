@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.integrations import hf_peft, hf_peft_forward, hf_peft_mixed
+from peftkern.integrations import hf_peft
+from peftkern.integrations.hf_peft import forward as hf_peft_forward
+from peftkern.integrations.hf_peft import mixed as hf_peft_mixed
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

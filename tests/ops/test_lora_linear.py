@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.dispatch import choose, load
+from peftkern.dispatch.registry import choose, load
 from peftkern.ops.lora_linear import _describe_fwd
 from peftkern.testing.accuracy import check
 from peftkern.testing.problems import random_problem

@@ -25,10 +25,10 @@ from peftkern.verify.static import cuda_launches, nvcc
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
-PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/*.cu")) if p.name != "tensor_map.cu"]
+PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.cu")) if p.name != "tensor_map.cu"]
 # The extension's own bindings, as a Python module of simulated kernels.
-BINDINGS = [HERE / "module.cpp", ROOT / "csrc/bindings_cuda.cpp"]
-SOURCES = [*sorted(HERE.glob("src/*.cpp")), *sorted(HERE.glob("kernels/*.cu")), *PRODUCT, *BINDINGS]
+BINDINGS = [ROOT / "csrc/bindings/cuda.cpp"]
+SOURCES = [*sorted(HERE.glob("src/**/*.cpp")), *sorted(HERE.glob("kernels/**/*.cu")), *PRODUCT, *BINDINGS]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
     "-Wno-unknown-pragmas", "-Wno-psabi", "-DPEFTKERN_SIM", *(f"-I{folder}" for folder in INCLUDES),
@@ -204,6 +204,12 @@ class Simulator:
         error = function(*values)
         if error is not None:
             raise Fault(error.decode())
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[Path]:
+    """The files that the simulator is made of."""
+    return SOURCES
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from peftkern import AdapterBank
-from peftkern.backends import cuda_lora, cuda_multi, cuda_native
 from peftkern.backends.cuda import OPS
+from peftkern.backends.cuda import lora_linear as cuda_lora
+from peftkern.backends.cuda import multi_lora_linear as cuda_multi
+from peftkern.backends.cuda import native as cuda_native
 from peftkern.ops.dropout_mask import dropout_mask_ref
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.ops.lora_row_norm import lora_row_norm_ref

@@ -94,7 +94,7 @@ def test_without_a_gpu_its_back_ends_say_so(capsys):
 
 
 def test_declined_problems_are_counted(small, monkeypatch, tmp_path, capsys):
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     right = accuracy.run_ours
 
@@ -118,8 +118,9 @@ def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
     """Rows count for a preferred back end only if it took a part of the problem."""
     import dataclasses
 
-    from peftkern import dispatch, tuned
     from peftkern.backends import cpu
+    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch import tuned
 
     target = verify.targets(["cuda"], None, device="cuda")[0]
     assert target.preferred == "cuda" and target.environment["PEFTKERN_BACKEND"] == "auto"

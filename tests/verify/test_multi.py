@@ -120,7 +120,7 @@ def test_the_interpreter_gets_small_problems(monkeypatch):
 def test_a_back_end_without_kernels_is_named_and_left_out(small, monkeypatch, capsys):
     import types
 
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     empty = types.SimpleNamespace(OPS={"multi_lora_linear_fwd": None}, unavailable=lambda: None)
     monkeypatch.setattr(dispatch, "load", lambda name: empty)

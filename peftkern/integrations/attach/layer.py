@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_bank import AdapterBank
 from ...autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ...many.bank import AdapterBank
 from .compiled import number_of
 from .request import Batch, Request, batch_of, current_request
 from .rows import UNKNOWN, Rows

@@ -15,7 +15,7 @@ from os import PathLike
 import torch
 from torch import nn
 
-from ...adapter_bank import AdapterBank
+from ...many.bank import AdapterBank
 from ...ops.checks import accumulate_dtype
 from .checkpoint import Checkpoint
 from .entry import AttachedEntry, AttachedGenerate, entries_above

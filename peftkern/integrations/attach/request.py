@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...adapter_bank import AdapterBank
+from ...many.bank import AdapterBank
 from .rows import Layout, Rows, RowTrace, layout_of
 
 

@@ -38,7 +38,7 @@ def recorded() -> dict[str, dict[str, int]]:
 
 def ours(kernels: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     """Those whose source is in csrc/cuda: the simulator has kernels of its own besides."""
-    text = "\n".join(file.read_text() for file in sorted((checkout() / "csrc/cuda").iterdir()))
+    text = "\n".join(file.read_text() for file in sorted((checkout() / "csrc/cuda").glob("**/*.*")))
     return {k: v for k, v in kernels.items() if re.search(rf"\b{k.partition('<')[0].rpartition('::')[2]}\b", text)}
 
 

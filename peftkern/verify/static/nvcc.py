@@ -38,7 +38,7 @@ def architectures(source: Path) -> tuple[str, ...]:
 
 def sources() -> list[Path]:
     """The files with kernels."""
-    return [file for file in sorted((ROOT / "csrc/cuda").glob("*.cu")) if architectures(file)]
+    return [file for file in sorted((ROOT / "csrc/cuda").glob("**/*.cu")) if architectures(file)]
 
 
 def nvcc() -> str | None:

@@ -32,7 +32,8 @@ def test_settings_hold_inside_and_are_put_back(monkeypatch):
 
 
 def test_dispatch_is_told_what_was_measured_and_asked_again(monkeypatch):
-    from peftkern import dispatch, tuned
+    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch import tuned
     from peftkern.problem import Problem
 
     problem = Problem("sgmv_add", "cpu", "AVX2", torch.bfloat16, torch.bfloat16, 64, 64, 64, 16)
@@ -73,7 +74,7 @@ def test_reasons_without_a_gpu():
 
 
 def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     back_end = dispatch.load("cuda")
     monkeypatch.setattr(back_end, "unavailable", lambda: None)
@@ -90,8 +91,8 @@ def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
 def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
     from types import SimpleNamespace
 
-    from peftkern import dispatch
-    from peftkern.backends import cuda_multi
+    from peftkern.backends.cuda import multi_lora_linear as cuda_multi
+    from peftkern.dispatch import registry as dispatch
 
     monkeypatch.setattr(dispatch.load("cuda"), "unavailable", lambda: None)
     monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
@@ -106,7 +107,7 @@ def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
 
 
 def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     monkeypatch.setattr(dispatch.load("triton"), "unavailable", lambda: None)
     reason = lora_linear.PROVIDERS["peftkern_addmm"].unusable

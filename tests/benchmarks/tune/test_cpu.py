@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
-from peftkern.backends import cpu_base, cpu_base_plan, cpu_base_table, cpu_native
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import base_table as cpu_base_table
+from peftkern.backends.cpu import native as cpu_native
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.tune import cpu as tune_cpu
 from peftkern.benchmarks.tune.cpu import Job

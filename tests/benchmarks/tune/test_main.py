@@ -10,11 +10,11 @@ import types
 import pytest
 import torch
 
-from peftkern import tuned
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.tune import calls as tune_calls
 from peftkern.benchmarks.tune import main as tune
 from peftkern.benchmarks.tune.plan import COMPOSITION, OPS, Job, candidates, copies, fastest, jobs
+from peftkern.dispatch import tuned
 from peftkern.kernels import configs
 
 FAKE = "Imaginary GPU X-1"
@@ -136,7 +136,7 @@ def test_a_table_written_is_the_table_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("job", SMALL, ids=str)
 def test_calls(job, monkeypatch):
     """Arguments fit the ops, overrides are in force, and plain torch computes the same but for its dropout."""
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     used = []
 
@@ -193,7 +193,7 @@ class _Clock:
 
 def test_the_whole_run_with_a_made_up_clock(monkeypatch, tmp_path, capsys):
     """Everything but the GPU: a wrong candidate is refused, one that fails is named, the fastest of the others wins."""
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     costs = {"epilogue": 3.0, "fused": 2.0, "cuda": 1.0}
 
@@ -238,7 +238,7 @@ def test_the_whole_run_with_a_made_up_clock(monkeypatch, tmp_path, capsys):
 
 
 def test_a_candidate_that_cannot_run_says_why(monkeypatch):
-    from peftkern import dispatch
+    from peftkern.dispatch import registry as dispatch
 
     inputs = types.SimpleNamespace(job=USERS, arguments=[])
     for module, why in (

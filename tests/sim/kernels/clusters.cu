@@ -1,10 +1,10 @@
 // What blocks of a cluster do for each other. With a `bug` other than 0 a kernel has that bug.
-#include "cuda/cluster.h"
-#include "cuda/launch.h"
-#include "cuda/mbarrier.h"
-#include "cuda/sync.h"
-#include "cuda/tma.h"
-#include "cuda/warp.h"
+#include "cuda/instructions/cluster.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/mbarrier.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/tma.h"
+#include "cuda/instructions/warp.h"
 #include "export.h"
 
 namespace peftkern::cuda {

@@ -1,10 +1,10 @@
 // Launches that may begin before the one before them has ended. With a `bug` other than 0 they have that bug.
-#include "cuda/copy_async.h"
-#include "cuda/launch.h"
-#include "cuda/mbarrier.h"
-#include "cuda/memory.h"
-#include "cuda/sync.h"
-#include "cuda/tma.h"
+#include "cuda/instructions/copy_async.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/mbarrier.h"
+#include "cuda/instructions/memory.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/tma.h"
 #include "export.h"
 
 namespace peftkern::cuda {

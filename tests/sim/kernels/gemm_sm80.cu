@@ -1,10 +1,10 @@
 // C (M, N) = A (M, K) B (N, K)^T, bf16 to fp32, as kernels for sm_80 are built: a ring of cp.async copies,
 // ldmatrix, mma. With a `bug` other than 0 it has that bug, for the simulator to find.
-#include "cuda/copy_async.h"
-#include "cuda/launch.h"
-#include "cuda/mma.h"
-#include "cuda/sync.h"
-#include "cuda/warp.h"
+#include "cuda/instructions/copy_async.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/mma.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/warp.h"
 #include "export.h"
 
 namespace peftkern::cuda {

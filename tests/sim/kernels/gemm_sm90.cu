@@ -1,10 +1,10 @@
 // C (M, N) = A (M, K) B (N, K)^T, bf16 to fp32, as kernels for sm_90a are built: one warp loads tiles by TMA,
 // a warpgroup multiplies them, mbarriers hand the stages over. With a `bug` other than 0 it has that bug.
-#include "cuda/launch.h"
-#include "cuda/mbarrier.h"
-#include "cuda/sync.h"
-#include "cuda/tma.h"
-#include "cuda/wgmma.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/mbarrier.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/tma.h"
+#include "cuda/instructions/wgmma.h"
 #include "export.h"
 
 namespace peftkern::cuda {

@@ -1,12 +1,12 @@
 // One kernel per instruction: operands from memory, results to memory, nothing else. The tests know the
 // layouts.
-#include "cuda/convert.h"
-#include "cuda/copy_async.h"
-#include "cuda/launch.h"
-#include "cuda/memory.h"
-#include "cuda/mma.h"
-#include "cuda/sync.h"
-#include "cuda/warp.h"
+#include "cuda/instructions/convert.h"
+#include "cuda/instructions/copy_async.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/memory.h"
+#include "cuda/instructions/mma.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/warp.h"
 #include "export.h"
 
 namespace peftkern::cuda {

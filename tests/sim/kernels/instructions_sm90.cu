@@ -1,10 +1,10 @@
 // One kernel per Hopper instruction: operands from memory, results to memory. The tests know the layouts.
-#include "cuda/cluster.h"
-#include "cuda/launch.h"
-#include "cuda/mbarrier.h"
-#include "cuda/sync.h"
-#include "cuda/tma.h"
-#include "cuda/wgmma.h"
+#include "cuda/instructions/cluster.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/mbarrier.h"
+#include "cuda/instructions/sync.h"
+#include "cuda/instructions/tma.h"
+#include "cuda/instructions/wgmma.h"
 #include "export.h"
 
 namespace peftkern::cuda {

@@ -1,7 +1,7 @@
 // cuda/integers.h, one pair of values a thread.
-#include "cuda/integers.h"
+#include "cuda/instructions/integers.h"
 
-#include "cuda/launch.h"
+#include "cuda/instructions/launch.h"
 #include "export.h"
 
 namespace peftkern::cuda {

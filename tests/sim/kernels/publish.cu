@@ -1,8 +1,8 @@
 // Blocks that depend on each other: every block stores a part, the last to arrive adds the parts up; and, as
 // another kernel, consumers that wait for producers by ticket. With a `bug` other than 0 they have that bug.
-#include "cuda/launch.h"
-#include "cuda/memory.h"
-#include "cuda/sync.h"
+#include "cuda/instructions/launch.h"
+#include "cuda/instructions/memory.h"
+#include "cuda/instructions/sync.h"
 #include "export.h"
 
 namespace peftkern::cuda {

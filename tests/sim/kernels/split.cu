@@ -1,7 +1,7 @@
 // cuda/split.h, one pair of values a thread.
-#include "cuda/split.h"
+#include "cuda/common/split.h"
 
-#include "cuda/launch.h"
+#include "cuda/instructions/launch.h"
 #include "export.h"
 
 namespace peftkern::cuda {

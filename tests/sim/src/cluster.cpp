@@ -1,5 +1,5 @@
 // Blocks of a cluster: their barrier, each other's shared memory, arrivals at each other's barriers.
-#include "sim/cluster.h"
+#include "sim/instructions/cluster.h"
 
 #include <cstring>
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <map>
 
-#include "cuda/launch.h"
+#include "cuda/instructions/launch.h"
 
 namespace {
 

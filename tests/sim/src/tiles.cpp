@@ -2,7 +2,7 @@
 #include <cstring>
 #include <new>
 
-#include "cuda/tma.h"
+#include "cuda/instructions/tma.h"
 #include "sim/async.h"
 #include "sim/core.h"
 #include "sim/memory_model.h"

@@ -1,0 +1,86 @@
+// The base product on the CPU, and what decides who computes it.
+#include "bindings/checks.h"
+
+#include <pybind11/stl.h>
+
+#include "peftkern/cpu.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+using namespace py::literals;
+
+namespace {
+
+void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
+                  int64_t w_out, int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld,
+                  int64_t rows, int64_t cols, int64_t inner, int64_t block_rows, int64_t block_cols,
+                  uintptr_t scratch, int64_t scratch_floats, int threads) {
+  const bool few = kind == "few", pairs = kind == "bf16";
+  require(few || pairs || kind == "panels", "unknown kind");
+  require(!pairs || (dtype == static_cast<int>(DType::bf16) && scale == 0),
+          "kind bf16: wrong dtype, or a scale");
+  require(!pairs || cpu::base_gemm_bf16_usable(), "kind bf16: not on this CPU");
+  check_block("a", a, rows, inner);
+  check_block("w", w, inner, cols);
+  check_block("out", out, rows, cols);
+  require(ld >= cols, "ld is less than cols");
+  require(dtype >= 0 && dtype <= 2, "unknown dtype");
+  require(!few || rows <= cpu::kBaseFewRows, "too many rows for base_few");
+  require(!few || w_in == 1 || w_out == 1, "base_few needs one unit stride in w");
+  require(few || (block_rows > 0 && block_cols > 0), "block sizes must be positive");
+  const int64_t needed =
+      few ? rows * (inner + 32) : check_threads(threads) * cpu::base_gemm_scratch(block_rows, block_cols);
+  require(scratch != 0 && scratch_floats >= needed, "scratch is too small");
+  if (rows == 0 || cols == 0) return;
+  require(inner > 0, "inner must be positive");
+  const cpu::BaseArgs args{pointer<void>(a),
+                           a_row,
+                           a_col,
+                           pointer<void>(w),
+                           w_out,
+                           w_in,
+                           static_cast<DType>(dtype),
+                           pointer<float>(scale),
+                           pointer<float>(out),
+                           ld,
+                           rows,
+                           cols,
+                           inner,
+                           block_rows,
+                           block_cols,
+                           pointer<float>(scratch),
+                           check_threads(threads)};
+  few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
+}
+
+}  // namespace
+
+void peftkern::bind_base(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.attr("base_block") = cpu::kBaseBlock;
+  m.attr("base_row") = cpu::kBaseRow;
+  m.attr("base_tile_cols") = cpu::kBaseTileCols;
+  m.attr("base_few_rows") = cpu::kBaseFewRows;
+  m.def("features", [] {
+    py::set found;
+    const unsigned bits = cpu::features();
+    if (bits & cpu::kX86) found.add("x86");
+    if (bits & cpu::kIntel) found.add("intel");
+    if (bits & cpu::kAvx512Bf16) found.add("avx512_bf16");
+    if (bits & cpu::kAmxBf16) found.add("amx_bf16");
+    if (bits & cpu::kAmxFp16) found.add("amx_fp16");
+    return found;
+  });
+  m.def(
+      "cpu_model",
+      [] {
+        const cpu::CpuModel& found = cpu::cpu_model();
+        return py::make_tuple(found.vendor, found.family, found.model);
+      },
+      "(vendor, family, model) of this CPU; the vendor is empty where it cannot be asked.");
+  m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
+        "Whether base_product takes kind bf16 here, at the level in use.");
+  m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
+        "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "block_rows"_a,
+        "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);
+}

@@ -1,0 +1,30 @@
+// The Python face of the native code, a file for each group of entry points; cuda.cpp has what runs on GPUs.
+// Python has checked shapes and dtypes; sizes and null pointers are checked here once more, since a slip
+// would write to foreign memory. The GIL is released while a kernel runs.
+#include "bindings/checks.h"
+#include "peftkern/cpu.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+using namespace py::literals;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of peftkern. Pointers are integers; Python owns all checks.";
+  m.def("isa", &cpu::isa, "Instruction set level in use: plain, avx2 or avx512.");
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        if (!cpu::set_isa(name.c_str()))
+          throw std::invalid_argument("this CPU or build has no level " + name);
+      },
+      "name"_a, "Choose an instruction set level by name, or auto.");
+  bind_base(m);
+  bind_lora(m);
+  bind_multi(m);
+#ifdef PEFTKERN_HAVE_CUDA
+  m.attr("cuda_built") = true;
+  bind_cuda(m);
+#else
+  m.attr("cuda_built") = false;
+#endif
+}

@@ -1,0 +1,41 @@
+// The base product for few rows: one pass over W, widened in registers. a is first turned to fp32 scratch.
+// Neither way depends on the number of threads, nor does a row on other rows.
+#include "cpu/base/dots.h"
+#include "cpu/base/strips.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+namespace {
+
+template <class T>
+void run(const BaseArgs& g) {
+  const bool dots = g.w_in == 1;
+  const int64_t lda = (g.inner + W - 1) / W * W + W;  // of a packed row, for strips
+#pragma omp parallel num_threads(g.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < g.rows; ++i)
+      if (dots)
+        pack_dot_row<T>(g, i);
+      else
+        pack_row(static_cast<const T*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale, g.scratch + i * lda);
+    if (dots)
+      dot_products<T>(g);
+    else
+      add_strips<T>(g, g.scratch, lda);
+  }
+}
+
+}  // namespace
+
+void base_few(const BaseArgs& args) {
+  switch (args.dtype) {
+    case DType::f32:
+      return run<float>(args);
+    case DType::bf16:
+      return run<bf16>(args);
+    case DType::f16:
+      return run<f16>(args);
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -1,0 +1,127 @@
+// The base product of bf16 operands on CPUs with AVX512-BF16: out (fp32) = a B, without an input scale.
+// Blocked as blocks.h says; packed elements are pairs of terms that are adjacent along the inner
+// dimension, which one instruction multiplies and adds to an fp32 sum.
+//
+// An element's sum is a chain over at most kBaseBlock terms, the chains added in order: as in base_gemm.cpp,
+// a row's bits depend on the inner dimension alone. Terms below the normal range of bf16 count as zero.
+#include "cpu/base/blocks.h"
+
+#if defined(__AVX512BF16__)
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+namespace {
+
+// Columns of B are read in short pieces, many at a time, which defeats the hardware's guesses. Terms ahead.
+constexpr int kAhead = 96;
+constexpr int kPairRow = kBaseBlock / 2 + 16;
+
+PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+template <int ROWS>
+void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
+  for (int i = 0; i < ROWS; ++i) {
+    __builtin_prefetch(out + i * ld, 1);
+    __builtin_prefetch(out + i * ld + W, 1);
+  }
+  __m512 acc[ROWS][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  for (const uint32_t* end = a + depth; a < end; ++a, b += kTileCols) {
+    const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + W);
+#pragma GCC unroll 14
+    for (int i = 0; i < ROWS; ++i) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i * kPairRow]));
+      acc[i][0] = dot_pairs(acc[i][0], x, b0);
+      acc[i][1] = dot_pairs(acc[i][1], x, b1);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) {
+    float* o = out + i * ld;
+    store(o, first ? acc[i][0] : load(o) + acc[i][0]);
+    store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
+  }
+}
+
+PEFTKERN_INLINE uint32_t pair(const bf16* p, int64_t step, bool whole) {
+  const uint32_t low = p[0].bits;
+  return whole ? low | static_cast<uint32_t>(p[step].bits) << 16 : low;
+}
+
+// n bf16 values in a vector of 32, the rest zero.
+PEFTKERN_INLINE __m512i load_bf16(const bf16* p, int n) {
+  const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+  return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+struct Pairs {
+  using Element = uint32_t;
+  static constexpr int64_t kRowsInL2 = 1024;
+  static constexpr int kTerms = 2, kRow = kPairRow, kTileRows = 14;
+  static constexpr TileFunction<uint32_t> tiles[] = {tile<1>,  tile<2>,  tile<3>,  tile<4>, tile<5>,
+                                                     tile<6>,  tile<7>,  tile<8>,  tile<9>, tile<10>,
+                                                     tile<11>, tile<12>, tile<13>, tile<14>};
+
+  static void pack_row(const bf16* from, int64_t step, int n, const float*, uint32_t* to) {
+    if (step != 1) {
+      for (int k = 0; k < n; k += 2) to[k / 2] = pair(from + k * step, step, k + 1 < n);
+      return;
+    }
+    for (int k = 0; k < n; k += 32) {
+      __builtin_prefetch(from + k + kBaseBlock);
+      _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
+    }
+  }
+
+  static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int n, uint32_t* to) {
+    if (col == 1) {
+      alignas(64) uint16_t low[32], high[32];
+      for (int i = 0; i < 32; ++i) {
+        low[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
+        high[i] = static_cast<uint16_t>(16 + i / 2 + (i % 2) * 32);
+      }
+      const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
+      for (int k = 0; k < n; k += 2, to += kTileCols) {
+        const __m512i even = load_bf16(from + k * step, cols);
+        const __m512i odd = k + 1 < n ? load_bf16(from + (k + 1) * step, cols) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, first, odd));
+        _mm512_storeu_si512(to + W, _mm512_permutex2var_epi16(even, second, odd));
+      }
+      return;
+    }
+    if (step == 1) {
+      for (int k = 0; k < n; k += 32) {
+        const int left = n - k, pairs = static_cast<int>(smaller(16, (left + 1) / 2));
+        for (int half = 0; half < kTileCols; half += W) {
+          vf r[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) {
+            const __m512i v =
+                half + i < cols ? load_bf16(from + (half + i) * col + k, left) : _mm512_setzero_si512();
+            __builtin_prefetch(from + (half + i) * col + k + kAhead);
+            r[i] = _mm512_castsi512_ps(v);
+          }
+          transpose(r);
+          for (int i = 0; i < pairs; ++i)
+            store(reinterpret_cast<float*>(to) + (k / 2 + i) * kTileCols + half, r[i]);
+        }
+      }
+      return;
+    }
+    for (int k = 0; k < n; k += 2)
+      for (int c = 0; c < kTileCols; ++c)
+        to[k / 2 * kTileCols + c] = c < cols ? pair(from + c * col + k * step, step, k + 1 < n) : 0;
+  }
+};
+
+}  // namespace
+
+void base_gemm_bf16(const BaseArgs& args) {
+  run_blocks<Pairs, bf16>(args);
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
+
+#endif

@@ -1,0 +1,96 @@
+// A block of the low-rank update, one thread's work:
+//
+//   out[i, c] = round( base_scale[c] * src[i, c] + drop'(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
+//
+// Every element is computed on its own, so blocks never change bits.
+#pragma once
+
+#include "cpu/common/tile.h"
+#include "peftkern/cpu.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+// One row of n columns: delta (padded, scratch), everything else as in the equation.
+template <class TO, class TS>
+static void finish_row(const float* delta, float alpha, const uint8_t* bits, const TS* src,
+                       const float* base_scale, const float* bias, int64_t n, TO* out) {
+  const auto element = [&](int64_t c, vf s, vf scale, vf b) {
+    const vf base = base_scale != nullptr ? s * scale : s;
+    const vf y = fma(splat(alpha), select_if(bits, c, load(delta + c)), base);
+    return bias != nullptr ? y + b : y;
+  };
+  int64_t c = 0;
+  for (; c + W <= n; c += W) {
+    const vf s = src != nullptr ? load(src + c) : zero();
+    const vf scale = base_scale != nullptr ? load(base_scale + c) : zero();
+    store(out + c, element(c, s, scale, bias != nullptr ? load(bias + c) : zero()));
+  }
+  if (c < n) {
+    const int k = static_cast<int>(n - c);
+    const vf s = src != nullptr ? load_n(src + c, k) : zero();
+    const vf scale = base_scale != nullptr ? load_n(base_scale + c, k) : zero();
+    store_n(out + c, element(c, s, scale, bias != nullptr ? load_n(bias + c, k) : zero()), k);
+  }
+}
+
+// Without a branch there is no delta to add: not even a zero, which would turn -0 into 0.
+template <class TO, class TS>
+static void finish_row_base(const TS* src, const float* base_scale, const float* bias, int64_t n, TO* out) {
+  for (int64_t c = 0; c < n; c += W) {
+    const int k = static_cast<int>(min64(W, n - c));
+    vf y = src != nullptr ? load_n(src + c, k) : zero();
+    if (base_scale != nullptr) y *= load_n(base_scale + c, k);
+    if (bias != nullptr) y += load_n(bias + c, k);
+    store_n(out + c, y, k);
+  }
+}
+
+// p: a.p, or the same in half precision.
+template <class TO, class TS, class TP>
+static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64_t i1, int64_t c0,
+                         int64_t cols) {
+  // Few enough columns for delta to be read back before it has left the store queue's reach.
+  constexpr int64_t kStep = kCombineVectors * W, kBitsRow = round_up(keep_bits_room(kTileCols), 64);
+  alignas(64) float delta[kCombineRows * kStep];
+  alignas(64) uint8_t bits[kCombineRows * kBitsRow];
+  const bool drop = a.dropout.threshold != 0;
+  const auto row_of = [&a](int64_t i) { return a.rows != nullptr ? a.rows[i] - a.dropout.row0 : i; };
+  for (int64_t i = i0; i < i1;) {
+    // combine takes 1, 2 or kCombineRows rows: three and more at the end are computed along with rows before
+    // them.
+    const int64_t left = min64(kCombineRows, i1 - i);
+    const int64_t take = left > 2 && i + left < kCombineRows ? 2 : left;
+    const int64_t back = take > 2 ? kCombineRows - take : 0;
+    for (int64_t m = 0; drop && m < take; ++m) {
+      keep_bits(a.dropout, row_of(i + m), c0, cols, bits + m * kBitsRow);
+    }
+    for (int64_t c = 0; c < cols; c += kStep) {
+      const int64_t n = min64(kStep, cols - c), column = c0 + c;
+      if (a.R > 0) {
+        combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, p + column, a.ldp, round_up(n, W), delta,
+                kStep);
+      }
+      const float* base_scale = a.base_scale != nullptr ? a.base_scale + column : nullptr;
+      const float* bias = a.bias != nullptr ? a.bias + column : nullptr;
+      for (int64_t m = 0; m < take; ++m) {
+        TO* out = static_cast<TO*>(a.out.data) + row_of(i + m) * a.out.row + column;
+        const TS* src = static_cast<const TS*>(a.src.data);
+        if (src != nullptr) {
+          src += column;
+          const int64_t next = min64(i + m + kCombineRows, i1 - 1);
+          prefetch(src + row_of(next) * a.src.row, n * static_cast<int64_t>(sizeof(TS)));
+          src += row_of(i + m) * a.src.row;
+        }
+        if (a.R == 0) {
+          finish_row_base<TO, TS>(src, base_scale, bias, n, out);
+        } else {
+          finish_row<TO, TS>(delta + (back + m) * kStep, a.alpha,
+                             drop ? bits + m * kBitsRow + c / 8 : nullptr, src, base_scale, bias, n, out);
+        }
+      }
+    }
+    i += take;
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL

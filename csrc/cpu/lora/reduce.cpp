@@ -1,0 +1,115 @@
+// The reductions of the low-rank branch, in one pass over an activation (x or dy):
+//
+//   dot    out[i, r] = alpha_dot   * sum_c drop(in)[i, c] * p[r, c]     over columns: u, dv
+//   outer  g[r, c]   = alpha_outer * sum_i v[i, r] * drop(in)[i, c]     over rows: gradients of A and B
+//   colsum s[c]      = sum_i in[i, c]                                   over rows: gradient of the bias
+//
+// Each is optional. Rows are split into segments that depend on (M, C, R) alone, each with its own sums,
+// which are added up in order: the bits do not depend on the number of threads. A row's dot depends on (C, R)
+// alone.
+#include "cpu/common/segments.h"
+#include "cpu/common/tile.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+namespace {
+
+void scale_rows(float* out, int64_t ld, int64_t rows, int64_t cols, float alpha) {
+  if (alpha == 1.0f) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t r = 0; r < cols; ++r) out[i * ld + r] *= alpha;
+  }
+}
+
+void zero_rows(float* out, int64_t ld, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) std::memset(out + i * ld, 0, sizeof(float) * cols);
+}
+
+// Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of Cpad columns for this segment.
+void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t Cpad,
+                  float* sums) {
+  Tile tile;
+  float* colsum = a.colsum != nullptr ? sums + (a.v != nullptr ? a.R * Cpad : 0) : nullptr;
+  if (a.v != nullptr) zero_rows(sums + c0, Cpad, a.R, round_up(c1 - c0, kPad));
+  if (colsum != nullptr) zero_rows(colsum + c0, Cpad, 1, round_up(c1 - c0, kPad));
+  for (int64_t i = i0; i < i1; i += kTileRows) {
+    const int64_t rows = min64(kTileRows, i1 - i);
+    float* out = a.p != nullptr ? a.out + i * a.ldo : nullptr;
+    if (out != nullptr) zero_rows(out, a.ldo, rows, a.R);
+    for (int64_t c = c0; c < c1; c += kTileCols) {
+      const int64_t cols = min64(kTileCols, c1 - c), n = round_up(cols, kPad);
+      const bool right = c + kTileCols < c1;
+      const int64_t next_i = right ? i : i + kTileRows, next_c = right ? c + kTileCols : c0;
+      for (int64_t m = 0; m < rows; m += kDotRows) {
+        const int64_t take = min64(kDotRows, rows - m);
+        float* x = tile.data + m * kTileLd;
+        widen_tile(a.in, i + m, take, c, cols, a.dropout, x);
+        if (out == nullptr) continue;
+        prefetch(a.in, next_i + m, take, next_c, kTileCols);
+        dot(x, kTileLd, take, a.p + c, a.ldp, n, a.R, out + m * a.ldo, a.ldo);
+      }
+      for (int64_t r = 0; a.v != nullptr && r < a.R; r += kOuterRanks) {
+        if (out == nullptr && r < kTileRows) prefetch(a.in, next_i + r, kOuterRanks, next_c, kTileCols);
+        outer(tile.data, kTileLd, rows, a.v + i * a.ldv + r, a.ldv, min64(kOuterRanks, a.R - r), n,
+              sums + r * Cpad + c, Cpad);
+      }
+      if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
+    }
+    if (out != nullptr) scale_rows(out, a.ldo, rows, a.R, a.alpha_dot);
+  }
+}
+
+// out[c] = alpha * (sums of all segments, in order)[c]
+void add_segments(const float* sums, int64_t stride, int64_t segments, int64_t n, float alpha, float* out) {
+  for (int64_t c = 0; c < n; c += W) {
+    vf acc = load(sums + c);
+    for (int64_t s = 1; s < segments; ++s) acc += load(sums + s * stride + c);
+    acc *= alpha;
+    if (c + W <= n) {
+      store(out + c, acc);
+    } else {
+      store_n(out + c, acc, static_cast<int>(n - c));
+    }
+  }
+}
+
+}  // namespace
+
+void lora_reduce_run(const LoraReduceTask& a) {
+  const bool over_rows = a.v != nullptr || a.colsum != nullptr;
+  const int64_t Cpad = round_up(a.C, kPad), stride = a.segment_floats;
+  if (!over_rows) {
+    // Only dot: blocks of rows are independent. Smaller ones keep every thread busy when rows are few.
+    const int64_t block = min64(kTileRows, round_up((a.M + a.threads - 1) / a.threads, kDotRows));
+    const int64_t blocks = block > 0 ? (a.M + block - 1) / block : 0;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t b = 0; b < blocks; ++b) {
+      reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, Cpad, nullptr);
+    }
+    return;
+  }
+  // dot needs whole rows; without it, columns are split too.
+  const int64_t panel = a.p != nullptr ? round_up(a.C, kTileCols) : kTileCols;
+  const int64_t panels = panel > 0 ? (a.C + panel - 1) / panel : 0;
+  const int64_t rows = (a.M + a.segments - 1) / a.segments;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a.segments * panels; ++t) {
+      const int64_t s = t / panels, c0 = t % panels * panel;
+      reduce_block(a, min64(a.M, s * rows), min64(a.M, (s + 1) * rows), c0, min64(a.C, c0 + panel), Cpad,
+                   a.scratch + s * stride);
+    }
+    if (a.v != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < a.R; ++r) {
+        add_segments(a.scratch + r * Cpad, stride, a.segments, a.C, a.alpha_outer, a.g + r * a.ldg);
+      }
+    }
+    if (a.colsum != nullptr) {
+#pragma omp single nowait
+      add_segments(a.scratch + (a.v != nullptr ? a.R * Cpad : 0), stride, a.segments, a.C, 1.0f, a.colsum);
+    }
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL

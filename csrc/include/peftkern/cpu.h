@@ -1,0 +1,144 @@
+// Every native entry point on the CPU (cuda.h has those on GPUs). Arguments are checked by csrc/bindings;
+// `threads` is the most that a call may use.
+#pragma once
+
+#include "peftkern/types.h"
+
+namespace peftkern::cpu {
+
+// The instruction set level in use: "plain", "avx2" or "avx512"; the best that the CPU has until set_isa
+// lowers it.
+const char* isa();
+// Choose a level by name, or "auto". Returns false, changing nothing, if this CPU or build lacks it.
+bool set_isa(const char* name);
+
+// out[i, j] = 1 if element (row0 + i, col0 + j) is kept, else 0. out is M x C bytes.
+struct DropoutMaskArgs {
+  Dropout dropout;
+  int64_t M, C;
+  uint8_t* out;
+  int threads;
+};
+void dropout_mask(const DropoutMaskArgs& args);
+
+// --- low-rank branch ---
+// Panels p have zeros up to a multiple of this many columns.
+constexpr int64_t kPadColumns = 16;
+
+// One pass over in (M x C, any strides), any part of (see csrc/cpu/lora_reduce.cpp):
+//   p given       out[i, r] = alpha_dot   * sum_c drop(in)[i, c] * p[r, c]
+//   v given       g[r, c]   = alpha_outer * sum_i v[i, r] * drop(in)[i, c]
+//   colsum given  colsum[c] = sum_i drop(in)[i, c]
+// drop only zeroes: the division by 1 - p belongs in alpha.
+struct LoraReduceArgs {
+  ConstMatrix in;
+  int64_t M, C, R;
+  Dropout dropout;
+  const float* p;
+  int64_t ldp;
+  float* out;
+  int64_t ldo;
+  float alpha_dot;
+  const float* v;
+  int64_t ldv;
+  float* g;
+  int64_t ldg;
+  float alpha_outer;
+  float* colsum;
+  int threads;
+};
+void lora_reduce(const LoraReduceArgs& args);
+
+// out[i, c] = round( base_scale[c] * src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
+// src: out itself (in place), another matrix in out's dtype or fp32, or null (zero). base_scale, bias may be
+// null. With `rows`, row i of the task is row rows[i] - dropout.row0 of out and src (v has the task's rows).
+struct LoraExpandArgs {
+  Matrix out;
+  ConstMatrix src;
+  const int32_t* rows;
+  int64_t M, C, R;
+  const float* v;
+  int64_t ldv;
+  const float* p;
+  int64_t ldp;
+  float alpha;
+  Dropout dropout;
+  const float* base_scale;
+  const float* bias;
+  int threads;
+};
+void lora_expand(const LoraExpandArgs& args);
+
+// out[c] (+)= sum_i a[i, c] * b[i, c], any strides
+struct ColumnDotArgs {
+  ConstMatrix a, b;
+  int64_t M, C;
+  float* out;
+  bool accumulate;
+  int threads;
+};
+void column_dot(const ColumnDotArgs& args);
+
+// out[r, c] = round( alpha * row_scale[r] * col_scale[c] * in[r, c] ), then `pad` zero columns. Scales may be
+// null.
+struct ScaleCopyArgs {
+  ConstMatrix in;
+  Matrix out;
+  int64_t rows, cols, pad;
+  float alpha;
+  const float* row_scale;
+  const float* col_scale;
+  int threads;
+};
+void scale_copy(const ScaleCopyArgs& args);
+// --- end of low-rank branch ---
+
+// --- base product (base_*.cpp) ---
+// Features of this CPU beyond its level, as bits.
+constexpr unsigned kX86 = 1, kIntel = 2, kAvx512Bf16 = 4, kAmxBf16 = 8, kAmxFp16 = 16;
+unsigned features();
+
+// Who made this CPU and which it is, as CPUID says: an empty vendor where there is no CPUID.
+struct CpuModel {
+  char vendor[13];
+  int family, model;
+};
+const CpuModel& cpu_model();
+
+// out (rows x cols, fp32) = (a * scale) B, a (rows x inner) and B (inner x cols) of type dtype, any strides
+// in elements: a[i, k] at i * a_row + k * a_col, B[k, j] at k * w_in + j * w_out. scale (inner) may be null.
+struct BaseArgs {
+  const void* a;
+  int64_t a_row, a_col;
+  const void* w;
+  int64_t w_out, w_in;
+  DType dtype;
+  const float* scale;
+  float* out;
+  int64_t ld;
+  int64_t rows, cols, inner;
+  int64_t block_rows, block_cols;  // base_gemm: what one thread computes at a time
+  float* scratch;
+  int threads;
+};
+// Terms of one chain of multiply-adds in fp32: longer chains lose accuracy against torch's product.
+constexpr int64_t kBaseChain = 128;
+// Terms per block of the inner dimension; floats per packed row of a; columns per packed tile of B, at most.
+constexpr int64_t kBaseBlock = 256, kBaseRow = kBaseBlock + 16, kBaseTileCols = 32;
+// Rows that base_few takes, at most.
+constexpr int64_t kBaseFewRows = 64;
+// Floats of scratch that base_gemm needs per thread. (static: files compiled per level share no inline code.)
+[[maybe_unused]] static constexpr int64_t base_gemm_scratch(int64_t block_rows, int64_t block_cols) {
+  return block_rows * kBaseRow + (block_cols + kBaseTileCols) * kBaseBlock;
+}
+// Any size.
+void base_gemm(const BaseArgs& args);
+// bf16 without a scale, on CPUs with AVX512-BF16 only: base_gemm_bf16_usable says whether this one and this
+// build have it, at the level in use.
+bool base_gemm_bf16_usable();
+void base_gemm_bf16(const BaseArgs& args);
+// rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
+void base_few(const BaseArgs& args);
+// --- end of base product ---
+
+}  // namespace peftkern::cpu

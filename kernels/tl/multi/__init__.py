@@ -1,0 +1,1 @@
+"""Kernels of multi_lora_linear and sgmv: many adapters in one batch, found through a table of addresses."""

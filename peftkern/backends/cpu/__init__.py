@@ -1,0 +1,26 @@
+"""CPU back end: C++ kernels for the low-rank branch and, where that is faster, for the base product."""
+
+from __future__ import annotations
+
+from ...problem import Problem
+from . import lora_linear, multi_lora_linear, native
+
+NAME = "cpu"
+
+# Ops whose problem has no activation.
+_ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")
+
+
+def unavailable() -> str | None:
+    """Why no call can be taken, or None."""
+    return "the C++ extension is not built: install peftkern with a C++ compiler" if native._C is None else None
+
+
+def decline(problem: Problem) -> str | None:
+    """Why this problem cannot be taken, or None."""
+    if problem.op not in _ANY_DTYPE and problem.dtype not in native.CODES:
+        return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"
+    return None
+
+
+OPS = {**lora_linear.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS}

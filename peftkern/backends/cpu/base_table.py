@@ -1,0 +1,116 @@
+"""What was measured on a CPU model: which kind of base product takes the least time. The choice itself: cpu_base_plan.
+
+A table is a file of the package, ``tuned/cpu-VENDOR-FAMILY-MODEL.json``, written by ``peftkern bench --tune --device
+cpu``. It speaks for the models that it names and for the instruction sets it was measured at. A row holds microseconds
+for one dtype, pass, D and C, over numbers of rows M: those of the (M, C) x (C, D) product with a branch of rank 16 added
+to it, so that an epilogue's pass over the result is part of the time. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...dispatch.tuned import DTYPES, FOLDER, slug
+
+SCHEMA = 1
+KINDS = ("vendor", "few", "panels", "bf16")
+# Ours is chosen where it takes at most so much of the vendor's time: medians of quiet runs differ by 2 to 3 %.
+WINS = 0.95
+# A row speaks for products whose sizes are within this factor of its own; its largest M for any larger one too, since
+# both sides then work through more blocks of the same kind.
+NEAR = 2
+
+
+class CpuModel(NamedTuple):
+    """Vendor, family and model of a processor as CPUID gives them."""
+
+    vendor: str
+    family: int
+    model: int
+
+
+class Level(NamedTuple):
+    """What else decides how fast either side is: our instruction set, torch's, and whether its fp32 product is MKL's."""
+
+    isa: str
+    torch_isa: str
+    mkl: bool
+
+
+class Row(NamedTuple):
+    """Candidates for one product, for each number of rows, fastest first."""
+
+    D: int
+    C: int
+    M: tuple[int, ...]
+    order: tuple[tuple[str, ...], ...]
+
+
+class Table:
+    """The content of a file; two tables are equal if they are the same object."""
+
+    def __init__(self, data: dict[str, Any], name: str):
+        """Raises ValueError, which names the file, for content that makes no sense."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"{name}: schema {data.get('schema')!r}, expected {SCHEMA}")
+        self.name, self.meta = name, data["meta"]
+        self.rows: dict[tuple[torch.dtype, bool], list[Row]] = {}
+        dtypes = {word: dtype for dtype, word in DTYPES.items()}
+        for row in data["rows"]:
+            times, counts = row["us"], row["M"]
+            if not set(times) <= set(KINDS) or any(len(t) != len(counts) for t in times.values()):
+                raise ValueError(f"{name}: expected times of {', '.join(KINDS)}, one for each M: {row}")
+            if list(counts) != sorted(set(counts)) or not counts or row["pass"] not in ("forward", "dx"):
+                raise ValueError(f"{name}: expected rising M, and forward or dx for the pass: {row}")
+            order = tuple(_order({kind: t[i] for kind, t in times.items()}) for i in range(len(counts)))
+            rows = self.rows.setdefault((dtypes[row["dtype"]], row["pass"] == "forward"), [])
+            rows.append(Row(row["D"], row["C"], tuple(counts), order))
+
+
+def _order(us: dict[str, float | None]) -> tuple[str, ...]:
+    # Null: too slow to be timed, or not for so many rows.
+    timed = [kind for kind in KINDS if us.get(kind) is not None]
+    return tuple(sorted(timed, key=lambda kind: us[kind] * (WINS if kind == "vendor" else 1.0)))
+
+
+def _off(a: int, b: int) -> float:
+    return max(a / b, b / a)
+
+
+@functools.lru_cache(maxsize=4096)
+def fastest(table: Table, dtype: torch.dtype, transpose: bool, M: int, D: int, C: int) -> tuple[str, ...]:
+    """Kinds of a (M, C) x (C, D) product, fastest first; none where nothing near was measured. ``transpose``: forward."""
+    close = [r for r in table.rows.get((dtype, transpose), ()) if max(_off(D, r.D), _off(C, r.C)) <= NEAR]
+    if not close:
+        return ()
+    row = min(close, key=lambda r: (_off(D, r.D) * _off(C, r.C), r.D, r.C))
+    i = min(range(len(row.M)), key=lambda i: (_off(M, row.M[i]), row.M[i]))
+    return row.order[i] if M > row.M[-1] or _off(M, row.M[i]) <= NEAR else ()
+
+
+def file_name(cpu: CpuModel) -> str:
+    """``cpu-authenticamd-25-1.json``."""
+    return f"cpu-{slug(cpu.vendor)}-{cpu.family}-{cpu.model}.json"
+
+
+def of_model(cpu: CpuModel, folder: Path | None = None) -> Table | None:
+    """The table of a CPU model, whatever the instruction sets; of two, the one that names fewer models."""
+    found = []
+    for file in sorted((folder or FOLDER).glob(f"cpu-{slug(cpu.vendor)}-{cpu.family}-*.json")) if cpu.vendor else ():
+        table = Table(json.loads(file.read_text()), file.name)
+        named = table.meta["cpu"]
+        first, last = named["models"]
+        if (named["vendor"], named["family"]) == cpu[:2] and first <= cpu.model <= last:
+            found.append((last - first, table.name, table))
+    return min(found, key=lambda entry: entry[:2], default=(math.inf, "", None))[2]
+
+
+def applies(table: Table, level: Level) -> bool:
+    """Whether it was measured at these instruction sets and against this library."""
+    return Level(*(table.meta["level"][field] for field in Level._fields)) == level

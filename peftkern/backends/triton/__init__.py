@@ -1,0 +1,77 @@
+"""Triton on CUDA devices, or on CPU tensors where ``TRITON_INTERPRET=1`` turns on Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from ... import settings
+from ...dispatch import tuned
+from ...problem import Problem
+from . import lora_linear, multi_lora_linear
+from .device import on_device
+
+NAME = "triton"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIMIT = 2**31
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _old_devices() -> str | None:
+    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
+    return f"CUDA device {old[0]} is older than sm_80" if old else None
+
+
+def unavailable() -> str | None:
+    """Why no call can run here, None if some can."""
+    if not _installed():
+        return "the package triton is not installed"
+    if settings.current().triton_interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device, and TRITON_INTERPRET is not set"
+    return _old_devices()
+
+
+def decline(problem: Problem) -> str | None:
+    """Why this call can't be taken, None if it can."""
+    wanted = "cpu" if settings.current().triton_interpret else "cuda"
+    if problem.device != wanted:
+        return f"runs on {wanted} tensors here, got {problem.device}"
+    if problem.op in ("dropout_mask", "multi_lora_linear_route"):
+        return None
+    if problem.dtype not in _DTYPES:
+        return f"no kernel for {problem.dtype}"
+    if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
+        return "a size is 2^31 or more"
+    return None
+
+
+def dropout_mask(seed, M, K, p):
+    """bool (M, K), see ``peftkern.ops.dropout_mask``."""
+    from ...kernels.dropout import dropout_mask as launch_mask
+
+    with on_device(seed):
+        return launch_mask(seed, M, K, p)
+
+
+OPS = {
+    **lora_linear.OPS,
+    "dropout_mask": dropout_mask,
+    **multi_lora_linear.OPS,
+}
+
+
+def function(problem: Problem) -> Callable:
+    """The op for this problem: who computes the base product, and with which tiles, may have been measured."""
+    measured = tuned.entry(problem) if problem.op in ("lora_linear_fwd", "lora_linear_bwd_input") else None
+    op = OPS[problem.op]
+    return op if measured is None else functools.partial(op, measured=measured)

@@ -1,0 +1,1 @@
+"""From an op and its arguments to one back end."""

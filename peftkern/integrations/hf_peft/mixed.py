@@ -1,0 +1,209 @@
+"""Batches in which every sequence has its own adapter: PEFT's ``adapter_names``, fused, and in training too.
+
+PEFT hands the list of names to every layer through forward pre-hooks. A layer that is covered turns it into ids and
+runs one multi_lora_linear; any other runs PEFT's own loop over adapters. The layers of a model share the ids tensor,
+and with it the route of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ...autograd.multi_lora_linear import multi_lora_linear
+from ...many.table import AdapterTable, table_of
+from ...ops.checks import accumulate_dtype
+from .guard import Branch, Plan, Read, call_plan, read
+
+BASE = "__base__"  # PEFT's name for no adapter
+
+
+class Batch:
+    """The adapter names of a batch, and the ids that layers with some of these adapters give to its sequences.
+
+    Attributes:
+        names: one per sequence. adapters: each of them once, in the order in which they come, without the base.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self.adapters = tuple(dict.fromkeys(n for n in self.names if n != BASE))
+        self._ids: dict[tuple, Tensor] = {}
+
+    def ids(self, adapters: tuple[str, ...], device: torch.device) -> Tensor:
+        """int32, one per sequence: the position of its adapter in ``adapters``, or -1."""
+        key = adapters, device
+        ids = self._ids.get(key)
+        if ids is None:
+            position = {name: i for i, name in enumerate(adapters)}
+            # No tensor of an inference_mode block: it has no version, so its route could not be remembered.
+            with torch.inference_mode(False):
+                ids = torch.tensor([position.get(n, -1) for n in self.names], dtype=torch.int32, device=device)
+            self._ids[key] = ids
+        return ids
+
+
+# id(list) -> the list itself, so that its id is not another's, and its batch. The layers of a call get one list.
+_recent: OrderedDict[int, tuple[Sequence[str], Batch]] = OrderedDict()
+_REMEMBERED = 16
+
+
+def batch_of(names: Sequence[str]) -> Batch:
+    """The batch of this list; the same one as long as the list is the same and holds the same names."""
+    if torch.compiler.is_compiling():
+        return Batch(names)
+    known = _recent.get(id(names))
+    if known is not None and known[0] is names and known[1].names == tuple(names):
+        return known[1]
+    batch = Batch(names)
+    _recent[id(names)] = names, batch
+    while len(_recent) > _REMEMBERED:
+        with contextlib.suppress(KeyError):  # another thread was faster
+            _recent.popitem(last=False)
+    return batch
+
+
+def mixed_plan(layer: nn.Module, x: Any, names: Any, read: Read = read) -> tuple[nn.Module, Plan, Batch] | str:
+    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        return "adapter_names is not a list of names"
+    batch = batch_of(names)
+    plan = call_plan(layer, x, batch.adapters, read)
+    if isinstance(plan, str):
+        return plan
+    if x.dim() < 2 or x.shape[0] != len(batch.names):
+        return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
+    return layer, plan, batch
+
+
+def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
+    if isinstance(branch.scaling, Tensor):
+        # The op wants a number. A scaled B costs O(N R), a number from the device would make the host wait.
+        return branch.lora_A, branch.lora_B * branch.scaling, 1.0
+    return branch.lora_A, branch.lora_B, branch.scaling
+
+
+# Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
+# their layers.
+_tables: WeakKeyDictionary[nn.Module, tuple[tuple, AdapterTable]] = WeakKeyDictionary()
+
+
+def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTable | list[tuple]:
+    # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
+    plain = all(type(b.scaling) is float for b in branches)
+    if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return [_adapter(b) for b in branches]
+    # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
+    key = (x.dtype, x.device, *((id(A), id(B), A.shape, A.dtype, s) for _, A, B, _, s, _ in branches))
+    known = _tables.get(layer)
+    if known is not None and known[0] == key:
+        return known[1]
+    adapters = [_adapter(b) for b in branches]
+    table = table_of(adapters, x, x.dtype)
+    # A table of copies would miss what training does to the originals.
+    if all(t is w for t, w in zip(table.weights, (w for b in branches for w in b[1:3]), strict=True)):
+        _tables[layer] = key, table
+    return table
+
+
+def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
+    # lora_bias is part of the branch: each sequence gets its adapter's, scaled; row 0 is for those without one.
+    dtype = accumulate_dtype(y.dtype)
+    rows = [y.new_zeros(y.shape[-1], dtype=dtype)]
+    rows += [rows[0] if b.bias is None else b.bias.to(dtype) * b.scaling for b in branches]
+    each = torch.stack(rows)[ids.long() + 1]
+    return (y + each.view(ids.numel(), *[1] * (y.dim() - 2), y.shape[-1])).to(y.dtype)
+
+
+def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
+    """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
+    weight, bias, branches = plan
+    ids = batch.ids(tuple(b.name for b in branches), x.device)
+    drops = [b.dropout_p for b in branches]
+    adapters = _table(layer, branches, x)
+    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=any(drops))
+    return _branch_bias(y, branches, ids) if any(b.bias is not None for b in branches) else y
+
+
+def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[Linear], bool]) -> str | None:
+    """Why ``adapter_names`` cannot train this model, or None. Without accelerated layers the reason is empty."""
+    adapters = set(names) - {BASE}
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not any(isinstance(layer, Linear) and wanted(layer) for _, layer in layers):
+        return ""
+    for name, layer in layers:
+        if isinstance(layer, Linear) and not wanted(layer):
+            return f"{name} is not accelerated"
+        for adapter in layer.lora_variant:
+            if adapter in adapters:
+                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(layer.lora_variant[adapter]).__name__})"
+    return None
+
+
+def _give_names(module, args, kwargs, *, names):
+    kwargs["adapter_names"] = names
+    return args, kwargs
+
+
+def _checkpoint_with_names(checkpoint, parts: list[nn.Module], names, function, *args, **kwargs):
+    # Runs in forward and again in backward, when PEFT's hooks are long gone: so it brings hooks of its own.
+    def with_names(*inputs, **options):
+        give = partial(_give_names, names=names)
+        handles = [part.register_forward_pre_hook(give, with_kwargs=True) for part in parts]
+        try:
+            return function(*inputs, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return checkpoint(with_names, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _checkpoints_keep(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    changed = []
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
+            parts = [m for m in module.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))]
+            module._gradient_checkpointing_func = partial(_checkpoint_with_names, checkpoint, parts, names)
+            changed.append((module, checkpoint))
+    try:
+        yield
+    finally:
+        for module, checkpoint in changed:
+            module._gradient_checkpointing_func = checkpoint
+
+
+@contextlib.contextmanager
+def left_as_after_success(context) -> Iterator[None]:
+    """PEFT's context for mixed batches. Left as PEFT leaves it, it keeps the hooks of a forward that raised, and they
+    give the names of that batch to later ones."""
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def training_hooks(stock, model: nn.Module, names: Sequence[str], args, kwargs) -> Iterator[None]:
+    """PEFT's context for mixed batches, ``stock``, for a model in training mode."""
+    # PEFT's checks and hooks are right in training too; the flag of the outermost module is all it objects to.
+    model.training = False
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(left_as_after_success(stock(model, *args, adapter_names=names, **kwargs)))
+        finally:
+            model.training = True
+        with _checkpoints_keep(model, names):
+            yield

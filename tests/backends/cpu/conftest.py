@@ -1,0 +1,77 @@
+"""What the tests of the C++ kernels share: the instruction set levels that run here, guarded memory, numpy's Philox."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu import native as cpu_native
+
+
+def _levels() -> list[str]:
+    """Names of the levels that this CPU and build can run, lowest first."""
+    if cpu_native._C is None:
+        return []
+    names = ["plain", "avx2", "avx512"]
+    cpu_native._C.set_isa("auto")
+    return names[: names.index(cpu_native._C.isa()) + 1]
+
+
+class _Guarded:
+    """An output full of NaN inside a larger block full of NaN; ``check`` proves that nothing outside was written."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32, row_gap: int = 0):
+        width = shape[-1] + row_gap
+        rows = shape[0] if len(shape) == 2 else 1
+        self.block = torch.full((64 + rows * width + 64,), float("nan"), dtype=dtype)
+        inner = self.block[64 : 64 + rows * width].view(rows, width)[:, : shape[-1]]
+        self.out = inner if len(shape) == 2 else inner[0]
+
+    def check(self) -> Tensor:
+        """The output, which must hold no NaN, after a look at what surrounds it."""
+        result = self.out.clone()
+        assert not result.isnan().any(), "an element was not written"
+        self.out.fill_(float("nan"))
+        assert self.block.isnan().all(), "memory outside of the output was written"
+        return result
+
+
+def _numpy_keep(seed: int, rows: range, cols: range, p: float) -> np.ndarray:
+    """The keep bits of a block, written from the definition: Philox4x32 with 7 rounds, one call per 8 columns."""
+    mask = np.uint64(0xFFFFFFFF)
+    i, j = np.meshgrid(np.array(rows, dtype=np.uint64), np.array(cols, dtype=np.uint64), indexing="ij")
+    group, element = j >> np.uint64(3), j & np.uint64(7)
+    c = [group & mask, group >> np.uint64(32), i & mask, i >> np.uint64(32)]
+    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(7):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), p1 & mask,
+             (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), p0 & mask]  # fmt: skip
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    z = np.choose((element >> np.uint64(1)).astype(int), c)
+    rotated = ((z << np.uint64(16)) | (z >> np.uint64(16))) & mask
+    return np.where(element & np.uint64(1), rotated, z) >= np.uint64(int(p * 2**32))
+
+
+@pytest.fixture(params=_levels())
+def level(request, monkeypatch):
+    """The C++ level in force; ``auto`` again afterwards."""
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
+    cpu_native.use_isa()
+    assert cpu_native._C.isa() == request.param
+    yield request.param
+    cpu_native._C.set_isa("auto")
+
+
+@pytest.fixture
+def guarded():
+    """``guarded(*shape, dtype=, row_gap=)``: an output that notices what is written around it."""
+    return _Guarded
+
+
+@pytest.fixture
+def numpy_keep():
+    """``numpy_keep(seed, rows, cols, p)``: dropout bits by definition."""
+    return _numpy_keep

@@ -1,0 +1,343 @@
+"""The base product on CPU: every candidate and instruction set against fp64, its scratch, and what its bits depend on.
+
+No half-precision product of torch runs here beyond a few dozen rows and columns: on some CPUs it takes minutes. The
+comparator multiplies the fp32 values of half-precision operands and rounds, which is what a good native product does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import native as cpu_native
+
+pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SIZES = ((1, 1, 1), (2, 7, 3), (5, 257, 37), (13, 131, 67), (31, 300, 101), (64, 513, 61), (130, 389, 211))
+
+
+def levels() -> list[str]:
+    if cpu_native._C is None:
+        return []
+    names = ["plain", "avx2", "avx512"]
+    cpu_native._C.set_isa("auto")
+    return names[: names.index(cpu_native._C.isa()) + 1]
+
+
+@pytest.fixture(params=levels())
+def level(request, monkeypatch):
+    """The C++ level in force; ``auto`` again afterwards."""
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
+    cpu_native.use_isa()
+    yield request.param
+    cpu_native._C.set_isa("auto")
+
+
+def force(monkeypatch, kind: str) -> None:
+    """Make every product take ``kind`` where that can take it at all."""
+    monkeypatch.delenv("PEFTKERN_BATCH_INVARIANT", raising=False)
+    monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor" if kind == "vendor" else "panels")
+    monkeypatch.setattr(cpu_base_plan, "few_rows", lambda dtype, transpose, on: 64 if kind == "few" else 0)
+
+
+def product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> Tensor:
+    """The product through ``base_product``; checks that the blocks cover the output exactly once."""
+    D = weight.shape[0] if transpose else weight.shape[1]
+    out = torch.full((a.shape[0], D), float("nan"), dtype=a.dtype)
+    seen = torch.zeros(out.shape, dtype=torch.int32)
+
+    def epilogue(r0, r1, c0, c1, panel):
+        assert r0 < r1 and c0 < c1 and c0 % 32 == 0
+        seen[r0:r1, c0:c1] += 1
+        if panel is not None:
+            assert panel.shape == (r1 - r0, c1 - c0) and panel.dtype == torch.float32 and panel.stride(1) == 1
+            out[r0:r1, c0:c1] = panel
+
+    cpu_base.base_product(a, weight, transpose=transpose, in_scale=in_scale, out=out, epilogue=epilogue)
+    assert bool((seen == 1).all())
+    return out
+
+
+def operands(M: int, K: int, N: int, dtype, transpose: bool, layout: str = "rows") -> tuple[Tensor, Tensor]:
+    """a (M, K or N) and weight (N, K), in a memory layout of that name."""
+    a, w = torch.randn(M, K if transpose else N), torch.randn(N, K)
+    if layout == "columns":
+        return a.to(dtype).t().contiguous().t(), w.to(dtype).t().contiguous().t()
+    if layout == "gaps":
+        wide_a, wide_w = torch.full((M, 3 * a.shape[1]), float("nan")), torch.full((N, 2 * K), float("nan"))
+        wide_a[:, ::3], wide_w[:, ::2] = a, w
+        return wide_a.to(dtype)[:, ::3], wide_w.to(dtype)[:, ::2]
+    if layout == "row stride":
+        wide_a, wide_w = torch.full((M, a.shape[1] + 5), float("nan")), torch.full((N, K + 3), float("nan"))
+        wide_a[:, 2:-3], wide_w[:, 1:-2] = a, w
+        return wide_a.to(dtype)[:, 2:-3], wide_w.to(dtype)[:, 1:-2]
+    return a.to(dtype), w.to(dtype)
+
+
+def assert_accurate(out: Tensor, a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> None:
+    """RMS and largest error at most 1.5x those of torch's fp32 product, rounded, or below a floor."""
+
+    def compute(a: Tensor, w: Tensor, s: Tensor | None) -> Tensor:
+        return (a if s is None else a * s) @ (w.t() if transpose else w)
+
+    exact = compute(a.double(), weight.double(), None if in_scale is None else in_scale.double())
+    scaled = a.float() if in_scale is None else (a.float() * in_scale.float()).to(a.dtype).float()
+    theirs = compute(scaled, weight.float(), None).to(a.dtype).double() - exact
+    ours = out.double() - exact
+    size = compute(a.double().abs(), weight.double().abs(), None if in_scale is None else in_scale.double().abs())
+    floor = (4 if a.dtype == torch.float32 else 0.5) * 2 * EPS[a.dtype] * exact.abs() + 2.0**-24 * size + 2.0**-25
+    for norm in (lambda e: e.square().mean().sqrt(), lambda e: e.abs().max()):
+        assert norm(ours) <= torch.maximum(1.5 * norm(theirs), norm(floor)), (norm(ours), norm(theirs), norm(floor))
+
+
+@pytest.mark.parametrize("transpose", (True, False), ids=("forward", "dx"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ("vendor", "panels", "few"))
+def test_product_is_accurate(kind, dtype, transpose, level, monkeypatch):
+    force(monkeypatch, kind)
+    for M, K, N in SIZES:
+        if kind == "vendor" and M * K * N > 100_000 and dtype != torch.float32:
+            continue  # see the module's docstring
+        if kind == "few" and M > 64:
+            continue
+        a, w = operands(M, K, N, dtype, transpose)
+        assert_accurate(product(a, w, transpose), a, w, transpose)
+
+
+@pytest.mark.parametrize("layout", ("columns", "gaps", "row stride"))
+@pytest.mark.parametrize("kind", ("vendor", "panels", "few"))
+def test_any_strides_and_input_scale(kind, layout, level, monkeypatch):
+    force(monkeypatch, kind)
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            for scale_dtype in (torch.float32, dtype):
+                a, w = operands(19, 45, 39, dtype, transpose, layout)
+                scale = torch.rand(a.shape[1], dtype=torch.float32).to(scale_dtype)
+                assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
+
+
+@pytest.mark.parametrize("kind", ("panels", "few"))
+def test_long_sums_stay_as_accurate_as_torch(kind, level, monkeypatch):
+    force(monkeypatch, kind)
+    for transpose in (True, False):
+        for C in (700, 5000):
+            a, w = operands(8, C if transpose else 64, 64 if transpose else C, torch.float32, transpose)
+            exact = a.double() @ (w.double().t() if transpose else w.double())
+            theirs = a @ (w.t() if transpose else w)
+            error = [(o.double() - exact).square().mean().sqrt() for o in (product(a, w, transpose), theirs)]
+            assert error[0] <= 1.3 * error[1]
+
+
+def test_empty_and_expanded_operands(monkeypatch):
+    cpu_native.use_isa()
+    for kind in ("vendor", "panels", "few"):
+        force(monkeypatch, kind)
+        for dtype in DTYPES:
+            assert product(torch.empty(0, 5, dtype=dtype), torch.randn(3, 5).to(dtype), True).shape == (0, 3)
+            zero = product(torch.empty(4, 0, dtype=dtype), torch.empty(3, 0, dtype=dtype), True)
+            assert torch.equal(zero, torch.zeros(4, 3, dtype=dtype))
+            # What y.sum().backward() sends.
+            ones, w = torch.ones((), dtype=dtype).expand(9, 33), torch.randn(33, 20).to(dtype)
+            assert_accurate(product(ones, w, False), ones, w, False)
+
+
+def test_several_panels(level, monkeypatch):
+    """Panels smaller than the output, in both directions, with and without an input scale."""
+    force(monkeypatch, "panels")
+    monkeypatch.setattr(cpu_base_plan, "_PANEL_COLS", 64)
+    monkeypatch.setattr(cpu_base_plan, "_PANEL", 64 * 48)
+    monkeypatch.setattr(cpu_base_plan, "_BLOCK_ROWS", 48)
+    cpu_base_plan.blocks.cache_clear()
+    try:
+        assert cpu_base_plan.blocks("panels", 110, 150, 270, 2).rows < 110
+        assert cpu_base_plan.blocks("panels", 110, 150, 270, 2).cols < 150
+        for dtype in DTYPES:
+            for transpose in (True, False):
+                a, w = operands(110, 270 if transpose else 150, 150 if transpose else 270, dtype, transpose)
+                scale = torch.rand(a.shape[1])
+                assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
+    finally:
+        cpu_base_plan.blocks.cache_clear()
+
+
+def test_non_finite_values_stay_where_they_belong(level, monkeypatch):
+    for kind in ("panels", "few"):
+        force(monkeypatch, kind)
+        for dtype in DTYPES:
+            for transpose in (True, False):
+                a, w = operands(9, 70, 50, dtype, transpose)
+                clean = product(a, w, transpose)
+                a[3, 7] = float("nan")
+                dirty = product(a, w, transpose)
+                assert bool(dirty[3].isnan().all())
+                rest = [i for i in range(9) if i != 3]
+                assert torch.equal(dirty[rest], clean[rest])
+
+
+@pytest.mark.parametrize("transpose", (True, False), ids=("forward", "dx"))
+def test_few_rows_have_their_bits_in_any_batch(transpose, level, monkeypatch):
+    """Every number of rows up to 20 (all sizes of tiles), over several blocks and chains of the inner dimension."""
+    force(monkeypatch, "few")
+    for dtype in DTYPES:
+        a, w = operands(64, 2500 if transpose else 70, 70 if transpose else 2500, dtype, transpose)
+        whole = product(a, w, transpose)
+        assert_accurate(whole, a, w, transpose)
+        for M in range(1, 20):
+            assert torch.equal(product(a[-M:], w, transpose), whole[-M:])
+
+
+@pytest.mark.parametrize("C", (15, 16, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 1055, 2047, 2049, 3105))
+def test_few_rows_of_any_length(C, level, monkeypatch):
+    """Lengths on both sides of a vector, a pair, a cache line, a chain, a block; columns on both sides of a group."""
+    force(monkeypatch, "few")
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            for D in (1, 3, 12, 49, 65):
+                a, w = operands(3, C if transpose else D, D if transpose else C, dtype, transpose)
+                assert_accurate(product(a, w, transpose), a, w, transpose)
+
+
+@pytest.mark.parametrize("kind", ("panels", "few"))
+def test_threads_do_not_change_bits(kind, level, monkeypatch):
+    force(monkeypatch, kind)
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            a, w = operands(61, 301, 203, dtype, transpose)
+            results = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                results.append(product(a, w, transpose))
+            assert torch.equal(*results)
+
+
+def test_batch_invariant_rows(level, monkeypatch):
+    """With PEFTKERN_BATCH_INVARIANT=1 a row has its bits in 50 random batches, whatever else is set."""
+    monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
+    generator = torch.Generator().manual_seed(3)
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            a, w = operands(150, 269, 131, dtype, transpose)
+            whole = product(a, w, transpose)
+            for trial in range(50):
+                monkeypatch.setenv("PEFTKERN_CPU_BASE", ("auto", "vendor", "panels")[trial % 3])
+                size = int(torch.randint(1, 140, (), generator=generator)) if trial % 2 else 1 + trial // 8
+                rows = torch.randperm(150, generator=generator)[:size]
+                assert torch.equal(product(a[rows], w, transpose), whole[rows])
+
+
+def test_input_gradient_of_few_rows_has_the_bits_of_panels(level, monkeypatch):
+    for dtype in DTYPES:
+        a, w = operands(11, 95, 700, dtype, False)
+        results = []
+        for kind in ("panels", "few"):
+            force(monkeypatch, kind)
+            results.append(product(a, w, False))
+        assert torch.equal(*results)
+
+
+def test_half_precision_is_rounded_once(level, monkeypatch):
+    """1 + 2^-9 - 1 in bf16 is lost if the product is rounded before the epilogue adds to it."""
+    seen = []
+
+    def epilogue(r0, r1, c0, c1, panel):
+        seen.append(panel - 1.0)
+
+    for kind, M in (("panels", 70), ("few", 3)):
+        force(monkeypatch, kind)
+        a = torch.ones(M, 2, dtype=torch.bfloat16)
+        w = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16)
+        out = torch.empty(M, 1, dtype=torch.bfloat16)
+        cpu_base.base_product(a, w, transpose=True, in_scale=None, out=out, epilogue=epilogue)
+    assert len(seen) == 2
+    assert all(bool((part == 2.0**-9).all()) for part in seen)
+
+
+def test_scratch_is_bounded_for_any_layer():
+    for threads in (1, 2, 7, 64, 256):
+        for M in (1, 5, 64, 4096, 1_000_000):
+            for D in (1, 1000, 14336, 500_000):
+                for C in (1, 4096, 1_000_000):
+                    plan = cpu_base_plan.blocks("panels", M, D, C, threads)
+                    assert plan.bytes <= cpu_base_plan.SCRATCH_BYTES
+                    assert plan.cols % 32 == 0 and plan.block_cols % 32 == 0
+                    if M <= 64 and M * (C + 32) <= cpu_base_plan._FEW_SCRATCH:
+                        assert cpu_base_plan.blocks("few", M, D, C, threads).bytes <= cpu_base_plan.SCRATCH_BYTES
+
+
+def test_scratch_bytes_are_what_the_plan_says(monkeypatch):
+    cpu_native.use_isa()
+    force(monkeypatch, "panels")
+    monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
+    a, w = operands(130, 64, 2100, torch.bfloat16, True)
+    product(a, w, True)
+    plan = cpu_base_plan.blocks("panels", 130, 2100, 64, torch.get_num_threads())
+    assert 4 * cpu_base._scratch.buffer.numel() == plan.bytes
+
+
+def test_scratch_survives_inference_mode(monkeypatch):
+    cpu_native.use_isa()
+    force(monkeypatch, "panels")
+    monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
+    a, w = operands(5, 33, 40, torch.float32, True)
+    with torch.inference_mode():
+        first = product(a, w, True)
+    assert torch.equal(product(a, w, True), first)
+
+
+def choice(dtype, M, features, isa="avx512", setting="auto", invariant=False, unit_stride=True) -> str:
+    on = cpu_base_plan.Cpu(isa, frozenset(features))
+    return cpu_base_plan.choose(dtype, True, M, 4096, 4096, unit_stride, on, setting, invariant)
+
+
+def test_choice_follows_features_and_settings():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    assert choice(bf16, 512, {"x86", "intel"}, isa="avx2") == "panels"
+    assert choice(bf16, 512, {"x86", "intel"}) == "panels"
+    assert choice(bf16, 512, {"x86", "intel", "amx_bf16"}) == "vendor"
+    assert choice(bf16, 512, {"x86", "avx512_bf16"}) == "vendor"
+    assert choice(fp16, 512, {"x86", "avx512_bf16", "amx_bf16"}) == "panels"
+    assert choice(fp16, 512, {"x86", "intel", "amx_fp16"}) == "vendor"
+    assert choice(fp32, 512, {"x86", "intel"}) == choice(fp32, 4, {"x86"}) == "vendor"  # test_base_table.py
+    assert choice(fp32, 512, {"x86"}, setting="panels") == "panels"
+    assert choice(bf16, 4, {"x86", "intel"}, isa="avx2") == "few"
+    assert choice(bf16, 4, {"x86", "intel"}, isa="avx2", unit_stride=False) == "panels"
+    assert choice(bf16, 4, {"x86"}, invariant=True) == "panels"
+    assert choice(bf16, 512, {"x86"}, setting="vendor") == "vendor"
+    assert choice(bf16, 512, {"x86", "amx_bf16"}, setting="panels") == "panels"
+    # Our kernel on AVX512-BF16: for large layers, and wherever ours is asked for.
+    pairs = {"x86", "avx512_bf16", "bf16_kernel"}
+    assert choice(bf16, 1024, pairs) == "bf16" and choice(bf16, 512, pairs) == "vendor"
+    assert choice(bf16, 1024, pairs | {"intel"}) == "vendor" and choice(bf16, 512, pairs, invariant=True) == "bf16"
+    # Not measured: torch's.
+    assert choice(bf16, 4, set(), isa="plain") == "vendor"
+
+
+def test_features_honour_the_instruction_set_setting(monkeypatch):
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "plain")
+    cpu_native.use_isa()
+    try:
+        assert cpu_base_plan.cpu().features <= {"x86", "intel"}
+        assert set(cpu_base_plan.describe()) == {"float32", "bfloat16", "float16"}
+    finally:
+        monkeypatch.delenv("PEFTKERN_CPU_ISA")
+        cpu_native.use_isa()
+
+
+def test_native_entry_refuses_bad_arguments():
+    good = dict(
+        kind="panels", a=8, a_row=4, a_col=1, w=8, w_out=4, w_in=1, dtype=0, scale=0, out=8, ld=3, rows=2, cols=3, inner=4,
+        block_rows=2, block_cols=32, scratch=8, scratch_floats=1 << 20, threads=1,
+    )  # fmt: skip
+    bad = (
+        dict(a=0), dict(w=0), dict(out=0), dict(ld=2), dict(rows=-1), dict(dtype=3), dict(scratch=0), dict(inner=0),
+        dict(scratch_floats=100), dict(threads=0), dict(block_rows=0), dict(kind="few", rows=65),
+        dict(kind="few", w_out=4, w_in=2), dict(kind="bf16", dtype=0), dict(kind="bf16", dtype=1, scale=8), dict(kind=""),
+    )  # fmt: skip
+    for change in bad:
+        with pytest.raises(ValueError):
+            cpu_native._C.base_product(**(good | change))

@@ -1,0 +1,293 @@
+"""Whose base product: what a table of this CPU model says, the vendor's fp32 where there is none, and honest tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftkern import doctor, lora_linear
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import base_table as cpu_base_table
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.dispatch import tuned
+
+pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
+
+FP32, BF16 = torch.float32, torch.bfloat16
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks/results"
+MILAN = cpu_base_table.CpuModel("AuthenticAMD", 25, 1)
+MKL = cpu_base_table.Level("avx2", "AVX2", True)
+
+
+def content(*rows, models=(1, 1), level=MKL, vendor="AuthenticAMD", family=25):
+    cpu = {"vendor": vendor, "family": family, "models": list(models)}
+    return {
+        "schema": 1,
+        "meta": {"cpu": cpu, "level": level._asdict(), "threads": 2, "date": "2026-12-01T00:00:00+00:00"},
+        "rows": list(rows),
+    }
+
+
+def row(M, vendor, panels, few=None, dtype="fp32", which="forward", D=4096, C=4096):
+    us = {"vendor": vendor, "panels": panels} | ({"few": few} if few else {})
+    return {"dtype": dtype, "pass": which, "D": D, "C": C, "M": M, "us": us}
+
+
+MEASURED = content(
+    row([4, 16, 64, 256], [90, 95, 100, 100], [200, 100, 90, 98], [40, 99, 95, None]),
+    row([16, 256], [None, None], [10, 10], [9, None], dtype="bf16"),
+)
+
+
+def kind(M, table=MEASURED, dtype=FP32, D=4096, C=4096, setting="auto", transpose=True, **options):
+    table = None if table is None else cpu_base_table.Table(table, "x.json")
+    on = cpu_base_plan.Cpu("avx2", frozenset({"x86"}), table)
+    options = dict(unit_stride=True, invariant=False) | options
+    return cpu_base_plan.choose(dtype, transpose, M, D, C, on=on, setting=setting, **options)
+
+
+def test_fp32_of_a_model_that_nobody_measured_is_the_vendors():
+    for transpose in (True, False):
+        for M in (1, 2, 4, 16, 64, 65, 512, 4096):
+            for D, C in ((4096, 4096), (7, 4096), (256, 31), (14336, 4096)):
+                assert kind(M, None, D=D, C=C, transpose=transpose) == "vendor"
+    # Half precision has its rules without a table: its vendor's product may be slower by factors.
+    assert kind(512, None, BF16) == "panels" and kind(4, None, BF16) == "few"
+
+
+def test_a_table_decides():
+    # Ours must win by 5 %: not at 16 rows (99 and 100 to 95), nor at 256 (98 to 100).
+    assert {M: kind(M) for M in (4, 16, 64, 256)} == {4: "few", 16: "vendor", 64: "panels", 256: "vendor"}
+    # The nearest row, at most a factor of two away; the last one for all beyond.
+    assert [kind(M) for M in (1, 2, 7, 9, 40, 128, 129, 10**6)] == [
+        "vendor", "few", "few", "vendor", "panels", "panels", "vendor", "vendor"
+    ]  # fmt: skip
+    rising = content(row([16, 64], [100, 100], [99, 50]))
+    assert kind(10**6, rising) == "panels" and kind(32, rising) == "vendor" and kind(33, rising) == "panels"
+    # Sizes, pass and dtype must be near, or the same; else it is as without a table.
+    for other in (dict(D=2000), dict(C=8200), dict(D=16000), dict(transpose=False)):
+        assert kind(64, **({"D": 4096, "C": 4096} | other)) == "vendor"
+    assert kind(64, D=2048, C=8192) == "panels"
+    assert (
+        kind(16, dtype=BF16) == "few" and kind(16, dtype=torch.float16) == "few" and kind(256, dtype=BF16) == "panels"
+    )
+
+
+def test_the_nearest_shape_speaks():
+    two = content(row([64], [100], [50], D=1024, C=4096), row([64], [50], [100]))
+    assert kind(64, two, D=1100) == "panels" and kind(64, two, D=2047) == "panels" and kind(64, two, D=2049) == "vendor"
+
+
+def test_what_cannot_run_is_passed_over():
+    assert kind(4, unit_stride=False) == "vendor"
+    assert kind(4, content(row([4], [90], [50], [40])), unit_stride=False) == "panels"
+    pairs = content(row([64], [90], [50], dtype="bf16") | {"us": {"vendor": [90], "bf16": [50], "few": [95]}})
+    assert kind(64, pairs, BF16) == "vendor"  # no such kernel here
+    on = cpu_base_plan.Cpu("avx512", frozenset({"x86", "bf16_kernel"}), cpu_base_table.Table(pairs, "x"))
+    chosen = [
+        cpu_base_plan.choose(BF16, True, 64, 4096, 4096, True, on, "auto", False, scaled=s) for s in (False, True)
+    ]
+    assert chosen == ["bf16", "vendor"]  # the kernel takes no scale
+
+
+def test_settings_stand_above_a_table():
+    for M in (4, 16, 64, 256):
+        assert kind(M, setting="vendor") == "vendor"
+        assert kind(M, setting="panels") == ("few" if M <= 64 else "panels")
+        assert kind(M, None, setting="panels") == ("few" if M <= 64 else "panels")
+        assert kind(M, invariant=True) == kind(M, invariant=True, setting="vendor") == "panels"
+    assert kind(64, setting="panels", D=15) == "few" and kind(65, setting="panels", D=15) == "vendor"
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(schema=2), "schema"), (dict(rows=[row([4, 16], [1], [1, 2])]), "one for each M"),
+        (dict(rows=[row([4], [1], [1]) | {"us": {"magic": [1]}}]), "expected times of"),
+        (dict(rows=[row([4, 4], [1, 1], [1, 2])]), "rising"), (dict(rows=[row([], [], [])]), "rising"),
+        (dict(rows=[row([4], [1], [1], which="backward")]), "dx for the pass"),
+    ],
+)  # fmt: skip
+def test_tables_that_make_no_sense(change, match):
+    with pytest.raises(ValueError, match=rf"bad\.json.*{match}"):
+        cpu_base_table.Table(MEASURED | change, "bad.json")
+
+
+def test_a_table_holds_for_the_models_it_names(tmp_path):
+    def found(*cpu):
+        table = cpu_base_table.of_model(cpu_base_table.CpuModel(*cpu), tmp_path)
+        return table and table.name
+
+    assert found(*MILAN) is None
+    wide = "cpu-authenticamd-25-0-15.json"
+    (tmp_path / wide).write_text(json.dumps(content(models=(0, 15))))
+    assert found(*MILAN) == found("AuthenticAMD", 25, 15) == wide
+    (tmp_path / cpu_base_table.file_name(MILAN)).write_text(json.dumps(content()))
+    assert found(*MILAN) == "cpu-authenticamd-25-1.json" and found("AuthenticAMD", 25, 2) == wide
+    others = (
+        ("AuthenticAMD", 25, 16),
+        ("AuthenticAMD", 2, 1),
+        ("AuthenticAMD", 26, 1),
+        ("GenuineIntel", 25, 1),
+        ("", 0, 0),
+    )
+    assert [found(*cpu) for cpu in others] == [None] * len(others)
+    table = cpu_base_table.of_model(MILAN, tmp_path)
+    assert cpu_base_table.applies(table, MKL)
+    assert not any(
+        cpu_base_table.applies(table, MKL._replace(**other))
+        for other in (dict(isa="avx512"), dict(isa="plain"), dict(torch_isa="DEFAULT"), dict(mkl=False))
+    )
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """``packaged(*rows)`` is the table of this very CPU; without rows there is none."""
+    monkeypatch.setattr(cpu_base_table, "FOLDER", tmp_path)
+
+    def write(*rows, **changes):
+        cpu = cpu_base_plan.model()
+        named = dict(vendor=cpu.vendor, family=cpu.family, models=(cpu.model, cpu.model), level=cpu_base_plan.level())
+        (tmp_path / cpu_base_table.file_name(cpu)).write_text(json.dumps(content(*rows, **(named | changes))))
+        cpu_base_plan._cpu.cache_clear()
+
+    cpu_native.use_isa()
+    cpu_base_plan._cpu.cache_clear()
+    yield write
+    cpu_base_plan._cpu.cache_clear()
+
+
+needs_model = pytest.mark.skipif(
+    cpu_native._C is None or not cpu_base_plan.model().vendor, reason="this CPU does not say which model it is"
+)
+
+
+def used(monkeypatch) -> list[str]:
+    """Kinds of the products from here on."""
+    kinds: list[str] = []
+    choose = cpu_base_plan.choose
+
+    def watch(*args, **options):
+        kinds.append(choose(*args, **options))
+        return kinds[-1]
+
+    monkeypatch.setattr(cpu_base_plan, "choose", watch)
+    return kinds
+
+
+@needs_model
+def test_a_layer_follows_the_table_of_this_cpu(packaged, monkeypatch):
+    """Unknown, measured in favour of ours, and measured elsewhere; forward and backward; the same bits each time."""
+    kinds = used(monkeypatch)
+    x, w = torch.randn(40, 64, requires_grad=True), torch.randn(96, 64)
+    A, B = torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)
+
+    def step():
+        kinds.clear()
+        y = lora_linear(x, w, A, B)
+        return [y, *torch.autograd.grad(y.sum(), (x, A, B))], list(kinds)
+
+    plain, unknown = step()
+    assert unknown == ["vendor", "vendor"]
+    ours = (row([32], [90], [50], D=96, C=64), row([32], [90], [50], [40], D=64, C=96, which="dx"))
+    packaged(*ours)
+    first, measured = step()
+    assert measured == ["panels", "few"]
+    again, _ = step()
+    assert all(map(torch.equal, first, again))
+    for result, expected in zip(first, plain):
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor")
+    assert step()[1] == ["vendor", "vendor"]
+    monkeypatch.delenv("PEFTKERN_CPU_BASE")
+    packaged(*ours, level=cpu_base_plan.level()._replace(mkl=not cpu_base_plan.level().mkl))
+    assert step()[1] == ["vendor", "vendor"]
+
+
+@needs_model
+def test_doctor_names_the_cpu_and_its_table(packaged):
+    model = cpu_base_plan.model()
+    assert doctor.cpu()["model_id"] == list(model)
+    assert "none for this CPU model" in doctor.text(doctor.report())
+    packaged(row([64, 256], [100, 100], [50, 200]))
+    text = doctor.text(doctor.report())
+    assert "{}, family {}, model {}".format(*model) in text
+    assert f"{cpu_base_table.file_name(model)}, measured 2026-12-01 with 2 threads" in text
+    assert doctor.base_products()["float32"] == {
+        "forward": "up to 31 rows torch's product; up to 128 rows peftkern, fp32 panels; else torch's product",
+        "input gradient": "torch's product",
+    }
+    packaged(level=cpu_base_plan.level()._replace(isa="plain"))
+    assert "not used: it holds for plain" in doctor.text(doctor.report())
+
+
+def test_cpuinfo_agrees():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "vendor_id" not in values:
+        pytest.skip("/proc/cpuinfo does not name a vendor")
+    named = cpu_base_table.CpuModel(values["vendor_id"], int(values["cpu family"]), int(values["model"]))
+    assert cpu_base_plan.model() == named
+
+
+def test_packaged_tables():
+    """Every table that is shipped can be read and is found under the models that it names."""
+    files = sorted(tuned.FOLDER.glob("cpu-*.json"))
+    assert files
+    for file in files:
+        data = json.loads(file.read_text())
+        cpu = data["meta"]["cpu"]
+        first, last = cpu["models"]
+        numbers = f"{first}" if first == last else f"{first}-{last}"
+        assert file.stem == f"cpu-{tuned.slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
+        found = cpu_base_table.of_model(cpu_base_table.CpuModel(cpu["vendor"], cpu["family"], last))
+        assert found.name == file.name and found.rows
+
+
+def zen5_rows() -> list[dict]:
+    """What the committed results of the Zen 5 say of fp32: the frozen linear, which is the vendor's product alone, against
+    a whole layer of ours (R = 16, no dropout), or against our product alone where that was timed (``base_own``)."""
+    ms: dict[tuple, dict[int, dict[str, float]]] = {}
+    for op, mine in (("lora_linear", "peftkern"), ("multi_lora_linear", "base_own")):
+        blocks: dict[tuple, dict[tuple[str, str], float]] = {}
+        for r in json.loads((RESULTS / f"{op}-cpu-zen5.json").read_text())["rows"]:
+            plain = r["R"] == 16 and not r["dropout"] and r["adapter_dtype"] in (None, "fp32")
+            if r["dtype"] == "fp32" and plain and r["provider"] in ("base", mine) and r["median_ms"]:
+                block = blocks.setdefault((r["M"], r["K"], r["N"]), {})
+                block.setdefault((r["provider"], r["pass"]), r["median_ms"])
+        for (M, K, N), block in blocks.items():
+            for which, size in (("forward", (N, K)), ("dx", (K, N))):
+                times = {
+                    p: block[p, "fwd"] if which == "forward" else block[p, "fwd_bwd"] - block[p, "fwd"]
+                    for p in ("base", mine)
+                    if (p, "fwd" if which == "forward" else "fwd_bwd") in block
+                }
+                if len(times) == 2:
+                    # The header says who computed: one pass over W up to 64 rows, panels beyond.
+                    ours = "few" if M <= 64 else "panels"
+                    found = {"vendor": round(times["base"] * 1e3, 1), ours: round(times[mine] * 1e3, 1)}
+                    ms.setdefault((which, *size), {}).setdefault(M, found)
+    rows = []
+    for (which, D, C), by_rows in ms.items():
+        counts = sorted(by_rows)
+        kinds = [kind for kind in cpu_base_table.KINDS if any(kind in by_rows[M] for M in counts)]
+        us = {kind: [by_rows[M].get(kind) for M in counts] for kind in kinds}
+        rows.append({"dtype": "fp32", "pass": which, "D": D, "C": C, "M": counts, "us": us})
+    return rows
+
+
+def test_the_zen5_table_follows_from_the_committed_results():
+    data = json.loads((tuned.FOLDER / "cpu-authenticamd-26-0-31.json").read_text())
+    assert data["rows"] == zen5_rows()
+    header = json.loads((RESULTS / "lora_linear-cpu-zen5.json").read_text())["header"]
+    meta = data["meta"]
+    assert meta["level"] == {"isa": "avx512", "torch_isa": header["cpu"]["torch_isa"], "mkl": True}
+    assert (meta["date"], meta["threads"], meta["commit"]) == (header["date"], header["threads"], header["commit"])
+    table = cpu_base_table.Table(data, "zen5")
+    assert {cpu_base_table.fastest(table, FP32, True, M, 4096, 4096)[0] for M in (1, 16, 40)} == {"few"}
+    assert cpu_base_table.fastest(table, FP32, True, 4096, 4096, 4096)[0] == "panels"
+    assert cpu_base_table.fastest(table, BF16, True, 512, 4096, 4096) == ()

@@ -1,0 +1,449 @@
+"""multi_lora_linear's C++ kernels against its reference in fp64: every level that runs here, every way to store adapters.
+
+Magnitudes of the error bounds come from the same reference on absolute values.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu import lora_linear as cpu_lora
+from peftkern.backends.cpu import multi_lora_linear as cpu_multi
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.ops import multi_lora_linear as op
+
+pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SEED = torch.tensor([-0x1234_5678_9ABC_DEF1])
+LAYOUTS = ("list", "pool", "odd")
+NAN = float("nan")
+
+
+class Adapters:
+    """Adapters of the given ranks, stored as ``layout`` says; ``used`` holds the slots that rows may take.
+
+    list: contiguous A and B. pool: one tensor, A and B^T in padded rows, NaN around them. odd: gaps between rows, B in
+    a tensor of A's, strides that fit no fast path. Slots that are not used hold NaN.
+    """
+
+    def __init__(self, ranks, K: int, N: int, dtype: torch.dtype, layout: str, used=None):
+        self.K, self.N, self.ranks = K, N, list(ranks)
+        self.used = list(range(len(ranks))) if used is None else list(used)
+        self.scaling = torch.tensor([0.5 + 0.25 * i for i in range(len(ranks))])
+        self.weights: list[Tensor] = []
+        rows = []
+        pool_size, places = 0, []
+        pad = [-(-c // 16) * 16 for c in (K, N)]
+        for R in ranks:
+            places.append((pool_size + 16, pool_size + 32 + R * pad[0]))
+            pool_size += 64 + R * (pad[0] + pad[1])
+        if layout == "pool":
+            self.weights = [torch.full((pool_size + 1,), NAN, dtype=dtype)]
+        for slot, R in enumerate(ranks):
+            value = NAN if slot not in self.used else 1.0
+            A, B = (torch.randn(R, K) / max(K, 1) ** 0.5 * value), (torch.randn(N, R) / max(R, 1) ** 0.5 * value)
+            if layout == "list":
+                rows.append([slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0])
+                self.weights += [A.to(dtype), B.to(dtype)]
+            elif layout == "pool":
+                at_A, at_B = places[slot]
+                rows.append([slot, R, 0, at_A, pad[0], 0, at_B, 1, pad[1], 1])
+                for at, width, part in ((at_A, pad[0], A), (at_B, pad[1], B.t())):
+                    stored = self.weights[0][at : at + R * width].view(R, width)
+                    stored.zero_()[:, : part.shape[1]].copy_(part)
+            else:
+                row_A, row_B = K + 3, 2 * R + 1
+                both = torch.full((7 + R * row_A + N * row_B,), NAN, dtype=dtype)
+                rows.append([slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0])
+                both.as_strided((R, K), (row_A, 1), 7).copy_(A)
+                both.as_strided((N, R), (row_B, 2), 7 + R * row_A).copy_(B)
+                self.weights.append(both)
+        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(op.COLUMNS))
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks, default=0)
+
+    def ids(self, M: int, base: float = 0.2) -> Tensor:
+        """Random ids of used slots and -1."""
+        ids = torch.tensor(self.used)[torch.randint(len(self.used), (M,))]
+        return torch.where(torch.rand(M) < base, -1, ids).to(torch.int32)
+
+    def route(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return cpu_multi.multi_lora_linear_route(ids, self.table, 2**31 - 1)
+
+    def exact(self, absolute: bool) -> list[Tensor]:
+        return [w.double().abs() if absolute else w.double() for w in self.weights]
+
+
+def close(got: Tensor, exact: Tensor, magnitude: Tensor, steps: float = 8.0, name: str = "") -> None:
+    """|got - exact| within ``steps`` fp32 half-ulps of the sum of absolute values, and two roundings of got's dtype."""
+    assert got.shape == exact.shape
+    bound = steps * 2.0**-24 * magnitude + HALF_ULP[got.dtype] * exact.abs() + 2.0**-140
+    if got.dtype == torch.float16:
+        bound = bound + 2.0**-25
+    error = (got.double() - exact).abs()
+    assert bool((error <= bound).all()), f"{name}: error is {float((error / bound).max()):.3g} times its bound"
+
+
+def make(M: int, C: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """Random (M, C): contiguous, or with rows apart (NaN between), or columns apart."""
+    t = torch.randn(M, C).to(dtype)
+    if layout == "pool":
+        return torch.nn.functional.pad(t, (0, 5), value=NAN)[:, :C]
+    return t.t().contiguous().t() if layout == "odd" else t
+
+
+def dropout_of(adapters: Adapters, drop: bool) -> tuple[Tensor | None, Tensor | None]:
+    if not drop:
+        return None, None
+    return torch.tensor([(0.3, 0.0, 0.75)[i % 3] for i in range(len(adapters.ranks))], dtype=torch.float64), SEED
+
+
+def kept(adapters: Adapters, ids: Tensor, p: Tensor, numpy_keep) -> Tensor:
+    """bool (M, K): False where dropout drops, from the definition."""
+    each = torch.where(ids >= 0, p[ids.long().clamp(min=0)], 0.0).tolist()
+    seed = int(SEED) & (2**64 - 1)
+    rows = [numpy_keep(seed, range(i, i + 1), range(adapters.K), q) for i, q in enumerate(each)]
+    return torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0, adapters.K, dtype=torch.bool)
+
+
+# M, K, N, ranks: around the widths of vectors, register blocks, tiles and units.
+PROBLEMS = (
+    (1, 1, 1, (1,)),
+    (5, 17, 33, (3, 1, 2)),
+    (64, 256, 512, (16, 8)),
+    (131, 513, 300, (13, 64, 1, 300)),
+    (330, 1041, 79, (5, 17)),
+    (40, 700, 1100, tuple(range(1, 21))),
+    (23, 79, 523, (0, 130, 0)),
+    (700, 40, 48, (4,)),
+)
+
+
+@pytest.mark.parametrize("drop", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward(level, guarded, numpy_keep, dtype, layout, drop):
+    for number, (M, K, N, ranks) in enumerate(PROBLEMS):
+        adapters = Adapters(ranks, K, N, (torch.float32, dtype)[number % 2], layout)
+        p, seed = dropout_of(adapters, drop)
+        ids, x, bias = adapters.ids(M), make(M, K, dtype, layout), torch.randn(N) if number % 3 else None
+        exact_x = x.double()
+        if drop:
+            keep = kept(adapters, ids, p, numpy_keep)
+            exact_x = torch.where(keep, exact_x, 0.0)
+            x = make(M, K, dtype, layout).copy_(torch.where(keep, x, torch.tensor(NAN, dtype=dtype)))
+        order, starts = adapters.route(ids)
+        batch = cpu_multi._Batch(
+            adapters.weights, adapters.table, adapters.scaling, order, starts, adapters.max_rank, p, seed
+        )
+        u, y = guarded(M, max(adapters.max_rank, 1)), guarded(M, N, dtype=dtype, row_gap=number % 3)
+        u.out = u.out[:, : adapters.max_rank]
+        batch.reduce(False, x, dot=u.out.contiguous() if adapters.max_rank == 0 else u.out)
+        got_u = u.check() if adapters.max_rank else u.out
+        batch.onto_base(True, x, None, y.out, got_u, bias)
+        want = [
+            op.multi_lora_linear_fwd_ref(
+                t, None, N, b, adapters.exact(i > 0), adapters.table, adapters.scaling.double(), adapters.max_rank,
+                order, starts, p, seed,
+            )
+            for i, (t, b) in enumerate(
+                ((exact_x, bias), (exact_x.abs(), None if bias is None else bias.abs()))
+            )
+        ]  # fmt: skip
+        close(got_u, want[0][1], want[1][1], name="u")
+        close(y.check(), want[0][0], want[1][0], 16, name="y")
+
+
+@pytest.mark.parametrize("drop", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_adapter(level, numpy_keep, dtype, layout, drop):
+    for number, (M, K, N, ranks) in enumerate(PROBLEMS):
+        # The last slot has no rows.
+        adapters = Adapters((*ranks, 3), K, N, (torch.float32, dtype)[number % 2], layout, range(len(ranks)))
+        p, seed = dropout_of(adapters, drop)
+        ids, x, dy = adapters.ids(M), make(M, K, dtype, layout), make(M, N, dtype, LAYOUTS[number % 3])
+        route = adapters.route(ids)
+        u = torch.randn(M, adapters.max_rank)
+        need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
+        rest = (*route, p, seed, need, True)
+        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
+            dy, x, u, adapters.weights, adapters.table, adapters.scaling, *rest
+        )
+        (want, size) = (
+            op.multi_lora_linear_bwd_adapter_ref(
+                f(dy.double()), f(x.double()), f(u.double()), adapters.exact(i > 0), adapters.table,
+                adapters.scaling.double(), *rest,
+            )
+            for i, f in enumerate((lambda t: t, torch.abs))
+        )  # fmt: skip
+        close(du, want[0], size[0], name="du")
+        close(dbias, want[1], size[1], name="dbias")
+        for i, (got, exact, magnitude) in enumerate(zip(grads, want[2], size[2], strict=True)):
+            assert got.dtype == adapters.weights[i].dtype
+            close(got, exact, magnitude, 24, name=f"grad {i} of {(M, K, N, ranks)}")
+        if layout == "list":
+            assert not grads[-1].any() and not grads[-2].any()
+            assert grads[3].numel() == 0 if len(grads) > 3 else True
+
+
+@pytest.mark.parametrize("drop", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_input(level, numpy_keep, dtype, layout, drop):
+    for number, (M, K, N, ranks) in enumerate(PROBLEMS):
+        adapters = Adapters(ranks, K, N, (torch.float32, dtype)[number % 2], layout)
+        p, seed = dropout_of(adapters, drop)
+        ids, dy = adapters.ids(M), make(M, N, dtype, layout)
+        du = torch.randn(M, adapters.max_rank)
+        rest = (*adapters.route(ids), p, seed)
+        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, None, K, adapters.weights, adapters.table, *rest)
+        want, size = (
+            op.multi_lora_linear_bwd_input_ref(
+                dy.double(), f(du.double()), None, K, adapters.exact(i > 0), adapters.table, *rest
+            )
+            for i, f in enumerate((lambda t: t, torch.abs))
+        )
+        close(dx, want, size, name="dx")
+        if drop:
+            assert not dx[~kept(adapters, ids, p, numpy_keep)].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", ("vendor", "panels"))
+def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype):
+    """Rows without an adapter have exactly the bits of lora_linear without a rank; the others differ by the branch."""
+    monkeypatch.setenv("PEFTKERN_CPU_BASE", setting)
+    for M, K, N in ((3, 70, 90), (40, 64, 1100)):
+        adapters = Adapters((3, 20), K, N, torch.float32, "list")
+        x, weight, bias = torch.randn(M, K).to(dtype), (torch.randn(N, K) / K**0.5).to(dtype), torch.randn(N).to(dtype)
+        dy = torch.randn(M, N).to(dtype)
+        none = torch.empty(0, K), torch.empty(N, 0)
+        for b in (None, bias):
+            base, _, _ = cpu_lora.lora_linear_fwd(
+                x, weight, *none, b, 1.0, 0.0, None, None, None, None, None, None, False
+            )
+            back, _ = cpu_lora.lora_linear_bwd_input(
+                dy, torch.empty(M, 0), None, weight, none[0], 0.0, None, None, None, None, False
+            )
+            for share in (1.0, 0.5):
+                ids = adapters.ids(M, share)
+                rows = (adapters.weights, adapters.table)
+                y, u = cpu_multi.multi_lora_linear_fwd(
+                    x, weight, N, b, *rows, adapters.scaling, 20, *adapters.route(ids), None, None
+                )
+                dx = cpu_multi.multi_lora_linear_bwd_input(
+                    dy, torch.randn(M, 20), weight, K, *rows, *adapters.route(ids), None, None
+                )
+                alone = ids == -1
+                assert torch.equal(y[alone], base[alone]) and torch.equal(dx[alone], back[alone])
+                assert not u[alone].any()
+                if share < 1.0:
+                    branch, _ = cpu_multi.multi_lora_linear_fwd(
+                        x, None, N, None, *rows, adapters.scaling, 20, *adapters.route(ids), None, None
+                    )
+                    exact = base.double() + branch.double()
+                    size = (
+                        base.double().abs() + branch.double().abs() + (2 * b.double().abs() if b is not None else 0.0)
+                    )
+                    assert bool(((y.double() - exact).abs() <= 4 * HALF_ULP[dtype] * size).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
+    """Not on the other rows, their adapters or number, the row's place, or the number of threads."""
+    M, K, N = 90, 1039, 600
+    adapters = Adapters((16, 5, 70, 1), K, N, dtype, layout)
+    x, dy, ids = make(M, K, dtype, layout), torch.randn(M, N).to(dtype), adapters.ids(M)
+
+    def branch(rows: Tensor) -> tuple[Tensor, ...]:
+        route = adapters.route(ids[rows])
+        args = adapters.weights, adapters.table
+        y, u = cpu_multi.multi_lora_linear_fwd(x[rows], None, N, None, *args, adapters.scaling, 70, *route, None, None)
+        du, _, _ = cpu_multi.multi_lora_linear_bwd_adapter(
+            dy[rows], None, u, *args, adapters.scaling, *route, None, None, [False] * len(args[0]), False
+        )
+        dx = cpu_multi.multi_lora_linear_bwd_input(dy[rows], du, None, K, *args, *route, None, None)
+        return y, u, du, dx
+
+    whole = branch(torch.arange(M))
+    subsets = [torch.randperm(M)[: int(n)] for n in torch.randint(1, M + 1, (12,))]
+    for slot in adapters.used:
+        subsets += [(ids == slot).nonzero()[:n, 0] for n in (1, 2, 5)]
+    for rows in subsets:
+        assert all(torch.equal(got, want[rows]) for got, want in zip(branch(rows), whole))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(branch(torch.arange(M)), whole))
+
+
+def test_add_in_place(level):
+    """sgmv_add: one rounding, base-only rows untouched, any strides."""
+    M, K, N = 37, 120, 301
+    for dtype, transposed in itertools.product(DTYPES, (False, True)):
+        adapters = Adapters((4, 9), K, N, dtype, "pool")
+        ids, x = adapters.ids(M), torch.randn(M, K).to(dtype)
+        out = make(M, N, dtype, "odd" if transposed else "pool")
+        before = out.clone()
+        args = x, adapters.weights, adapters.table, adapters.scaling, 9, *adapters.route(ids)
+        cpu_multi.sgmv_add(out, *args)
+        delta, size = (
+            op.multi_lora_linear_fwd_ref(
+                f(x.double()), None, N, None, adapters.exact(i > 0), *args[2:3], adapters.scaling.double(), *args[4:],
+                None, None,
+            )[0]
+            for i, f in enumerate((lambda t: t, torch.abs))
+        )  # fmt: skip
+        close(out, before.double() + delta, size + before.double().abs())
+        assert torch.equal(out[ids == -1], before[ids == -1])
+
+
+def test_nan_in_adapters_without_rows_reaches_nothing(level):
+    M, K, N = 50, 90, 130
+    for layout in LAYOUTS:
+        adapters = Adapters((8, 5, 40, 2), K, N, torch.bfloat16, layout, used=(0, 2))
+        ids, x, dy = adapters.ids(M), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+        route, args = adapters.route(ids), (adapters.weights, adapters.table)
+        weight = torch.randn(N, K).bfloat16()
+        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, N, None, *args, adapters.scaling, 40, *route, None, None)
+        need = [True] * len(adapters.weights)
+        du, _, grads = cpu_multi.multi_lora_linear_bwd_adapter(
+            dy, x, u, *args, adapters.scaling, *route, None, None, need, False
+        )
+        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, weight, K, *args, *route, None, None)
+        for t in (y, u, du, dx, *grads):
+            assert not t.isnan().any()
+        for slot in (1, 3):
+            assert not op.matrix_A(grads, adapters.table[slot].tolist(), K).any()
+            assert not op.matrix_B(grads, adapters.table[slot].tolist(), N).any()
+
+
+def test_gradients_do_not_depend_on_threads(level):
+    """Nor on whether both passes over dy are one: the sums of a wide gradient are made by columns."""
+    M, K, N = 500, 300, 2100
+    adapters = Adapters((6, 510), K, N, torch.float32, "list")
+    x, dy, u = torch.randn(M, K), torch.randn(M, N), torch.randn(M, 510)
+    route = adapters.route(adapters.ids(M))
+
+    def run(threads: int, need: list[bool]) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
+            dy, x, u, adapters.weights, adapters.table, adapters.scaling, *route, None, None, need, True
+        )
+        return [du, dbias, *grads]
+
+    both = [run(n, [True] * 4) for n in (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(*both))
+    assert torch.equal(run(2, [False] * 4)[0], both[0][0])
+    (want, size) = (
+        op.multi_lora_linear_bwd_adapter_ref(
+            f(dy.double()), f(x.double()), f(u.double()), adapters.exact(i > 0), adapters.table,
+            adapters.scaling.double(), *route, None, None, [True] * 4, True,
+        )
+        for i, f in enumerate((lambda t: t, torch.abs))
+    )  # fmt: skip
+    for got, exact, magnitude in zip(both[0], (*want[:2], *want[2]), (*size[:2], *size[2])):
+        close(got, exact, magnitude)
+
+
+def test_no_rows_and_no_adapters(level):
+    for M, ranks in ((0, (3,)), (4, ())):
+        adapters = Adapters(ranks, 20, 30, torch.float32, "list")
+        route = adapters.route(torch.full((M,), -1))
+        args = adapters.weights, adapters.table
+        x, weight, dy = torch.randn(M, 20), torch.randn(30, 20), torch.randn(M, 30)
+        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, 30, None, *args, adapters.scaling, 3, *route, None, None)
+        assert y.shape == (M, 30) and u.shape == (M, 3) and not u.any()
+        torch.testing.assert_close(y, x @ weight.t())
+        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
+            dy, x, u, *args, adapters.scaling, *route, None, None, [True] * len(args[0]), True
+        )
+        assert not du.any() and torch.allclose(dbias, dy.sum(0)) and not any(g.any() for g in grads)
+        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, weight, 20, *args, *route, None, None)
+        torch.testing.assert_close(dx, dy @ weight)
+    # No columns.
+    adapters = Adapters((2,), 0, 5, torch.float32, "list")
+    route = adapters.route(torch.tensor([0, -1, 0]))
+    y, u = cpu_multi.multi_lora_linear_fwd(
+        torch.empty(3, 0), torch.empty(5, 0), 5, None, adapters.weights, adapters.table, adapters.scaling, 2, *route,
+        None, None,
+    )  # fmt: skip
+    assert y.shape == (3, 5) and not y.any() and not u.any()
+
+
+def test_offsets_beyond_32_bits(level):
+    """An adapter far behind the first 2^31 elements of its tensor. The memory between is never touched."""
+    K, N, R, at = 33, 47, 5, 2**31 + 77
+    try:
+        # Zeros of this size are mapped, not written.
+        pool = torch.from_numpy(np.zeros(at + R * (K + N), dtype=np.float16))
+    except MemoryError:
+        pytest.skip("4 GB of addresses are not to be had")
+    small = Adapters((R,), K, N, torch.float16, "list")
+    table = torch.tensor([[0, R, 0, at, K, 0, at + R * K, R, 1, 0]])
+    pool[at : at + R * K] = small.weights[0].flatten()
+    pool[at + R * K :] = small.weights[1].flatten()
+    x, route = torch.randn(6, K).half(), small.route(torch.tensor([0, -1, 0, 0, 0, -1]))
+    near, far = (
+        cpu_multi.multi_lora_linear_fwd(x, None, N, None, *args, small.scaling, R, *route, None, None)
+        for args in ((small.weights, small.table), ([pool], table))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(near, far))
+
+
+@pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))
+def test_route(ids_dtype):
+    table = torch.zeros(6, len(op.COLUMNS), dtype=torch.int64)
+    table[:, op.ID] = torch.tensor([8, 1, op.FREE, 19, 4, op.FREE])
+    for M in (0, 1, 7, 1000):
+        ids = torch.tensor([8, 1, 19, 4, -1])[torch.randint(5, (M,))].to(ids_dtype)
+        for view in (ids, torch.stack([ids, ids], 1)[:, 0], ids.view(-1, 1)):
+            got, want = (f(view, table, 7) for f in (cpu_multi.multi_lora_linear_route, op.multi_lora_linear_route_ref))
+            for a, b in zip(got, want):
+                assert a.dtype == b.dtype and torch.equal(a, b)
+    for bad in (0, 2, 5, 6, 7, 16, 3, -2, 2**31 - 1):
+        with pytest.raises(ValueError, match=f"adapter_ids holds {bad},"):
+            cpu_multi.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
+    many = torch.arange(5000).unsqueeze(1).repeat(1, len(op.COLUMNS))
+    ids = torch.tensor([4999, 17, -1, 4999, 0, 4998], dtype=ids_dtype)
+    got, want = (f(ids, many, 8191) for f in (cpu_multi.multi_lora_linear_route, op.multi_lora_linear_route_ref))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    empty = cpu_multi.multi_lora_linear_route(torch.tensor([-1, -1], dtype=ids_dtype), table[:0], 7)
+    assert [t.tolist() for t in empty] == [[0, 1], [0, 2, 2]]
+
+
+def test_native_code_refuses_a_route_that_leads_astray():
+    adapters = Adapters((2, 3), 8, 9, torch.float32, "list")
+    order, starts = adapters.route(torch.tensor([0, 1, 0, -1, 1]))
+
+    def call(order=order, starts=starts, table=adapters.table, rank=3, p=None):
+        return cpu_multi.multi_lora_linear_fwd(
+            torch.randn(5, 8), None, 9, None, adapters.weights, table, adapters.scaling, rank, order, starts, p, SEED
+        )
+
+    def changed(t: Tensor, index, value: int) -> Tensor:
+        t = t.clone()
+        t[index] = value
+        return t
+
+    call()
+    bad = (
+        dict(order=changed(order, 1, 5)), dict(order=changed(order, 0, -1)), dict(order=changed(order, 1, 0)),
+        dict(starts=changed(starts, 1, 9)), dict(starts=changed(starts, 1, -1)), dict(starts=changed(starts, 3, 4)),
+        dict(starts=changed(starts, 0, 1)), dict(starts=changed(starts, 2, 6)), dict(starts=changed(starts, 2, 2)),
+        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
+        dict(table=changed(adapters.table, (1, op.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, op.B_OFFSET), -1)),
+        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)),
+    )  # fmt: skip
+    for change in bad:
+        with pytest.raises(ValueError):
+            call(**change)

@@ -1,0 +1,145 @@
+"""Measured choices: nearest rows, exact sizes and dtypes, no choice where nothing near was measured, honest tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from peftkern.dispatch import tuned
+from peftkern.problem import Problem
+
+FAKE = "Imaginary GPU X-1 (80 GB)"
+
+
+def problem(M=8192, N=4096, K=4096, R=16, op="lora_linear_fwd", adapter=torch.float32, flags=("dropout",)):
+    return Problem(op, "cuda", "sm_90", torch.bfloat16, adapter, M, N, K, R, frozenset(flags))
+
+
+def row(M=8192, choice="fused", **changes):
+    base = dict(op="lora_linear_fwd", dtype="bf16", adapter_dtype="fp32", dropout=True, M=M, N=4096, K=4096, R=16)
+    return base | dict(choice=choice, config=None) | changes
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """``packaged(rows)`` is the table of the device FAKE."""
+
+    def write(rows):
+        (tmp_path / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
+        tuned.table.cache_clear()
+
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.table.cache_clear()
+    yield write
+    tuned.table.cache_clear()
+
+
+def test_file_names():
+    assert tuned.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert tuned.slug(FAKE) == "imaginary-gpu-x-1-80-gb"
+
+
+def test_buckets_are_the_nearest_powers_of_two():
+    expected = {1: 1, 2: 2, 3: 4, 5: 4, 6: 8, 11: 8, 12: 16, 4096: 4096, 5792: 4096, 5793: 8192}
+    assert {m: tuned.bucket(m) for m in expected} == expected
+    for m in range(1, 3000):
+        ratios = {2**e: max(m / 2**e, 2**e / m) for e in range(13)}
+        assert ratios[tuned.bucket(m)] == min(ratios.values())
+
+
+def test_without_a_table_there_is_no_choice(packaged):
+    assert tuned.choice(problem(), FAKE) is None and tuned.entry(problem(), FAKE) is None
+
+
+def test_the_nearest_row_decides(packaged):
+    packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused", config={"block_m": 128})])
+    expected = {
+        255: "epilogue", 512: "epilogue", 1000: "epilogue", 1100: "cuda", 2048: "cuda", 4000: "cuda", 4200: "fused",
+        8192: "fused", 16384: "fused",
+    }  # fmt: skip
+    assert {m: tuned.choice(problem(m), FAKE) for m in expected} == expected
+    assert tuned.entry(problem(), FAKE).config == {"block_m": 128}
+    assert tuned.entry(problem(2048), FAKE).config is None
+    packaged([row(0, "cuda", op="lora_row_norm", dropout=False)])
+    assert tuned.choice(problem(0, op="lora_row_norm", flags=()), FAKE) == "cuda"
+    packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused")])
+    # More than a factor of two from any row, or no rows at all.
+    assert [tuned.choice(problem(m), FAKE) for m in (0, 1, 128, 40_000)] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        problem(N=4095), problem(K=4112), problem(R=8), problem(op="lora_linear_bwd_input"), problem(flags=()),
+        problem(adapter=torch.bfloat16), problem(flags=("dropout", "base_out_scale")),
+        dataclasses.replace(problem(), dtype=torch.float16), dataclasses.replace(problem(), dtype=torch.float64),
+    ],
+)  # fmt: skip
+def test_all_else_must_agree(packaged, other):
+    packaged([row()])
+    assert {tuned.choice(problem(flags=f), FAKE) for f in (("dropout",), ("dropout", "bias"))} == {"fused"}
+    assert tuned.choice(other, FAKE) is None
+
+
+def test_batch_invariance_knows_no_choice(packaged, monkeypatch):
+    packaged([row()])
+    monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
+    assert tuned.choice(problem(), FAKE) is None
+
+
+def test_no_choice_for_other_devices(packaged):
+    packaged([row()])
+    assert tuned.choice(dataclasses.replace(problem(), device="cpu")) is None
+    assert tuned.choice(problem(), "Another GPU") is None
+
+
+def test_forced(packaged):
+    packaged([row()])
+    with tuned.forced("cuda"):
+        assert tuned.choice(problem(R=3)) == "cuda"
+        with tuned.forced(None):
+            assert tuned.choice(problem(), FAKE) is None
+        assert tuned.choice(problem(), FAKE) == "cuda"
+    assert tuned.choice(problem(), FAKE) == "fused"
+    with pytest.raises(ValueError, match="candidate"), tuned.forced("magic"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "rows, match",
+    [([row(choice="magic")], "magic"), ([row(8192), row(8000)], "two rows")],
+)
+def test_tables_that_make_no_sense(packaged, rows, match):
+    packaged(rows)
+    with pytest.raises(ValueError, match=match):
+        tuned.choice(problem(), FAKE)
+    with pytest.raises(ValueError, match="schema"):
+        tuned.parse({"schema": 99, "rows": []}, "x.json")
+
+
+def test_packaged_tables():
+    """Every table of a GPU that is shipped can be read, and names the fastest of what a row allows."""
+    for file in set(tuned.FOLDER.glob("*.json")) - set(tuned.FOLDER.glob("cpu-*.json")):
+        data = json.loads(file.read_text())
+        assert file.stem == tuned.slug(data["meta"]["gpu"]["name"])
+        assert tuned.parse(data, file.name)
+        for r in data["rows"]:
+            times = r["us"]
+            best = min(r["eligible"], key=times.get)
+            assert best.split()[0] == r["choice"], r
+            assert "addmm" not in r["eligible"] or times[best] <= times["addmm"], r
+
+
+def test_the_cuda_back_end_asks(packaged, monkeypatch):
+    from peftkern.backends import cuda
+
+    monkeypatch.setattr(tuned, "_device_name", lambda index: FAKE)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    packaged([row(choice="cuda"), row(2048, "epilogue")])
+    assert cuda.decline(problem()) is None
+    assert "no measurement" in cuda.decline(problem(2048)) and "no measurement" in cuda.decline(problem(R=8))
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cuda")
+    assert cuda.decline(problem(R=8)) is None
