@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peftkern.kernels import configs, launch, multi_lora_linear
+from peftkern.kernels import configs, launch
 from peftkern.kernels.lora_linear import Settings
-from peftkern.kernels.multi_route import route
+from peftkern.kernels.multi import multi_lora_linear
+from peftkern.kernels.multi.route import route
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
