@@ -163,9 +163,9 @@ def test_native_sources_know_no_torch_and_only_bindings_know_python():
     assert sources
     for path in sources:
         for header in re.findall(r'^\s*#\s*include\s*[<"]([^">]+)[">]', path.read_text(), re.M):
-            assert not re.match(r"torch/|ATen/|c10/|caffe2/|Python\.h", header), f"{path} includes {header}"
+            assert not re.match(r"torch/|ATen/|c10/|caffe2/", header), f"{path} includes {header}"
             bindings = ROOT / "csrc/bindings" in path.parents
-            assert bindings or not re.match(r"pybind11|bindings/", header), f"{path} includes {header}"
+            assert bindings or not re.match(r"Python\.h|pybind11|bindings/", header), f"{path} includes {header}"
 
 
 def op_files() -> list[Path]:
