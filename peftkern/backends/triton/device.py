@@ -13,7 +13,7 @@ from ...dispatch import tuned
 def kernel_settings(t: torch.Tensor, measured: tuned.Entry | None = None):
     """The kernels' Settings for a call on the device of ``t``."""
     from ...kernels.configs import BASES, LaunchConfig
-    from ...kernels.lora_linear import Settings
+    from ...kernels.call import Settings
 
     arch = 0
     if t.device.type == "cuda":
