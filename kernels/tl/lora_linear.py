@@ -49,7 +49,10 @@ class Finish(NamedTuple):
     partial: Tensor | None = None
 
 
-def shrink(x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, s: Settings, then: Finish = Finish()) -> Tensor:
+PLAIN = Finish()
+
+
+def shrink(x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, s: Settings, then: Finish = PLAIN) -> Tensor:
     """d * factor * (drop(x) * scale) A^T, fp32 (M, R)."""
     (M, K), R = x.shape, A.shape[0]
     out = torch.empty((M, R), dtype=torch.float32, device=x.device)

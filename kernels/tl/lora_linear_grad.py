@@ -111,7 +111,7 @@ def backward_adapter(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, 
         name: torch.zeros(size if getattr(need, name) else 0, dtype=torch.float32, device=c.dy.device)
         for name, size in sizes.items()
     }
-    dA, dB = (torch.zeros_like(t) if n else t.new_empty(0) for t, n in ((c.lora_A, need.A), (c.lora_B, need.B)))
+    dA, dB = (t.new_zeros(t.shape if n else 0) for t, n in ((c.lora_A, need.A), (c.lora_B, need.B)))
     du = torch.zeros((M, R), dtype=torch.float32, device=c.dy.device) if 0 in (M, N, R) else None
     if M > 0:
         du = _over_dy(c, du, dB, sums, s)

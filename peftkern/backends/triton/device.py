@@ -12,8 +12,8 @@ from ...dispatch import tuned
 
 def kernel_settings(t: torch.Tensor, measured: tuned.Entry | None = None):
     """The kernels' Settings for a call on the device of ``t``."""
-    from ...kernels.configs import BASES, LaunchConfig
     from ...kernels.call import Settings
+    from ...kernels.configs import BASES, LaunchConfig
 
     arch = 0
     if t.device.type == "cuda":

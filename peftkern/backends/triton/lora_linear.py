@@ -29,7 +29,9 @@ def lora_linear_bwd_adapter(
     from ...kernels.lora_linear_grad import backward_adapter
 
     scales = call.Scales(rank_scale, None, delta_in_scale, None, delta_out_scale)
-    needs = call.Needs(True, need_A, need_B, need_bias, need_rank_scale, False, need_delta_in, need_base_out, need_delta_out)
+    needs = call.Needs(
+        True, need_A, need_B, need_bias, need_rank_scale, False, need_delta_in, need_base_out, need_delta_out
+    )
     with on_device(dy):
         dropout = call.Dropout(dropout_p, seed)
         given = call.Backward(dy, x, u, h, None, lora_A, lora_B, scaling, dropout, scales, needs)

@@ -20,47 +20,45 @@ def multi_lora_linear_route(ids, table, mask):
     return order, starts
 
 
-def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed):
-    from ...kernels.multi.multi_lora_linear import batch
-
-    return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like))
-
-
 def multi_lora_linear_fwd(
     x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
 ):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import forward
+    from ...kernels.multi import multi_lora_linear as kernels
 
+    adapters = kernels.Adapters(weights, table, scaling, max_rank, order, starts, dropout_p, seed)
     with on_device(x):
-        batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed)
-        return forward(batch, x, weight, out_features, bias)
+        batch = kernels.batch(adapters, x, kernel_settings(x))
+        return kernels.forward(batch, x, kernels.Onto(out_features, weight), bias)
 
 
 def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
     """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_adapter
+    from ...kernels.multi import multi_lora_linear as kernels
 
+    adapters = kernels.Adapters(weights, table, scaling, u.shape[1], order, starts, dropout_p, seed)
     with on_device(dy):
-        batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
-        return backward_adapter(batch, dy, x, u, weights, need, need_bias)
+        batch = kernels.batch(adapters, dy, kernel_settings(dy))
+        return kernels.backward_adapter(batch, dy, x, u, weights, need, need_bias)
 
 
 def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
     """dx, see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_input
+    from ...kernels.multi import multi_lora_linear as kernels
 
+    adapters = kernels.Adapters(weights, table, None, du.shape[1], order, starts, dropout_p, seed)
     with on_device(dy):
-        batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed)
-        return backward_input(batch, dy, du, weight, in_features)
+        batch = kernels.batch(adapters, dy, kernel_settings(dy))
+        return kernels.backward_input(batch, dy, du, kernels.Onto(in_features, weight))
 
 
 def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
-    from ...kernels.multi.multi_lora_linear import add
+    from ...kernels.multi import multi_lora_linear as kernels
 
+    adapters = kernels.Adapters(weights, table, scaling, max_rank, order, starts)
     with on_device(x):
-        add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None), out, x)
+        kernels.add(kernels.batch(adapters, x, kernel_settings(x)), out, x)
 
 
 OPS = {
