@@ -50,8 +50,6 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
-    if "identity" in problem.flags:
-        return "no kernel for the identity base"
     return None
 
 
