@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   bind_base(m);
   bind_lora(m);
   bind_multi(m);
+  bind_unchanged(m);
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
 from ...many.table import AdapterTable, table_of
+from ...methods.registry import Branch, Plan
 from ...ops.checks import accumulate_dtype
-from .guard import Branch, Plan, Read, call_plan, read
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -72,12 +72,17 @@ def batch_of(names: Sequence[str]) -> Batch:
     return batch
 
 
-def mixed_plan(layer: nn.Module, x: Any, names: Any, read: Read = read) -> tuple[nn.Module, Plan, Batch] | str:
-    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
+def mixed_plan(
+    layer: nn.Module, x: Any, names: Any, plan_of: Callable[[tuple[str, ...]], Plan | str]
+) -> tuple[nn.Module, Plan, Batch] | str:
+    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises).
+
+    ``plan_of``: adapters of the batch -> their plan for this layer and input.
+    """
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         return "adapter_names is not a list of names"
     batch = batch_of(names)
-    plan = call_plan(layer, x, batch.adapters, read)
+    plan = plan_of(batch.adapters)
     if isinstance(plan, str):
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
@@ -103,7 +108,7 @@ def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTa
     if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return [_adapter(b) for b in branches]
     # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
-    key = (x.dtype, x.device, *((id(A), id(B), A.shape, A.dtype, s) for _, A, B, _, s, _ in branches))
+    key = (x.dtype, x.device, *((id(A), id(B), A.shape, A.dtype, s) for _, A, B, _, s, _, _ in branches))
     known = _tables.get(layer)
     if known is not None and known[0] == key:
         return known[1]

@@ -229,7 +229,9 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
         dy = torch.randn(M, N).to(dtype)
         none = torch.empty(0, K), torch.empty(N, 0)
         for b in (None, bias):
-            base, _, _ = cpu_lora.lora_linear_fwd(x, weight, *none, b, 1.0, 0.0, None, None, None, None, None, None, False)
+            base, _, _ = cpu_lora.lora_linear_fwd(
+                x, weight, *none, b, 1.0, 0.0, None, None, None, None, None, None, False
+            )
             back, _ = cpu_lora.lora_linear_bwd_input(
                 dy, torch.empty(M, 0), None, weight, none[0], 0.0, None, None, None, None, False
             )
