@@ -81,11 +81,13 @@ bool matches(const Node& node, PyObject* now, PyObject* kept);
 
 bool items_match(const std::vector<std::pair<PyObject*, Node>>& fields, PyObject* dict, PyObject* kept) {
   for (const auto& [key, part] : fields) {
-    py::object item = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(dict, key));
-    if (!item) {
-      if (PyErr_Occurred() || part.kind != Kind::kAbsent) return false;
-    } else if (!matches(part, item.ptr(), kept)) {
-      return false;
+    PyObject* item = PyDict_GetItemWithError(dict, key);
+    if (item == nullptr) {
+      if (part.kind != Kind::kAbsent || PyErr_Occurred()) return false;
+    } else if (item != part.value || (part.kind != Kind::kSame && part.kind != Kind::kEqual)) {
+      // Looking deeper may run code that takes the item away.
+      py::object held = py::reinterpret_borrow<py::object>(item);
+      if (!matches(part, item, kept)) return false;
     }
   }
   return true;

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .unchanged import ABSENT, EMPTY, Pattern, equal, instance, items, keep, same
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_FACTS = ("dtype", "device", "shape")
+_NO_HOOKS = dict.fromkeys(("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"), EMPTY)
 
 
 class NotCovered(Exception):
@@ -48,7 +47,7 @@ def only_aligns(module: nn.Module, cls: type) -> bool:
 
 
 class Slot(NamedTuple):
-    """A tensor that was read: where, and which facts of it beyond its size and dtype were."""
+    """A tensor that was read, and where. ``frozen``: whether it requires a gradient was read too."""
 
     fields: dict[str, Pattern]
     name: str
@@ -73,9 +72,10 @@ class Record:
         self.whole = True
 
     def finish(self) -> None:
-        """Add what the tensors of now are like to the patterns."""
+        """Add the tensors of now to the patterns: their types and dtypes. Another device or a shape that does not fit is
+        refused by the op itself."""
         for index, (fields, name, t, frozen) in enumerate(self.slots):
-            facts = {fact: equal(getattr(t, fact)) for fact in _FACTS if t is not None}
+            facts = {} if t is None else {"dtype": same(t.dtype)}
             if frozen and t is not None:
                 facts["requires_grad"] = same(t.requires_grad)
             fields[name] = keep(index, same(None) if t is None else instance(type(t), {}, facts))
@@ -89,14 +89,15 @@ class Look:
     def __init__(self, module: nn.Module, record: Record):
         self.module, self.record = module, record
         self._own = module.__dict__
-        self._parts: dict[str, Look | None] = {}
-        self.fields: dict[str, Pattern] = {}
-        self.pattern = instance(type(module), self.fields, {})
+        self._parts: dict[str, Look] = {}
+        self.fields = fields = {}
+        self.pattern: Pattern = ("object", type(module), fields, {})
 
     def _inside(self, name: str) -> dict[str, Pattern]:
-        if name not in self.fields:
-            self.fields[name] = items({})
-        return self.fields[name][1]
+        pattern = self.fields.get(name)
+        if pattern is None:
+            pattern = self.fields[name] = items({})
+        return pattern[1]
 
     def value(self, name: str, default: Any = None) -> Any:
         """An attribute of the instance, a plain value or a list of them, or ``default``."""
@@ -122,25 +123,25 @@ class Look:
 
     def part(self, name: str) -> Look | None:
         """A module of this one by its name, or None."""
-        if name in self._parts:
-            return self._parts[name]
-        module, seen = self._own["_modules"].get(name), self._inside("_modules")
-        look = None if module is None else Look(module, self.record)
-        if look is not None:
-            seen[name] = look.pattern
-        else:
-            seen[name] = same(None) if name in self._own["_modules"] else ABSENT
-        self._parts[name] = look
+        look = self._parts.get(name)
+        if look is None:
+            modules, seen = self._own["_modules"], self._inside("_modules")
+            module = modules.get(name)
+            if module is not None:
+                look = self._parts[name] = Look(module, self.record)
+                seen[name] = look.pattern
+            else:
+                seen[name] = same(None) if name in modules else ABSENT
         return look
 
     def require(self, cls: type, name: str) -> None:
         """Refuse this part unless calling it would run its class's forward and nothing else."""
         if type(self.module) is not cls:
             raise NotCovered(f"{name} is a {_name(type(self.module))}")
-        for hooks in _HOOKS:
-            if self._own[hooks]:
-                raise NotCovered(f"{name} carries a hook")
-            self.fields[hooks] = EMPTY
+        own = self._own
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            raise NotCovered(f"{name} carries a hook")
+        self.fields.update(_NO_HOOKS)
         if not self.runs_forward(cls):
             raise NotCovered(f"the forward of {name} was replaced on the instance")
 

@@ -164,8 +164,13 @@ def _fused_forward(stock, method: Method):
             if kept is not None and kept.mixed is None:
                 plan = kept.plan(self, x)
                 if plan is not None:
-                    calls.fused += 1
-                    return method.run(self, plan, x)
+                    try:
+                        y = method.run(self, plan, x)
+                        calls.fused += 1
+                        return y
+                    except (TypeError, ValueError):
+                        # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
+                        calls.kept = None
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
         return _carefully(self, x, args, kwargs, stock, method)

@@ -72,7 +72,10 @@ def wrapped_parameters(layer: ParamWrapper) -> list[ParamWrapper]:
 
 def process_reason() -> str | None:
     """Why no layer of the process may be taken right now, or None."""
-    if any(getattr(_nn_module, hooks) for hooks in _GLOBAL_HOOKS):
+    m = _nn_module
+    if m._global_forward_hooks or m._global_forward_pre_hooks:
+        return "a global module hook is registered"
+    if m._global_backward_hooks or m._global_backward_pre_hooks:
         return "a global module hook is registered"
     for cls, forward in _BYPASSED.items():
         if cls.forward is not forward:

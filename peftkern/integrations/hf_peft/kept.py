@@ -17,10 +17,14 @@ from ...watch.look import Look
 from ...watch.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
 from ...watch.unchanged import keep as holds
 
+# What calling a NamedTuple does, without the frame of its own __new__.
+_new = tuple.__new__
+
 
 def _input(x: Tensor) -> Pattern:
-    facts = {"dtype": same(x.dtype), "device": equal(x.device), "shape": last(x.shape[-1])}
-    return instance(type(x), {}, {**facts, "layout": same(x.layout), "is_nested": same(False)})
+    # A nested tensor of no subclass has no shape, so it never matches.
+    facts = {"dtype": same(x.dtype), "device": equal(x.device), "shape": last(x.shape[-1]), "layout": same(x.layout)}
+    return instance(type(x), {}, facts)
 
 
 def _autocast(device: str) -> Pattern:
@@ -30,7 +34,7 @@ def _autocast(device: str) -> Pattern:
 class Kept:
     """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
 
-    __slots__ = ("_bias", "_branches", "_match", "_transposed", "_weight", "mixed")
+    __slots__ = ("_bias", "_branches", "_match", "_only", "_transposed", "_weight", "mixed")
 
     def __init__(self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None):
         self._match, self._transposed, self.mixed = match, transposed, mixed
@@ -40,6 +44,8 @@ class Kept:
              {name: slots[id(t)] for name, t in b.scales.items()})
             for b in plan.branches
         ]  # fmt: skip
+        # The usual case: one adapter, without scale vectors.
+        self._only = self._branches[0][:-1] if len(plan.branches) == 1 and not plan.branches[0].scales else None
 
     def plan(self, layer: nn.Module, x: Any) -> Plan | None:
         """What a call with this input computes, or None if anything is not as it was."""
@@ -47,13 +53,17 @@ class Kept:
         if now is None:
             return None
         weight = now[self._weight]
-        branches = [
-            Branch(
-                name, now[A], now[B], now[bias], s, p, {k: now[t] for k, t in scales.items()} if scales else NO_SCALES
-            )
-            for name, A, B, bias, s, p, scales in self._branches
-        ]
-        return Plan(weight.t() if self._transposed else weight, now[self._bias], branches)
+        if self._transposed:
+            weight = weight.t()
+        if self._only is not None:
+            name, A, B, bias, s, p = self._only
+            branches = [_new(Branch, (name, now[A], now[B], now[bias], s, p, NO_SCALES))]
+        else:
+            branches = [
+                Branch(name, now[A], now[B], now[bias], s, p, {k: now[t] for k, t in scales.items()})
+                for name, A, B, bias, s, p, scales in self._branches
+            ]
+        return _new(Plan, (weight, now[self._bias], branches))
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
