@@ -164,12 +164,12 @@ def _fused_forward(stock, method: Method):
             if kept is not None and kept.mixed is None:
                 plan = kept.plan(self, x)
                 if plan is not None:
+                    calls.fused += 1
                     try:
-                        y = method.run(self, plan, x)
-                        calls.fused += 1
-                        return y
+                        return method.run(self, plan, x)
                     except (TypeError, ValueError):
                         # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
+                        calls.fused -= 1
                         calls.kept = None
         if not wanted(self):
             return stock(self, x, *args, **kwargs)

@@ -21,6 +21,10 @@ from ...watch.unchanged import keep as holds
 _new = tuple.__new__
 
 
+def _filled(scales: Mapping[str, int], now: tuple) -> dict[str, Tensor]:
+    return {name: now[slot] for name, slot in scales.items()}
+
+
 def _input(x: Tensor) -> Pattern:
     # A nested tensor of no subclass has no shape, so it never matches.
     facts = {"dtype": same(x.dtype), "device": equal(x.device), "shape": last(x.shape[-1]), "layout": same(x.layout)}
@@ -60,7 +64,7 @@ class Kept:
             branches = [_new(Branch, (name, now[A], now[B], now[bias], s, p, NO_SCALES))]
         else:
             branches = [
-                Branch(name, now[A], now[B], now[bias], s, p, {k: now[t] for k, t in scales.items()})
+                _new(Branch, (name, now[A], now[B], now[bias], s, p, _filled(scales, now) if scales else NO_SCALES))
                 for name, A, B, bias, s, p, scales in self._branches
             ]
         return _new(Plan, (weight, now[self._bias], branches))
