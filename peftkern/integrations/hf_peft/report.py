@@ -8,9 +8,9 @@ from peft import PeftConfig
 from torch import nn
 
 from ...dispatch.choose import ORDER, Declined, choose, load
+from ...methods.registry import Plan
 from ...problem import Problem, device_arch
 from ...settings import current
-from .guard import Plan
 
 _SHOWN = 3
 
