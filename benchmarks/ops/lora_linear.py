@@ -27,7 +27,7 @@ from ..peers.addmm import addmm_lora
 from ..peers.split import split_lora
 
 SCALING = 2.0
-OPS = ("lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input")
+OPS = ("lora_linear_fwd", "lora_linear_bwd")
 FULL = [(512, 1024, 1024), (2048, 1024, 1024), (2048, 4096, 4096), (1024, 4096, 14336), (1024, 14336, 4096),
         (16, 4096, 4096), (1, 4096, 4096)]  # fmt: skip
 QUICK = [(512, 1024, 1024), (1024, 2048, 2048), (16, 4096, 4096)]

@@ -8,7 +8,7 @@ seed. Dropout bits are drawn again from the seed in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -55,11 +55,15 @@ def _some(scales: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None
     return None if d is None and p_b is None and p_d is None and g_b is None and g_d is None else scales
 
 
+def _cast_base(kind: str, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return list(tensors) if dtype is None else kind_of(kind).cast(list(tensors), dtype)
+
+
 class Call(NamedTuple):
     """What a pass takes besides x and dy. ``now``: the settings, None if somebody watches which ops are called.
 
-    ``dtype``: what x and the base are cast to, inside, so that backward saves the base as it is. ``scales``: None if
-    there is none.
+    ``dtype``: what autocast casts x and the base to, inside, so that backward saves the base as it is; None without it.
+    ``scales``: None if there is none.
     """
 
     now: Settings | None
@@ -67,11 +71,11 @@ class Call(NamedTuple):
     scaling: float
     dropout_p: float
     seed: Tensor | None
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     scales: tuple[Tensor | None, ...] | None
 
     def forward(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, want_u: bool, want_h: bool):
-        """(y, u, h) of x (..., K), or y alone if neither of u and h is wanted."""
+        """(y, u, h) of x (..., K), cast already, or y alone if neither of u and h is wanted."""
         now, base, scaling, dropout_p, seed, dtype, scales = self
         if now is not None:
             weight = base.tensors[0] if base.tensors else None
@@ -80,10 +84,9 @@ class Call(NamedTuple):
             )  # fmt: skip
             if done is not None:
                 return done
-        cast_base = kind_of(base.kind).cast(base.tensors, dtype)
         y, u, h = _fwd(
-            rows_of(x, dtype), cast_base, base.kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
-            list(scales or NO_SCALES), want_h,
+            rows_of(x, x.dtype), _cast_base(base.kind, base.tensors, dtype), base.kind, lora_A, lora_B, bias, scaling,
+            dropout_p, seed, list(scales or NO_SCALES), want_h,
         )  # fmt: skip
         y = as_shape(y, x)
         return (y, u, h) if want_u or want_h else y
@@ -96,7 +99,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx, now, kind, scaling, dropout_p, dtype, x, lora_A, lora_B, bias, d, p_b, p_d, g_b, g_d, seed, *base
     ):  # fmt: skip
-        scales, given, needs = (d, p_b, p_d, g_b, g_d), cast(x, dtype), ctx.needs_input_grad
+        scales, needs = (d, p_b, p_d, g_b, g_d), ctx.needs_input_grad
+        given = x if dtype is None else cast(x, dtype)
         call = Call(now, Base(kind, base), scaling, dropout_p, seed, dtype, _some(scales))
         need_h = needs[_BASE - 3]
         y, u, h = call.forward(given, lora_A, lora_B, bias, True, need_h)
@@ -131,9 +135,9 @@ class LoRALinearFunction(torch.autograd.Function):
             # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
             lora_A = dy.new_empty((rank, K), dtype=ctx.adapter_dtype) if lora_A is None else lora_A
             lora_B = dy.new_empty((N, rank), dtype=ctx.adapter_dtype) if lora_B is None else lora_B
-            u = dy.new_empty((M, rank), dtype=accumulate_dtype(dtype)) if u is None else u
-            tensors = kind_of(kind).cast([t for t in base if t is not None], dtype)
-            x = None if x is None else rows_of(x, dtype)
+            u = dy.new_empty((M, rank), dtype=accumulate_dtype(dy.dtype)) if u is None else u
+            tensors = _cast_base(kind, (t for t in base if t is not None), dtype)
+            x = None if x is None else rows_of(x, dy.dtype)
             dx, dA, dB, dbias, dscales = _bwd(
                 dy, x, u, h, tensors, kind, lora_A, lora_B, scaling, dropout_p, seed, list(scales), list(need)
             )
@@ -209,7 +213,13 @@ def lora_linear_with(
     """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
     no_transforms("lora_linear")
     base, now = base_of(weight), current() if nobody_watches() else None
-    if now is None or not (type(x) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN) or coefficients:
+    plain = (
+        type(x) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    )
+    if now is None or not plain or coefficients:
         _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
     scaling, dropout_p, seed = options
     scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
@@ -224,9 +234,7 @@ def lora_linear_with(
         return _traced(x, base, lora_A, lora_B, bias, Options(scaling, dropout_p), Scales(*(scales or NO_SCALES)))
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     dtype = autocast_dtype(x)
-    if dtype is None:
-        dtype = x.dtype
-    else:
+    if dtype is not None:
         lora_A, lora_B, bias = _cast_all((lora_A, lora_B, bias), dtype, dtype)
         scales = None if scales is None else _cast_all(scales, dtype, torch.float32)
     if torch.is_grad_enabled():
@@ -242,7 +250,7 @@ def lora_linear_with(
                     *base.tensors,
                 )  # fmt: skip
     call = Call(now, base, scaling, dropout_p, seed, dtype, scales)
-    return call.forward(cast(x, dtype), lora_A, lora_B, bias, False, False)
+    return call.forward(x if dtype is None else cast(x, dtype), lora_A, lora_B, bias, False, False)
 
 
 def lora_linear(

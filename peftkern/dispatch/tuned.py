@@ -27,7 +27,7 @@ SCHEMA = 1
 CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda", "reference")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
-_OPTIONS = frozenset({"base", "bias", "dropout", "need_A", "need_B", "need_bias"})
+_OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "need_bias"})
 
 
 class Key(NamedTuple):

@@ -33,6 +33,7 @@ def lora_linear_bwd(c, measured=None):
             dx, dp_b = kernels.backward_input(
                 c.dy, du, c.x, c.base[0], c.lora_A, dropout, p_b, p_d, g_b, need.p_b, kernel_settings(c.dy, measured)
             )  # fmt: skip
+            dx = dx if need.x else c.dy.new_empty(0)
     return dx, dA, dB, dbias, [dd, dp_b, dp_d, dg_b, dg_d]
 
 
