@@ -223,6 +223,8 @@ def lora_linear_with(
         _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
     scaling, dropout_p, seed = options
     scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
+    if now is None and torch._C._get_tracing_state() is not None:
+        return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
     if type(scaling) is not float:
         if isinstance(scaling, Tensor):
             d, *others = scales or NO_SCALES
@@ -230,8 +232,6 @@ def lora_linear_with(
         else:
             check_number("scaling", scaling)
             scaling = float(scaling)
-    if now is None and torch._C._get_tracing_state() is not None:
-        return _traced(x, base, lora_A, lora_B, bias, Options(scaling, dropout_p), Scales(*(scales or NO_SCALES)))
     seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     dtype = autocast_dtype(x)
     if dtype is not None:

@@ -160,13 +160,8 @@ def test_the_number_of_programs_does_not_change_bits():
 def test_equal_calls_give_equal_bits():
     x, A, B = random(90, 120), random(10, 120, seed=1), random(60, 10, seed=2)
     w, dy = random(60, 120, seed=4), random(90, 60, seed=3)
-    once, again = (
-        (
-            *forward(x, A, B, weight=w),
-            *gradients(dy, x, random(90, 10, dtype=torch.float32), A, B, ("x", "A", "B", "bias"), weight=w)[:4],
-        )  # fmt: skip
-        for _ in "ab"
-    )
+    u, needs = random(90, 10, dtype=torch.float32), ("x", "A", "B", "bias")
+    once, again = ((*forward(x, A, B, weight=w), *gradients(dy, x, u, A, B, needs, weight=w)[:4]) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 
