@@ -27,7 +27,7 @@ from ..peers.data import BASES, SCALING, Data, copies, make_data
 from ..peers.split import split_lora
 from ..tables import gaps
 
-OPS = ("lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input")
+OPS = ("lora_linear_fwd", "lora_linear_bwd")
 DROPOUTS, BOTH = (0.0, 0.1), ("fp32", "same")
 QUICK = [(512, 1024, 1024), (1024, 2048, 2048), (16, 4096, 4096)]
 FULL = [(512, 1024, 1024), (2048, 1024, 1024), (2048, 4096, 4096), (1024, 4096, 14336), (1024, 14336, 4096),
