@@ -57,8 +57,9 @@ Node compile(PyObject* pattern, Py_ssize_t* slots) {
       node.fields = compile_fields(part(2), slots), node.attributes = compile_fields(part(3), slots);
     }
     if (node.kind == Kind::kKeep) {
-      node.slot = PyLong_AsSsize_t(node.value);
-      if (node.slot < 0) throw py::error_already_set();
+      node.slot = PyLong_Check(node.value) ? PyLong_AsSsize_t(node.value) : -1;
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (node.slot < 0) throw py::type_error("a pattern's slot must be an index");
       *slots = std::max(*slots, node.slot + 1);
     }
     if (node.kind == Kind::kKeep || node.kind == Kind::kAt) inner(2);
