@@ -12,14 +12,16 @@ import torch
 
 from peftkern.screen import Console
 
-from . import gpu, interference, machine, populations
-from .candidates import NOT_HERE
-from .case import DTYPES, PASSES, Bench, Case
-from .device_timing import CudaClock
+from .core import gpu, machine
+from .core.case import DTYPES, PASSES, Bench, Case
+from .core.result import write
+from .measure import interference
+from .measure.device_timing import CudaClock
+from .measure.runner import Runner, Settings, blocks
+from .measure.timing import copy_bandwidth
+from .ops import populations
+from .peers.candidates import NOT_HERE
 from .registry import OPS
-from .result import write
-from .runner import Runner, Settings, blocks
-from .timing import copy_bandwidth
 
 SCHEMA = 1
 SECONDS = {"quick": 1.5, "full": 3.0, "gpu": 8.0}
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 if peftkern could not be measured somewhere (a failure or a wrong result)."""
     argv = sys.argv[1:] if argv is None else argv
     if "--tune" in argv:
-        from . import tune
+        from .tune import main as tune
 
         return tune.main([a for a in argv if a != "--tune"])
     args = parser().parse_args(argv)
@@ -147,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, busy = interference.words(result)
     console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
-        from .plots import plot
+        from .tables.plots import plot
 
         for file in (bench.plot or plot)(result, bench, args.plot):
             console.print(f"wrote {file}")
@@ -172,7 +174,8 @@ def _rates(device: str, cases) -> tuple[CudaClock | None, float, dict[str, float
 
 
 def _tables(bench: Bench, device: str):
-    from . import device_table, table
+    from .tables import device as device_table
+    from .tables import terminal as table
 
     return device_table.tables if device == "cuda" else bench.tables or table.tables
 

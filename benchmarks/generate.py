@@ -22,10 +22,11 @@ import torch
 import peftkern
 from peftkern.screen import Console, Progress
 
-from . import interference, machine
-from .interference import Meter
-from .result import write
-from .timing import copy_bandwidth, quiet
+from .core import machine
+from .core.result import write
+from .measure import interference
+from .measure.interference import Meter
+from .measure.timing import copy_bandwidth, quiet
 
 BASE, PEFT, OURS = "base", "peft", "peftkern"
 SPEED_UP = 2.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import lora_linear, multi_lora_linear
-from .case import Bench
+from .core.case import Bench
+from .ops import lora_linear, multi_lora_linear
 
 OPS: dict[str, Bench] = {
     "lora_linear": lora_linear.BENCH,

@@ -17,9 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import generate, gpu_judge, multi_judge, multi_report, performance
-from .case import BASE, FP32_BASE
-from .judge import RANKS, Figure, figures, geomean, slow_half
+from . import generate
+from .core.case import BASE, FP32_BASE
+from .judge import gpu as gpu_judge
+from .judge import multi as multi_judge
+from .judge.cpu import RANKS, Figure, figures, geomean, slow_half
+from .tables import multi_report, performance
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

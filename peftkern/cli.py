@@ -15,7 +15,7 @@ from ._version import __version__
 COMMANDS = {
     "demo": ("peftkern.demo", "fine-tune a real model with HF PEFT, stock and accelerated, and compare"),
     "bench": ("peftkern.benchmarks.bench", "time an op against its alternatives"),
-    "verify": ("peftkern.benchmarks.verify", "check the accuracy of an op on random problems against fp64"),
+    "verify": ("peftkern.verify.main", "check the accuracy of an op on random problems against fp64"),
     "doctor": ("peftkern.doctor", "say what works on this machine, what does not, and why"),
 }
 

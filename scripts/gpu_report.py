@@ -148,7 +148,7 @@ def bench_lines(data: dict) -> list[str]:
 
 def limits(out: Path) -> list[str]:
     """What the package demands of itself on a GPU, what is missed last."""
-    from peftkern.benchmarks.gpu_judge import figures
+    from peftkern.benchmarks.judge.gpu import figures
 
     results = [load(out / file) for file in ("bench.json", "decode.json")]
     judged = [f for result in results if result.get("rows") for f in figures(result) if f.ok is not None]

@@ -26,6 +26,7 @@ HEIGHT = {
     "peftkern.__main__": 11,
     "peftkern.demo": 9,
     "peftkern.benchmarks": 9,
+    "peftkern.verify": 9,
     "peftkern.doctor": 9,
     "peftkern.testing": 8,
     "peftkern.integrations": 8,
@@ -49,12 +50,18 @@ HEIGHT = {
 THIRD_PARTY = {
     "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
-    "triton": ("peftkern.kernels", "peftkern.backends.triton", "peftkern.doctor", "peftkern.benchmarks"),
+    "triton": (
+        "peftkern.kernels",
+        "peftkern.backends.triton",
+        "peftkern.doctor",
+        "peftkern.benchmarks",
+        "peftkern.verify",
+    ),
     "packaging": ("peftkern.integrations",),
     "safetensors": ("peftkern.integrations",),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),
-    "polylora": ("peftkern.benchmarks.peer_polylora",),
+    "polylora": ("peftkern.benchmarks.peers.polylora",),
 }
 # Ops without a benchmark of their own, and why.
 NO_BENCHMARK = {

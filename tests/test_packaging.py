@@ -111,7 +111,7 @@ def test_wheel_contains_the_package_only(distributions):
     assert {t for t in top if not t.endswith(".dist-info")} == {"peftkern"}
     for wanted in ("py.typed", "cli.py", "kernels/lora_linear.py", "benchmarks/bench.py", "demo/main.py"):
         assert f"peftkern/{wanted}" in names
-    assert "peftkern/benchmarks/bounds/cuda.json" in names
+    assert "peftkern/verify/static/bounds/cuda.json" in names
     assert any(name.startswith("peftkern/_C.") for name in names)
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".pyc"))]
@@ -129,8 +129,8 @@ def test_sdist_contains_the_sources(distributions):
 def test_installed_wheel_works(installed, tmp_path):
     code = """
 import peftkern._C, peftkern.benchmarks.registry
-from peftkern.benchmarks import static_cuda
-print(static_cuda.origin())
+from peftkern.verify.static import cuda
+print(cuda.origin())
 """
     said = run(installed, "-c", FORWARD + code, cwd=tmp_path, PEFTKERN_BACKEND="cpu")
     file, origin = said.splitlines()[-2:]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from peftkern.benchmarks.interference import Meter
+from peftkern.benchmarks.measure.interference import Meter
 from peftkern.screen import Console
 
 from .corpus import Corpus, collect

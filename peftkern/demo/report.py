@@ -7,8 +7,8 @@ import math
 import statistics
 from pathlib import Path
 
-from peftkern.benchmarks.figure import Figure, plain_axis
-from peftkern.benchmarks.interference import BUSY_CORES
+from peftkern.benchmarks.measure.interference import BUSY_CORES
+from peftkern.benchmarks.tables.figure import Figure, plain_axis
 from peftkern.screen import Console, Table
 
 from .experiment import EQUAL_STEPS, RELOADED_TEXTS, Result

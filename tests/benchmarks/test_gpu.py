@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 
-from peftkern.benchmarks import bench, gpu, launches, machine, report
-from peftkern.benchmarks.candidates import LINEAR, NOT_HERE
+from peftkern.benchmarks import bench, report
+from peftkern.benchmarks.core import gpu, machine
+from peftkern.benchmarks.measure import launches
+from peftkern.benchmarks.peers.candidates import LINEAR, NOT_HERE
 from peftkern.benchmarks.registry import OPS
 
 

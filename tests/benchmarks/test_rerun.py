@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from peftkern.benchmarks import bench, judge, rerun
+from peftkern.benchmarks import bench, rerun
+from peftkern.benchmarks.judge import cpu as judge
 
 
 @pytest.fixture

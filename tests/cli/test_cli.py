@@ -62,7 +62,7 @@ def test_a_missing_part_of_peftkern_is_not_blamed_on_the_user(monkeypatch):
 def test_module_runs_and_imports_nothing_optional():
     code = (
         "import sys; from peftkern import cli; assert cli.main(['--help']) == 0;"
-        "import peftkern.benchmarks.bench, peftkern.benchmarks.verify, peftkern.benchmarks.report, peftkern.doctor;"
+        "import peftkern.benchmarks.bench, peftkern.verify.main, peftkern.benchmarks.report, peftkern.doctor;"
         "bad = {'peft', 'matplotlib', 'rich', 'triton', 'transformers'} & set(sys.modules);"
         "sys.exit(f'imported: {bad}' if bad else 0)"
     )

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
 # They import both.
-from peftkern.benchmarks.figure import Figure  # noqa: E402
+from peftkern.benchmarks.tables.figure import Figure  # noqa: E402
 from peftkern.demo import experiment, main, measure, model, report, train  # noqa: E402
 from peftkern.screen import Console  # noqa: E402
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.benchmarks import verify
-from peftkern.benchmarks.tune_plan import jobs
+from peftkern.benchmarks.tune.plan import jobs
 from peftkern.dispatch import registry as dispatch
 from peftkern.testing.accuracy import _row, check
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
+from peftkern.verify import main as verify
 
 # Problems of each op and dtype. Triton compiles anew for most of them.
 COUNTS = {"cuda": 8, "reference": 3, "triton": 5, "auto": 1}

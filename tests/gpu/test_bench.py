@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 
-from peftkern.benchmarks import bench, gpu, gpu_judge, launches
-from peftkern.benchmarks.candidates import NOT_HERE
-from peftkern.benchmarks.device_timing import CudaClock, DeviceEntry
-from peftkern.benchmarks.lora_linear import PROVIDERS, make_data
+from peftkern.benchmarks import bench
+from peftkern.benchmarks.core import gpu
+from peftkern.benchmarks.judge import gpu as gpu_judge
+from peftkern.benchmarks.measure import launches
+from peftkern.benchmarks.measure.device_timing import CudaClock, DeviceEntry
+from peftkern.benchmarks.ops.lora_linear import PROVIDERS, make_data
+from peftkern.benchmarks.peers.candidates import NOT_HERE
 from peftkern.benchmarks.registry import OPS
 
 CASE = OPS["lora_linear"].cases("gpu", "cuda", shapes=[(512, 1024, 1024)], adapters=["same"], dropouts=[0.1])[0]

@@ -20,7 +20,7 @@ import numpy as np
 import pybind11
 import pytest
 
-from peftkern.benchmarks import static_launches, static_nvcc
+from peftkern.verify.static import cuda_launches, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
@@ -61,7 +61,7 @@ def build(folder: Path) -> Path:
         assert done.returncode == 0 and not done.stderr, f"{command}\n{done.stderr}"
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}-{digest([p.read_text() for p in static_nvcc.closure(source, INCLUDES)])}.o"
+        target = folder / f"{source.stem}-{digest([p.read_text() for p in nvcc.closure(source, INCLUDES)])}.o"
         if not target.is_file():
             part = target.with_suffix(".part")
             run(compiler, *FLAGS, "-x", "c++", "-c", source, "-o", part)
@@ -164,7 +164,7 @@ class Simulator:
         """By kernel, the most that launches so far have asked for: threads and dynamic shared memory of a block."""
         rows = (ctypes.c_uint64 * (3 * 4096))()
         count = self._library.sim_launches(rows, 4096)
-        names = static_launches.symbols(self._path)
+        names = cuda_launches.symbols(self._path)
         return {
             names[rows[3 * i]]: {"threads": rows[3 * i + 1], "shared": rows[3 * i + 2]} for i in range(count)
         }  # fmt: skip
@@ -222,4 +222,4 @@ def sim():
         folder = Path(tempfile.gettempdir()) / f"peftkern-sim-{os.getuid()}"
     simulator = Simulator(build(folder))
     yield simulator
-    static_launches.settle(simulator.launches())
+    cuda_launches.settle(simulator.launches())

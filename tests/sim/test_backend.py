@@ -12,13 +12,13 @@ from peftkern.backends.cuda import OPS
 from peftkern.backends.cuda import lora_linear as cuda_lora
 from peftkern.backends.cuda import multi_lora_linear as cuda_multi
 from peftkern.backends.cuda import native as cuda_native
-from peftkern.benchmarks import static_launches
 from peftkern.ops.dropout_mask import dropout_mask_ref
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.ops.lora_row_norm import lora_row_norm_ref
 from peftkern.ops.multi_lora_linear import multi_lora_linear_fwd_ref, multi_lora_linear_route_ref
 from peftkern.ops.sgmv import sgmv_add_ref
 from peftkern.problem import Problem
+from peftkern.verify.static import cuda_launches
 
 
 @pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
@@ -98,7 +98,7 @@ def test_more_ranks_than_a_block_has_memory_for(sim, monkeypatch, arch, dtype, m
 
 def test_every_launch_fits_the_devices_that_run_it():
     """99 KiB are what sm_86, sm_89 and sm_120 have; ``sim`` holds every launch of the tests against what is recorded."""
-    for kernel, most in static_launches.recorded().items():
+    for kernel, most in cuda_launches.recorded().items():
         assert most["shared"] <= (227 if kernel.startswith("hopper::") else 99) * 1024, kernel
 
 

@@ -97,6 +97,15 @@ def test_a_list_is_compared_with_what_it_held(Unchanged):
 
 
 @BOTH
+def test_a_pattern_may_change_afterwards(Unchanged):
+    fields = {"a": u.equal("some " + "text")}
+    match = Unchanged(u.items(fields)).match
+    fields.clear()
+    gc.collect()
+    assert match({"a": "some text"}) == ()
+
+
+@BOTH
 def test_nothing_is_kept_alive(Unchanged):
     thing = Thing(w=Thing())
     match = Unchanged(u.instance(Thing, {"w": u.keep(0, u.instance(Thing, {}, {}))}, {})).match

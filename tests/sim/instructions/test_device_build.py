@@ -1,6 +1,6 @@
 """The device bodies of all wrappers compile for the architectures that they are for, Hopper's kernels without complaint.
 
-The other kernels were compiled with the extension, and tests/compile/test_static_cuda.py looks at what came of them.
+The other kernels were compiled with the extension, and tests/verify/static/test_cuda.py looks at what came of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkern.benchmarks import static_nvcc
+from peftkern.verify.static import nvcc
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "tests/sim/kernels"
@@ -22,15 +22,15 @@ CASES = [
     (KERNELS / "instructions_sm90.cu", "sm_90a"),
     (KERNELS / "gemm_sm90.cu", "sm_90a"),
     (KERNELS / "clusters.cu", "sm_90a"),
-    (ROOT / "csrc/cuda/common/tensor_map.cu", "sm_90a"),
-    *((source, "sm_90a") for source in static_nvcc.sources() if static_nvcc.architectures(source) == ("sm_90a",)),
+    (ROOT / "csrc/cuda/tensor_map.cu", "sm_90a"),
+    *((source, "sm_90a") for source in nvcc.sources() if nvcc.architectures(source) == ("sm_90a",)),
 ]
 
 
-@pytest.mark.skipif(static_nvcc.nvcc() is None, reason="nvcc is not installed, so device bodies are not compiled")
+@pytest.mark.skipif(nvcc.nvcc() is None, reason="nvcc is not installed, so device bodies are not compiled")
 @pytest.mark.parametrize("source, arch", [pytest.param(*c, id=f"{c[0].stem}-{c[1]}") for c in CASES])
 def test_compiles_without_spills(source, arch):
-    built = static_nvcc.build(source, arch)
+    built = nvcc.build(source, arch)
     assert len(built.cubin) > 0
     spills = {line for line in built.log.splitlines() if "spill" in line and "0 bytes spill stores" not in line}
     assert not spills, spills

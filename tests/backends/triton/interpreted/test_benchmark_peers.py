@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from peftkern.benchmarks import lora_linear, multi_lora_linear, split, split_kernels
-from peftkern.benchmarks.case import Case
-from peftkern.benchmarks.multi_data import make_data
+from peftkern.benchmarks.core.case import Case
+from peftkern.benchmarks.ops import lora_linear, multi_lora_linear
+from peftkern.benchmarks.ops.multi_data import make_data
+from peftkern.benchmarks.peers import split, split_kernels
 
 SINGLE = Case("lora_linear", "cpu", torch.float32, torch.float32, 24, 40, 32, 4, 0.0)
 MANY = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 64, 600, 200, 16, 0.0, 5, "uniform", 0.0, "same",
@@ -55,7 +56,7 @@ def test_padded(name, changes):
 
 
 def test_padded_splits_the_sum_and_leaves_base_rows_alone():
-    from peftkern.benchmarks.padded import Padded, splits
+    from peftkern.benchmarks.peers.padded import Padded, splits
 
     assert splits(5, MANY.K) == 3
     data = make_data(dataclasses.replace(MANY, base_share=0.5), 2)
@@ -78,7 +79,7 @@ def test_padded_splits_the_sum_and_leaves_base_rows_alone():
 ])  # fmt: skip
 def test_forced_ways_are_checked_and_timed(monkeypatch, op, names):
     from peftkern import settings
-    from peftkern.benchmarks.runner import Runner, Settings
+    from peftkern.benchmarks.measure.runner import Runner, Settings
     from peftkern.kernels import configs
 
     # Outside of a way's own context, nothing goes to Triton.

@@ -1,0 +1,1 @@
+"""What a benchmark is made of: cases, floors, what a result was measured on."""

@@ -1,0 +1,60 @@
+"""What a result was measured on: the header of every JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+from peftkern import doctor
+
+from . import gpu
+
+
+def commit() -> str | None:
+    """Commit of the source tree (with ``+`` if there are changes), None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache: L3 on CPU, L2 on a GPU; 32 MiB where it is not known."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20}
+    found = [int(t[:-1]) * units[t[-1]] for t in (p.read_text().strip() for p in sizes) if t[-1:] in units]
+    return max(found, default=32 << 20)
+
+
+def header(device: str, bandwidth: float, products: dict[str, float] | None = None) -> dict:
+    """Versions, processor or GPU, threads, settings, commit, date and the measured rates: bytes per second of a copy and,
+    on a GPU, FLOPs per second of a product by dtype."""
+    return {
+        "versions": doctor.versions(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu()["model"],
+        "cpu": doctor.cpu(),
+        "gpu": doctor.gpu() | gpu.details() if device == "cuda" else doctor.gpu(),
+        "threads": torch.get_num_threads(),
+        "settings": doctor.settings_in_use(),
+        "base_products": doctor.base_products(),
+        "cache_bytes": cache_bytes(device),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "product_tflop_per_s": {name: round(rate / 1e12, 1) for name, rate in (products or {}).items()},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,1 @@
+"""How a step is measured: clocks, memory, launches, other load, and the runner of a bench."""

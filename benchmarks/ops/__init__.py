@@ -1,0 +1,1 @@
+"""The benchmark of each op: cases, data, providers."""

@@ -1,0 +1,321 @@
+"""The benchmark of ``multi_lora_linear`` and ``sgmv``: populations, providers, and what each is timed on.
+
+Decoding (up to 256 rows) is a forward pass without gradients, training (more rows) both passes. Providers: the frozen
+nn.Linear; peftkern's own base product; a loop over adapters, gather + einsum and grouped_mm in plain PyTorch
+(multi_peers.py); shrink and expand over padded adapters (padded.py, Triton); HF PEFT's ``adapter_names``; PolyLoRA, where
+it is installed (peer_polylora.py); peftkern with a list of adapters, which trains, and with an AdapterBank, which serves.
+``sgmv`` (of a bank), ``sgmv_add`` (into an output that is there) and names that end in ``_branch`` are the branch alone,
+without the frozen linear: their ``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is
+what the branch would add to a linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back
+end is a provider of its own besides (candidates.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peftkern
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import native as cpu_native
+
+from ..core.case import BASE, COPY, DTYPES, FP32_BASE, OWN_BASE, Bench, Case, Floor, Provider, Step
+from ..peers import candidates, padded
+from ..peers import check as peer_check
+from ..peers import polylora as peer_polylora
+from ..peers.multi_peers import Gather, Grouped, Loop, PeftLayer, no_grouped_mm, ungrouped
+from ..tables.multi_plots import plot
+from .lora_linear import _no_peft
+from .multi_data import MultiData, copies, make_data
+from .multi_floor import add_floor, branch_floor, multi_floor
+from .multi_presets import DTYPES as PRESET_DTYPES
+from .multi_presets import PRESETS, TRAINING_ROWS
+from .populations import adapter_ranks
+
+FORWARD = ("fwd",)
+
+
+def _step(case: Case, data: MultiData, forward, leaves=None, frozen=(), *, grad: bool = True) -> Step:
+    # ``forward(x, weight, i)``; ``leaves(i)`` besides x. Decoding, and what only serves, runs without gradients.
+    def call(i: int) -> Tensor:
+        with torch.set_grad_enabled(grad and case.phase != "decode"):
+            return forward(data.x[i % len(data.x)], data.weight[i % len(data.weight)], i)
+
+    every = range(data.copies)
+    mine = [[data.x[i % len(data.x)], *(leaves(i) if leaves else ())] for i in every]
+    return Step(call, mine, [data.dy[i % len(data.dy)] for i in every], [*data.weight, *frozen])
+
+
+def _base(case: Case, data: MultiData) -> Step:
+    return _step(case, data, lambda x, weight, i: F.linear(x, weight))
+
+
+class _OwnBase(torch.autograd.Function):
+    """x W^T and dy W by the product that ``lora_linear`` takes on CPU for this problem."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return _own_product(x, weight, True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _own_product(dy, ctx.weight, False), None
+
+
+def _own_product(a: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    cpu_native.use_isa()
+    out = torch.empty((a.shape[0], weight.shape[0 if transpose else 1]), dtype=a.dtype)
+
+    def finish(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:
+        if block is not None:
+            out[r0:r1, c0:c1].copy_(block)
+
+    cpu_base.base_product(a, weight, transpose=transpose, in_scale=None, out=out, epilogue=finish)
+    return out
+
+
+def _own_base(case: Case, data: MultiData) -> Step:
+    return _step(case, data, lambda x, weight, i: _OwnBase.apply(x, weight))
+
+
+def _no_extension() -> str | None:
+    return "the C++ extension is not built: peftkern has no base product of its own" if cpu_native._C is None else None
+
+
+def _copied(case: Case, which: str = "fwd") -> Floor:
+    # As large as lora_linear's measure of bandwidth needs to be: beyond every cache. Small layers get a small one.
+    size = 1 << 20
+    if case.K * case.N * case.dtype.itemsize >= 1 << 20:
+        size = 512 << 20 if case.device == "cuda" else 64 << 20
+    return Floor(0.0, 0.0, 0.0, 2.0 * size)
+
+
+def _copy(case: Case, data: MultiData) -> Step:
+    source = torch.ones(int(_copied(case).branch_bytes) // 8, device=case.device)
+    target = torch.empty_like(source)
+    return _step(case, data, lambda x, weight, i: target.copy_(source), grad=False)
+
+
+def _peer(kind: Callable, *, branch: bool = False) -> Callable[[Case, MultiData], Step]:
+    def build(case: Case, data: MultiData) -> Step:
+        peer = kind(data, case.adapter_dtype, case.dropout)
+
+        def forward(x: Tensor, weight: Tensor, i: int) -> Tensor:
+            y = x.new_zeros((case.M, case.N)) if branch else F.linear(x, weight)
+            return peer.add(y, x, i)
+
+        frozen = [t for i in range(data.copies) for t in peer.leaves(i)]
+        return _step(case, data, forward, peer.used, frozen, grad=peer.trains)
+
+    return build
+
+
+def _peft(case: Case, data: MultiData) -> Step:
+    layer = PeftLayer(data, case.adapter_dtype)
+    return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
+
+
+def _polylora(case: Case, data: MultiData) -> Step:
+    layer = peer_polylora.PolyLayer(data, case.adapter_dtype)
+    return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
+
+
+def _list(case: Case, data: MultiData) -> Step:
+    lists = data.lists(case.adapter_dtype)
+    flat = [[t for adapter in adapters for t in adapter[:2]] for adapters in lists]
+
+    def forward(x: Tensor, weight: Tensor, i: int) -> Tensor:
+        return peftkern.multi_lora_linear(x, weight, lists[i], data.ids, dropout_p=case.dropout, training=True)
+
+    return _step(case, data, forward, flat.__getitem__, [t for part in flat for t in part])
+
+
+def _bank(case: Case, data: MultiData) -> Step:
+    bank, ids = data.bank(case.adapter_dtype)
+    return _step(
+        case, data, lambda x, weight, i: peftkern.multi_lora_linear(x, weight, bank, ids[i]), grad=False
+    )  # fmt: skip
+
+
+def _sgmv(case: Case, data: MultiData) -> Step:
+    bank, ids = data.bank(case.adapter_dtype)
+    return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, bank, ids[i]), grad=False)
+
+
+def _sgmv_add(case: Case, data: MultiData) -> Step:
+    bank, ids = data.bank(case.adapter_dtype)
+    out = [data.x[0].new_zeros((case.M, case.N)) for _ in range(data.copies)]
+    return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, bank, ids[i], out=out[i]), grad=False)
+
+
+ROUTE, FWD = "multi_lora_linear_route", "multi_lora_linear_fwd"
+TRAINING = (ROUTE, FWD, "multi_lora_linear_bwd_adapter", "multi_lora_linear_bwd_input")
+# peftkern's own, and what each asks of a back end.
+OURS = {
+    "peftkern": (Provider("peftkern", "peftkern list", _list, gated=True), TRAINING),
+    "peftkern_bank": (
+        Provider("peftkern_bank", "peftkern bank", _bank, passes=FORWARD, gated=True),
+        (ROUTE, FWD),
+    ),
+    "sgmv": (Provider("sgmv", "sgmv", _sgmv, passes=FORWARD, gated=True, floor=branch_floor), (ROUTE, "sgmv_add")),
+    "sgmv_add": (
+        Provider("sgmv_add", "sgmv, in place", _sgmv_add, passes=FORWARD, gated=True, floor=add_floor),
+        (ROUTE, "sgmv_add"),
+    ),
+}
+
+
+def _forced() -> list[Provider]:
+    return [
+        dataclasses.replace(
+            provider, name=f"{provider.name}_{way.suffix}", title=f"{provider.title}: {way.title}",
+            unusable=candidates.unusable(way, ops if way.only else ops[1:2]), around=functools.partial(candidates.active, way),
+        )
+        for provider, ops in OURS.values() if provider.name != "sgmv" for way in candidates.MULTI
+    ]  # fmt: skip
+
+
+_NO_GRAPH = "its indices are lists, which the host copies to the GPU in every call"
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider(BASE, "frozen linear", _base),
+        Provider(FP32_BASE, "frozen linear, fp32", lambda case, data: _base(case, data.as_fp32())),
+        Provider(OWN_BASE, "own base", _own_base, _no_extension),
+        Provider(COPY, "copy", _copy, passes=FORWARD, floor=_copied),
+        Provider("loop", "loop", _peer(Loop)),
+        Provider("gather", "gather + einsum", _peer(Gather), passes=FORWARD),
+        Provider("grouped_mm", "grouped mm", _peer(Grouped), no_grouped_mm, unusable=ungrouped),
+        Provider("padded", "padded stack", _peer(padded.Padded), passes=FORWARD, unusable=padded.unusable),
+        Provider("peft", "PEFT adapter names", _peft, _no_peft, passes=FORWARD, no_graph=_NO_GRAPH),
+        Provider("polylora", "PolyLoRA", _polylora, peer_polylora.missing, passes=FORWARD,
+                 unusable=peer_polylora.unusable, no_graph=peer_polylora.NO_GRAPH),
+        *(provider for provider, _ in OURS.values()),
+        *_forced(),
+        Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
+        Provider("gather_branch", "gather + einsum", _peer(Gather, branch=True), passes=FORWARD, floor=branch_floor),
+        Provider("grouped_mm_branch", "grouped mm", _peer(Grouped, branch=True), no_grouped_mm, passes=FORWARD,
+                 floor=branch_floor, unusable=ungrouped),
+        Provider("padded_branch", "padded stack", _peer(padded.Padded, branch=True), passes=FORWARD,
+                 floor=branch_floor, unusable=padded.unusable),
+    )
+}  # fmt: skip
+
+
+def cases(
+    preset: str, device: str, *, dtypes=None, shapes=None, ranks=None, dropouts=None, adapters=None, counts=None,
+    mixes=None, base_shares=None, rank_kinds=None,
+) -> list[Case]:  # fmt: skip
+    """The preset's cases with fields replaced by every combination of the given ones. ``adapters`` are dtypes (``fp32``,
+    ``same`` or a name), ``ranks`` the largest rank, ``rank_kinds`` ``same`` or ``mixed``."""
+    out = []
+    for name in dtypes or PRESET_DTYPES.get(preset, ("fp32", "bf16")):
+        dtype = DTYPES[name]
+        for entry in PRESETS[preset]:
+            lists = (
+                shapes or [(entry.M, entry.K, entry.N)], ranks or [entry.R], counts or [entry.adapters],
+                mixes or [entry.mix], base_shares if base_shares is not None else [entry.base_share],
+                rank_kinds or [entry.ranks],
+            )  # fmt: skip
+            kinds = {dtype if a == "same" else DTYPES[a] for a in adapters or entry.adapter_dtypes}
+            for shape, R, count, mix, base_share, kind in itertools.product(*lists):
+                phase = "training" if shape[0] >= TRAINING_ROWS else "decode"
+                dropped = dropouts if dropouts is not None else entry.dropouts
+                for adapter in sorted(kinds & {torch.float32, dtype}, key=lambda d: -d.itemsize):
+                    for dropout in dropped if phase == "training" else (0.0,):
+                        out.append(Case("multi_lora_linear", device, dtype, adapter, *shape, R, dropout, count, mix,
+                                        base_share, kind, phase))  # fmt: skip
+    return list(dict.fromkeys(out))
+
+
+def plan(case: Case, preset: str) -> list[str]:
+    """The providers of a case: fewer where many rows take a quick run's time, or where there is no branch."""
+    if case.device == "cuda":
+        return _plan_gpu(case)
+    names = [OWN_BASE, COPY]
+    grouped = ["grouped_mm"] if _takes_grouped(case) else []
+    if case.base_share == 1.0:
+        return [*names, "peftkern", *([] if case.dropout else ["peftkern_bank"])]
+    if case.dropout:
+        return [*names, "loop", *grouped, "peftkern"]
+    if case.phase == "training":
+        if case.M > 512:
+            return [*names, *(["loop", *grouped] if preset == "full" else []), "peftkern"]
+        return [*names, "loop", "gather", *grouped, "peft", "peftkern", "peftkern_bank"]
+    branches = ["sgmv", "gather_branch"]
+    if preset == "full":
+        branches += ["loop_branch", *(f"{g}_branch" for g in grouped)]
+    return [*names, "loop", "gather", *grouped, "peft", "polylora", "peftkern", "peftkern_bank", *branches]
+
+
+def _plan_gpu(case: Case) -> list[str]:
+    grouped = ["grouped_mm"] if _takes_grouped(case) else []
+    forced = [provider.name for provider in _forced()]
+    peers = ["loop", *grouped, "padded", "peft"]
+    if case.phase == "training":
+        return [COPY, *peers, "peftkern", "peftkern_bank", *(n for n in forced if not n.startswith("sgmv"))]
+    branches = [*(f"{g}_branch" for g in grouped), "padded_branch", "gather_branch"]
+    return [COPY, *peers, "polylora", "gather", *OURS, *forced, *branches]
+
+
+def _takes_grouped(case: Case) -> bool:
+    # Strides of 16 bytes everywhere, and bf16 alone on a GPU.
+    aligned = case.K % 8 == 0 and case.N % 8 == 0
+    return aligned and (case.device == "cpu" or case.adapter_dtype == case.dtype == torch.bfloat16)
+
+
+def gate(case: Case) -> str | None:
+    """Why a result of peftkern's for this kind of case is wrong, or None: list, bank and branch alone, against fp64."""
+    from peftkern.testing.accuracy import check
+    from peftkern.testing.multi_problems import MultiLoRALinearProblem
+
+    count = min(case.adapters, 12)
+    mix = {"identical": "one", "skewed": "skewed", "sorted": "sorted"}.get(case.mix, "uniform")
+    weights = frozenset(f"{m}{i}" for i in range(count) for m in "AB")
+    listed = MultiLoRALinearProblem(
+        seed=1, M=min(case.M, 192), K=min(case.K, 512), N=min(case.N, 512),
+        ranks=adapter_ranks(case.ranks, case.R, count), dtype=case.dtype, adapter_dtype=case.adapter_dtype,
+        scalings=(2.0,) * count, dropout_p=(case.dropout,) * count, mix="base" if case.base_share == 1.0 else mix,
+        base_share=case.base_share, frozen=weights | {"x"} if case.phase == "decode" else frozenset(),
+    )  # fmt: skip
+    bank = dataclasses.replace(listed, bank=True, dropout_p=(0.0,) * count, frozen=weights | {"x"})
+    for name, problem in {"list": listed, "bank": bank, "sgmv": dataclasses.replace(bank, branch=True)}.items():
+        bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem, case.device) if not row.ok]
+        if bad:
+            return f"failed the accuracy check ({name}: {', '.join(bad)} of the error bound)"
+    return None
+
+
+def check(provider: Provider, case: Case) -> str | None:
+    """Why a peer's result for this kind of case is wrong, or None: y at a small size, against fp64."""
+    count = min(case.adapters, 12)
+    small = dataclasses.replace(case, M=max(count, 24), K=96, N=80, adapters=count, dropout=0.0)
+    data = make_data(small, 1)
+    x, y = data.x[0].detach().double(), torch.zeros(small.M, small.N, dtype=torch.float64, device=case.device)
+    for a, (A, B, s) in enumerate(data.lists(case.adapter_dtype)[0]):
+        rows = (data.ids == a).nonzero()[:, 0]
+        y[rows] = s * (x[rows] @ A.detach().double().t()) @ B.detach().double().t()
+    if provider.floor is None:
+        y += x @ data.weight[0].double().t()
+    step = provider.build(small, data)
+    return peer_check.wrong(step, [y])
+
+
+def _tables(rows: list[dict], bench: Bench) -> list:
+    from ..tables.multi_table import tables
+
+    return tables(rows, bench)
+
+
+BENCH = Bench(
+    "multi_lora_linear", PROVIDERS, cases, make_data, plan, multi_floor, gate, copies,
+    options=("counts", "mixes", "base_shares", "rank_kinds"), plot=plot, tables=_tables, check=check,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""What ops are compared with, and peftkern's own ways beside each other."""

@@ -1,0 +1,109 @@
+"""peftkern's ways to compute one op on a GPU, each forced, so that a table shows them side by side.
+
+Each names a back end (PEFTKERN_BACKEND) and, for Triton, who computes the base product (``kernels/tl/configs.py``), or
+what dispatch is to take as measured (``tuned.py``): then ops that the back end has no kernel for go where they go. All
+this holds for the process while a step runs, its backward pass included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch import tuned
+from peftkern.problem import Problem, device_arch
+
+from ..core.case import Case
+
+NOT_HERE = "not here: "
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``suffix`` ends the provider's name; ``base``: see ``kernels.configs.BASES``, None for its own choice; ``only``:
+    the back end takes every op, or fails."""
+
+    suffix: str
+    title: str
+    backend: str
+    base: str | None = None
+    only: bool = True
+
+
+LINEAR = (
+    Candidate("cuda", "CUDA", "cuda"),
+    Candidate("fused", "Triton, one kernel", "triton", "fused"),
+    Candidate("epilogue", "Triton, vendor's product and a pass", "triton", "epilogue"),
+    Candidate("overlap", "the same, u on a second stream", "triton", "overlap"),
+    Candidate("addmm", "Triton, vendor's product and addmm_", "triton", "addmm"),
+)
+# The route of a batch is made once for all layers, and not by the CUDA kernels.
+MULTI = (Candidate("cuda", "CUDA", "cuda", only=False), Candidate("triton", "Triton", "triton"))
+
+
+@contextlib.contextmanager
+def active(candidate: Candidate) -> Iterator[None]:
+    """The candidate's settings in force inside."""
+    before = os.environ.get("PEFTKERN_BACKEND")
+    os.environ["PEFTKERN_BACKEND"] = candidate.backend if candidate.only else "auto"
+    try:
+        with _override(candidate) if candidate.only else _measured(candidate):
+            yield
+    finally:
+        if before is None:
+            del os.environ["PEFTKERN_BACKEND"]
+        else:
+            os.environ["PEFTKERN_BACKEND"] = before
+
+
+@contextlib.contextmanager
+def _measured(candidate: Candidate) -> Iterator[None]:
+    try:
+        with tuned.forced(candidate.backend):
+            dispatch.forget()
+            yield
+    finally:
+        dispatch.forget()
+
+
+def _override(candidate: Candidate):
+    if candidate.base is None:
+        return contextlib.nullcontext()
+    return importlib.import_module("peftkern.kernels.configs").override(base=candidate.base)
+
+
+def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str | None]:
+    """A function that says why the candidate cannot run a case, with NOT_HERE in front, or None."""
+
+    def reason(case: Case) -> str | None:
+        why = _why(candidate, ops, case)
+        return None if why is None else NOT_HERE + why
+
+    return reason
+
+
+def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
+    back_end = dispatch.load(candidate.backend)
+    why = back_end.unavailable()
+    if why is not None:
+        return why
+    lacking = [op for op in ops if op not in back_end.OPS]
+    if lacking:
+        return f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
+    if candidate.base == "addmm" and case.adapter_dtype != case.dtype:
+        return "addmm_ takes adapters in the activation's dtype"
+    flags = frozenset({"base", "dropout"} if case.dropout else {"base"})
+    arch = device_arch(case.device, None)
+    with active(candidate):
+        for op in ops:
+            problem = Problem(
+                op, case.device, arch, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, flags
+            )  # fmt: skip
+            why = back_end.decline(problem)
+            if why is not None:
+                return f"back end {candidate.backend}: {why}"
+    return None

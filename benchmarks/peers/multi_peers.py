@@ -1,0 +1,160 @@
+"""The branch of many adapters in plain PyTorch, three ways: what multi_lora_linear is compared with.
+
+Each adds s[a_t] B[a_t] A[a_t] drop(x_t) to the rows of y in place. What depends on the ids alone (which rows an adapter
+has, their order) is made beforehand: serving engines make it once per step for all layers, and so does peftkern.
+A branch in another dtype than x is computed in its own and rounded before it is added.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.case import Case
+from ..ops.multi_data import MultiData, Stack
+from .candidates import NOT_HERE
+
+
+class Loop:
+    """Adapter by adapter: take its rows, two products, add."""
+
+    trains = True
+
+    def __init__(self, data: MultiData, dtype: torch.dtype, dropout: float):
+        self.dropout = dropout
+        self.lists, M = data.lists(dtype), data.case.M
+        rows = [(a, (data.ids == a).nonzero()[:, 0]) for a in range(data.case.adapters)]
+        # None: all rows, which need no copy.
+        self.groups = [(a, None if r.numel() == M else r) for a, r in rows if r.numel()]
+
+    def leaves(self, i: int) -> list[Tensor]:
+        """The adapters' matrices."""
+        return [t for A, B, _ in self.lists[i] for t in (A, B)]
+
+    def used(self, i: int) -> list[Tensor]:
+        """Those that have rows, for autograd: the others get no gradient here."""
+        return [t for a, _ in self.groups for t in self.lists[i][a][:2]]
+
+    def add(self, y: Tensor, x: Tensor, i: int) -> Tensor:
+        """y (M, N) += the branch of x (M, K)."""
+        for a, rows in self.groups:
+            A, B, s = self.lists[i][a]
+            own = x if rows is None else x[rows]
+            delta = (F.dropout(own.to(A.dtype), self.dropout) @ A.t() @ B.t()).to(y.dtype)
+            y = y.add_(delta, alpha=s) if rows is None else y.index_add_(0, rows, delta, alpha=s)
+        return y
+
+
+class _Stacked:
+    trains = True
+
+    # Rows with an adapter, in the order of ``rows``, and their scalings as a column.
+    def __init__(self, data: MultiData, dtype: torch.dtype, dropout: float, rows: Tensor):
+        self.dropout, self.stacks, ids = dropout, data.stacks(dtype), data.ids.long()
+        self.dtype = data.case.dtype
+        self.ids, self.none = ids[rows], rows.numel() == 0
+        self.rows = None if torch.equal(rows.cpu(), torch.arange(data.case.M)) else rows
+        self.scaling = torch.tensor(data.scalings, dtype=dtype, device=ids.device)[self.ids, None]
+
+    def leaves(self, i: int) -> list[Tensor]:
+        """The two stacks."""
+        return [self.stacks[i].A, self.stacks[i].B]
+
+    used = leaves
+
+    def add(self, y: Tensor, x: Tensor, i: int) -> Tensor:
+        """y (M, N) += the branch of x (M, K)."""
+        if self.none:
+            return y
+        stack = self.stacks[i]
+        own = (x if self.rows is None else x[self.rows]).to(stack.A.dtype)
+        delta = self.branch(F.dropout(own, self.dropout), stack).to(y.dtype)
+        return y.add_(delta) if self.rows is None else y.index_add_(0, self.rows, delta)
+
+
+class Gather(_Stacked):
+    """One copy of A and B for every row, and two einsums: what vLLM does on CPU, where u is fp32, and A is copied in
+    fp32 too, while the second product is in the output's dtype. For serving only."""
+
+    trains = False
+
+    def __init__(self, data: MultiData, dtype: torch.dtype, dropout: float):
+        super().__init__(data, dtype, dropout, (data.ids >= 0).nonzero()[:, 0])
+
+    def branch(self, x: Tensor, stack: Stack) -> Tensor:
+        """(rows, N) of x (rows, K)."""
+        u = torch.einsum("tk,trk->tr", x.float(), stack.A[self.ids].float()) * self.scaling
+        return torch.einsum("tr,tnr->tn", u.to(self.dtype), stack.B[self.ids].to(self.dtype))
+
+
+class Grouped(_Stacked):
+    """Rows sorted by adapter and two ``torch.nn.functional.grouped_mm``."""
+
+    def __init__(self, data: MultiData, dtype: torch.dtype, dropout: float):
+        ids = data.ids.long()
+        order = ids.sort(stable=True).indices[(ids < 0).sum() :]
+        super().__init__(data, dtype, dropout, order)
+        self.ends = self.ids.bincount(minlength=data.case.adapters).cumsum(0).to(torch.int32)
+
+    def branch(self, x: Tensor, stack: Stack) -> Tensor:
+        """(rows, N) of x (rows, K)."""
+        u = F.grouped_mm(x, stack.A.transpose(1, 2), offs=self.ends) * self.scaling
+        return F.grouped_mm(u, stack.B.transpose(1, 2), offs=self.ends)
+
+
+def ungrouped(case: Case) -> str | None:
+    """Why Grouped cannot run a case on this GPU, or None."""
+    if case.device == "cpu":
+        return None
+    if not case.adapter_dtype == case.dtype == torch.bfloat16:
+        return f"{NOT_HERE}torch.nn.functional.grouped_mm takes bf16 alone on a GPU"
+    x, w = (torch.ones(*shape, dtype=case.dtype, device=case.device) for shape in ((2, 16), (1, 16, 16)))
+    try:
+        F.grouped_mm(x, w, offs=torch.tensor([2], dtype=torch.int32, device=case.device))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"{NOT_HERE}torch.nn.functional.grouped_mm does not run: {str(error).splitlines()[0]}"
+    return None
+
+
+def no_grouped_mm() -> str | None:
+    """Why Grouped cannot run on a CPU, or None."""
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    x, w = torch.ones(2, 16), torch.ones(1, 16, 16)
+    try:
+        F.grouped_mm(x, w, offs=torch.tensor([2], dtype=torch.int32))
+    except (RuntimeError, NotImplementedError) as error:
+        return f"torch.nn.functional.grouped_mm does not run on CPU here: {str(error).splitlines()[0]}"
+    return None
+
+
+class PeftLayer:
+    """HF PEFT's LoRA layer over each of the frozen weights, with ``adapter_names`` for the rows; forward only, since
+    PEFT raises in training. The layer holds our tensors themselves: 256 adapters of all copies at most."""
+
+    def __init__(self, data: MultiData, dtype: torch.dtype):
+        import peft
+        from peft.tuners.lora.layer import Linear
+
+        case = data.case
+        self.sets = max(1, min(data.copies, 256 // case.adapters))
+        config = peft.LoraConfig(r=case.R, lora_alpha=case.R, target_modules=["0"], init_lora_weights=False)
+        self.layers = []
+        for w, weight in enumerate(data.weight):
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer = Linear(linear, "unused", config, r=1, lora_alpha=1)
+            for i in range(w, self.sets, len(data.weight)):
+                for a, (A, B, s) in enumerate(data.lists(dtype)[i]):
+                    layer.update_layer(f"{i}_{a}", A.shape[0], s * A.shape[0], config)
+                    layer.lora_A[f"{i}_{a}"].weight = torch.nn.Parameter(A.detach())
+                    layer.lora_B[f"{i}_{a}"].weight = torch.nn.Parameter(B.detach())
+            self.layers.append(layer.eval())
+        ids = data.ids.tolist()
+        self.names = [["__base__" if a < 0 else f"{i}_{a}" for a in ids] for i in range(self.sets)]
+
+    def forward(self, x: Tensor, i: int) -> Tensor:
+        """y (M, N) of x (M, K) with the weight and the set of copy ``i``."""
+        i %= self.sets
+        return self.layers[i % len(self.layers)](x, adapter_names=self.names[i])

@@ -1,0 +1,1 @@
+"""What is shown of a result: on the terminal, in documents, as plots."""

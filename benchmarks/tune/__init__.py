@@ -1,0 +1,1 @@
+"""``peftkern bench --tune``: measured tables of the fastest candidate."""

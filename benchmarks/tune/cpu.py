@@ -1,0 +1,185 @@
+"""``peftkern bench --tune --device cpu``: whose base product is faster on this CPU model, the vendor's or one of ours.
+
+Writes the table that peftkern/backends/cpu_base_table.py reads. Kinds of product take turns within a run; with few rows
+copies of W take turns as well, since a layer's W comes from memory in a model. What is timed is the product with a branch of
+rank 16 added in its epilogue, as a layer calls it. Shapes come in order of importance, fp32 first, and what does not fit
+into ``--seconds`` is left out and counted. Run it on an idle machine: a busy one favours whoever needs less memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import base_table as cpu_base_table
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.dispatch import tuned
+
+from ..core import machine
+from ..core.case import DTYPES
+from ..measure.timing import quiet
+from .file import meta, write
+
+# (D, C) of the (M, C) x (C, D) product: projections and MLP of an 8B model, those of a 1B model and of an encoder.
+SHAPES = ((4096, 4096), (1024, 1024), (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024), (256, 256))
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Rows of a product that has more than this many multiply-adds are left out: the next smaller number speaks for them.
+MOST_WORK = 32 << 30
+PASSES = ("forward", "dx")
+RANK = 16
+# A vendor's half-precision product this many times slower than the best of ours is not timed, and from HOPELESS_ROWS on
+# not tried again with more rows. fp32 is hopeless nowhere.
+HOPELESS, HOPELESS_ROWS = 3.0, 8
+# Seconds and rounds that one number of rows gets.
+BUDGET, FEWEST, MOST = 0.3, 3, 40
+
+
+class Job(NamedTuple):
+    """One row of the table. ``dtype`` is a short word."""
+
+    dtype: str
+    which: str
+    D: int
+    C: int
+
+    def rows(self, most: int = MOST_WORK) -> tuple[int, ...]:
+        """Numbers of rows that are measured."""
+        return tuple(M for M in ROWS if M * self.D * self.C <= most)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="peftkern bench --tune --device cpu", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--device", choices=("cpu",), default="cpu")
+    p.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16", "fp16"])
+    p.add_argument("--seconds", type=float, default=270.0, help="start no further shape after so long (default 270)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: the table of this CPU model in the package")
+    return p
+
+
+def planned(dtypes: Sequence[str]) -> list[Job]:
+    """In order of importance."""
+    return [Job(dtype, which, D, C) for dtype, (D, C), which in itertools.product(dtypes, SHAPES, PASSES)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 1 where the C++ kernels were not built or the CPU can't be told, or if nothing was measured."""
+    args = parser().parse_args(argv)
+    if cpu_native._C is None or not cpu_base_plan.model().vendor:
+        print("bench --tune: no C++ kernels, or a CPU that does not say which model it is", file=sys.stderr)
+        return 1
+    cpu_native.use_isa()
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"this machine is busy (load {load:.1f}): the table will be poor", file=sys.stderr)
+    file = args.json or tuned.FOLDER / cpu_base_table.file_name(cpu_base_plan.model())
+    work, rows, started = planned(args.dtype), [], time.perf_counter()
+    with torch.no_grad(), quiet():
+        for done, job in enumerate(work):
+            spent = time.perf_counter() - started
+            if spent > args.seconds:
+                break
+            print(f"{done + 1}/{len(work)}  {spent:4.0f} s  {job.dtype} {job.which} {job.D}x{job.C}", file=sys.stderr)
+            rows.append(measure(job))
+            write(file, table(rows, len(work), load, started))  # what was done is kept
+    write(file, table(rows, len(work), load, started))
+    print(f"{len(rows)} of {len(work)} shapes in {time.perf_counter() - started:.0f} s: {file}")
+    return 0 if rows else 1
+
+
+def table(rows: list[dict], planned: int, load: float, started: float) -> dict:
+    """The content of the file."""
+    cpu = cpu_base_plan.model()
+    head = meta(
+        started,
+        cpu={"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model, cpu.model]},
+        level=cpu_base_plan.level()._asdict(),
+        threads=torch.get_num_threads(),
+        load=round(load, 2),
+        planned=planned,
+        measured=len(rows),
+    )
+    return {"schema": cpu_base_table.SCHEMA, "meta": head, "rows": rows}
+
+
+def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
+    """The row of one shape: for each kind its median microseconds at each number of rows, None where it was not timed."""
+    counts = job.rows() if rows is None else tuple(rows)
+    us: dict[str, list[float | None]] = {}
+    dtype, size = DTYPES[job.dtype], (job.D, job.C) if job.which == "forward" else (job.C, job.D)
+    copies = max(1, min(8, -(-2 * machine.cache_bytes("cpu") // (job.D * job.C * dtype.itemsize))))
+    weights = [torch.randn(size).to(dtype) for _ in range(copies)]
+    hopeless = False
+    for i, M in enumerate(counts):
+        calls = dict(_calls(job, M, weights))
+        if hopeless:
+            del calls["vendor"]
+        first = {kind: _seconds(call, 0) for kind, call in calls.items()}
+        if "vendor" in calls and job.dtype != "fp32":
+            limit = HOPELESS * min(first.values())
+            # Asked again: a first call may be slow for other reasons.
+            if first["vendor"] > limit and _seconds(calls["vendor"], 1) > limit:
+                hopeless = M >= HOPELESS_ROWS
+                del calls["vendor"]
+        for kind, median in _medians(calls, first).items():
+            us.setdefault(kind, [None] * len(counts))[i] = round(median * 1e6, 1)
+    return {"dtype": job.dtype, "pass": job.which, "D": job.D, "C": job.C, "M": list(counts), "us": us}
+
+
+def _calls(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """Each kind that can compute the product, as a function of the round."""
+    dtype, few = DTYPES[job.dtype], M <= cpu_native._C.base_few_rows
+    # Many rows read W from a cache whoever computes.
+    weights = weights if few else weights[:1]
+    a, out = torch.randn(M, job.C).to(dtype), torch.empty((M, job.D), dtype=dtype)
+    v, p = torch.randn(M, RANK), cpu_native.panel(torch.randn(RANK, job.D))
+
+    def epilogue(r0, r1, c0, c1, panel):
+        block = out[r0:r1, c0:c1]
+        cpu_native.expand(block, src=block if panel is None else panel, v=v, p=p, row0=r0, col0=c0)
+
+    ours = "bf16" if dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable() else "panels"
+    for kind in ("vendor", ours, *(("few",) if few else ())):
+
+        def call(turn: int, kind: str = kind) -> None:
+            cpu_base.base_product(
+                a, weights[turn % len(weights)], transpose=job.which == "forward", in_scale=None, out=out,
+                epilogue=epilogue, kind=kind,
+            )  # fmt: skip
+
+        yield kind, call
+
+
+def _seconds(call: Callable[[int], None], turn: int) -> float:
+    start = time.perf_counter()
+    call(turn)
+    return time.perf_counter() - start
+
+
+def _medians(calls: dict[str, Callable[[int], None]], first: dict[str, float]) -> dict[str, float]:
+    """Median seconds of interleaved rounds, each call with the copy used longest ago; a call without a rival is not
+    timed again."""
+    if len(calls) == 1:
+        return {kind: first[kind] for kind in calls}
+    rounds = int(max(FEWEST, min(MOST, BUDGET / sum(first[kind] for kind in calls))))
+    names, times = list(calls), {kind: [] for kind in calls}
+    for turn in range(rounds * len(names)):
+        done, k = divmod(turn, len(names))
+        kind = names[(k + done) % len(names)]
+        times[kind].append(_seconds(calls[kind], turn))
+    return {kind: statistics.median(t) for kind, t in times.items()}

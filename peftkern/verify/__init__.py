@@ -1,0 +1,1 @@
+"""``peftkern verify``: random problems against fp64, and the audit of compiled kernels."""

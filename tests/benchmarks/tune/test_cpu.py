@@ -1,0 +1,109 @@
+"""The tuner of CPUs: what is planned, what is given up, and a table that is read as it was written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import base_plan as cpu_base_plan
+from peftkern.backends.cpu import base_table as cpu_base_table
+from peftkern.backends.cpu import native as cpu_native
+from peftkern.benchmarks import bench
+from peftkern.benchmarks.tune import cpu as tune_cpu
+from peftkern.benchmarks.tune.cpu import Job
+
+pytestmark = pytest.mark.skipif(
+    cpu_native._C is None or not cpu_base_plan.model().vendor, reason="the C++ extension is not built, or no x86"
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two small shapes and no time for rounds."""
+    monkeypatch.setattr(tune_cpu, "SHAPES", ((48, 40), (40, 24)))
+    monkeypatch.setattr(tune_cpu, "ROWS", (1, 16, 100))
+    monkeypatch.setattr(tune_cpu, "BUDGET", 0.0)
+    monkeypatch.setattr(tune_cpu.machine, "cache_bytes", lambda device: 20_000)
+
+
+def test_what_users_run_comes_first_and_layers_of_usual_sizes_are_near():
+    work = tune_cpu.planned(["fp32", "bf16", "fp16"])
+    assert len(set(work)) == len(work) and work[0] == Job("fp32", "forward", 4096, 4096)
+    assert [job.dtype for job in work] == ["fp32"] * 14 + ["bf16"] * 14 + ["fp16"] * 14
+    data = [
+        {"dtype": j.dtype, "pass": j.which, "D": j.D, "C": j.C, "M": j.rows(), "us": {"few": [1.0] * len(j.rows())}}
+        for j in work
+    ]
+    table = cpu_base_table.Table({"schema": 1, "meta": {}, "rows": data}, "x")
+    for D, C in ((4096, 4096), (14336, 4096), (3072, 8192), (2048, 2048), (768, 768), (8192, 2048), (384, 384)):
+        for M in (*range(1, 300, 7), 5000):
+            for forward in (True, False):
+                for size in ((D, C), (C, D)):
+                    assert cpu_base_table.fastest(table, torch.bfloat16, forward, M, *size), (M, size)
+
+
+def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys):
+    asked = []
+    product = cpu_base.base_product
+
+    def watch(a, weight, **named):
+        out = named["out"].fill_(float("nan"))
+        product(a, weight, **named)
+        # The product with a branch in it: neither is missing.
+        plain = a.float() @ (weight.float().t() if named["transpose"] else weight.float())
+        assert bool(out.isfinite().all()) and not torch.allclose(out.float(), plain, atol=0.5)
+        asked.append((a.dtype, a.shape[0], named["kind"], weight.data_ptr()))
+
+    monkeypatch.setattr(cpu_base, "base_product", watch)
+    file = tmp_path / "cpu.json"
+    assert bench.main(["--tune", "--device", "cpu", "--json", str(file)]) == 0
+    assert "12 of 12 shapes" in capsys.readouterr().out
+    data = json.loads(file.read_text())
+    model, level = cpu_base_plan.model(), cpu_base_plan.level()
+    assert data["meta"]["cpu"] == {"vendor": model.vendor, "family": model.family, "models": [model.model] * 2}
+    assert {"threads", "load", "versions", "commit", "date", "seconds"} <= set(data["meta"])
+    table = cpu_base_table.Table(data, file.name)
+    assert cpu_base_table.applies(table, level)
+    for row in data["rows"]:
+        # In half precision the vendor's may be hopeless.
+        assert set(row["us"]) - {"vendor"} in ({"few", "panels"}, {"few", "bf16"}) and row["M"] == [1, 16, 100]
+        assert row["us"]["few"][2] is None and None not in row["us"].get("panels", [])
+        assert row["dtype"] != "fp32" or None not in row["us"]["vendor"]
+    for row in (r for r in data["rows"] if r["dtype"] == "fp32"):
+        order = cpu_base_table.fastest(table, torch.float32, row["pass"] == "forward", 100, row["D"], row["C"])
+        vendor, panels = row["us"]["vendor"][2], row["us"]["panels"][2]
+        assert order == (("panels", "vendor") if panels < vendor * cpu_base_table.WINS else ("vendor", "panels"))
+    # With few rows copies of W take turns, with many there is one.
+    few = {w for dtype, M, _, w in asked if M == 16 and dtype == torch.float32}
+    many = {w for dtype, M, _, w in asked if M == 100 and dtype == torch.float32}
+    assert len(few) > len(many) >= 1
+
+
+def test_what_is_hopeless_is_given_up(small, monkeypatch):
+    """A vendor's product ten times as slow, below and from 8 rows on; in fp32 everything is timed."""
+    tried: list[tuple[int, str]] = []
+
+    def calls(job, M, weights):
+        yield from ((kind, (M, kind)) for kind in ("vendor", "panels"))
+
+    def seconds(call, turn):
+        tried.append(call)
+        return 1e-5 if call[1] == "panels" else 1e-4
+
+    monkeypatch.setattr(tune_cpu, "_calls", calls)
+    monkeypatch.setattr(tune_cpu, "_seconds", seconds)
+    rows = (4, 8, 16, 32, 64)
+    assert tune_cpu.measure(Job("bf16", "dx", 48, 40), rows)["us"] == {"panels": [10.0] * 5}
+    assert [M for M, kind in tried if kind == "vendor"] == [4, 4, 8, 8]
+    tried.clear()
+    assert tune_cpu.measure(Job("fp32", "dx", 48, 40), rows)["us"] == {"vendor": [100.0] * 5, "panels": [10.0] * 5}
+    assert all(tried.count((M, kind)) == 1 + tune_cpu.FEWEST for M in rows for kind in ("vendor", "panels"))
+
+
+def test_an_end_in_time(small, tmp_path, capsys):
+    assert bench.main(["--tune", "--device", "cpu", "--seconds", "0", "--json", str(tmp_path / "x.json")]) == 1
+    assert "0 of 12 shapes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == []

@@ -1,0 +1,71 @@
+"""Every Triton launch compiles ahead of time: without spills, with wide memory accesses, within recorded bounds.
+
+What is compiled, and what must hold of it, is in ``peftkern/verify/static/lora_linear.py``, which ``peftkern verify --static``
+runs too. Registers, shared memory and the instruction mix differ between versions of Triton. Their bounds are written,
+for the version in use, by
+
+    python -m peftkern verify --static --kernels triton --record
+
+Another version is put in use by ``pip install --no-deps --target DIR triton==...`` and ``PYTHONPATH=DIR``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is an optional dependency")
+
+from peftkern.verify.static import lora_linear as launches
+from peftkern.verify.static import records
+from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
+
+if reason := unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+
+def parametrize(cases, slow=()):
+    """Cases of one architecture share compiled kernels, so one worker takes them all."""
+    groups = {arch: pytest.mark.xdist_group(f"aot-sm_{arch}") for arch in (*ARCHS, 120)}
+    marked = [pytest.param(c, marks=groups[c.arch]) for c in cases]
+    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow]) for c in slow]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+every_case = parametrize(launches.STANDARD, launches.MORE)
+
+
+@every_case
+def test_fits_without_spills(case):
+    for r in launches.reports(case):
+        assert not launches.resources(r), r.key
+
+
+@every_case
+def test_memory_accesses_are_wide(case):
+    """Each access moves 16 bytes, or where a thread's share of the block is smaller, at least that share."""
+    for r in launches.reports(case):
+        assert not launches.widths(r), r.key
+
+
+@parametrize([c for c in launches.STANDARD if c.base == "fused"], [c for c in launches.MORE if c.base == "fused"])
+def test_matrix_instructions(case):
+    """K1 with its own product takes the widest instruction that its tile allows, with both operands copied in bulk."""
+    checked = {r.item.name for r in launches.reports(case) if launches.multiplies(r)}
+    assert checked == {"expand_kernel", "shrink_kernel", "adapter_grad_kernel"}
+    for r in launches.reports(case):
+        assert not launches.instructions(r), r.key
+
+
+@every_case
+def test_registers_and_shared_memory_within_recorded_bounds(case):
+    bounds, unknown = records.read(launches.BOUNDS), 0
+    for r in launches.reports(case):
+        assert not records.broken(r.row, bounds.get(r.key, {})), r.key
+        unknown += VERSION not in bounds[r.key]
+    if unknown:
+        pytest.skip(f"registers differ between versions of Triton, and none were recorded with {VERSION}")
+
+
+def test_no_bound_is_stale():
+    used = {key(item, case.arch) for case in [*launches.STANDARD, *launches.MORE] for item in launches.capture(case)}
+    assert records.read(launches.BOUNDS).keys() == used, "variants have changed: record the bounds anew"
