@@ -10,10 +10,9 @@ looked at yet: the caller then checks and chooses with care, and hands its choic
 ``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
 are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of rank_scale,
-base_in_scale, delta_in_scale, base_out_scale, delta_out_scale. needs: the sum of ``NEEDS`` that are needed; what no needed
-gradient reads may be None. Gradients come in the order of ``NEEDS``, None where not needed: dx like dy, dA and dB in the
-adapters' dtype, those of vectors in fp32.
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
+equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
+come in the same order, None where not needed: dx like dy, dA and dB in the adapters' dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations
@@ -23,11 +22,6 @@ from torch import Tensor
 
 from .base import vendor_product
 from .native import _C
-
-NEEDS = {
-    "x": 1, "lora_A": 2, "lora_B": 4, "bias": 8, "rank_scale": 16,
-    "base_in_scale": 32, "delta_in_scale": 64, "base_out_scale": 128, "delta_out_scale": 256,
-}  # fmt: skip
 
 
 def _product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None, out: Tensor) -> None:

@@ -81,7 +81,7 @@ class Native(torch.autograd.Function):
         args = (
             settings, torch.get_num_threads(), dy, x, u, h, weight, lora_A, lora_B, scaling, dropout_p, seed,
             tuple(scales) if any(s is not None for s in scales) else None,
-            sum(bit for bit, needed in zip(call.NEEDS.values(), need, strict=True) if needed),
+            sum(1 << i for i, needed in enumerate(need) if needed),
             x.shape[-1], lora_A.shape[0], lora_A.dtype,
         )  # fmt: skip
         assert call.backward(*args) is None
