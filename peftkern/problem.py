@@ -35,7 +35,7 @@ def device_arch(device_type: str, index: int | None) -> str:
 class Problem:
     """One call of an op. Sizes: M rows, K in_features, N out_features, R rank (0 where an op has no such size).
 
-    ``flags`` names the optional parts that are present (``bias``, ``dropout``, ``rank_scale``, ...).
+    ``flags`` names the optional parts that are present (``bias``, ``dropout``, a vector by its symbol, ...).
     """
 
     op: str

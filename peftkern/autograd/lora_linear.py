@@ -241,7 +241,7 @@ def lora_linear_with(
     if now is None or not plain or coefficients:
         _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
     scaling, dropout_p, seed = options
-    scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
+    scales = None if coefficients is None else tuple(fold(coefficients, x))
     if now is None and torch._C._get_tracing_state() is not None:
         return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
     if type(scaling) is not float:

@@ -92,12 +92,11 @@ def process_reason() -> str | None:
     return None
 
 
-# What process_reason looks at, outside of a graph.
+# What process_reason looks at, outside of a graph. While torch.jit traces, no input looks as before: its sizes are tensors.
 PROCESS = (
     at(vars(_nn_module), items(dict.fromkeys(_GLOBAL_HOOKS, EMPTY))),
     *(at(cls, instance(type, {}, {"forward": same(forward)})) for cls, forward in _BYPASSED.items()),
     at(vars(torch.compiler), items({"_is_compiling_flag": same(False)})),
-    call(torch._C._get_tracing_state, (), same(None)),
     call(torch._C._functorch.maybe_current_level, (), same(None)),
     at(vars(forward_ad), items({"_current_level": equal(-1)})),
 )
