@@ -18,19 +18,30 @@ from .dropout import threshold
 class Settings:
     """``arch``: 90 for sm_90, 0 when interpreted. ``allow_tf32``: torch's own switch for fp32 products.
 
-    ``base`` (one of ``configs.BASES``) and ``gemm``: what was measured to be fastest, None for the defaults.
+    ``fixed``: answers that replace those of ``configs``, see ``configs.fixed``.
     """
 
     arch: int
     allow_tf32: bool = False
     batch_invariant: bool = False
-    base: str | None = None
-    gemm: configs.LaunchConfig | None = None
+    fixed: tuple[tuple[str, object], ...] = ()
 
     @property
     def precision(self) -> str:
         """How a product of fp32 tiles is computed."""
         return "tf32" if self.allow_tf32 else "ieee"
+
+    def pick(self, name: str, default: object) -> object:
+        """The fixed answer of that name, or the default."""
+        return next((value for known, value in self.fixed if known == name), default)
+
+    def config(self, name: str, default: configs.LaunchConfig, itemsize: int) -> configs.LaunchConfig:
+        """``pick`` for a launch configuration. Raises ValueError if it is invalid here."""
+        config = self.pick(name, default)
+        reason = configs.reason_against(config, itemsize, self.arch)
+        if reason is not None:
+            raise ValueError(f"{name}={config} cannot be used: {reason}")
+        return config
 
 
 class Dropout(NamedTuple):

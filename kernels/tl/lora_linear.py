@@ -61,9 +61,9 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, s: Setting
     if K == 0:
         return out.zero_()
     config = configs.shrink(K, R, x.element_size(), s.arch)
-    config = configs.pick_config("shrink", config, x.element_size(), s.arch)
+    config = s.config("shrink", config, x.element_size())
     blocks = cdiv(K, config.block_k)
-    groups = configs.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
+    groups = s.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
     per = cdiv(blocks, groups)
     several = per < blocks or then.d is not None or then.partial is not None
     into = torch.empty((blocks, M, R), dtype=torch.float32, device=x.device) if several else out
@@ -152,11 +152,11 @@ def expand(out: Tensor, base: Base, h: Tensor | None, low: LowRank, bias, fused:
     drop, extra = low.drop.acts and R > 0, base_first or base.p is not None
     if fused:
         config = configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra)
-        config = configs.pick_config("gemm", s.gemm or config, size, s.arch)
+        config = s.config("gemm", config, size)
         block_k = config.block_k
         tma = config.tma and describable(x) and describable(w)
     else:
-        config = configs.pick_config("epilogue", configs.epilogue(M, N, R, size, s.arch), size, s.arch)
+        config = s.config("epilogue", configs.epilogue(M, N, R, size, s.arch), size)
         block_k, tma = 16, False
     tiles = cdiv(M, config.block_m), cdiv(N, config.block_c)
     partial = torch.empty((tiles[0], N), dtype=torch.float32, device=out.device) if factor is not None else None
@@ -198,7 +198,7 @@ def owner(base: Base, s: Settings) -> str:
         return "identity"
     (M, K), N = base.x.shape, base.columns
     default = configs.base_product(M, N, K, base.x.element_size(), s.arch, s.batch_invariant)
-    return configs.pick("base", s.base or default)
+    return s.pick("base", default)
 
 
 def linear(base: Base, low: LowRank, bias, s: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:

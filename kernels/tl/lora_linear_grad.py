@@ -44,8 +44,8 @@ def _one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tenso
     t, v, b, h, (M, C), R = p.t, p.v, p.b, p.h, p.t.shape, p.R
     down = b is not None
     config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None)
-    config = configs.pick_config("adapter_grad", config, t.element_size(), s.arch)
-    ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
+    config = s.config("adapter_grad", config, t.element_size())
+    ranges, rows = s.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
     def buffer(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=t.device) if wanted else None
@@ -96,9 +96,10 @@ def _finish(
 def backward(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """(dx, dA, dB, dbias, gradients of the scales) of ``lora_linear_bwd``; what is not needed is empty."""
     du, dA, dB, dbias, scales = backward_adapter(c, s)
-    dx = c.dy.new_empty(0)
+    dx = None
     if c.needs.x or c.needs.p_b:
         dx, scales[Scales._fields.index("p_b")] = backward_input(c, du, s)
+    dx = dx if c.needs.x else c.dy.new_empty(0)
     return dx, dA, dB, dbias, scales
 
 

@@ -2,6 +2,7 @@
 // Neither way depends on the number of threads, nor does a row on other rows.
 #include "cpu/base/dots.h"
 #include "cpu/base/strips.h"
+#include "cpu/common/thread.h"
 #include "cpu/operand/dense.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -12,8 +13,7 @@ void run(const BaseArgs& g) {
   const B w(g);
   const bool dots = g.w_in == 1;
   const int64_t lda = (g.inner + W - 1) / W * W + W;  // of a packed row, for strips
-#pragma omp parallel num_threads(g.threads)
-  {
+  parallel(g.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.rows; ++i)
       if (dots)
@@ -25,7 +25,7 @@ void run(const BaseArgs& g) {
       dot_products(g, w);
     else
       add_strips(g, w, g.scratch, lda);
-  }
+  });
 }
 
 }  // namespace

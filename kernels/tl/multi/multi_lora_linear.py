@@ -118,9 +118,9 @@ def shrink(b: Batch, side_b: bool, x: Tensor) -> Tensor:
     if M == 0 or R == 0:
         return out
     config = multi_configs.shrink(R, x.element_size(), b.dtype.itemsize, b.s.arch)
-    config = configs.pick_config("multi_shrink", config, x.element_size(), b.s.arch)
+    config = b.s.config("multi_shrink", config, x.element_size())
     spans, each = multi_configs.spans(C, config.block_k)
-    partial = spans > 1 and configs.pick("multi_partial", multi_configs.partial(M, R, config))
+    partial = spans > 1 and b.s.pick("multi_partial", multi_configs.partial(M, R, config))
     into = torch.empty((spans, M, R), dtype=torch.float32, device=x.device) if partial else out
     x_terms, a_terms = terms(x.dtype, b.dtype, False, b.s.allow_tf32)
     numbers, tiles = b.tiles(config.block_m)
@@ -165,10 +165,10 @@ def expand(
     fused, K, size = x is not None, 0 if x is None else x.shape[1], out.element_size()
     if fused:
         config = multi_configs.gemm(R, b.s.arch, drop=not side_b and b.dropout_p is not None)
-        config = configs.pick_config("multi_gemm", config, size, b.s.arch)
+        config = b.s.config("multi_gemm", config, size)
     else:
-        config = configs.pick_config("multi_expand", multi_configs.expand(R, size, b.s.arch), size, b.s.arch)
-    per = 1 if fused else configs.pick("multi_columns", multi_configs.columns_per_program(M, N, config))
+        config = b.s.config("multi_expand", multi_configs.expand(R, size, b.s.arch), size)
+    per = 1 if fused else b.s.pick("multi_columns", multi_configs.columns_per_program(M, N, config))
     numbers, tiles = b.tiles(config.block_m)
     v_terms, b_terms = expand_terms(out.dtype, b.dtype, False)
     block_k = config.block_k if fused else 16
@@ -196,7 +196,7 @@ def onto_base(b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias) ->
         expand(b, side_b, out, a if base.identity else None, v, bias)
         return out
     owner = multi_configs.base(M, N, K, b.slots, a.element_size(), b.s.arch, b.s.batch_invariant)
-    owner = configs.pick("multi_base", owner)
+    owner = b.s.pick("multi_base", owner)
     if owner == "fused":
         out = a.new_empty((M, N))
         expand(b, side_b, out, None, v, bias, Product(a, *by_column(weight)))
@@ -232,8 +232,8 @@ def _grads(b: Batch, side_b: bool, grads: Tensor, t: Tensor, v: Tensor) -> None:
     (M, C), R, size = t.shape, b.max_rank, t.element_size()
     if M == 0 or C == 0 or R == 0 or b.slots == 0:
         return
-    config = configs.pick_config("multi_grad", multi_configs.grad(R, size, b.s.arch), size, b.s.arch)
-    ranges, places = configs.pick("multi_ranges", configs.grad_ranges(M, C, R, config))
+    config = b.s.config("multi_grad", multi_configs.grad(R, size, b.s.arch), size)
+    ranges, places = b.s.pick("multi_ranges", configs.grad_ranges(M, C, R, config))
     parts = None
     if ranges > 1:
         parts = torch.empty((ranges, 2, C, R), dtype=torch.float32, device=t.device)
