@@ -73,6 +73,8 @@ class Kept:
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
     """The plan that was made by this look at a layer and for this input, to be kept, or None if a pattern cannot say
     when it holds. ``process``: patterns of what is the same for all layers."""
+    if Unchanged is None:
+        return None
     record = look.record
     tensors = [t for _, _, t, _ in record.slots]
     slots = {id(t): i for i, t in enumerate(tensors) if t is not None}
