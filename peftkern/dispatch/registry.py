@@ -1,7 +1,7 @@
 """The one dispatch point: an op name and its arguments in, one back end out.
 
 ``define`` registers an op with torch.library: its schema, its shape rule (fake) and, for every device, ``_run``,
-which asks the back ends of the device in order and ends at the reference. Autograd lives above (peftkern.autograd) and
+which hands it to who computes it (choose.py). Autograd lives above (peftkern.autograd) and
 calls an op through ``caller``.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -23,52 +21,67 @@ from torch.utils._pytree import tree_map
 
 from .. import settings
 from ..problem import Problem
+from .choose import ORDER, choose, load
+from .watch import nobody_watches
 
 log = logging.getLogger("peftkern")
 
 LIBRARY = torch.library.Library("peftkern", "FRAGMENT")
 
-# The only lazy import of the package: a back end loads at its first use, so `import peftkern` stays light.
-BACKENDS = ("cpu", "cuda", "triton")
-ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.
+    """A registered op. Every function of it takes the arguments as one ``arguments`` tuple.
 
-    ``flops(problem, *args)``: what torch's flop counter counts, 2 for each product and sum of a matrix product.
-    ``describe`` may look at dtypes, shapes, devices and Python values, never at a tensor's values: its outcome is kept.
+    ``describe`` checks them and makes their Problem, ``reference`` defines the result; ``flops(problem, arguments)``: what
+    torch's flop counter counts, 2 for each product and sum of a matrix product. ``describe`` may look at dtypes, shapes,
+    devices and Python values, never at a tensor's values: its outcome is kept.
     """
 
     name: str
+    arguments: type
     reference: Callable
-    describe: Callable[..., Problem]
-    flops: Callable[..., int]
-
-
-class Declined(RuntimeError):
-    """The back end that ``PEFTKERN_BACKEND`` names cannot take a call."""
+    describe: Callable[[Any], Problem]
+    flops: Callable[[Problem, Any], int]
 
 
 OPS: dict[str, Op] = {}
 
 
+# Types of an op's arguments: an int that is a tensor's size, a tensor that the op changes.
+Size = int
+Out = torch.Tensor
+# What a field of an op's arguments is to torch.
+_SCHEMA = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "Out": "Tensor(a!)", "list[Tensor]": "Tensor[]",
+    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "bool": "bool", "int": "int", "Size": "SymInt",
+    "float": "float", "str": "str",
+}  # fmt: skip
+
+
+def schema_of(arguments: type, returns: str) -> str:
+    """torch's schema of an op that takes the fields of a NamedTuple (its annotations unevaluated) in their order."""
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in arguments.__annotations__.items()}
+    fields = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    return f"({fields}) -> {returns}"
+
+
 def define(
     name: str,
-    schema: str,
+    arguments: type,
+    returns: str,
     *,
     reference: Callable,
     fake: Callable,
-    describe: Callable[..., Problem],
-    flops: Callable[..., int] = lambda problem, *args: 0,
+    describe: Callable[[Any], Problem],
+    flops: Callable[[Problem, Any], int] = lambda problem, arguments: 0,
 ) -> None:
-    """Register ``peftkern::name`` with the given schema for every device."""
-    op = Op(name, reference, describe, flops)
+    """Register ``peftkern::name``, with a schema made of the NamedTuple ``arguments``, for every device."""
+    op = Op(name, arguments, reference, describe, flops)
     OPS[name] = op
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + schema_of(arguments, returns), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peftkern::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"peftkern::{name}", lambda *args: fake(arguments(*args)), lib=LIBRARY)
     torch.library.register_vmap(f"peftkern::{name}", functools.partial(_one_by_one, name), lib=LIBRARY)
     LIBRARY.impl(name, functools.partial(_legacy_one_by_one, name), "Batched")
 
@@ -102,34 +115,6 @@ def _legacy_one_by_one(name: str, *args):
     return tree_map(lambda out: torch._add_batch_dim(out, 0, level), outs)
 
 
-@functools.cache
-def load(name: str) -> ModuleType:
-    """The back end module of that name."""
-    return importlib.import_module(f"peftkern.backends.{name}")
-
-
-def choose(problem: Problem) -> tuple[str, dict[str, str]]:
-    """Name of the back end that takes this problem, and the reasons of those that declined.
-
-    Raises Declined when ``PEFTKERN_BACKEND`` names one that cannot take it.
-    """
-    wanted = settings.current().backend
-    if wanted == "reference":
-        return wanted, {}
-    declined: dict[str, str] = {}
-    for name in ORDER.get(problem.device, ()) if wanted == "auto" else (wanted,):
-        module = load(name)
-        reason = module.unavailable()
-        if reason is None:
-            reason = module.decline(problem) if problem.op in module.OPS else f"has no kernel for {problem.op}"
-        if reason is None:
-            return name, declined
-        declined[name] = reason
-    if wanted != "auto":
-        raise Declined(f"PEFTKERN_BACKEND={wanted} cannot take {problem}: {declined[wanted]}")
-    return "reference", declined
-
-
 # What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
 # layer, and their outcome repeats from step to step.
 _takers: dict[tuple, _Taker] = {}
@@ -144,27 +129,8 @@ class _Taker(NamedTuple):
     plain: bool
 
 
-class FixedList(list):
-    """A list of tensors that stays as it is, and they too in all but their values: it is looked at once."""
-
-    __slots__ = ("_known",)
-
-    def signature(self) -> object:
-        """Equal for lists that no check tells apart; cheap to hash."""
-        try:
-            return self._known
-        except AttributeError:
-            self._known = _fixed.setdefault(tuple(map(_signature, self)), object())
-            return self._known
-
-
-_fixed: dict[tuple, object] = {}
-
-
 def _signature(value):
     # Of a tensor never its values, strides or address.
-    if type(value) is FixedList:
-        return value.signature()
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype, value.device, value.layout
     if isinstance(value, list):
@@ -180,36 +146,26 @@ def _is_plain(value) -> bool:
     return type(value) in _PLAIN and value.layout == torch.strided and value.device.type in ORDER
 
 
-def _function(module: ModuleType, problem: Problem) -> Callable:
-    # A back end with several ways to compute a problem may choose among them once, here.
-    choose_way = getattr(module, "function", None)
-    return module.OPS[problem.op] if choose_way is None else choose_way(problem)
-
-
-def _find(op: Op, args) -> _Taker:
-    problem = op.describe(*args)
-    name, declined = choose(problem)
+def _find(op: Op, args, now: settings.Settings) -> _Taker:
+    problem = op.describe(op.arguments(*args))
+    name, way, declined, _ = choose(problem, now)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
-    function = op.reference if name == "reference" else _function(load(name), problem)
+    function = op.reference if name == "reference" else load(name).OPS[problem.op]
+    if way is not None:
+        function = functools.partial(function, way=way)
     return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 
 def _taker(op: Op, args) -> _Taker:
-    key = (op.name, settings.current(), *map(_signature, args))
+    now = settings.current()
+    key = (op.name, now, *map(_signature, args))
     taker = _takers.get(key)
     if taker is None:
-        taker = _find(op, args)
-        # A new entry of _fixed always makes one here too.
+        taker = _find(op, args, now)
         if len(_takers) >= 4096:
-            forget()
+            _takers.clear()
         _takers[key] = taker
     return taker
-
-
-def forget() -> None:
-    """Ask the back ends again at the next call of everything, after a change that is no setting."""
-    _takers.clear()
-    _fixed.clear()
 
 
 @functools.cache
@@ -217,30 +173,18 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _apply(taker: _Taker, args):
+def _apply(taker: _Taker, arguments):
     device = taker.device
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
     autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if not autocast and not torch.is_grad_enabled():
-        return taker.function(*args)
+        return taker.function(arguments)
     with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return taker.function(*args)
+        return taker.function(arguments)
 
 
 def _run(op: Op, *args):
-    return _apply(_taker(op, args), args)
-
-
-def watched() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform or a profiler wants to see which ops are called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return _apply(_taker(op, args), op.arguments(*args))
 
 
 def _tell_flop_counters() -> None:
@@ -258,7 +202,8 @@ def _tell_flop_counters() -> None:
 
 
 def _flops(op: Op, *args, out_val) -> int:
-    return op.flops(op.describe(*args), *args)
+    arguments = op.arguments(*args)
+    return op.flops(op.describe(arguments), arguments)
 
 
 def caller(name: str) -> Callable:
@@ -269,11 +214,11 @@ def caller(name: str) -> Callable:
     op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
 
     def call(*args):
-        if watched() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
+        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
             if not torch.compiler.is_compiling():
                 _tell_flop_counters()
             return overload(*args)
         taker = _taker(op, args)
-        return _apply(taker, args) if taker.plain else overload(*args)
+        return _apply(taker, op.arguments(*args)) if taker.plain else overload(*args)
 
     return call

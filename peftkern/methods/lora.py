@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
-from ..ops.checks import accumulate_dtype
+from ..checks import accumulate_dtype
 from ..watch.look import PLAIN_TENSORS, Look, NotCovered
 from . import tuner
 from .registry import Branch, Method, Plan, register

@@ -20,9 +20,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
+from ...checks import accumulate_dtype
 from ...many.table import AdapterTable, table_of
 from ...methods.registry import Branch, Plan
-from ...ops.checks import accumulate_dtype
 
 BASE = "__base__"  # PEFT's name for no adapter
 
