@@ -19,7 +19,7 @@ from ..bases.base import Base, base_of, kind_of
 from ..checks import accumulate_dtype, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
-from ..equation import NO_SCALES, Needs, Scales, fold
+from ..equation import NO_SCALES, Needs, Scales, fold, names
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
@@ -30,7 +30,7 @@ _fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
 _TRAINABLE = slice(5, 5 + len(Needs._fields))
 _BASE = _TRAINABLE.stop + 1
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_SAVED = ("x", "lora_A", "lora_B", "u", "h", "seed", *Scales._fields, "weight")
+_SAVED = ("x", "lora_A", "lora_B", "u", "h", "seed", *map(names, Scales._fields), "weight")
 
 
 @functools.cache

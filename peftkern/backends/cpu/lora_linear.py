@@ -23,9 +23,13 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
 
-def _plain(args: tuple) -> tuple:
+def _plain(value):
     # A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
-    return tuple(a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _kind(c, a: Tensor, transpose: bool) -> str:
