@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
   bind_lora(m);
   bind_lora_linear(m);
   bind_multi(m);
+  bind_unchanged(m);
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

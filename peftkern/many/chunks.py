@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-
-from ..dispatch.registry import FixedList
+from torch import Tensor
 
 # Elements; every range starts at a multiple, so that its rows are aligned for vectors.
 _ALIGN = 16
@@ -44,7 +43,7 @@ class Chunks:
 
     def __init__(self, most: int, dtype: torch.dtype, device: torch.device, idle: Callable[[], None] = lambda: None):
         self.most, self.dtype, self.device, self.idle = most, dtype, device, idle
-        self.tensors: FixedList = FixedList()
+        self.tensors: list[Tensor] = []  # replaced when one is added: a table keeps the list that it was given
         self.allocated = 0  # elements of all chunks
         # Free ranges, neighbours merged: sorted as (size, chunk, offset), and found by either end.
         self._free: list[tuple[int, int, int]] = []
@@ -105,7 +104,7 @@ class Chunks:
         # A chunk is one tensor for good: it belongs to no inference_mode block.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=self.dtype, device=self.device)
-        self.tensors = FixedList([*self.tensors, tensor])
+        self.tensors = [*self.tensors, tensor]
         self.allocated += size
         return Range(len(self.tensors) - 1, 0, size)
 

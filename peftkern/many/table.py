@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulate_dtype, check_number, check_tensor
-from ..dispatch.registry import FixedList
 
 INT32_MASK = 2**31 - 1
 
@@ -26,11 +25,10 @@ class AdapterTable:
     )  # fmt: skip
 
     def __init__(
-        self, weights: Sequence[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
+        self, weights: list[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
         in_features: int, out_features: int, slots: Hashable,
     ):  # fmt: skip
-        self.weights = weights if type(weights) is FixedList else FixedList(weights)
-        self.table, self.scaling = table, scaling
+        self.weights, self.table, self.scaling = weights, table, scaling
         self.mask, self.max_rank = mask, max_rank
         self.in_features, self.out_features, self.slots = in_features, out_features, slots
 

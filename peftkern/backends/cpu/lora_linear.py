@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...settings import current
-from . import base_plan as plans
 from . import call, native
 
 
@@ -24,38 +22,23 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
 
 
 def _plain(value):
-    # A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+    # What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
-def _kind(c, a: Tensor, transpose: bool) -> str:
-    """Who computes Base(a): as base_plan chooses."""
+def _kind(c, way) -> str:
     if c.kind == "identity":
         return "identity"
-    N, K = c.base[0].shape
-    now, unit, scale = current(), 1 in c.base[0].stride(), c.at.p_b if transpose else c.at.g_b
-    D, C = (N, K) if transpose else (K, N)
-    return plans.choose(
-        a.dtype,
-        transpose,
-        a.shape[0],
-        D,
-        C,
-        unit,
-        plans.cpu(),
-        now.cpu_base,
-        now.batch_invariant,
-        scaled=scale is not None,
-    )
+    return way.kind if 1 in c.base[0].stride() else way.strided
 
 
 def _run(entry, learn, args: tuple, kind: str):
     """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is."""
-    for given in (args, _plain(args)):
+    for careful in (False, True):
+        with torch._C.DisableTorchFunctionSubclass():
+            given = _plain(args) if careful else args
         done = entry(*given)
         if done is None and learn(*given, kind):
             done = entry(*given)
@@ -64,28 +47,28 @@ def _run(entry, learn, args: tuple, kind: str):
     raise RuntimeError(f"the C++ extension takes no call like this one: {call.unavailable or 'arguments do not fit'}")
 
 
-def lora_linear_fwd(c):
+def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     args = (
-        current(), torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, c.x, True))
+    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
 
 
-def lora_linear_bwd(c):
+def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
     dx = need.x or need.p_b
     x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None
     args = (
-        current(), torch.get_num_threads(), c.dy, x, c.u, h, _weight(c) if dx else None, c.lora_A, c.lora_B, c.scaling,
+        way.now, torch.get_num_threads(), c.dy, x, c.u, h, _weight(c) if dx else None, c.lora_A, c.lora_B, c.scaling,
         c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
-    kind = _kind(c, c.dy, False) if dx else "vendor"
+    kind = _kind(c, way) if dx else "vendor"
     dx, dA, dB, *sums = _run(call.backward, call.learn_backward, args, kind)
     dbias, *vectors = (c.u.new_empty(0) if t is None else t for t in sums)
     dx, dA, dB = (like.new_empty(0) if t is None else t for t, like in ((dx, c.dy), (dA, c.lora_A), (dB, c.lora_B)))

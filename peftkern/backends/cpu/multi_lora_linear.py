@@ -17,7 +17,7 @@ from .base import base_product
 from .native import _C, CODES, pointer, threads, vector
 
 
-def multi_lora_linear_route(c):
+def multi_lora_linear_route(c, way):
     """(order, starts); see peftkern.ops.multi_lora_linear."""
     ids, table, slots = c.ids.reshape(-1).contiguous(), c.table.contiguous(), c.table.shape[0]
     order = torch.empty(ids.numel(), dtype=torch.int32)
@@ -38,7 +38,6 @@ class _Batch:
     __slots__ = ("M", "held", "max_rank", "native")
 
     def __init__(self, c, max_rank: int):
-        native.use_isa()
         table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
         dropout_p = None if c.dropout_p is None else c.dropout_p.contiguous()
         weights = c.weights
@@ -71,7 +70,7 @@ class _Batch:
             row0, m, col0, c, v.data_ptr(), pointer(bias), threads(m * c * max(self.max_rank, 1)),
         )  # fmt: skip
 
-    def onto_base(self, side_b: bool, a: Tensor, c, out: Tensor, v: Tensor, bias=None) -> None:
+    def onto_base(self, side_b: bool, a: Tensor, c, out: Tensor, v: Tensor, way, bias=None) -> None:
         """``out`` (M, D) = the base of ``a`` (zero without one) + branch + bias."""
         if out.numel() == 0:
             return
@@ -83,23 +82,25 @@ class _Batch:
             part = out[r0:r1, c0:c1]
             self.expand(side_b, part, part if block is None else block, v, r0, c0, bias)
 
-        base_product(a, c.base[0], transpose=side_b, in_scale=None, out=out, epilogue=epilogue)
+        base_product(a, c.base[0], transpose=side_b, in_scale=None, out=out, epilogue=epilogue, way=way)
 
 
-def multi_lora_linear_fwd(c):
+def multi_lora_linear_fwd(c, way):
     """(y, u); see peftkern.ops.multi_lora_linear."""
+    native.use_isa(way.now.cpu_isa)
     y = torch.empty((c.x.shape[0], c.out_features), dtype=c.x.dtype)
     if c.kind == "none" and c.bias is None and c.dropout_p is None:
         return y, _branch(y, c, add=False)
     batch = _Batch(c, c.max_rank)
     u = torch.empty((batch.M, c.max_rank), dtype=torch.float32)
     batch.reduce(False, c.x, dot=u)
-    batch.onto_base(True, c.x, c, y, u, vector(c.bias))
+    batch.onto_base(True, c.x, c, y, u, way, vector(c.bias))
     return y, u
 
 
-def sgmv_add(c):
+def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
+    native.use_isa(way.now.cpu_isa)
     out = c.out
     if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
         _branch(out, c, add=True)
@@ -111,7 +112,6 @@ def sgmv_add(c):
 
 def _branch(out: Tensor, c, *, add: bool) -> Tensor:
     # u; out = the branch, or plus it.
-    native.use_isa()
     x, weights, max_rank = c.x, c.weights, c.max_rank
     table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
     (M, K), N = x.shape, out.shape[1]
@@ -124,8 +124,9 @@ def _branch(out: Tensor, c, *, add: bool) -> Tensor:
     return u
 
 
-def multi_lora_linear_bwd(c):
+def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
+    native.use_isa(way.now.cpu_isa)
     batch = _Batch(c, c.u.shape[1])
     # Zero where no row's adapter lies.
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
@@ -138,7 +139,7 @@ def multi_lora_linear_bwd(c):
         batch.reduce(False, c.x, v=du, grads=addresses)
     dx = torch.empty((batch.M, c.in_features) if c.need_x else 0, dtype=c.dy.dtype)
     if c.need_x:
-        batch.onto_base(False, c.dy, c, dx, du)
+        batch.onto_base(False, c.dy, c, dx, du, way)
     return dx, dbias, grads
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import base_plan, call, native
+from peftkern.backends.cpu import call, native
 from peftkern.backends.cpu.base import base_product
 from peftkern.backends.cpu.native import Dropout, column_dot, expand, panel, reduce, scale_copy, vector
 from peftkern.equation import Scales
 from peftkern.ops.lora_linear import Backward, Forward
+from peftkern.problem import CpuWay
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import DROPOUT_SEED, LoRALinearProblem, random_problem
 
@@ -27,7 +28,7 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def forward_steps(c: Forward) -> tuple[Tensor, Tensor, Tensor]:
+def forward_steps(c: Forward, way: CpuWay) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, h): one pass over x, then the base product, whose blocks get the branch as they are completed."""
     drop, s = Dropout.of(c.dropout_p, c.seed), c.at
     (M, _), N = c.x.shape, c.base[0].shape[0]
@@ -42,11 +43,11 @@ def forward_steps(c: Forward) -> tuple[Tensor, Tensor, Tensor]:
             y[r0:r1, c0:c1], src=block, v=u, p=p, row0=r0, col0=c0, base_scale=vector(s.g_b), bias=vector(c.bias)
         )  # fmt: skip
 
-    base_product(c.x, c.base[0], transpose=True, in_scale=s.p_b, out=h, epilogue=epilogue)
+    base_product(c.x, c.base[0], transpose=True, in_scale=s.p_b, out=h, epilogue=epilogue, way=way)
     return y, u, h
 
 
-def backward_steps(c: Backward) -> tuple[Tensor, ...]:
+def backward_steps(c: Backward, way: CpuWay) -> tuple[Tensor, ...]:
     """(dx, dA, dB, dbias, those of the vectors), all of them: passes over dy, x and W."""
     drop, s = Dropout.of(c.dropout_p, c.seed), c.at
     (M, N), (R, K) = c.dy.shape, c.lora_A.shape
@@ -84,7 +85,7 @@ def backward_steps(c: Backward) -> tuple[Tensor, ...]:
             out, src=block, v=du, p=p, alpha=drop.scale, dropout=drop, row0=r0, col0=c0, base_scale=vector(s.p_b)
         )  # fmt: skip
 
-    base_product(c.dy, c.base[0], transpose=False, in_scale=s.g_b, out=dx, epilogue=epilogue)
+    base_product(c.dy, c.base[0], transpose=False, in_scale=s.g_b, out=dx, epilogue=epilogue, way=way)
     return dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d * c.scaling
 
 
@@ -98,7 +99,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     needs, save = ("x", "A", "B", *names), scales.g_b is not None
 
     c = forward(x, weight, A, B, bias=bias, save_base=save, **numbers, **scales._asdict())
-    y, u, h = forward_steps(c)
+    y, u, h = forward_steps(c, CpuWay(kind, kind))
     args = (None, threads, x, weight, A, B, bias, *numbers.values(), tuple(scales), True, save)
     assert call.learn_forward(*args, kind)
     got = call.forward(*args)
@@ -112,7 +113,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     assert call.learn_backward(*args, kind)
     found = call.backward(*args)
     assert [g is not None for g in found] == c.needs
-    pairs += zip(found, backward_steps(c), strict=True)
+    pairs += zip(found, backward_steps(c, CpuWay(kind, kind)), strict=True)
     for i, (mine, theirs) in enumerate(pairs):
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), (problem, kind, threads, i)
 
@@ -120,7 +121,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
 @pytest.mark.parametrize("kind", ["vendor", "panels", "few", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bits_of_random_problems(monkeypatch, level, kind, dtype, threads):
+def test_bits_of_random_problems(level, kind, dtype, threads):
     if kind == "bf16" and (dtype != torch.bfloat16 or not native._C.base_gemm_bf16_usable()):
         pytest.skip("needs bf16, and a CPU and level with AVX512-BF16")
     torch.set_num_threads(threads)
@@ -131,13 +132,11 @@ def test_bits_of_random_problems(monkeypatch, level, kind, dtype, threads):
         t = problem.tensors()
         if kind == "bf16" and {"base_in_scale", "base_out_scale"} & t.keys():
             continue
-        monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: kind)
         assert_same_bits(problem, kind, threads)
 
 
-def test_bits_of_adapters_too_large_for_one_pass_over_dy(monkeypatch):
+def test_bits_of_adapters_too_large_for_one_pass_over_dy():
     # R N above 2^20: by rows for du, by columns for the gradient of B.
-    monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: "panels")
     options = ("bias", *SCALES)
     problem = LoRALinearProblem(
         5, 40, 30, 4200, 260, torch.float32, torch.float32, scaling=0.5, dropout_p=0.1, options=options
@@ -145,9 +144,8 @@ def test_bits_of_adapters_too_large_for_one_pass_over_dy(monkeypatch):
     assert_same_bits(problem, "panels", torch.get_num_threads())
 
 
-def test_bits_of_a_scaled_product_in_parts(monkeypatch):
+def test_bits_of_a_scaled_product_in_parts():
     # More than 16 MB of scaled input: the vendor gets it in parts.
-    monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: "vendor")
     for N in (24, 7):
         problem = LoRALinearProblem(
             6, 5000, 900, N, 4, torch.float32, torch.float32, options=("base_in_scale", "base_out_scale")
