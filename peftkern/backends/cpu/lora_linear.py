@@ -24,7 +24,7 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
 def _plain(value):
     # What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
     if isinstance(value, Tensor):
-        return value.detach().clone(memory_format=torch.contiguous_format).as_subclass(Tensor)
+        return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
     return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
