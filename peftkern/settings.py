@@ -120,4 +120,3 @@ def using(**values: object) -> Iterator[None]:
     finally:
         with _lock:
             _changes = tuple(change for change in _changes if change is not values)
-

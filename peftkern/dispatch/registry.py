@@ -28,6 +28,7 @@ log = logging.getLogger("peftkern")
 
 LIBRARY = torch.library.Library("peftkern", "FRAGMENT")
 
+
 @dataclass(frozen=True)
 class Op:
     """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.

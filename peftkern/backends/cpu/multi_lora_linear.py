@@ -126,7 +126,9 @@ def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bo
     return u
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way):
+def multi_lora_linear_bwd_adapter(
+    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way
+):
     """(du, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
     native.use_isa(way.isa)
     batch = _Batch(weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)

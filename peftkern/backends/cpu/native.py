@@ -56,7 +56,7 @@ class Level(NamedTuple):
 
 
 def level() -> Level:
-    """What else than the model decides how fast this CPU is."""
+    """What is in use now."""
     return Level(_C.isa(), torch.backends.cpu.get_cpu_capability(), torch.backends.mkl.is_available())
 
 
@@ -65,9 +65,14 @@ def model() -> tuple[str, int, int]:
     return tuple(_C.cpu_model())
 
 
-def features() -> frozenset[str]:
-    """What decides which product is fast, at the level in use; ``bf16_kernel``: there is ours for bf16."""
-    return frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
+def facts(isa: str) -> tuple[Level, frozenset[str]]:
+    """(level, features that decide which product is fast) with ``isa`` in use; ``bf16_kernel``: there is ours for bf16."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        return level(), frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
+    finally:
+        _C.set_isa(before)
 
 
 # What was asked for last, and the level that came of it.

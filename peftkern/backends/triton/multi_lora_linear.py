@@ -37,7 +37,9 @@ def multi_lora_linear_fwd(
         return forward(batch, x, weight, out_features, bias)
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way):
+def multi_lora_linear_bwd_adapter(
+    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way
+):
     """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.multi_lora_linear import backward_adapter
 

@@ -111,17 +111,17 @@ def capture(case: Case) -> list[launch.Launch]:
     x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
     A, B = empty(R, K, dtype=case.adapter_dtype), empty(N, R, dtype=case.adapter_dtype)
     u, bias = empty(M, R, dtype=torch.float32), empty(N)
-    seed, settings, full = empty(1, dtype=torch.int64), Settings(case.arch), case.everything
+    seed, full = empty(1, dtype=torch.int64), case.everything
+    settings = Settings(case.arch, fixed=configs.fixed(base=case.base))
     drop = dropout(case.p, seed)
     needs = Needs(True, True, full, full, full, full, full)
     with captured() as taken:
-        with configs.override(base=case.base):
-            scales = vector(R), vector(K), vector(K), vector(N), vector(N)
-            forward(x, weight, A, B, bias, 2.0, drop, *scales, full, settings)
-            scales = vector(R), vector(K), vector(N)
-            backward_adapter(dy, x, u, dy if full else None, A, B, 2.0, drop, *scales, needs, settings)
-            scales = vector(K), vector(K), vector(N)
-            backward_input(dy, u, x if full else None, weight, A, drop, *scales, full, settings)
+        scales = vector(R), vector(K), vector(K), vector(N), vector(N)
+        forward(x, weight, A, B, bias, 2.0, drop, *scales, full, settings)
+        scales = vector(R), vector(K), vector(N)
+        backward_adapter(dy, x, u, dy if full else None, A, B, 2.0, drop, *scales, needs, settings)
+        scales = vector(K), vector(K), vector(N)
+        backward_input(dy, u, x if full else None, weight, A, drop, *scales, full, settings)
         dropout_mask(seed, M, K, 0.1)
     return taken
 

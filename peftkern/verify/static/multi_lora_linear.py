@@ -102,10 +102,11 @@ def capture(case: Case) -> list[launch.Launch]:
                                                      empty(N, R, dtype=case.adapter_dtype))]  # fmt: skip
     table = empty(slots, 10, dtype=torch.int64)
     scaling, p, seed = empty(slots, dtype=torch.float32), empty(slots, dtype=torch.float64), empty(1, dtype=torch.int64)
-    with captured() as taken, configs.override(multi_base=case.base):
+    settings = Settings(case.arch, fixed=configs.fixed(multi_base=case.base))
+    with captured() as taken:
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)
-        batch = multi_lora_linear.batch(weights, x, table, scaling, order, starts, R, *drop, Settings(case.arch))
+        batch = multi_lora_linear.batch(weights, x, table, scaling, order, starts, R, *drop, settings)
         _, u = multi_lora_linear.forward(batch, x, weight, N, bias)
         need = [not case.bank] * len(weights)
         du, _, _ = multi_lora_linear.backward_adapter(batch, dy, x, u, weights, need, True)

@@ -59,7 +59,7 @@ def _numpy_keep(seed: int, rows: range, cols: range, p: float) -> np.ndarray:
 def level(request, monkeypatch):
     """The C++ level in force; ``auto`` again afterwards."""
     monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
-    cpu_native.use_isa()
+    cpu_native.use_isa(request.param)
     assert cpu_native._C.isa() == request.param
     yield request.param
     cpu_native._C.set_isa("auto")

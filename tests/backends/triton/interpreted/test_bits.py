@@ -8,6 +8,7 @@ import torch
 
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
+from peftkern.settings import using
 
 ops = torch.ops.peftkern
 
@@ -61,7 +62,7 @@ def check_kept(value: torch.Tensor) -> None:
 @pytest.mark.parametrize("block_k", [16, 32, 128])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_bits_of_the_shrink(block_m, block_k, groups):
-    with configs.override(shrink=LaunchConfig(block_m, 64, block_k, 64), shrink_groups=groups):
+    with using(triton_fixed=configs.fixed(shrink=LaunchConfig(block_m, 64, block_k, 64), shrink_groups=groups)):
         check_kept(forward(torch.ones(M, K), torch.eye(K))[1])
 
 
@@ -71,7 +72,7 @@ def test_bits_of_the_shrink(block_m, block_k, groups):
 def test_bits_of_dx(block, base, scaled):
     config = LaunchConfig(*block, 16, 16)
     p_b = torch.ones(K) if scaled else None
-    with configs.override(base=base, gemm=config, epilogue=config):
+    with using(triton_fixed=configs.fixed(base=base, gemm=config, epilogue=config)):
         dx, _ = ops.lora_linear_bwd_input(
             torch.zeros(M, 8), torch.ones(M, 1), None, torch.zeros(8, K), torch.ones(1, K), P, torch.tensor([SEED]),
             p_b, None, None, False,
@@ -88,7 +89,7 @@ def adapter_grad(dy, x, u, A, B, p=P, need=True):
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 128)])
 def test_bits_of_dA(block):
-    with configs.override(adapter_grad=LaunchConfig(*block, 0, 64)):
+    with using(triton_fixed=configs.fixed(adapter_grad=LaunchConfig(*block, 0, 64))):
         # du = dy B with B the identity, so row t of dA is the dropped row t of x.
         dA = adapter_grad(torch.eye(M), torch.ones(M, K), torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
     check_kept(dA)
@@ -98,7 +99,7 @@ def test_dropped_elements_contribute_exactly_nothing():
     x = torch.ones(M, K).masked_fill(~MASK, float("nan"))
     weight = torch.zeros(8, K)
     for base in ("fused", "epilogue"):
-        with configs.override(base=base):
+        with using(triton_fixed=configs.fixed(base=base)):
             u = forward(x, torch.eye(K), weight=weight)[1]
             check_kept(u)
             dA = adapter_grad(torch.eye(M), x, torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
@@ -131,7 +132,7 @@ def test_the_number_of_programs_does_not_change_bits():
     x, A = random(70, 260), random(24, 260, seed=1, dtype=torch.float32)
     results = []
     for groups in (1, 3, 100):
-        with configs.override(shrink_groups=groups):
+        with using(triton_fixed=configs.fixed(shrink_groups=groups)):
             results.append(forward(x, A)[1])
     assert all(torch.equal(results[0], r) for r in results[1:])
 

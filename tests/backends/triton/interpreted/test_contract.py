@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
 
 from peftkern.backends import triton as backend
-from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch import tuned
 from peftkern.kernels import configs, launch
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.lora_linear import rows_of
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.problem import Problem
+from peftkern.settings import current, using
 
 ops = torch.ops.peftkern
 
@@ -50,7 +51,7 @@ def test_every_subset_of_adapter_gradients(needs):
 @pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
 @pytest.mark.parametrize("save", [False, True])
 def test_forward_and_input_gradient(base, save):
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         args = (X, W, A, B, normal(N), 1.5, 0.25, SEED, None, None, None, None, None, save)
         assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
         args = (DY, DU, X if save else None, W, A, 0.25, SEED, None, None, None, save)
@@ -74,7 +75,7 @@ def test_any_strides(kind, base):
     vector = torch.full((2 * R,), float("nan"))
     vector[::2] = normal(R)
     d = vector[::2]
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         args = (x, w, a, b, None, 1.5, 0.25, SEED, d, None, None, None, None, True)
         assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
         args = (dy, x, u, h, a, b, 1.5, 0.25, SEED, d, None, None, *[True] * 7)
@@ -91,7 +92,7 @@ def test_empty_sizes(empty, base, options):
     x, w, a, b, dy = X[:m, :k], W[:n, :k], A[:r, :k], B[:n, :r], DY[:m, :n]
     u, h, du = U[:m, :r], H[:m, :n], DU[:m, :r]
     d, p_b, p_d, g_b, g_d = (normal(size) if options else None for size in (r, k, k, n, n))
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         args = (x, w, a, b, normal(n), 1.5, 0.25, SEED, d, p_b, p_d, g_b, g_d, options)
         assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
         args = (dy, x, u, h if options else None, a, b, 1.5, 0.25, SEED, d, p_d, g_d, *[True] * 5, options, True)
@@ -116,14 +117,14 @@ def test_arguments_are_left_alone():
 
 def test_an_invalid_configuration_is_refused_before_anything_runs():
     with (
-        configs.override(base="fused", gemm=LaunchConfig(48, 64, 32)),
+        using(triton_fixed=configs.fixed(base="fused", gemm=LaunchConfig(48, 64, 32))),
         pytest.raises(ValueError, match="powers of two"),
     ):
         ops.lora_linear_fwd(X, W, A, B, None, 1.0, 0.0, None, None, None, None, None, None, False)
-    with pytest.raises(ValueError, match="base is 'mine'"), configs.override(base="mine"):
-        pass
-    with pytest.raises(ValueError, match="nothing called gem"), configs.override(gem=1):
-        pass
+    with pytest.raises(ValueError, match="base is 'mine'"):
+        configs.fixed(base="mine")
+    with pytest.raises(ValueError, match="nothing called gem"):
+        configs.fixed(gem=1)
 
 
 def problem(**changes) -> Problem:
@@ -142,31 +143,28 @@ def problem(**changes) -> Problem:
 
 
 def test_declines():
-    assert backend.unavailable() is None
-    assert backend.decline(problem()) is None
-    assert "float64" in backend.decline(problem(dtype=torch.float64))
-    assert "2^31" in backend.decline(problem(M=2**31))
-    assert "cuda" in backend.decline(problem(device="cuda"))
+    assert backend.unavailable(current()) is None
+    assert backend.decline(problem(), current()) is None
+    assert "float64" in backend.decline(problem(dtype=torch.float64), current())
+    assert "2^31" in backend.decline(problem(M=2**31), current())
+    assert "cuda" in backend.decline(problem(device="cuda"), current())
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue"])
-def test_what_was_measured_decides(base, monkeypatch):
-    """A measured owner of the base product, and its tiles, reach the launch; an override still goes first."""
+def test_what_was_measured_decides(base, monkeypatch, tmp_path):
+    """A measured owner of the base product, and its tiles, reach the launch; what is fixed still goes first."""
     config = LaunchConfig(32, 32, 16, 16, warps=4, stages=2)
-    entry = tuned.Entry(base, dataclasses.asdict(config) if base == "fused" else None)
+    sizes = dict(op="lora_linear_fwd", dtype="fp32", adapter_dtype="fp32", dropout=False, M=M, N=N, K=K, R=R)
+    row = sizes | dict(choice=base, config=dataclasses.asdict(config) if base == "fused" else None)
+    (tmp_path / "x.json").write_text(json.dumps({"schema": tuned.SCHEMA, "rows": [row]}))
     launches, submit = [], launch.submit
-    monkeypatch.setattr(tuned, "entry", lambda problem: entry)
     monkeypatch.setattr(launch, "submit", lambda one: launches.append(one) or submit(one))
-    dispatch.forget()
     args = (X, W, A, B, None, 1.5, 0.0, None, None, None, None, None, None, False)
-    try:
-        for forced in (None, "fused" if base == "epilogue" else "epilogue"):
-            with configs.override(**{"base": forced} if forced else {}):
-                launches.clear()
-                assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
-                last = launches[-1].constants
-                assert last["GEMM"] == ((forced or base) == "fused")
-                if base == "fused" and forced is None:
-                    assert (last["BLOCK_M"], last["BLOCK_N"], last["BLOCK_K"]) == (32, 32, 16)
-    finally:
-        dispatch.forget()
+    for fixed in ({}, {"base": "fused" if base == "epilogue" else "epilogue"}):
+        with using(tables=str(tmp_path), gpu="x", triton_fixed=configs.fixed(**fixed)):
+            launches.clear()
+            assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
+            last = launches[-1].constants
+            assert last["GEMM"] == (fixed.get("base", base) == "fused")
+            if base == "fused" and not fixed:
+                assert (last["BLOCK_M"], last["BLOCK_N"], last["BLOCK_K"]) == (32, 32, 16)
