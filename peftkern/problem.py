@@ -47,15 +47,13 @@ class Problem:
 
 
 class CpuWay(NamedTuple):
-    """How the CPU back end computes a call (dispatch/cpu_base.py).
+    """Who computes the base product of a call on CPU (dispatch/cpu_base.py): one of its kinds.
 
-    ``isa``: value of PEFTKERN_CPU_ISA. ``kind``: who computes the base product, empty for an op without one;
     ``strided``: who does where W is adjacent along neither dimension, which a problem does not tell.
     """
 
-    isa: str = "auto"
-    kind: str = ""
-    strided: str = ""
+    kind: str
+    strided: str
 
 
 class TritonWay(NamedTuple):

@@ -79,7 +79,7 @@ def _own_product(a: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     cpu_native.use_isa(now.cpu_isa)
     product = Product(a.dtype, transpose, M, D, a.shape[1])
     kind, _ = choose_kind(product, this_cpu(now.cpu_isa, now.tables), now)
-    way = CpuWay(now.cpu_isa, kind, kind)
+    way = CpuWay(kind, kind)
     out = torch.empty((M, D), dtype=a.dtype)
 
     def finish(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:

@@ -159,7 +159,7 @@ def _calls(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Calla
         def call(turn: int, kind: str = kind) -> None:
             cpu_base.base_product(
                 a, weights[turn % len(weights)], transpose=job.which == "forward", in_scale=None, out=out,
-                epilogue=epilogue, way=CpuWay(kind=kind, strided=kind),
+                epilogue=epilogue, way=CpuWay(kind, kind),
             )  # fmt: skip
 
         yield kind, call

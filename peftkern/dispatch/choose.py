@@ -93,14 +93,14 @@ def _way(name: str, problem: Problem, now: Settings) -> tuple[CpuWay | TritonWay
     return None, "the CUDA kernels, measured to be fastest on this GPU" if now.backend == "auto" else "the CUDA kernels"
 
 
-def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
+def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay | None, str]:
     product = cpu_base.product_of(problem)
     if product is None:
-        return CpuWay(now.cpu_isa), "the C++ kernels take it, there is no base product"
+        return None, "the C++ kernels, there is no base product"
     on = cpu_base.this_cpu(now.cpu_isa, now.tables)
     kind, why = cpu_base.choose_kind(product, on, now)
     strided, _ = cpu_base.choose_kind(product._replace(unit_stride=False), on, now)
-    return CpuWay(now.cpu_isa, kind, strided), f"base product {kind}: {why}"
+    return CpuWay(kind, strided), f"base product {kind}: {why}"
 
 
 def _triton_way(problem: Problem, now: Settings) -> tuple[TritonWay, str]:

@@ -66,6 +66,8 @@ def product_of(problem: Problem) -> Product | None:
     forward = problem.op in ("lora_linear_fwd", "multi_lora_linear_fwd")
     if not forward and problem.op not in ("lora_linear_bwd_input", "multi_lora_linear_bwd_input"):
         return None
+    if problem.op.startswith("multi_") and "base" not in problem.flags:
+        return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
     scale = "base_in_scale" if forward else "base_out_scale"
     return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in problem.flags)

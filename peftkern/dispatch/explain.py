@@ -56,7 +56,7 @@ def decision(problem: Problem, now: Settings) -> dict:
 
 
 def _base_product(problem: Problem, choice: Choice) -> dict:
-    if choice.backend != "cpu" or not choice.way.kind:
+    if choice.backend != "cpu" or choice.way is None:
         return {}
     product, kind, blocks = cpu_base.product_of(problem), choice.way.kind, None
     if kind != "vendor" and product.M * product.D * product.C:

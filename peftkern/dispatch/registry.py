@@ -135,8 +135,20 @@ def _find(op: Op, args, now: settings.Settings) -> _Taker:
     return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 
+# The settings that the process was last brought to.
+_prepared: settings.Settings | None = None
+
+
+def _prepare(now: settings.Settings) -> None:
+    global _prepared
+    load("cpu").prepare(now)
+    _prepared = now
+
+
 def _taker(op: Op, args) -> _Taker:
     now = settings.current()
+    if now is not _prepared:
+        _prepare(now)
     key = (op.name, now, *map(_signature, args))
     taker = _takers.get(key)
     if taker is None:

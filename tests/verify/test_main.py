@@ -128,10 +128,8 @@ def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
     assert target.preferred == "cuda" and target.environment["PEFTKERN_BACKEND"] == "auto"
     # The CPU back end stands for it.
     target, cpu = dataclasses.replace(target, device="cpu", preferred="cuda"), choose.load("cpu")
-    ops = {
-        op: functools.partial(function, way=CpuWay(kind="vendor", strided="vendor")) for op, function in cpu.OPS.items()
-    }
-    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, decline=cpu.decline)
+    ops = {op: functools.partial(function, way=CpuWay("vendor", "vendor")) for op, function in cpu.OPS.items()}
+    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, prepare=cpu.prepare, decline=cpu.decline)
     monkeypatch.setitem(choose.ORDER, "cpu", ("cuda",))
     for module in (choose, registry):
         monkeypatch.setattr(module, "load", lambda name: named)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
 from .base import base_product
 from .native import Dropout, column_dot, expand, panel, reduce, scale_copy, vector
 
@@ -25,7 +24,6 @@ def lora_linear_fwd(
     rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, *, way,
 ):  # fmt: skip
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa(way.isa)
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     dropout = Dropout.of(dropout_p, seed)
     base_out_scale, bias = vector(base_out_scale), vector(bias)
@@ -49,10 +47,9 @@ def lora_linear_fwd(
 
 def lora_linear_bwd_adapter(
     dy, x, u, h, lora_A, lora_B, scaling, dropout_p, seed, rank_scale, delta_in_scale, delta_out_scale,
-    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out, *, way,
+    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out,
 ):  # fmt: skip
     """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out); see peftkern.ops.lora_linear."""
-    native.use_isa(way.isa)
     (M, N), R = dy.shape, lora_A.shape[0]
     rank_scale, delta_in_scale, delta_out_scale = (vector(t) for t in (rank_scale, delta_in_scale, delta_out_scale))
     du = torch.empty((M, R), dtype=torch.float32)
@@ -118,7 +115,6 @@ def lora_linear_bwd_input(
     dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in, *, way
 ):
     """(dx, dbase_in); see peftkern.ops.lora_linear."""
-    native.use_isa(way.isa)
     M, K = dy.shape[0], weight.shape[1]
     dropout = Dropout.of(dropout_p, seed)
     base_in_scale = vector(base_in_scale)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
 from .base import base_product
 from .native import _C, CODES, pointer, threads, vector
 
 
-def multi_lora_linear_route(ids, table, mask, *, way):
+def multi_lora_linear_route(ids, table, mask):
     """(order, starts); see peftkern.ops.multi_lora_linear."""
     ids, table, slots = ids.reshape(-1).contiguous(), table.contiguous(), table.shape[0]
     order = torch.empty(ids.numel(), dtype=torch.int32)
@@ -86,10 +85,9 @@ class _Batch:
 
 
 def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way
+    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way=None
 ):
     """(y, u); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.isa)
     if weight is None and bias is None and dropout_p is None:
         y = torch.empty((x.shape[0], out_features), dtype=x.dtype)
         return y, _branch(y, x, weights, table, scaling, max_rank, order, starts, add=False)
@@ -101,9 +99,8 @@ def multi_lora_linear_fwd(
     return y, u
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts, *, way):
+def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    native.use_isa(way.isa)
     args = x, weights, table, scaling, max_rank, order, starts
     if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
         _branch(out, *args, add=True)
@@ -126,11 +123,8 @@ def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bo
     return u
 
 
-def multi_lora_linear_bwd_adapter(
-    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way
-):
+def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
     """(du, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.isa)
     batch = _Batch(weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
     # Zero where no row's adapter lies.
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
@@ -143,9 +137,10 @@ def multi_lora_linear_bwd_adapter(
     return du, dbias, grads
 
 
-def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way):
+def multi_lora_linear_bwd_input(
+    dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way=None
+):
     """dx; see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.isa)
     batch = _Batch(weights, table, None, order, starts, du.shape[1], dropout_p, seed)
     dx = torch.empty((batch.M, in_features), dtype=dy.dtype)
     batch.onto_base(False, dy, weight, dx, du.contiguous(), way)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...problem import CpuWay
-
 try:
     from ... import _C
 except ImportError:
@@ -194,9 +192,8 @@ def column_dot(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
     )  # fmt: skip
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float, *, way: CpuWay) -> Tensor:
+def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """The keep bits of ``seed`` as bool (M, K)."""
-    use_isa(way.isa)
     out = torch.empty((M, K), dtype=torch.bool)
     if out.numel():
         drop = int(seed.item()) & (2**64 - 1)

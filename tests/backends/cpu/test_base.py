@@ -51,7 +51,7 @@ def way(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, scaled:
     kinds = (
         choose_kind(product._replace(unit_stride=unit), this_cpu(isa, now.tables), now)[0] for unit in (True, False)
     )
-    return CpuWay(isa, *kinds)
+    return CpuWay(*kinds)
 
 
 def product(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> Tensor:
