@@ -69,7 +69,9 @@ class _Batch:
             row0, m, col0, c, v.data_ptr(), pointer(bias), threads(m * c * max(self.max_rank, 1)),
         )  # fmt: skip
 
-    def onto_base(self, side_b: bool, a: Tensor, weight: Tensor | None, out: Tensor, v: Tensor, way, bias=None) -> None:
+    def onto_base(
+        self, side_b: bool, a: Tensor, weight: Tensor | None, out: Tensor, v: Tensor, bias=None, way=None
+    ) -> None:
         """``out`` (M, D) = the base product of a (zero without weight) + branch + bias."""
         if out.numel() == 0:
             return
@@ -95,7 +97,7 @@ def multi_lora_linear_fwd(
     u = torch.empty((batch.M, max_rank), dtype=torch.float32)
     batch.reduce(False, x, dot=u)
     y = torch.empty((batch.M, out_features), dtype=x.dtype)
-    batch.onto_base(True, x, weight, y, u, way, vector(bias))
+    batch.onto_base(True, x, weight, y, u, vector(bias), way)
     return y, u
 
 
@@ -143,7 +145,7 @@ def multi_lora_linear_bwd_input(
     """dx; see peftkern.ops.multi_lora_linear."""
     batch = _Batch(weights, table, None, order, starts, du.shape[1], dropout_p, seed)
     dx = torch.empty((batch.M, in_features), dtype=dy.dtype)
-    batch.onto_base(False, dy, weight, dx, du.contiguous(), way)
+    batch.onto_base(False, dy, weight, dx, du.contiguous(), way=way)
     return dx
 
 

@@ -237,9 +237,9 @@ def test_base_product_is_that_of_lora_linear(level, kind, dtype):
             back, _ = cpu_lora.lora_linear_bwd_input(
                 dy, torch.empty(M, 0), None, weight, none[0], 0.0, None, None, None, None, False, way=way
             )
+            rows = (adapters.weights, adapters.table)
             for share in (1.0, 0.5):
                 ids = adapters.ids(M, share)
-                rows = (adapters.weights, adapters.table)
                 y, u = cpu_multi.multi_lora_linear_fwd(
                     x, weight, N, b, *rows, adapters.scaling, 20, *adapters.route(ids), None, None, way=way
                 )
@@ -254,9 +254,8 @@ def test_base_product_is_that_of_lora_linear(level, kind, dtype):
                         x, None, N, None, *rows, adapters.scaling, 20, *adapters.route(ids), None, None
                     )
                     exact = base.double() + branch.double()
-                    size = (
-                        base.double().abs() + branch.double().abs() + (2 * b.double().abs() if b is not None else 0.0)
-                    )
+                    size = base.double().abs() + branch.double().abs()
+                    size += 2 * b.double().abs() if b is not None else 0.0
                     assert bool(((y.double() - exact).abs() <= 4 * HALF_ULP[dtype] * size).all())
 
 
@@ -269,8 +268,7 @@ def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
     x, dy, ids = make(M, K, dtype, layout), torch.randn(M, N).to(dtype), adapters.ids(M)
 
     def branch(rows: Tensor) -> tuple[Tensor, ...]:
-        route = adapters.route(ids[rows])
-        args = adapters.weights, adapters.table
+        route, args = adapters.route(ids[rows]), (adapters.weights, adapters.table)
         y, u = cpu_multi.multi_lora_linear_fwd(x[rows], None, N, None, *args, adapters.scaling, 70, *route, None, None)
         du, _, _ = cpu_multi.multi_lora_linear_bwd_adapter(
             dy[rows], None, u, *args, adapters.scaling, *route, None, None, [False] * len(args[0]), False
@@ -316,9 +314,8 @@ def test_nan_in_adapters_without_rows_reaches_nothing(level):
         ids, x, dy = adapters.ids(M), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
         route, args = adapters.route(ids), (adapters.weights, adapters.table)
         weight = torch.randn(N, K).bfloat16()
-        y, u = cpu_multi.multi_lora_linear_fwd(
-            x, weight, N, None, *args, adapters.scaling, 40, *route, None, None, way=VENDOR
-        )
+        rest = (None, *args, adapters.scaling, 40, *route, None, None)
+        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, N, *rest, way=VENDOR)
         need = [True] * len(adapters.weights)
         du, _, grads = cpu_multi.multi_lora_linear_bwd_adapter(
             dy, x, u, *args, adapters.scaling, *route, None, None, need, False
@@ -362,12 +359,10 @@ def test_gradients_do_not_depend_on_threads(level):
 def test_no_rows_and_no_adapters(level):
     for M, ranks in ((0, (3,)), (4, ())):
         adapters = Adapters(ranks, 20, 30, torch.float32, "list")
-        route = adapters.route(torch.full((M,), -1))
-        args = adapters.weights, adapters.table
+        route, args = adapters.route(torch.full((M,), -1)), (adapters.weights, adapters.table)
         x, weight, dy = torch.randn(M, 20), torch.randn(30, 20), torch.randn(M, 30)
-        y, u = cpu_multi.multi_lora_linear_fwd(
-            x, weight, 30, None, *args, adapters.scaling, 3, *route, None, None, way=VENDOR
-        )
+        rest = (*args, adapters.scaling, 3, *route, None, None)
+        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, 30, None, *rest, way=VENDOR)
         assert y.shape == (M, 30) and u.shape == (M, 3) and not u.any()
         torch.testing.assert_close(y, x @ weight.t())
         du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
