@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .settings import Settings
+
 
 @functools.cache
 def device_arch(device_type: str, index: int | None) -> str:
@@ -47,13 +49,16 @@ class Problem:
 
 
 class CpuWay(NamedTuple):
-    """Who computes the base product of a call on CPU (dispatch/cpu_base.py): one of its kinds.
+    """How the CPU back end computes a call (dispatch/cpu_base.py).
 
-    ``strided``: who does where W is adjacent along neither dimension, which a problem does not tell.
+    ``now``: the settings of the call, under which native calls remember it. ``kind``: who computes the base product,
+    empty for an op without one; ``strided``: who does where W is adjacent along neither dimension, which a problem
+    does not tell.
     """
 
-    kind: str
-    strided: str
+    now: Settings = Settings()
+    kind: str = ""
+    strided: str = ""
 
 
 class TritonWay(NamedTuple):
@@ -61,3 +66,12 @@ class TritonWay(NamedTuple):
 
     batch_invariant: bool = False
     fixed: tuple[tuple[str, object], ...] = ()
+
+
+def problem_like(
+    t: torch.Tensor, op: str, adapter_dtype: torch.dtype | None, sizes: tuple[int, int, int, int], present: dict
+) -> Problem:
+    """A problem on the device and in the dtype of ``t``; sizes M, N, K, R; flags: the names of what ``present`` has."""
+    device = t.device
+    flags = frozenset(name for name, value in present.items() if value is not None and value is not False)
+    return Problem(op, device.type, device_arch(device.type, device.index), t.dtype, adapter_dtype, *sizes, flags)

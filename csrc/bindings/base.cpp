@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include "cpu/base/product.h"
 #include "peftkern/cpu.h"
 
 namespace py = pybind11;
@@ -10,6 +11,17 @@ using namespace peftkern;
 using namespace py::literals;
 
 namespace {
+
+cpu::BaseKind kind_of(const std::string& word) {
+  require(word == "panels" || word == "bf16" || word == "few", "unknown kind");
+  return word == "few" ? cpu::BaseKind::few : word == "bf16" ? cpu::BaseKind::bf16 : cpu::BaseKind::panels;
+}
+
+py::tuple base_blocks(const std::string& word, int64_t M, int64_t D, int64_t C, int threads) {
+  require(M >= 1 && D >= 1 && C >= 1, "sizes must be positive");
+  const cpu::BaseBlocks b = cpu::base_blocks(kind_of(word), M, D, C, check_threads(threads));
+  return py::make_tuple(b.rows, b.cols, b.block_rows, b.block_cols, b.scratch, b.panel);
+}
 
 void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
                   int64_t w_out, int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld,
@@ -80,6 +92,8 @@ void peftkern::bind_base(py::module_& m) {
       "(vendor, family, model) of this CPU; the vendor is empty where it cannot be asked.");
   m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
         "Whether base_product takes kind bf16 here, at the level in use.");
+  m.def("base_blocks", &base_blocks, "kind"_a, "M"_a, "D"_a, "C"_a, "threads"_a,
+        "(rows, cols, block_rows, block_cols, scratch, panel): see csrc/cpu/base/product.h.");
   m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
         "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "block_rows"_a,
         "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);

@@ -20,7 +20,9 @@ PYBIND11_MODULE(_C, m) {
       "name"_a, "Choose an instruction set level by name, or auto.");
   bind_base(m);
   bind_lora(m);
+  bind_lora_linear(m);
   bind_multi(m);
+  bind_unchanged(m);
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

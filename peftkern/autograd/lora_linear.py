@@ -8,156 +8,169 @@ seed. Dropout bits are drawn again from the seed in backward.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.cpu import call as native
+from ..bases.base import Base, base_of, kind_of
+from ..checks import accumulate_dtype, check_number, check_tensor
 from ..dispatch.registry import caller
-from ..ops.checks import accumulate_dtype, check_number, check_tensor
+from ..dispatch.watch import nobody_watches
+from ..equation import NO_SCALES, Needs, Scales, fold
 from ..ops.dropout_mask import check_p, seed_tensor
-from ..ops.lora_linear import check_base
+from ..settings import Settings, current
 from .saved import kept_input, read_saved
+from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 
-_fwd, _bwd_adapter, _bwd_input = (caller(f"lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
-_REQUIRED = ("lora_A", "lora_B")
-_VECTORS = ("rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
-_TENSORS = (*_REQUIRED, "bias", *_VECTORS)
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+_fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    # Not -1: with no columns torch could not tell the number of rows.
-    t = _cast(t, dtype)
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+def _cast_base(kind: str, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return list(tensors) if dtype is None else kind_of(kind).cast(list(tensors), dtype)
 
 
-def _as_shape(y: Tensor, x: Tensor) -> Tensor:
-    # Not a view for autograd: the output may be changed in place (nn.ReLU(inplace=True)), as F.linear's may.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+class Call(NamedTuple):
+    """What a pass takes besides tensors. ``now``: the settings, None if somebody watches which ops are called.
 
+    ``dtype``: what autocast casts x and the base to, inside, so that backward saves the base as it is; None without it.
+    ``scaled``: whether there are vectors.
+    """
 
-_SAVED = ("x", "weight", "lora_A", "lora_B", "u", "h", "seed", *_VECTORS)
+    now: Settings | None
+    kind: str
+    scaling: float
+    dropout_p: float
+    dtype: torch.dtype | None
+    scaled: bool
+
+    def split(self, rest: tuple) -> tuple[tuple[Tensor | None, ...] | None, Tensor | None, tuple[Tensor, ...]]:
+        """(vectors by place or None, seed or None, the base's tensors) of the arguments that not every call has."""
+        at = 5 if self.scaled else 0
+        scales = rest[:at] if at else None
+        return (scales, rest[at], rest[at + 1 :]) if self.dropout_p > 0.0 else (scales, None, rest[at:])
+
+    def forward(self, x, lora_A, lora_B, bias, rest: tuple, want_u: bool, want_h: bool):
+        """(y, u, h) of x (..., K), cast already, or y alone if neither of u and h is wanted."""
+        now, kind, scaling, dropout_p, dtype, _ = self
+        scales, seed, base = self.split(rest)
+        if now is not None:
+            done = native.forward(
+                now, torch.get_num_threads(), x, base[0] if base else None, lora_A, lora_B, bias, scaling, dropout_p, seed,
+                scales, want_u, want_h,
+            )  # fmt: skip
+            if done is not None:
+                return done
+        y, u, h = _fwd(
+            rows_of(x, x.dtype), _cast_base(kind, base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
+            list(scales or NO_SCALES), want_h,
+        )  # fmt: skip
+        y = as_shape(y, x)
+        return (y, u, h) if want_u or want_h else y
 
 
 @functools.cache
-def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Which of ``_SAVED`` the needed gradients read. Of a vector that needs one, its dtype."""
-    (x, _, A, B, _, _, _, _, rank, base_in, delta_in, base_out, delta_out, _) = needs
-    dx = x or base_in
-    du, H = dx or A or delta_in, B or delta_out
-    return (
-        A or delta_in or base_in, dx, dx or delta_in, du or rank or delta_out, H or rank, base_out, True,
-        du or H or rank, dx, dx or A or delta_in, dx or base_out, du or rank or H,
-    )  # fmt: skip
+def _reads(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[bool, ...]:
+    """Which of x, lora_A, lora_B, u, h and the rest the needed gradients read. Of a vector that needs one, its dtype."""
+    scales = needs[5:10] if scaled else (False,) * 5
+    need, base = Needs(*needs[:4], *scales), len(needs) - 5 - 5 * scaled - drops
+    dx = need.x or need.p_b
+    du, H = dx or need.A or need.p_d, need.B or need.g_d
+    read = (need.A or need.p_d or need.p_b, dx or need.p_d, du or need.d or need.g_d, H or need.d, need.g_b)
+    vectors = (du or H or need.d, dx, dx or need.A or need.p_d, dx or need.g_b, du or need.d or H) if scaled else ()
+    return (*read, *vectors, *[True] * drops, *[dx] * base)
 
 
-def _unread(t: Tensor | None, dy: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
-    return dy.new_empty(size, dtype=dtype) if t is None else t
+@functools.cache
+def _bits(needs: tuple[bool, ...], scaled: bool) -> int:
+    """``needs`` as the native entry takes them: a bit each, in the order of equation.Needs."""
+    return sum(1 << i for i, need in enumerate(needs[:4] + (needs[5:10] if scaled else ())) if need)
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """The op with its gradients. ``dtype``: what x and weight are cast to, inside, so that weight is saved as it is."""
+    """The op with its gradients. ``rest``: vectors by place if there are any, a seed if dropout acts, the base's tensors."""
 
     @staticmethod
-    def forward(
-        ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
-        rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, dtype,
-    ):  # fmt: skip
-        needs = ctx.needs_input_grad
-        need_base_out = needs[11]
-        rows = _rows(x, dtype)
-        y, u, h = _fwd(
-            rows, _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed,
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, need_base_out,
-        )  # fmt: skip
-        if torch.compiler.is_compiling():
-            kept, read = x, (True,) * len(_SAVED)  # a compiler drops what it does not need by itself
-        else:
-            read = _reads(needs)
-            kept = kept_input(x, rows) if read[0] else None
-        ctx.save_for_backward(
-            kept,
-            weight if read[1] else None,
-            lora_A if read[2] else None,
-            lora_B if read[3] else None,
-            u if read[4] else None,
-            h if need_base_out else None,
-            seed,
-            rank_scale,
-            base_in_scale,
-            delta_in_scale,
-            base_out_scale,
-            delta_out_scale,
-        )
-        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.rank, ctx.adapter_dtype = lora_A.shape[0], lora_A.dtype
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        return _as_shape(y, x)
+    def forward(ctx, x, lora_A, lora_B, bias, call, *rest):
+        needs, scaled = ctx.needs_input_grad, call.scaled
+        given, need_h = x if call.dtype is None else cast(x, call.dtype), scaled and needs[8]
+        y, u, h = call.forward(given, lora_A, lora_B, bias, rest, True, need_h)
+        saved = (x, lora_A, lora_B, u, h if need_h else None, *rest)
+        if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
+            read = _reads(needs, scaled, call.dropout_p > 0.0)
+            kept = kept_input(x, given) if read[0] else None
+            saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:])])
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        ctx.x = x.shape, x.dtype
+        ctx.adapter = lora_A.shape[0], lora_A.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
-        saved, needs = read_saved(ctx, "lora_linear", _SAVED, _reads)
-        (x, weight, lora_A, lora_B, u, h, seed,
-         rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale) = saved  # fmt: skip
-        (need_x, _, need_A, need_B, need_bias, _, _, _,
-         need_rank, need_base_in, need_delta_in, need_base_out, need_delta_out, _) = needs  # fmt: skip
-        dy = _rows(dy, dy.dtype)
-        rows = _rows(x, ctx.dtype) if x is not None else None
-        lora_A = _unread(lora_A, dy, (ctx.rank, ctx.x_shape[-1]), ctx.adapter_dtype)
-        lora_B = _unread(lora_B, dy, (dy.shape[1], ctx.rank), ctx.adapter_dtype)
-        u = _unread(u, dy, (dy.shape[0], ctx.rank), accumulate_dtype(ctx.dtype))
-        du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = _bwd_adapter(
-            dy, rows if need_A or need_delta_in else None, u, h, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed,
-            rank_scale, delta_in_scale, delta_out_scale,
-            need_A, need_B, need_bias, need_rank, need_delta_in, need_base_out, need_delta_out,
-        )  # fmt: skip
-        dx = dbase_in = None
-        if need_x or need_base_in:
-            dx, dbase_in = _bwd_input(
-                dy, du, rows if need_base_in else None, _cast(weight, ctx.dtype), lora_A, ctx.dropout_p, seed,
-                base_in_scale, delta_in_scale, base_out_scale, need_base_in,
-            )  # fmt: skip
-            dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
-
-        def vector(grad: Tensor | None, need: bool, like: Tensor | None) -> Tensor | None:
-            return grad.to(like.dtype) if need else None
-
-        return (
-            dx,
-            None,
-            dA if need_A else None,
-            dB if need_B else None,
-            dbias.to(ctx.bias_dtype) if need_bias else None,
-            None,
-            None,
-            None,
-            vector(drank, need_rank, rank_scale),
-            vector(dbase_in, need_base_in, base_in_scale),
-            vector(ddelta_in, need_delta_in, delta_in_scale),
-            vector(dbase_out, need_base_out, base_out_scale),
-            vector(ddelta_out, need_delta_out, delta_out_scale),
-            None,
+        call, (shape, x_dtype), (rank, adapter_dtype) = ctx.call, ctx.x, ctx.adapter
+        now, kind, scaling, dropout_p, dtype, scaled = call
+        names = (
+            "x",
+            "lora_A",
+            "lora_B",
+            "u",
+            "h",
+            *(Scales._fields if scaled else ()),
+            "seed" if dropout_p else "weight",
         )
+        saved, needs = read_saved(ctx, "lora_linear", names, lambda needs: _reads(needs, scaled, dropout_p > 0.0))
+        x, lora_A, lora_B, u, h, *rest = saved
+        scales, seed, base = call.split(tuple(rest))
+        grads = None
+        if now is not None and nobody_watches():
+            grads = native.backward(
+                current(), torch.get_num_threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling,
+                dropout_p, seed, scales, _bits(needs, scaled), shape[-1], rank, adapter_dtype,
+            )  # fmt: skip
+        if grads is None:
+            need = [*needs[:4], *(needs[5:10] if scaled else (False,) * 5)]
+            grads = _careful_backward(ctx, dy, saved, need)
+        dx, dA, dB, dbias, *vectors = grads
+        if dx is not None and dx.dtype is not x_dtype:
+            dx = dx.to(x_dtype)
+        if dbias is not None and dbias.dtype is not ctx.bias_dtype:
+            dbias = dbias.to(ctx.bias_dtype)
+        if not scaled:
+            return (dx, dA, dB, dbias, None, *[None] * len(rest))
+        vectors = [None if g is None else cast(g, t.dtype) for g, t in zip(vectors, scales)]
+        return (dx, dA, dB, dbias, None, *vectors, *[None] * (len(rest) - 5))
 
 
-def _autocast_dtype(x) -> torch.dtype | None:
-    # What autocast makes of F.linear's arguments (fp64 it leaves alone), None where it does nothing.
-    device = x.device.type
-    if x.dtype == torch.float64:
-        return None
-    usual = x.is_cpu or x.is_cuda
-    active = (usual or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if active else None
+def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[Tensor | None]:
+    """By the op: gradients in the order of equation.Needs, None where not needed."""
+    (shape, _), (rank, adapter_dtype), dtype = ctx.x, ctx.adapter, ctx.call.dtype
+    x, lora_A, lora_B, u, h, *rest = saved
+    scales, seed, base = ctx.call.split(tuple(rest))
+    dy = rows_of(dy, dy.dtype)
+    M, N = dy.shape
+    # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
+    lora_A = dy.new_empty((rank, shape[-1]), dtype=adapter_dtype) if lora_A is None else lora_A
+    lora_B = dy.new_empty((N, rank), dtype=adapter_dtype) if lora_B is None else lora_B
+    u = dy.new_empty((M, rank), dtype=accumulate_dtype(dy.dtype)) if u is None else u
+    base = _cast_base(ctx.call.kind, (t for t in base if t is not None), dtype)
+    dx, dA, dB, dbias, vectors = _bwd(
+        dy, None if x is None else rows_of(x, dy.dtype), u, h, base, ctx.call.kind, lora_A, lora_B, ctx.call.scaling,
+        ctx.call.dropout_p, seed, list(scales or NO_SCALES), need,
+    )  # fmt: skip
+    grads = [g if n else None for g, n in zip((dx, dA, dB, dbias, *vectors), need)]
+    if need[0]:
+        grads[0] = dx.view(shape)
+    return grads
 
 
-def _fold_scaling(scaling: Tensor, rank_scale: Tensor | None, R: int, x: Tensor) -> Tensor:
+def _scaled(d: Tensor | None, scaling: Tensor, R: int, x: Tensor) -> Tensor:
     # A tensor of one element becomes part of d: O(R), differentiable, never read by the host.
     if not scaling.is_floating_point():
         raise TypeError(f"scaling must be a float or a floating point tensor, got dtype {scaling.dtype}")
@@ -167,28 +180,101 @@ def _fold_scaling(scaling: Tensor, rank_scale: Tensor | None, R: int, x: Tensor)
         raise ValueError(f"scaling is on {scaling.device}, expected {x.device} like x")
     dtype = accumulate_dtype(x.dtype)
     folded = scaling.to(dtype).reshape(1)
-    return folded.expand(R) if rank_scale is None else folded * rank_scale.to(dtype)
+    return folded.expand(R) if d is None else folded * d.to(dtype)
 
 
-def _traced(
-    x, weight, lora_A, lora_B, bias, scaling, dropout_p,
-    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
-):  # fmt: skip
+def _traced(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, options: Options, s: Scales):
     # In torch's own ops: what torch.jit.trace records runs, and trains, where this package is not installed.
     def times(t, scale):
         return t if scale is None else t * scale.to(t.dtype)
 
     linear = torch.nn.functional.linear
-    base = times(linear(times(x, base_in_scale), weight), base_out_scale)
-    dropped = times(torch.nn.functional.dropout(x, dropout_p, dropout_p > 0.0).to(lora_A.dtype), delta_in_scale)
-    delta = times(linear(times(linear(dropped, lora_A), rank_scale), lora_B), delta_out_scale)
-    y = base + scaling * delta
-    return (y if bias is None else y + bias).to(base.dtype)
+    W = kind_of(base.kind).dequantise(base.tensors, x.dtype)
+    into = times(x, s.p_b)
+    h = times(into if W is None else linear(into, W), s.g_b)
+    p = options.dropout_p
+    dropped = times(torch.nn.functional.dropout(x, p, p > 0.0).to(lora_A.dtype), s.p_d)
+    delta = times(linear(times(linear(dropped, lora_A), s.d), lora_B), s.g_d)
+    y = h + options.scaling * delta
+    return (y if bias is None else y + bias).to(h.dtype)
+
+
+class Options(NamedTuple):
+    """Numbers of a call: ``dropout_p`` is 0 outside of training; ``seed`` as the public function takes it."""
+
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+
+
+_PLAIN_OPTIONS = Options()
+
+
+def _check(x: Tensor, base: Base, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise TypeError for what is no plain tensor; shapes, dtypes and devices are checked by the op."""
+    check_tensor("x", x)
+    for i, t in enumerate(base.tensors):
+        check_tensor("weight" if base.kind == "dense" else f"{base.kind}[{i}]", t)
+    for name, value in tensors.items():
+        if value is not None or name in ("lora_A", "lora_B"):
+            check_tensor(name, value)
+
+
+def _cast_all(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, other: torch.dtype) -> tuple[Tensor | None, ...]:
+    # What is neither in fp32 nor in autocast's dtype becomes ``other``.
+    return tuple(t if t is None or t.dtype in (torch.float32, dtype) else t.to(other) for t in tensors)
+
+
+def lora_linear_with(
+    x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None,
+    options: Options = _PLAIN_OPTIONS, coefficients: Mapping[str, Tensor | None] | None = None,
+) -> Tensor:  # fmt: skip
+    """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
+    no_transforms("lora_linear")
+    base, now = base_of(weight), current() if nobody_watches() else None
+    plain = (
+        type(x) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    )
+    if now is None or not plain or coefficients:
+        _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
+    scaling, dropout_p, seed = options
+    scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
+    if now is None and torch._C._get_tracing_state() is not None:
+        return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
+    if type(scaling) is not float:
+        if isinstance(scaling, Tensor):
+            d, *others = scales or NO_SCALES
+            scales, scaling = (_scaled(d, scaling, lora_A.shape[0], x), *others), 1.0
+        else:
+            check_number("scaling", scaling)
+            scaling = float(scaling)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        lora_A, lora_B, bias = _cast_all((lora_A, lora_B, bias), dtype, dtype)
+        scales = None if scales is None else _cast_all(scales, dtype, torch.float32)
+    call, rest = Call(now, base.kind, scaling, dropout_p, dtype, scales is not None), base.tensors
+    if dropout_p > 0.0:
+        rest = (seed_tensor(seed, x.device), *rest)
+    if scales is not None:
+        rest = (*scales, *rest)
+    if torch.is_grad_enabled():
+        for t in base.tensors:
+            if t.requires_grad:
+                raise ValueError(
+                    "weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)"
+                )
+        for t in (x, lora_A, lora_B, bias, *(scales or ())):
+            if t is not None and t.requires_grad:
+                return LoRALinearFunction.apply(x, lora_A, lora_B, bias, call, *rest)
+    return call.forward(x if dtype is None else cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Base,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -212,7 +298,7 @@ def lora_linear(
 
     Args:
         x: (..., K) in fp32, bf16 or fp16 (fp64 through the reference).
-        weight: (N, K) in x's dtype. Frozen: it gets no gradient.
+        weight: (N, K) in x's dtype, or a base (peftkern/bases). Frozen: it gets no gradient.
         lora_A: (R, K). lora_B: (N, R). Both in fp32 or both in x's dtype.
         bias: (N), added after all scales, never scaled.
         scaling: s, a float or a one-element tensor on x's device (differentiable, not synchronised to the host).
@@ -234,49 +320,22 @@ def lora_linear(
 
     ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """
-    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "lora_linear does not support torch.func transforms (grad, vmap, jvp); call it outside of them"
-        )
-    if torch._C._get_tracing_state() is not None:
-        return _traced(
-            x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0,
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale,
-        )  # fmt: skip
-    check_base(x, weight)
-    named = zip(
-        _TENSORS, (lora_A, lora_B, bias, rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)
-    )
-    for name, value in named:
-        # Shapes, dtypes and devices are checked by the op; what is read of a tensor here needs a tensor.
-        if not isinstance(value, Tensor) and (value is not None or name in _REQUIRED):
-            check_tensor(name, value)
-    grad = torch.is_grad_enabled()
-    if grad and weight.requires_grad:
-        raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
-    check_p(dropout_p)
-    dropout_p = float(dropout_p) if training else 0.0
-    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
-    if isinstance(scaling, Tensor):
-        rank_scale = _fold_scaling(scaling, rank_scale, lora_A.shape[0], x)
-        scaling = 1.0
-    check_number("scaling", scaling)
-    scaling = float(scaling)
-    vectors = (rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale)
-    dtype = _autocast_dtype(x)
-    if dtype is None:
-        dtype = x.dtype
-        if weight.dtype != dtype:
-            raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
-    else:
-        kept = (torch.float32, dtype)
-        lora_A, lora_B, bias = (t if t is None or t.dtype in kept else t.to(dtype) for t in (lora_A, lora_B, bias))
-        vectors = tuple(t if t is None or t.dtype in kept else t.float() for t in vectors)
-    if grad and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, bias, *vectors)):
-        return LoRALinearFunction.apply(
-            x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, dtype
-        )  # fmt: skip
-    y, _, _ = _fwd(
-        _rows(x, dtype), _cast(weight, dtype), lora_A, lora_B, bias, scaling, dropout_p, seed, *vectors, False
-    )
-    return _as_shape(y, x)
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        check_p(dropout_p)
+        dropout_p = float(dropout_p) if training else 0.0
+    coefficients = None
+    if not (
+        rank_scale is None
+        and base_in_scale is None
+        and delta_in_scale is None
+        and base_out_scale is None
+        and delta_out_scale is None
+    ):
+        coefficients = {
+            "rank_scale": rank_scale,
+            "base_in_scale": base_in_scale,
+            "delta_in_scale": delta_in_scale,
+            "base_out_scale": base_out_scale,
+            "delta_out_scale": delta_out_scale,
+        }
+    return lora_linear_with(x, weight, lora_A, lora_B, bias, Options(scaling, dropout_p, seed), coefficients)

@@ -9,88 +9,98 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..bases.base import Base, base_of, kind_of
+from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
 from ..many.bank import AdapterBank
 from ..many.route import route
 from ..many.table import AdapterTable, probabilities, table_of
-from ..ops.checks import accumulate_dtype, check_tensor
 from ..ops.dropout_mask import check_p, seed_tensor
-from ..ops.lora_linear import check_base
-from .lora_linear import _as_shape, _autocast_dtype, _cast, _rows
+from ..ops.multi_lora_linear import NO_BASE
 from .saved import kept_input, read_saved
+from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 
-_fwd, _bwd_adapter, _bwd_input = (caller(f"multi_lora_linear_{part}") for part in ("fwd", "bwd_adapter", "bwd_input"))
+_fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
-
-
-_SAVED = ("x", "weight", "u", "table", "scaling", "order", "starts", "dropout_p", "seed", "an adapter's matrix")
+_BRANCH = Base(NO_BASE, ())
+_SAVED = ("x", "u", "table", "scaling", "order", "starts", "dropout_p", "seed", "weight or an adapter's matrix")
 
 
 @functools.cache
-def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Which of ``_SAVED`` the needed gradients read. The matrices come last, lora_A and lora_B of each adapter."""
-    x, matrices = needs[0], needs[9:]
+def _reads(needs: tuple[bool, ...], base: int) -> tuple[bool, ...]:
+    """Which of ``_SAVED`` the needed gradients read: the base's tensors, then lora_A and lora_B of each adapter, last."""
+    x, matrices = needs[0], needs[4 + base :]
     # A bank's tensors, which hold both, need no gradient.
     read = [x or (i % 2 == 1 and matrices[i - 1]) for i in range(len(matrices))]
-    return any(matrices[::2]), x, any(matrices[1::2]), *[True] * 6, *read
+    return any(matrices[::2]), any(matrices[1::2]), *[True] * 6, *[x] * base, *read
+
+
+class Batch(NamedTuple):
+    """What a pass takes besides x, dy and weights: which row takes which adapter, and how."""
+
+    base: str
+    state: AdapterTable
+    order: Tensor
+    starts: Tensor
+    dropout_p: Tensor | None
+    seed: Tensor | None
+    dtype: torch.dtype
+
+    def forward(self, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, weights: Sequence[Tensor]):
+        """(y, u) of x (..., K), already in ``dtype``."""
+        state, tensors = self.state, kind_of(self.base).cast(base, self.dtype) if base else []
+        y, u = _fwd(
+            rows_of(x, self.dtype), tensors, self.base, state.out_features, bias, weights, state.table, state.scaling,
+            state.max_rank, self.order, self.starts, self.dropout_p, self.seed,
+        )  # fmt: skip
+        return as_shape(y, x), u
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
-    """The op with its gradients. ``state``: the AdapterTable, whose weights come again, flat, as the last arguments."""
+    """The op with its gradients. The base's tensors and the state's weights come last, flat: autograd sees no lists."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, state, order, starts, dropout_p, seed, dtype, *weights):
-        needs = ctx.needs_input_grad
-        rows = _rows(x, dtype)
-        y, u = _fwd(
-            rows, None if weight is None else _cast(weight, dtype), state.out_features, bias, list(weights),
-            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
-        )  # fmt: skip
-        if torch.compiler.is_compiling():
-            kept, read = x, (True,) * (9 + len(weights))  # a compiler drops what it does not need by itself
-        else:
-            read = _reads(needs)
-            kept = kept_input(x, rows) if read[0] else None
-        ctx.save_for_backward(
-            kept, weight if read[1] else None, u if read[2] else None,
-            state.table, state.scaling, order, starts, dropout_p, seed,
-            *[w if r else None for w, r in zip(weights, read[9:], strict=True)],
-        )  # fmt: skip
+    def forward(ctx, x, bias, batch, bases, *tensors):
+        base, weights, state = tensors[:bases], tensors[bases:], batch.state
+        given = cast(x, batch.dtype)
+        y, u = batch.forward(given, base, bias, list(weights))
+        saved = (x, u, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
+        if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
+            read = _reads(ctx.needs_input_grad, bases)
+            kept = kept_input(x, given) if read[0] else None
+            saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:], strict=True)])
+        ctx.save_for_backward(*saved)
         # Held, so that the memory of a bank's removed adapters is not used again before backward.
-        ctx.state, ctx.dtype = state, dtype
+        ctx.state, ctx.base, ctx.bases, ctx.dtype = state, batch.base, bases, batch.dtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        return _as_shape(y, x)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
-        saved, needs = read_saved(ctx, "multi_lora_linear", _SAVED, _reads)
-        x, weight, u, table, scaling, order, starts, dropout_p, seed, *weights = saved
-        need_x, _, need_bias = needs[:3]
-        need = list(needs[9:])
-        dy = _rows(dy, dy.dtype)
+        bases, state = ctx.bases, ctx.state
+        saved, needs = read_saved(ctx, "multi_lora_linear", _SAVED, lambda needs: _reads(needs, bases))
+        x, u, table, scaling, order, starts, dropout_p, seed, *tensors = saved
+        need_x, need_bias, need = needs[0], needs[1], list(needs[4 + bases :])
+        dy = rows_of(dy, dy.dtype)
         if u is None:
-            u = dy.new_empty((dy.shape[0], ctx.state.max_rank), dtype=accumulate_dtype(ctx.dtype))
+            u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
+        base = kind_of(ctx.base).cast(tensors[:bases], ctx.dtype) if bases and need_x else []
         # Of a matrix that no gradient reads an op uses the shape alone.
-        weights = [known if w is None else w for w, known in zip(weights, ctx.state.weights, strict=True)]
-        du, dbias, grads = _bwd_adapter(
-            dy, None if x is None else _rows(x, ctx.dtype), u, weights, table, scaling, order, starts, dropout_p, seed,
-            need, need_bias,
+        weights = [known if w is None else w for w, known in zip(tensors[bases:], state.weights, strict=True)]
+        dx, dbias, grads = _bwd(
+            dy, None if x is None else rows_of(x, ctx.dtype), u, base, ctx.base, state.in_features, weights, table, scaling,
+            order, starts, dropout_p, seed, need_x, need_bias, need,
         )  # fmt: skip
-        dx = None
-        if need_x:
-            dx = _bwd_input(
-                dy, du, None if weight is None else _cast(weight, ctx.dtype), ctx.state.in_features, weights, table,
-                order, starts, dropout_p, seed,
-            )  # fmt: skip
-            dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype)
+        dx = cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
         grads = [g if n else None for g, n in zip(grads, need, strict=True)]
-        return dx, None, _cast(dbias, ctx.bias_dtype) if need_bias else None, *[None] * 6, *grads
+        return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * bases, *grads
 
 
 def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
@@ -119,36 +129,29 @@ def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) 
     return probabilities(tuple(map(float, each)), 1 if each is dropout_p else slots, device)
 
 
-def _call(x, weight, bias, state: AdapterTable, adapter_ids, dropout_p, seed, dtype) -> Tensor:
-    order, starts = route(adapter_ids, x, state)
-    seed = seed_tensor(seed, x.device) if dropout_p is not None else None
-    inputs = (x, bias, *state.weights)
+def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
+    weights = batch.state.weights
     # A trace records the op itself, which has no gradient.
     grad = torch.is_grad_enabled() and torch._C._get_tracing_state() is None
-    if grad and any(t is not None and t.requires_grad for t in inputs):
-        return MultiLoRALinearFunction.apply(
-            x, weight, bias, state, order, starts, dropout_p, seed, dtype, *state.weights
-        )  # fmt: skip
-    y, _ = _fwd(
-        _rows(x, dtype), None if weight is None else _cast(weight, dtype), state.out_features, bias,
-        _weights(state), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
-    )  # fmt: skip
-    return _as_shape(y, x)
+    if grad and any(t is not None and t.requires_grad for t in (x, bias, *weights)):
+        return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
+    return batch.forward(cast(x, batch.dtype), base.tensors, bias, _list(weights))[0]
 
 
-def _weights(state: AdapterTable) -> list[Tensor]:
+def _list(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     # A compiler takes no other list than a plain one.
-    return list(state.weights) if torch.compiler.is_compiling() else state.weights
+    return list(weights) if torch.compiler.is_compiling() else weights
 
 
-def _no_transforms(name: str) -> None:
-    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+def _check_x(x) -> None:
+    check_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K)")
 
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Base,
     adapters: Sequence[tuple[Tensor, Tensor, float]] | AdapterBank,
     adapter_ids: Tensor,
     *,
@@ -184,25 +187,27 @@ def multi_lora_linear(
 
     ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
-    _no_transforms("multi_lora_linear")
-    check_base(x, weight)
-    if torch.is_grad_enabled() and weight.requires_grad:
+    no_transforms("multi_lora_linear")
+    base = base_of(weight)
+    _check_x(x)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in base.tensors):
         raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
     if bias is not None:
         check_tensor("bias", bias)
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     dtype = autocast or x.dtype
-    if autocast is None and weight.dtype != dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {dtype} like x")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {weight.shape[0]}")
+    given = base.tensors if autocast is None else kind_of(base.kind).cast(base.tensors, dtype)
+    N, _ = kind_of(base.kind).check(given, x if autocast is None else x.new_empty(0, dtype=dtype), x.shape[-1], None)
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {N}")
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
     state = _state(adapters, x, dtype)
-    if weight.shape[0] != state.out_features:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K) with N = {state.out_features}")
+    if N != state.out_features:
+        raise ValueError(f"weight has {N} out_features, expected N = {state.out_features} as the adapters have")
     p = _probabilities(dropout_p, training, state.table.shape[0], x.device)
-    return _call(x, weight, bias, state, adapter_ids, p, seed, dtype)
+    seed = seed_tensor(seed, x.device) if p is not None else None
+    return _call(x, base, bias, Batch(base.kind, state, *route(adapter_ids, x, state), p, seed, dtype))
 
 
 def sgmv(
@@ -221,14 +226,13 @@ def sgmv(
         ValueError, TypeError: as in ``multi_lora_linear``, and an ``out`` of another shape, dtype or device.
         RuntimeError: ``out`` where a gradient is required.
     """
-    _no_transforms("sgmv")
-    check_tensor("x", x)
-    if x.dim() < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K)")
-    dtype = x.dtype if out is not None else _autocast_dtype(x) or x.dtype
+    no_transforms("sgmv")
+    _check_x(x)
+    dtype = x.dtype if out is not None else autocast_dtype(x) or x.dtype
     state = _state(adapters, x, dtype)
+    order, starts = route(adapter_ids, x, state)
     if out is None:
-        return _call(x, None, None, state, adapter_ids, None, None, dtype)
+        return _call(x, _BRANCH, None, Batch(NO_BASE, state, order, starts, None, None, dtype))
     check_tensor("out", out)
     shape = (*x.shape[:-1], state.out_features)
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != x.device:
@@ -237,9 +241,8 @@ def sgmv(
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights)):
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
-    order, starts = route(adapter_ids, x, state)
     rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _add(rows, _rows(x, dtype), _weights(state), state.table, state.scaling, state.max_rank, order, starts)
+    _add(rows, rows_of(x, dtype), _list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # so that whoever saved it for a gradient notices
     return out

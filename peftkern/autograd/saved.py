@@ -27,25 +27,25 @@ def _must_copy(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() > 2 * x.nbytes or x.is_inference() or settings.current().save_input == "copy"
 
 
-def kept_input(x: Tensor, rows: Tensor) -> Tensor:
-    """What stands for x in backward. ``rows``: x (M, K) as the op reads it, cast by autocast or not."""
+def kept_input(x: Tensor, given: Tensor) -> Tensor:
+    """What stands for x in backward. ``given``: x as the op gets it, cast by autocast or not."""
     global _last
-    narrower = rows.dtype is not x.dtype and rows.dtype.itemsize < x.dtype.itemsize
+    narrower = given.dtype is not x.dtype and given.dtype.itemsize < x.dtype.itemsize
     if not narrower and not _must_copy(x):
         return x
     state = None
     if not x.is_inference():  # nobody counts the changes of those
         stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
-        state = x._version, rows.dtype, stream
+        state = x._version, given.dtype, stream
         last = _last
         copy = last[2]() if last is not None and last[0]() is x and last[1] == state else None
         if copy is not None:
             return copy
-    if torch._C._is_alias_of(rows, x):
-        rows = rows.clone(memory_format=torch.contiguous_format)
+    if torch._C._is_alias_of(given, x):
+        given = given.clone(memory_format=torch.contiguous_format)
     if state is not None:
-        _last = weakref.ref(x), state, TensorWeakRef(rows)
-    return rows
+        _last = weakref.ref(x), state, TensorWeakRef(given)
+    return given
 
 
 def read_saved(ctx, op: str, names: Sequence[str], readers: Callable[[tuple], Sequence]) -> tuple[tuple, tuple]:

@@ -93,19 +93,19 @@ def _way(name: str, problem: Problem, now: Settings) -> tuple[CpuWay | TritonWay
     return None, "the CUDA kernels, measured to be fastest on this GPU" if now.backend == "auto" else "the CUDA kernels"
 
 
-def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay | None, str]:
+def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
     product = cpu_base.product_of(problem)
     if product is None:
-        return None, "the C++ kernels, there is no base product"
+        return CpuWay(now), "the C++ kernels, there is no base product"
     on = cpu_base.this_cpu(now.cpu_isa, now.tables)
     kind, why = cpu_base.choose_kind(product, on, now)
     strided, _ = cpu_base.choose_kind(product._replace(unit_stride=False), on, now)
-    return CpuWay(kind, strided), f"base product {kind}: {why}"
+    return CpuWay(now, kind, strided), f"base product {kind}: {why}"
 
 
 def _triton_way(problem: Problem, now: Settings) -> tuple[TritonWay, str]:
     fixed, why = dict(now.triton_fixed), "launches by size (kernels/tl/configs.py)"
-    if problem.op in ("lora_linear_fwd", "lora_linear_bwd_input"):
+    if problem.op in ("lora_linear_fwd", "lora_linear_bwd"):
         from ..kernels import configs
 
         measured = tuned.entry(problem, now)

@@ -64,13 +64,16 @@ def this_cpu(isa: str, folder: str) -> Cpu:
 def product_of(problem: Problem) -> Product | None:
     """The base product of a problem, None for an op without one."""
     forward = problem.op in ("lora_linear_fwd", "multi_lora_linear_fwd")
-    if not forward and problem.op not in ("lora_linear_bwd_input", "multi_lora_linear_bwd_input"):
+    if not forward and problem.op not in ("lora_linear_bwd", "multi_lora_linear_bwd"):
         return None
-    if problem.op.startswith("multi_") and "base" not in problem.flags:
+    flags = problem.flags
+    if "identity" in flags or not (forward or flags & {"need_x", "need_p_b"}):
+        return None
+    if problem.op.startswith("multi_") and "base" not in flags:
         return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
-    scale = "base_in_scale" if forward else "base_out_scale"
-    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in problem.flags)
+    scale = "p_b" if forward else "g_b"
+    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags)
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:

@@ -27,7 +27,8 @@ def functions() -> dict[str, list[str]]:
     """Public function -> the ops that it is made of, forward first."""
     found: dict[str, list[str]] = {}
     for name in OPS:
-        found.setdefault(re.sub(r"_(route|fwd|bwd.*|add)$", "", name), []).append(name)
+        if not name.endswith("_route"):  # made once for all layers
+            found.setdefault(re.sub(r"_(fwd|bwd|add)$", "", name), []).append(name)
     return found
 
 
@@ -39,8 +40,10 @@ def passes(call: Problem) -> list[Problem]:
     problems = []
     for op in functions()[call.op]:
         flags = call.flags
-        if "_bwd" in op:
-            flags = (flags - {"bias"}) | ({"need_A", "need_B"} if op == "lora_linear_bwd_adapter" else set())
+        if op == "lora_linear_bwd":
+            flags = (flags - {"bias"}) | {"need_x", "need_A", "need_B"}
+        elif op == "multi_lora_linear_bwd":
+            flags = (flags - {"bias"}) | {"need_x", "need_weights"}
         problems.append(dataclasses.replace(call, op=op, flags=flags))
     return problems
 
@@ -56,7 +59,7 @@ def decision(problem: Problem, now: Settings) -> dict:
 
 
 def _base_product(problem: Problem, choice: Choice) -> dict:
-    if choice.backend != "cpu" or choice.way is None:
+    if choice.backend != "cpu" or not choice.way.kind:
         return {}
     product, kind, blocks = cpu_base.product_of(problem), choice.way.kind, None
     if kind != "vendor" and product.M * product.D * product.C:

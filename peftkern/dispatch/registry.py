@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -31,36 +31,57 @@ LIBRARY = torch.library.Library("peftkern", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op: ``describe`` checks the arguments and makes their Problem, ``reference`` defines the result.
+    """A registered op. Every function of it takes the arguments as one ``arguments`` tuple.
 
-    ``flops(problem, *args)``: what torch's flop counter counts, 2 for each product and sum of a matrix product.
-    ``describe`` may look at dtypes, shapes, devices and Python values, never at a tensor's values: its outcome is kept.
+    ``describe`` checks them and makes their Problem, ``reference`` defines the result; ``flops(problem, arguments)``: what
+    torch's flop counter counts, 2 for each product and sum of a matrix product. ``describe`` may look at dtypes, shapes,
+    devices and Python values, never at a tensor's values: its outcome is kept.
     """
 
     name: str
+    arguments: type
     reference: Callable
-    describe: Callable[..., Problem]
-    flops: Callable[..., int]
+    describe: Callable[[Any], Problem]
+    flops: Callable[[Problem, Any], int]
 
 
 OPS: dict[str, Op] = {}
 
 
+# Types of an op's arguments: an int that is a tensor's size, a tensor that the op changes.
+Size = int
+Out = torch.Tensor
+# What a field of an op's arguments is to torch.
+_SCHEMA = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "Out": "Tensor(a!)", "list[Tensor]": "Tensor[]",
+    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "bool": "bool", "int": "int", "Size": "SymInt",
+    "float": "float", "str": "str",
+}  # fmt: skip
+
+
+def schema_of(arguments: type, returns: str) -> str:
+    """torch's schema of an op that takes the fields of a NamedTuple (its annotations unevaluated) in their order."""
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in arguments.__annotations__.items()}
+    fields = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    return f"({fields}) -> {returns}"
+
+
 def define(
     name: str,
-    schema: str,
+    arguments: type,
+    returns: str,
     *,
     reference: Callable,
     fake: Callable,
-    describe: Callable[..., Problem],
-    flops: Callable[..., int] = lambda problem, *args: 0,
+    describe: Callable[[Any], Problem],
+    flops: Callable[[Problem, Any], int] = lambda problem, arguments: 0,
 ) -> None:
-    """Register ``peftkern::name`` with the given schema for every device."""
-    op = Op(name, reference, describe, flops)
+    """Register ``peftkern::name``, with a schema made of the NamedTuple ``arguments``, for every device."""
+    op = Op(name, arguments, reference, describe, flops)
     OPS[name] = op
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(name + schema_of(arguments, returns), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peftkern::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"peftkern::{name}", lambda *args: fake(arguments(*args)), lib=LIBRARY)
     torch.library.register_vmap(f"peftkern::{name}", functools.partial(_one_by_one, name), lib=LIBRARY)
     LIBRARY.impl(name, functools.partial(_legacy_one_by_one, name), "Batched")
 
@@ -126,7 +147,7 @@ def _is_plain(value) -> bool:
 
 
 def _find(op: Op, args, now: settings.Settings) -> _Taker:
-    problem = op.describe(*args)
+    problem = op.describe(op.arguments(*args))
     name, way, declined, _ = choose(problem, now)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
     function = op.reference if name == "reference" else load(name).OPS[problem.op]
@@ -135,20 +156,8 @@ def _find(op: Op, args, now: settings.Settings) -> _Taker:
     return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 
-# The settings that the process was last brought to.
-_prepared: settings.Settings | None = None
-
-
-def _prepare(now: settings.Settings) -> None:
-    global _prepared
-    load("cpu").prepare(now)
-    _prepared = now
-
-
 def _taker(op: Op, args) -> _Taker:
     now = settings.current()
-    if now is not _prepared:
-        _prepare(now)
     key = (op.name, now, *map(_signature, args))
     taker = _takers.get(key)
     if taker is None:
@@ -164,18 +173,18 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _apply(taker: _Taker, args):
+def _apply(taker: _Taker, arguments):
     device = taker.device
     # An op's arithmetic is fixed by its arguments: autocast has had its say in the layer above.
     autocast = _has_autocast(device) and torch.is_autocast_enabled(device)
     if not autocast and not torch.is_grad_enabled():
-        return taker.function(*args)
+        return taker.function(arguments)
     with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return taker.function(*args)
+        return taker.function(arguments)
 
 
 def _run(op: Op, *args):
-    return _apply(_taker(op, args), args)
+    return _apply(_taker(op, args), op.arguments(*args))
 
 
 def _tell_flop_counters() -> None:
@@ -193,7 +202,8 @@ def _tell_flop_counters() -> None:
 
 
 def _flops(op: Op, *args, out_val) -> int:
-    return op.flops(op.describe(*args), *args)
+    arguments = op.arguments(*args)
+    return op.flops(op.describe(arguments), arguments)
 
 
 def caller(name: str) -> Callable:
@@ -209,6 +219,6 @@ def caller(name: str) -> Callable:
                 _tell_flop_counters()
             return overload(*args)
         taker = _taker(op, args)
-        return _apply(taker, args) if taker.plain else overload(*args)
+        return _apply(taker, op.arguments(*args)) if taker.plain else overload(*args)
 
     return call

@@ -24,7 +24,7 @@ FOLDER = Path(Settings().tables)
 SCHEMA = 1
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
-_OPTIONS = frozenset({"base", "bias", "dropout", "need_A", "need_B", "need_bias"})
+_OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "need_bias", "need_weights"})
 
 
 class Key(NamedTuple):

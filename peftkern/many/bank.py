@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.checks import FLOATING, check_number, check_tensor
+from ..checks import FLOATING, check_number, check_tensor
 from ..ops.multi_lora_linear import COLUMNS, FREE
 from .chunks import Chunks, Range
 from .table import AdapterTable

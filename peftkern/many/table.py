@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import accumulate_dtype, check_number, check_tensor
+from ..checks import accumulate_dtype, check_number, check_tensor
 
 INT32_MASK = 2**31 - 1
 

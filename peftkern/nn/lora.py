@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
-from ..ops.checks import accumulate_dtype, check_number
+from ..checks import accumulate_dtype, check_number
 from ..ops.dropout_mask import check_p
 from .flat_parameter import trains
 from .plain_linear import linear_reason, tensor_reason

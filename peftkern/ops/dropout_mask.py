@@ -10,9 +10,12 @@ positions that matter with probability 2^-16.
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from ..dispatch.registry import define
+import torch
+from torch import Tensor
+
+from ..dispatch.registry import Size, define
 from ..problem import Problem, device_arch
 
 _ROUNDS = 7
@@ -26,7 +29,7 @@ def threshold(p: float) -> int:
     return int(p * 2.0**32)
 
 
-def _mul_hi_lo(a: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     # int64 products wrap, which leaves both 32-bit halves right.
     product = a * m
     return (product >> 32) & _LOW, product & _LOW
@@ -42,12 +45,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def dropout_mask_ref(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
+def dropout_mask_ref(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """bool (M, K), True = kept, on ``seed.device``. ``seed``: one int64 element."""
     return dropout_rows_ref(seed, torch.arange(M, device=seed.device), K, p)
 
 
-def dropout_rows_ref(seed: torch.Tensor, rows: torch.Tensor, K: int, p: float) -> torch.Tensor:
+def dropout_rows_ref(seed: Tensor, rows: Tensor, K: int, p: float) -> Tensor:
     """The rows of the mask that ``rows`` lists, bool (len(rows), K)."""
     device = seed.device
     seed = seed.reshape(())
@@ -71,9 +74,9 @@ def check_p(p: float, name: str = "dropout_p") -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
-def check_seed(seed: torch.Tensor, device: torch.device | None = None) -> None:
+def check_seed(seed: Tensor, device: torch.device | None = None) -> None:
     """Raise unless ``seed`` is one int64 element (on ``device``)."""
-    if not isinstance(seed, torch.Tensor):
+    if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be an int or a tensor, got {type(seed).__name__}")
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be int64, got {seed.dtype}")
@@ -83,38 +86,40 @@ def check_seed(seed: torch.Tensor, device: torch.device | None = None) -> None:
         raise ValueError(f"seed is on {seed.device}, expected {device} like x")
 
 
-def _check(seed, M, K, p) -> None:
-    check_seed(seed)
-    check_p(p, "p")
-    if M < 0 or K < 0:
-        raise ValueError(f"M and K must not be negative, got M={M}, K={K}")
+class Mask(NamedTuple):
+    """Arguments of the op ``dropout_mask`` -> bool (M, K)."""
+
+    seed: Tensor
+    M: Size
+    K: Size
+    p: float
 
 
-def _describe(seed, M, K, p) -> Problem:
-    _check(seed, M, K, p)
-    device = seed.device
+def _describe(c: Mask) -> Problem:
+    check_seed(c.seed)
+    check_p(c.p, "p")
+    if c.M < 0 or c.K < 0:
+        raise ValueError(f"M and K must not be negative, got M={c.M}, K={c.K}")
+    device = c.seed.device
     arch = device_arch(device.type, device.index)
-    return Problem("dropout_mask", device.type, arch, torch.bool, None, M, 0, K, 0, frozenset({"dropout"}))
-
-
-def _fake(seed, M, K, p):
-    return seed.new_empty((M, K), dtype=torch.bool)
+    return Problem("dropout_mask", device.type, arch, torch.bool, None, c.M, 0, c.K, 0, frozenset({"dropout"}))
 
 
 define(
     "dropout_mask",
-    "(Tensor seed, SymInt M, SymInt K, float p) -> Tensor",
-    reference=dropout_mask_ref,
-    fake=_fake,
+    Mask,
+    "Tensor",
+    reference=lambda c: dropout_mask_ref(*c),
+    fake=lambda c: c.seed.new_empty((c.M, c.K), dtype=torch.bool),
     describe=_describe,
 )
 
 
-def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The one-element int64 tensor that the ops take. ``None`` draws one from the device's default generator."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, torch.Tensor):
+    if isinstance(seed, Tensor):
         check_seed(seed, device)
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -123,9 +128,7 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
     return torch.full((1,), signed, dtype=torch.int64, device=device)
 
 
-def dropout_mask(
-    M: int, K: int, p: float, seed: int | torch.Tensor, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+def dropout_mask(M: int, K: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """The mask that ``lora_linear`` applies to an (M, K) input for this seed: bool (M, K), True = kept.
 
     Args:
@@ -138,7 +141,7 @@ def dropout_mask(
         ValueError, TypeError: p outside [0, 1), negative sizes, or a seed of another type, dtype, size or device.
     """
     check_p(p, "p")
-    device = seed.device if isinstance(seed, torch.Tensor) and device == "cpu" else torch.device(device)
+    device = seed.device if isinstance(seed, Tensor) and device == "cpu" else torch.device(device)
     if seed is None:
         raise TypeError("seed must be an int or a one-element int64 tensor, got None")
     return torch.ops.peftkern.dropout_mask(seed_tensor(seed, device), M, K, float(p))

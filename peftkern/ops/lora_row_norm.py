@@ -10,50 +10,62 @@ gradient.
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from ..bases.base import kind_of
+from ..checks import accumulate_dtype, check_adapters, check_number
 from ..dispatch.registry import define
-from ..problem import Problem
-from .checks import accumulate_dtype, check_number, check_tensor
-from .lora_linear import _adapter_dtypes, _check_adapters, _problem
+from ..problem import Problem, problem_like
 
 # Elements of the scratch that the reference adds W and B A in.
 _SCRATCH = 1 << 22
 
 
-def lora_row_norm_ref(weight, lora_A, lora_B, scaling):
-    """norm (N,) in fp32, or fp64 for fp64."""
+class RowNorm(NamedTuple):
+    """Arguments of ``lora_row_norm`` -> norm (N,) in fp32, or fp64 for fp64."""
+
+    base: list[Tensor]
+    kind: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+def lora_row_norm_ref(c: RowNorm) -> Tensor:
+    """norm (N,); see ``RowNorm``."""
+    weight = kind_of(c.kind).dequantise(c.base, c.base[0].dtype)
     acc = accumulate_dtype(weight.dtype)
     N, K = weight.shape
-    A, out = lora_A.to(acc), weight.new_empty(N, dtype=acc)
+    A, out = c.lora_A.to(acc), weight.new_empty(N, dtype=acc)
     rows = max(1, _SCRATCH // max(K, 1))
     for first in range(0, N, rows):
         part = slice(first, first + rows)
-        total = torch.addmm(weight[part].to(acc), lora_B[part].to(acc), A, alpha=scaling)
+        total = torch.addmm(weight[part].to(acc), c.lora_B[part].to(acc), A, alpha=c.scaling)
         torch.linalg.vector_norm(total, dim=1, out=out[part])
     return out
 
 
-def _describe(weight, lora_A, lora_B, scaling) -> Problem:
-    check_tensor("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
-    N, K = weight.shape
-    _, R = _check_adapters(lora_A, lora_B, _adapter_dtypes(weight.dtype), weight.device, N, K)
-    check_number("scaling", scaling)
-    return _problem("lora_row_norm", weight, lora_A, 0, N, K, R)
+def _describe(c: RowNorm) -> Problem:
+    N, K = kind_of(c.kind).check(c.base, c.base[0], None, None)
+    R = check_adapters(c.lora_A, c.lora_B, c.base[0], N, K)
+    check_number("scaling", c.scaling)
+    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {})
 
 
-def _fake(weight, lora_A, lora_B, scaling):
-    _describe(weight, lora_A, lora_B, scaling)
-    return weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
+def _fake(c: RowNorm) -> Tensor:
+    p = _describe(c)
+    return c.base[0].new_empty(p.N, dtype=accumulate_dtype(p.dtype))
 
 
 define(
     "lora_row_norm",
-    "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    RowNorm,
+    "Tensor",
     reference=lora_row_norm_ref,
     fake=_fake,
     describe=_describe,
-    flops=lambda p, *args: 2 * p.N * p.K * p.R,
+    flops=lambda p, c: 2 * p.N * p.K * p.R,
 )

@@ -9,7 +9,7 @@ and its gradients, for the output gradient dy:
     du_t = s[a_t] dy_t B[a_t]          dx_t = dy_t W + drop'(du_t A[a_t])
     dA[a] = sum_{t: a_t = a} du_t^T drop(x_t)        dB[a] = s[a] sum_{t: a_t = a} dy_t^T u_t
 
-Without W (and bias) the branch is all there is: sgmv. u and du are (M, max_rank) in fp32, zero right of a row's rank.
+Without W (and bias) the branch is all there is: sgmv. u is (M, max_rank) in fp32, zero right of a row's rank.
 
 Adapters arrive as a list of tensors, ``weights``, and an int64 table that says where each slot's A and B lie in them
 (the columns below), so that a list of matrices and a bank with many adapters in one tensor are the same to a kernel.
@@ -21,11 +21,15 @@ alone and, on devices that cannot raise without waiting, those with an invalid i
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from ..dispatch.registry import define
-from ..problem import Problem, device_arch
-from .checks import accumulate_dtype, check_fits, check_tensor
+import torch
+from torch import Tensor
+
+from ..bases.base import kind_of
+from ..checks import accumulate_dtype, check_fits, check_rows, check_tensor
+from ..dispatch.registry import Size, define
+from ..problem import Problem, problem_like
 from .dropout_mask import check_seed, dropout_rows_ref
 
 # Columns of a table row. Offsets and strides count elements from the tensor's first; A's columns are adjacent.
@@ -35,9 +39,64 @@ ID, RANK, A_TENSOR, A_OFFSET, A_ROW, B_TENSOR, B_OFFSET, B_N, B_R, PADDED = rang
 FREE = -2  # the id of a slot without an adapter: no row may ask for it
 
 
-def multi_lora_linear_route_ref(ids, table, mask):
+# The kind of a base that is not there: the branch alone.
+NO_BASE = "none"
+
+
+class Route(NamedTuple):
+    """Arguments of ``multi_lora_linear_route`` -> (order, starts)."""
+
+    ids: Tensor
+    table: Tensor
+    mask: int
+
+
+class MultiForward(NamedTuple):
+    """Arguments of ``multi_lora_linear_fwd`` -> (y in x.dtype, u)."""
+
+    x: Tensor
+    base: list[Tensor]
+    kind: str
+    out_features: Size
+    bias: Tensor | None
+    weights: list[Tensor]
+    table: Tensor
+    scaling: Tensor
+    max_rank: int
+    order: Tensor
+    starts: Tensor
+    dropout_p: Tensor | None
+    seed: Tensor | None
+
+
+class MultiBackward(NamedTuple):
+    """Arguments of ``multi_lora_linear_bwd`` -> (dx or empty, dbias in fp32 or empty, gradients like ``weights``).
+
+    ``need``: of which weights gradients are wanted; those of the others come back empty.
+    """
+
+    dy: Tensor
+    x: Tensor | None
+    u: Tensor
+    base: list[Tensor]
+    kind: str
+    in_features: Size
+    weights: list[Tensor]
+    table: Tensor
+    scaling: Tensor
+    order: Tensor
+    starts: Tensor
+    dropout_p: Tensor | None
+    seed: Tensor | None
+    need_x: bool
+    need_bias: bool
+    need: list[bool]
+
+
+def multi_lora_linear_route_ref(c: Route) -> tuple[Tensor, Tensor]:
     """(order, starts). Slot of an id: ``id & mask``. On CPU an id that no slot answers to raises ValueError."""
-    ids, slots = ids.reshape(-1).to(torch.int64), table.shape[0]
+    table, mask = c.table, c.mask
+    ids, slots = c.ids.reshape(-1).to(torch.int64), table.shape[0]
     slot = (ids & mask).clamp(max=max(slots - 1, 0))
     known = (ids >= 0) & ((ids & mask) < slots)
     if slots:
@@ -86,52 +145,47 @@ def _dropped(t, rows, slot: int, dropout_p, seed):
     return torch.where(dropout_rows_ref(seed, rows, t.shape[1], p), t * (1.0 / (1.0 - p)), 0.0)
 
 
-def multi_lora_linear_fwd_ref(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
-):
-    """(y in x.dtype, u)."""
-    acc, K = accumulate_dtype(x.dtype), x.shape[1]
-    xf = x.to(acc)
-    y = xf.new_zeros((x.shape[0], out_features)) if weight is None else xf @ weight.to(acc).t()
-    u = xf.new_zeros((x.shape[0], max_rank))
-    for slot, row, rows in _segments(table, order, starts):
-        us = _dropped(xf[rows], rows, slot, dropout_p, seed) @ matrix_A(weights, row, K).to(acc).t()
+def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bool) -> Tensor:
+    """A fresh Base(t), or its transpose's, (M, columns)."""
+    if kind == NO_BASE:
+        return t.new_zeros((t.shape[0], columns))
+    W = kind_of(kind).dequantise(base, t.dtype)
+    return t.clone() if W is None else t @ (W if transposed else W.t())
+
+
+def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor]:
+    """(y, u); see ``MultiForward``."""
+    acc, K, N = accumulate_dtype(c.x.dtype), c.x.shape[1], c.out_features
+    xf = c.x.to(acc)
+    y, u = _base(c.kind, c.base, xf, N, False), xf.new_zeros((c.x.shape[0], c.max_rank))
+    for slot, row, rows in _segments(c.table, c.order, c.starts):
+        us = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed) @ matrix_A(c.weights, row, K).to(acc).t()
         u[rows, : row[RANK]] = us
-        y[rows] += (us * scaling[slot]) @ matrix_B(weights, row, out_features).to(acc).t()
-    if bias is not None:
-        y += bias.to(acc)
-    y[_invalid(table, order, starts)] = float("nan")
-    return y.to(x.dtype), u
+        y[rows] += (us * c.scaling[slot]) @ matrix_B(c.weights, row, N).to(acc).t()
+    if c.bias is not None:
+        y += c.bias.to(acc)
+    y[_invalid(c.table, c.order, c.starts)] = float("nan")
+    return y.to(c.x.dtype), u
 
 
-def multi_lora_linear_bwd_adapter_ref(
-    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias
-):
-    """(du, dbias in fp32 or empty, gradients like ``weights``, those that are not needed empty)."""
-    acc = accumulate_dtype(dy.dtype)
-    dyf, du = dy.to(acc), torch.zeros_like(u)
-    grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
-    for slot, row, rows in _segments(table, order, starts):
-        rank = row[RANK]
-        ds = dyf[rows] @ matrix_B(weights, row, dy.shape[1]).to(acc) * scaling[slot]
-        du[rows, :rank] = ds
-        if need[row[A_TENSOR]]:
-            dropped = _dropped(x[rows].to(acc), rows, slot, dropout_p, seed)
-            matrix_A(grads, row, x.shape[1]).copy_(ds.t() @ dropped)
-        if need[row[B_TENSOR]]:
-            matrix_B(grads, row, dy.shape[1]).copy_(dyf[rows].t() @ u[rows, :rank] * scaling[slot])
-    return du, dyf.sum(0) if need_bias else u.new_empty(0), grads
-
-
-def multi_lora_linear_bwd_input_ref(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed):
-    """dx in dy.dtype."""
-    acc = accumulate_dtype(dy.dtype)
-    dx = dy.new_zeros((dy.shape[0], in_features), dtype=acc) if weight is None else dy.to(acc) @ weight.to(acc)
-    for slot, row, rows in _segments(table, order, starts):
-        delta = du[rows, : row[RANK]] @ matrix_A(weights, row, in_features).to(acc)
-        dx[rows] += _dropped(delta, rows, slot, dropout_p, seed)
-    dx[_invalid(table, order, starts)] = float("nan")
-    return dx.to(dy.dtype)
+def multi_lora_linear_bwd_ref(c: MultiBackward) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(dx, dbias, gradients of the weights); see ``MultiBackward``."""
+    acc, N, K = accumulate_dtype(c.dy.dtype), c.dy.shape[1], c.in_features
+    dyf = c.dy.to(acc)
+    dx = _base(c.kind, c.base, dyf, K, True) if c.need_x else dyf.new_empty(0)
+    grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
+    for slot, row, rows in _segments(c.table, c.order, c.starts):
+        du = dyf[rows] @ matrix_B(c.weights, row, N).to(acc) * c.scaling[slot]
+        if c.need[row[A_TENSOR]]:
+            dropped = _dropped(c.x[rows].to(acc), rows, slot, c.dropout_p, c.seed)
+            matrix_A(grads, row, K).copy_(du.t() @ dropped)
+        if c.need[row[B_TENSOR]]:
+            matrix_B(grads, row, N).copy_(dyf[rows].t() @ c.u[rows, : row[RANK]] * c.scaling[slot])
+        if c.need_x:
+            dx[rows] += _dropped(du @ matrix_A(c.weights, row, K).to(acc), rows, slot, c.dropout_p, c.seed)
+    if c.need_x:
+        dx[_invalid(c.table, c.order, c.starts)] = float("nan")
+    return dx.to(c.dy.dtype), dyf.sum(0) if c.need_bias else c.u.new_empty(0), grads
 
 
 def _check_route(table, order, starts, M: int, device: torch.device) -> int:
@@ -161,161 +215,121 @@ def _check_dropout(dropout_p, seed, slots: int, device: torch.device) -> None:
         check_seed(seed, device)
 
 
-def _rows(name: str, t, columns: int | None = None) -> tuple[int, int]:
-    check_tensor(name, t)
-    if t.dim() != 2 or columns not in (None, t.shape[1]):
-        raise ValueError(
-            f"{name} has shape {tuple(t.shape)}, expected (M, {'columns' if columns is None else columns})"
-        )
-    return t.shape
+def _check_base(c: MultiForward | MultiBackward, like: Tensor, N: int, K: int) -> None:
+    if c.kind != NO_BASE:
+        kind_of(c.kind).check(c.base, like, K, N)
 
 
-def _problem(op: str, like, adapter_dtype, M: int, N: int, K: int, R: int, **present) -> Problem:
-    device = like.device
-    flags = frozenset(name for name, value in present.items() if value is not None and value is not False)
-    return Problem(
-        op, device.type, device_arch(device.type, device.index), like.dtype, adapter_dtype, M, N, K, R, flags
-    )
-
-
-def _describe_route(ids, table, mask) -> Problem:
-    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+def _describe_route(c: Route) -> Problem:
+    ids, table = c.ids, c.table
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"adapter_ids must be an int32 or int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}"
         )
     check_fits("table", table, (table.shape[0], len(COLUMNS)), "(slots, columns)", ids.device, (torch.int64,))
-    return _problem("multi_lora_linear_route", ids, None, ids.numel(), 0, 0, 0)
+    return problem_like(ids, "multi_lora_linear_route", None, (ids.numel(), 0, 0, 0), {})
 
 
-def _describe_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
-) -> Problem:
-    M, K = _rows("x", x)
-    if weight is not None:
-        check_fits("weight", weight, (out_features, K), "(N, K)", x.device, (x.dtype,))
-    if bias is not None:
-        check_fits("bias", bias, (out_features,), "(N,)", x.device, (x.dtype, torch.float32))
-    slots = _check_route(table, order, starts, M, x.device)
-    check_fits("scaling", scaling, (slots,), "(slots,)", x.device, (accumulate_dtype(x.dtype),))
-    dtype = _check_weights(weights, x.dtype, x.device)
-    _check_dropout(dropout_p, seed, slots, x.device)
-    present = dict(base=weight, bias=bias, dropout=dropout_p)
-    return _problem("multi_lora_linear_fwd", x, dtype, M, out_features, K, max_rank, **present)
+def describe_fwd(c: MultiForward) -> Problem:
+    """The problem of checked arguments; raises for what does not fit."""
+    x, N = c.x, c.out_features
+    M, K = check_rows("x", x)
+    _check_base(c, x, N, K)
+    if c.bias is not None:
+        check_fits("bias", c.bias, (N,), "(N,)", x.device, (x.dtype, torch.float32))
+    slots = _check_route(c.table, c.order, c.starts, M, x.device)
+    check_fits("scaling", c.scaling, (slots,), "(slots,)", x.device, (accumulate_dtype(x.dtype),))
+    dtype = _check_weights(c.weights, x.dtype, x.device)
+    _check_dropout(c.dropout_p, c.seed, slots, x.device)
+    present = {
+        "base": c.kind != NO_BASE,
+        "bias": c.bias,
+        "dropout": c.dropout_p,
+        c.kind: c.kind not in ("dense", NO_BASE),
+    }
+    return problem_like(x, "multi_lora_linear_fwd", dtype, (M, N, K, c.max_rank), present)
 
 
-def _describe_bwd_adapter(
-    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias
-) -> Problem:
-    M, N = _rows("dy", dy)
-    check_tensor("u", u, dtypes=(accumulate_dtype(dy.dtype),))
-    check_fits("u", u, (M, u.shape[-1]), "(M, max_rank)", dy.device, (accumulate_dtype(dy.dtype),))
-    K = 0
-    if x is not None:
-        check_fits("x", x, (M, x.shape[-1]), "(M, K)", dy.device, (dy.dtype,))
-        K = x.shape[1]
-    slots = _check_route(table, order, starts, M, dy.device)
-    check_fits("scaling", scaling, (slots,), "(slots,)", dy.device, (accumulate_dtype(dy.dtype),))
-    dtype = _check_weights(weights, dy.dtype, dy.device)
-    if len(need) != len(weights):
-        raise ValueError(f"need has {len(need)} entries, expected {len(weights)}, one per tensor of weights")
-    _check_dropout(dropout_p, seed, slots, dy.device)
-    present = dict(need_weights=any(need), need_bias=need_bias, dropout=dropout_p)
-    return _problem("multi_lora_linear_bwd_adapter", dy, dtype, M, N, K, u.shape[1], **present)
+def _describe_bwd(c: MultiBackward) -> Problem:
+    dy, acc, K = c.dy, accumulate_dtype(c.dy.dtype), c.in_features
+    M, N = check_rows("dy", dy)
+    check_tensor("u", c.u, dtypes=(acc,))
+    check_fits("u", c.u, (M, c.u.shape[-1]), "(M, max_rank)", dy.device, (acc,))
+    if c.x is not None:
+        check_fits("x", c.x, (M, K), "(M, K)", dy.device, (dy.dtype,))
+    if c.need_x:
+        _check_base(c, dy, N, K)
+    slots = _check_route(c.table, c.order, c.starts, M, dy.device)
+    check_fits("scaling", c.scaling, (slots,), "(slots,)", dy.device, (acc,))
+    dtype = _check_weights(c.weights, dy.dtype, dy.device)
+    if len(c.need) != len(c.weights):
+        raise ValueError(f"need has {len(c.need)} entries, expected {len(c.weights)}, one per tensor of weights")
+    _check_dropout(c.dropout_p, c.seed, slots, dy.device)
+    present = {"base": c.kind != NO_BASE and c.need_x, "need_x": c.need_x, "need_weights": any(c.need)}
+    present |= {"need_bias": c.need_bias, "dropout": c.dropout_p, c.kind: c.kind not in ("dense", NO_BASE)}
+    return problem_like(dy, "multi_lora_linear_bwd", dtype, (M, N, K, c.u.shape[1]), present)
 
 
-def _describe_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed) -> Problem:
-    M, N = _rows("dy", dy)
-    check_tensor("du", du, dtypes=(accumulate_dtype(dy.dtype),))
-    check_fits("du", du, (M, du.shape[-1]), "(M, max_rank)", dy.device, (accumulate_dtype(dy.dtype),))
-    if weight is not None:
-        check_fits("weight", weight, (N, in_features), "(N, K)", dy.device, (dy.dtype,))
-    slots = _check_route(table, order, starts, M, dy.device)
-    dtype = _check_weights(weights, dy.dtype, dy.device)
-    _check_dropout(dropout_p, seed, slots, dy.device)
-    present = dict(base=weight, dropout=dropout_p)
-    return _problem("multi_lora_linear_bwd_input", dy, dtype, M, N, in_features, du.shape[1], **present)
+def _fake_route(c: Route):
+    _describe_route(c)
+    starts = c.ids.new_empty(c.table.shape[0] + 3, dtype=torch.int32)
+    return c.ids.new_empty(c.ids.numel(), dtype=torch.int32), starts
 
 
-def _fake_route(ids, table, mask):
-    _describe_route(ids, table, mask)
-    return ids.new_empty(ids.numel(), dtype=torch.int32), ids.new_empty(table.shape[0] + 3, dtype=torch.int32)
+def _fake_fwd(c: MultiForward):
+    p = describe_fwd(c)
+    return c.x.new_empty((p.M, p.N)), c.x.new_empty((p.M, p.R), dtype=accumulate_dtype(c.x.dtype))
 
 
-def _fake_fwd(*args):
-    _describe_fwd(*args)
-    x, out_features, max_rank = args[0], args[2], args[7]
-    return x.new_empty((x.shape[0], out_features)), x.new_empty((x.shape[0], max_rank), dtype=accumulate_dtype(x.dtype))
-
-
-def _fake_bwd_adapter(*args):
-    _describe_bwd_adapter(*args)
-    dy, u, weights, need, need_bias = args[0], args[2], args[3], args[10], args[11]
-    grads = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
-    return torch.empty_like(u), u.new_empty(dy.shape[1] if need_bias else 0), grads
-
-
-def _fake_bwd_input(*args):
-    _describe_bwd_input(*args)
-    return args[0].new_empty((args[0].shape[0], args[3]))
+def _fake_bwd(c: MultiBackward):
+    p = _describe_bwd(c)
+    grads = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
+    return c.dy.new_empty((p.M, p.K) if c.need_x else 0), c.u.new_empty(p.N if c.need_bias else 0), grads
 
 
 def rank_rows(p: Problem, table, starts) -> int:
     """The sum over all rows of their adapter's rank; of tensors without values, what it can be at most."""
-    if type(starts) is not torch.Tensor or starts.is_meta:
+    if type(starts) is not Tensor or starts.is_meta:
         return p.M * p.R
     slots = table.shape[0]
     return int((table[:, RANK] * starts[: slots + 1].diff()).sum())
 
 
-def _flops_fwd(p: Problem, *args) -> int:
+def _flops_fwd(p: Problem, c: MultiForward) -> int:
     base = p.M * p.N * p.K if "base" in p.flags else 0
-    return 2 * (base + rank_rows(p, args[5], args[9]) * (p.K + p.N))
+    return 2 * (base + rank_rows(p, c.table, c.starts) * (p.K + p.N))
 
 
-def _flops_bwd_adapter(
-    p: Problem, dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, *args
-) -> int:
-    # du, then dA and dB of the tensors that want them. K is 0 without an x.
-    ranks = rank_rows(p, table, starts)
-    return 2 * ranks * (p.N + (p.K if any(need[::2]) else 0) + (p.N if any(need[1::2]) else 0))
-
-
-def _flops_bwd_input(p: Problem, *args) -> int:
+def _flops_bwd(p: Problem, c: MultiBackward) -> int:
+    # du, then dA, dB and dx where they are wanted.
+    columns = p.N + (p.K if any(c.need[::2]) else 0) + (p.N if any(c.need[1::2]) else 0) + (p.K if c.need_x else 0)
     base = p.M * p.N * p.K if "base" in p.flags else 0
-    return 2 * (base + rank_rows(p, args[5], args[7]) * p.K)
+    return 2 * (base + rank_rows(p, c.table, c.starts) * columns)
 
 
 define(
     "multi_lora_linear_route",
-    "(Tensor ids, Tensor table, int mask) -> (Tensor, Tensor)",
+    Route,
+    "(Tensor, Tensor)",
     reference=multi_lora_linear_route_ref,
     fake=_fake_route,
     describe=_describe_route,
 )
 define(
     "multi_lora_linear_fwd",
-    "(Tensor x, Tensor? weight, SymInt out_features, Tensor? bias, Tensor[] weights, Tensor table, Tensor scaling,"
-    " int max_rank, Tensor order, Tensor starts, Tensor? dropout_p, Tensor? seed) -> (Tensor, Tensor)",
+    MultiForward,
+    "(Tensor, Tensor)",
     reference=multi_lora_linear_fwd_ref,
     fake=_fake_fwd,
-    describe=_describe_fwd,
+    describe=describe_fwd,
     flops=_flops_fwd,
 )
 define(
-    "multi_lora_linear_bwd_adapter",
-    "(Tensor dy, Tensor? x, Tensor u, Tensor[] weights, Tensor table, Tensor scaling, Tensor order, Tensor starts,"
-    " Tensor? dropout_p, Tensor? seed, bool[] need, bool need_bias) -> (Tensor, Tensor, Tensor[])",
-    reference=multi_lora_linear_bwd_adapter_ref,
-    fake=_fake_bwd_adapter,
-    describe=_describe_bwd_adapter,
-    flops=_flops_bwd_adapter,
-)
-define(
-    "multi_lora_linear_bwd_input",
-    "(Tensor dy, Tensor du, Tensor? weight, SymInt in_features, Tensor[] weights, Tensor table, Tensor order,"
-    " Tensor starts, Tensor? dropout_p, Tensor? seed) -> Tensor",
-    reference=multi_lora_linear_bwd_input_ref,
-    fake=_fake_bwd_input,
-    describe=_describe_bwd_input,
-    flops=_flops_bwd_input,
+    "multi_lora_linear_bwd",
+    MultiBackward,
+    "(Tensor, Tensor, Tensor[])",
+    reference=multi_lora_linear_bwd_ref,
+    fake=_fake_bwd,
+    describe=_describe_bwd,
+    flops=_flops_bwd,
 )

@@ -125,7 +125,8 @@ def names(count: int, dtypes: Sequence[str], seed: int, *, large: bool, op: str 
     return SETS[op].names(count, dtypes, seed, special=large)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="peftkern verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,18 +147,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable, or takes no
     problem."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.static:
         return audit.run(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elsewhere = set(args.backend) - {"all", *BACKENDS[device]}
     if elsewhere:
-        _parser().error(f"{', '.join(sorted(elsewhere))}: no back end of {device} tensors (--device)")
+        parser().error(f"{', '.join(sorted(elsewhere))}: no back end of {device} tensors (--device)")
     for name in args.problem or ():
         try:
             SETS[args.op].parse(name)
         except ValueError as error:
-            _parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
+            parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
     console = Console()
     started, usable = time.perf_counter(), []
     asked = targets(args.backend, args.cpu_base, args.op, device)
@@ -168,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             usable.append(target)
     unusable = not usable if "all" in args.backend else len(usable) < len(asked)
-    work = [(t, name) for t in usable if t.interpreted for name in _chosen(args, t)]
+    work = [(t, name) for t in usable if t.interpreted for name in chosen(args, t)]
     # One problem after the other on every back end: what it is held against is computed once.
     native = [t for t in usable if not t.interpreted]
-    work += [(t, name) for name in (_chosen(args, native[0]) if native else ()) for t in native]
+    work += [(t, name) for name in (chosen(args, native[0]) if native else ()) for t in native]
     rows = _run(work, console)
     idle = _say_declined(rows, console)
     declined = [r for r in rows if r["output"] == DECLINED]
@@ -206,7 +207,8 @@ def _say_declined(rows: list[dict], console) -> bool:
     return idle
 
 
-def _chosen(args, target: Target) -> list[str]:
+def chosen(args: argparse.Namespace, target: Target) -> list[str]:
+    """Names of the problems that a target is given."""
     which = SETS[args.op]
     if args.problem:
         return [name for name in args.problem if not target.interpreted or which.fits_interpreter(name)]
@@ -244,17 +246,14 @@ def check_one(target: Target, name: str) -> list[dict]:
     from peftkern.dispatch.choose import Declined
     from peftkern.testing.accuracy import check
 
-    problem = _problem(target, name)
+    problem = problem_of(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
         with Takers() if target.preferred else contextlib.nullcontext(Takers()) as mode:
             results = check(problem, target.device)
         if target.preferred and not any(choice.backend == target.preferred for choice in mode.taken):
-            raise Declined(
-                "; ".join(f"{n}: {why}" for n, why in mode.taken[0].declined.items())
-                if mode.taken
-                else "no op was called"
-            )
+            declined = mode.taken[0].declined.items() if mode.taken else [(target.preferred, "no op was called")]
+            raise Declined("; ".join(f"{name}: {why}" for name, why in declined))
     except Declined as error:
         return [head | dict(output=DECLINED, ratio=None, ok=True, error=str(error).rpartition("]: ")[2])]
     except Exception as error:
@@ -278,11 +277,13 @@ class Takers(TorchDispatchMode):
 
         namespace, _, name = func.name().partition("::")
         if namespace == "peftkern":
-            self.taken.append(choose.choose(registry.OPS[name].describe(*args), current()))
+            op = registry.OPS[name]
+            self.taken.append(choose.choose(op.describe(op.arguments(*args)), current()))
         return func(*args, **kwargs or {})
 
 
-def _problem(target: Target, name: str):
+def problem_of(target: Target, name: str):
+    """The problem of that name, within the limits of a target that is interpreted."""
     return named(name, **(set_of(name).limits if target.interpreted else {}))
 
 
@@ -295,7 +296,7 @@ def _failure(target: Target, name: str, bad: list[dict]) -> str:
     again = f"peftkern verify{'' if op == 'lora_linear' else f' --op {op}'} --problem {name} --backend {backend}"
     again += f" --cpu-base {base[0]}" if backend == "cpu" else ""
     again += f" --device {target.device}" if target.device != "cpu" else ""
-    return f"FAILED {name} [{settings}]: {what}\n  {_problem(target, name)}\n  again: {again}"
+    return f"FAILED {name} [{settings}]: {what}\n  {problem_of(target, name)}\n  again: {again}"
 
 
 def _table(rows: list[dict]) -> Table:

@@ -93,14 +93,14 @@ def test_the_cpu_is_told_its_base_product():
     told = {kind: choose(problem(device="cpu", M=4), now._replace(cpu_kind=kind)).way for kind in ("vendor", "few")}
     # A weight of odd strides is not in a problem, so the way says what is done then.
     assert told == {"vendor": CpuWay("vendor", "vendor"), "few": CpuWay("few", "panels")}
-    adapter = choose(problem("lora_linear_bwd_adapter", device="cpu"), now)
+    adapter = choose(problem("lora_row_norm", device="cpu"), now)
     assert adapter.way is None and adapter.backend == "cpu"
 
 
 @needs_cpu
 def test_it_is_pure(monkeypatch):
     """Neither the environment nor what ``using`` changes has a say once the settings are handed in."""
-    asked = [problem(op, "cpu", M) for op in registry.OPS for M in (1, 64, 2048)]
+    asked = [problem(op, "cpu", M, ("need_x",)) for op in registry.OPS for M in (1, 64, 2048)]
     first = [choose.__wrapped__(p, Settings()) for p in asked]
     monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
     monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor")

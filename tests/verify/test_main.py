@@ -128,8 +128,10 @@ def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
     assert target.preferred == "cuda" and target.environment["PEFTKERN_BACKEND"] == "auto"
     # The CPU back end stands for it, with a part of the op.
     target, cpu = dataclasses.replace(target, device="cpu", preferred="cuda"), choose.load("cpu")
-    ops = {"lora_linear_fwd": functools.partial(cpu.OPS["lora_linear_fwd"], way=CpuWay("vendor", "vendor"))}
-    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, prepare=cpu.prepare, decline=cpu.decline)
+    ops = {
+        "lora_linear_fwd": functools.partial(cpu.OPS["lora_linear_fwd"], way=CpuWay(kind="vendor", strided="vendor"))
+    }
+    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, decline=cpu.decline)
     monkeypatch.setitem(choose.ORDER, "cpu", ("cuda",))
     for module in (choose, registry):
         monkeypatch.setattr(module, "load", lambda name: named)
@@ -171,9 +173,9 @@ def test_large_problems_are_large():
 
 
 def test_the_interpreter_gets_no_large_problem_and_no_bf16():
-    args = verify._parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
+    args = verify.parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
     triton = verify.targets(["triton"], None)[0]
-    assert verify._chosen(args, triton) == ["fp16:3"]
+    assert verify.chosen(args, triton) == ["fp16:3"]
     with pytest.raises(ValueError, match="large"):
         verify.named("fp32:1:large", **verify.INTERPRETED)
 

@@ -24,10 +24,4 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return None
 
 
-def prepare(now: Settings) -> None:
-    """Bring what is one for the whole process to these settings: the instruction set of the kernels."""
-    if native._C is not None:
-        native.use_isa(now.cpu_isa)
-
-
 OPS = {**lora_linear.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS}

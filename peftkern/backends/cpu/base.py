@@ -52,7 +52,6 @@ def base_product(
     a (M, C) any strides; weight (N, K) any strides; in_scale (C,) or None, fp32 or a.dtype; out (M, D) contiguous, in
     a.dtype, contents ignored. C, D = K, N if ``transpose`` (forward) else N, K. All three matrices have one dtype of
     float32, bfloat16, float16. Nothing is called if out is empty; with C == 0 the product is zero.
-    ``native.use_isa`` must have been called.
     """
     M, D = out.shape
     C = a.shape[1]
@@ -65,7 +64,7 @@ def base_product(
     b = weight.t() if transpose else weight
     kind = way.kind if 1 in b.stride() else way.strided
     if kind == "vendor":
-        _vendor(a, b, in_scale, out)
+        vendor_product(a, b, in_scale, out)
         epilogue(0, M, 0, D, None)
     else:
         _ours(kind, a, b, vector(in_scale), epilogue)
@@ -79,7 +78,8 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def _vendor(a: Tensor, b: Tensor, in_scale: Tensor | None, out: Tensor) -> None:
+def vendor_product(a: Tensor, b: Tensor, in_scale: Tensor | None, out: Tensor) -> None:
+    """``out = (a * in_scale) b`` by torch, for a (M, C) with C > 0 and a b (C, D) of any strides."""
     if in_scale is None:
         _mm(a, b, out)
         return

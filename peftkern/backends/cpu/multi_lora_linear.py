@@ -16,13 +16,13 @@ from .base import base_product
 from .native import _C, CODES, pointer, threads, vector
 
 
-def multi_lora_linear_route(ids, table, mask):
+def multi_lora_linear_route(c, way):
     """(order, starts); see peftkern.ops.multi_lora_linear."""
-    ids, table, slots = ids.reshape(-1).contiguous(), table.contiguous(), table.shape[0]
+    ids, table, slots = c.ids.reshape(-1).contiguous(), c.table.contiguous(), c.table.shape[0]
     order = torch.empty(ids.numel(), dtype=torch.int32)
     starts = torch.empty(slots + 3, dtype=torch.int32)
     invalid = _C.multi_route(
-        ids.data_ptr(), ids.dtype == torch.int64, ids.numel(), table.data_ptr(), slots, mask, order.data_ptr(),
+        ids.data_ptr(), ids.dtype == torch.int64, ids.numel(), table.data_ptr(), slots, c.mask, order.data_ptr(),
         starts.data_ptr(),
     )  # fmt: skip
     if invalid >= 0:
@@ -36,15 +36,15 @@ class _Batch:
 
     __slots__ = ("M", "held", "max_rank", "native")
 
-    def __init__(self, weights, table, scaling, order, starts, max_rank: int, dropout_p, seed):
-        table, order, starts = table.contiguous(), order.contiguous(), starts.contiguous()
-        scaling = None if scaling is None else scaling.contiguous()
-        dropout_p = None if dropout_p is None else dropout_p.contiguous()
-        self.M, self.max_rank, self.held = order.shape[0], max_rank, (weights, table, order, starts)
+    def __init__(self, c, max_rank: int):
+        table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
+        dropout_p = None if c.dropout_p is None else c.dropout_p.contiguous()
+        weights = c.weights
+        self.M, self.max_rank, self.held = order.shape[0], max_rank, (weights, table, order, starts, scaling, dropout_p)
         self.native = _C.MultiBatch(
             [w.data_ptr() for w in weights], CODES[weights[0].dtype] if weights else 0, table.data_ptr(),
-            table.shape[0], order.data_ptr(), starts.data_ptr(), self.M, max_rank, pointer(scaling), pointer(dropout_p),
-            0 if dropout_p is None else int(seed.item()) & (2**64 - 1),
+            table.shape[0], order.data_ptr(), starts.data_ptr(), self.M, max_rank, scaling.data_ptr(), pointer(dropout_p),
+            0 if dropout_p is None else int(c.seed.item()) & (2**64 - 1),
         )  # fmt: skip
 
     def reduce(
@@ -69,52 +69,48 @@ class _Batch:
             row0, m, col0, c, v.data_ptr(), pointer(bias), threads(m * c * max(self.max_rank, 1)),
         )  # fmt: skip
 
-    def onto_base(
-        self, side_b: bool, a: Tensor, weight: Tensor | None, out: Tensor, v: Tensor, bias=None, way=None
-    ) -> None:
-        """``out`` (M, D) = the base product of a (zero without weight) + branch + bias."""
+    def onto_base(self, side_b: bool, a: Tensor, c, out: Tensor, v: Tensor, way, bias=None) -> None:
+        """``out`` (M, D) = the base of ``a`` (zero without one) + branch + bias."""
         if out.numel() == 0:
             return
-        if weight is None:
-            self.expand(side_b, out, None, v, bias=bias)
+        if not c.base:
+            self.expand(side_b, out, a.contiguous() if c.kind == "identity" else None, v, bias=bias)
             return
 
         def epilogue(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:
             part = out[r0:r1, c0:c1]
             self.expand(side_b, part, part if block is None else block, v, r0, c0, bias)
 
-        base_product(a, weight, transpose=side_b, in_scale=None, out=out, epilogue=epilogue, way=way)
+        base_product(a, c.base[0], transpose=side_b, in_scale=None, out=out, epilogue=epilogue, way=way)
 
 
-def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way=None
-):
+def multi_lora_linear_fwd(c, way):
     """(y, u); see peftkern.ops.multi_lora_linear."""
-    if weight is None and bias is None and dropout_p is None:
-        y = torch.empty((x.shape[0], out_features), dtype=x.dtype)
-        return y, _branch(y, x, weights, table, scaling, max_rank, order, starts, add=False)
-    batch = _Batch(weights, table, scaling, order, starts, max_rank, dropout_p, seed)
-    u = torch.empty((batch.M, max_rank), dtype=torch.float32)
-    batch.reduce(False, x, dot=u)
-    y = torch.empty((batch.M, out_features), dtype=x.dtype)
-    batch.onto_base(True, x, weight, y, u, vector(bias), way)
+    y = torch.empty((c.x.shape[0], c.out_features), dtype=c.x.dtype)
+    if c.kind == "none" and c.bias is None and c.dropout_p is None:
+        return y, _branch(y, c, add=False)
+    batch = _Batch(c, c.max_rank)
+    u = torch.empty((batch.M, c.max_rank), dtype=torch.float32)
+    batch.reduce(False, c.x, dot=u)
+    batch.onto_base(True, c.x, c, y, u, way, vector(c.bias))
     return y, u
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
+def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    args = x, weights, table, scaling, max_rank, order, starts
+    out = c.out
     if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
-        _branch(out, *args, add=True)
+        _branch(out, c, add=True)
     else:
         copy = out.contiguous()
-        _branch(copy, *args, add=True)
+        _branch(copy, c, add=True)
         out.copy_(copy)
 
 
-def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bool):
+def _branch(out: Tensor, c, *, add: bool) -> Tensor:
     # u; out = the branch, or plus it.
-    table, order, starts, scaling = table.contiguous(), order.contiguous(), starts.contiguous(), scaling.contiguous()
+    x, weights, max_rank = c.x, c.weights, c.max_rank
+    table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
     (M, K), N = x.shape, out.shape[1]
     u = torch.empty((M, max_rank), dtype=torch.float32)
     _C.multi_branch(
@@ -125,34 +121,27 @@ def _branch(out, x, weights, table, scaling, max_rank, order, starts, *, add: bo
     return u
 
 
-def multi_lora_linear_bwd_adapter(dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias):
-    """(du, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
-    batch = _Batch(weights, table, scaling, order, starts, u.shape[1], dropout_p, seed)
+def multi_lora_linear_bwd(c, way):
+    """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
+    batch = _Batch(c, c.u.shape[1])
     # Zero where no row's adapter lies.
-    grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, need, strict=True)]
-    addresses = [g.data_ptr() if n else 0 for g, n in zip(grads, need, strict=True)] if any(need) else ()
-    du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    dbias = torch.empty(dy.shape[1] if need_bias else 0, dtype=torch.float32)
-    batch.reduce(True, dy, dot=du, v=u.contiguous(), grads=addresses, colsum=dbias if need_bias else None)
-    if addresses and x is not None:
-        batch.reduce(False, x, v=du, grads=addresses)
-    return du, dbias, grads
-
-
-def multi_lora_linear_bwd_input(
-    dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way=None
-):
-    """dx; see peftkern.ops.multi_lora_linear."""
-    batch = _Batch(weights, table, None, order, starts, du.shape[1], dropout_p, seed)
-    dx = torch.empty((batch.M, in_features), dtype=dy.dtype)
-    batch.onto_base(False, dy, weight, dx, du.contiguous(), way=way)
-    return dx
+    grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
+    addresses = [g.data_ptr() if n else 0 for g, n in zip(grads, c.need, strict=True)] if any(c.need) else ()
+    du = torch.empty_like(c.u, memory_format=torch.contiguous_format)
+    dbias = torch.empty(c.dy.shape[1] if c.need_bias else 0, dtype=torch.float32)
+    colsum = dbias if c.need_bias else None
+    batch.reduce(True, c.dy, dot=du, v=c.u.contiguous(), grads=addresses, colsum=colsum)
+    if addresses and c.x is not None:
+        batch.reduce(False, c.x, v=du, grads=addresses)
+    dx = torch.empty((batch.M, c.in_features) if c.need_x else 0, dtype=c.dy.dtype)
+    if c.need_x:
+        batch.onto_base(False, c.dy, c, dx, du, way)
+    return dx, dbias, grads
 
 
 OPS = {
     "multi_lora_linear_route": multi_lora_linear_route,
     "multi_lora_linear_fwd": multi_lora_linear_fwd,
-    "multi_lora_linear_bwd_adapter": multi_lora_linear_bwd_adapter,
-    "multi_lora_linear_bwd_input": multi_lora_linear_bwd_input,
+    "multi_lora_linear_bwd": multi_lora_linear_bwd,
     "sgmv_add": sgmv_add,
 }

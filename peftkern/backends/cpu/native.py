@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import settings
+from ...problem import CpuWay
+
 try:
     from ... import _C
 except ImportError:
@@ -73,16 +76,13 @@ def facts(isa: str) -> tuple[Level, frozenset[str]]:
         _C.set_isa(before)
 
 
-# What was asked for last, and the level that came of it.
-_isa: tuple[str, str] | None = None
-
-
 def use_isa(wanted: str) -> None:
     """Bring the kernels to an instruction set, a value of ``PEFTKERN_CPU_ISA``."""
-    global _isa
-    if _isa != (wanted, _C.isa()):
-        _C.set_isa(wanted)
-        _isa = wanted, _C.isa()
+    _C.set_isa(wanted)
+
+
+if _C is not None:
+    settings.follow(lambda now: use_isa(now.cpu_isa))
 
 
 def threads(work: int) -> int:
@@ -192,8 +192,9 @@ def column_dot(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
     )  # fmt: skip
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The keep bits of ``seed`` as bool (M, K)."""
+def dropout_mask(c, way: CpuWay) -> Tensor:
+    """The keep bits of a seed as bool (M, K); see peftkern.ops.dropout_mask."""
+    seed, M, K, p = c
     out = torch.empty((M, K), dtype=torch.bool)
     if out.numel():
         drop = int(seed.item()) & (2**64 - 1)

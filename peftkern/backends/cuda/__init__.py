@@ -39,7 +39,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem, now)
 
 
-def _dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+def _dropout_mask(c) -> Tensor:
+    seed, M, K, p = c
     out = torch.empty((M, K), dtype=torch.bool, device=seed.device)
     with native.on_device(seed):
         native._C.cuda_dropout_mask(seed.data_ptr(), M, K, int(p * 2.0**32), out.data_ptr(), native.stream(seed))

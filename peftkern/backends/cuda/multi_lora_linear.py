@@ -20,7 +20,7 @@ def decline(problem: Problem, now: Settings) -> str | None:
     kernel = problem.R, native.CODES[problem.dtype], int(problem.arch.removeprefix("sm_"))
     if problem.op == "sgmv_add":
         return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"
-    if "dropout" in problem.flags or "base" not in problem.flags:
+    if problem.flags & {"dropout", "identity"} or "base" not in problem.flags:
         return "no kernel with dropout, or without a base weight"
     if now.batch_invariant:
         return "the base product is the vendor's"
@@ -32,10 +32,11 @@ def decline(problem: Problem, now: Settings) -> str | None:
 class _Branch:
     """A call's branch: all that it reads is there when this is made, and ``add`` is one launch."""
 
-    def __init__(self, x: Tensor, N: int, weights, table: Tensor, scaling: Tensor, max_rank: int, order, starts):
+    def __init__(self, c, N: int):
+        x, weights, max_rank = c.x, c.weights, c.max_rank
         # Copies are kept here until after the launch.
-        self.x, self.table, self.scaling = rows(x), table.contiguous(), native.vector(scaling)
-        self.order, self.starts = order.contiguous(), starts.contiguous()
+        self.x, self.table, self.scaling = rows(x), c.table.contiguous(), native.vector(c.scaling)
+        self.order, self.starts = c.order.contiguous(), c.starts.contiguous()
         self.tensors, self.max_rank = native.addresses(weights, x), max_rank
         self.M, self.N, self.K = x.shape[0], N, x.shape[1]
         self.adapter_dtype = native.CODES[weights[0].dtype if weights else x.dtype]
@@ -55,24 +56,23 @@ class _Branch:
         )  # fmt: skip
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts):
+def sgmv_add(c):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
-    with native.on_device(x):
-        into = rows(out)
-        _Branch(x, out.shape[1], weights, table, scaling, max_rank, order, starts).add(into)
-        if into is not out:
-            out.copy_(into)
+    with native.on_device(c.x):
+        into = rows(c.out)
+        _Branch(c, c.out.shape[1]).add(into)
+        if into is not c.out:
+            c.out.copy_(into)
 
 
-def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed
-):
+def multi_lora_linear_fwd(c):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
+    x, bias = c.x, c.bias
     with native.on_device(x):
-        branch = _Branch(x, out_features, weights, table, scaling, max_rank, order, starts)
-        u = torch.empty((branch.M, max_rank), dtype=torch.float32, device=x.device)
+        branch = _Branch(c, c.out_features)
+        u = torch.empty((branch.M, c.max_rank), dtype=torch.float32, device=x.device)
         same = bias is None or bias.dtype == x.dtype
-        y = torch.nn.functional.linear(branch.x, weight, bias if same else None)
+        y = torch.nn.functional.linear(branch.x, c.base[0], bias if same else None)
         if not same:
             y += bias
         # The vendor's kernel was launched just now if there was anything to compute.

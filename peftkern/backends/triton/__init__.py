@@ -53,12 +53,12 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return None
 
 
-def dropout_mask(seed, M, K, p, *, way: TritonWay):
+def dropout_mask(c, way: TritonWay):
     """bool (M, K), see ``peftkern.ops.dropout_mask``."""
     from ...kernels.dropout import dropout_mask as launch_mask
 
-    with on_device(seed):
-        return launch_mask(seed, M, K, p)
+    with on_device(c.seed):
+        return launch_mask(*c)
 
 
 OPS = {

@@ -11,7 +11,7 @@ from ...problem import TritonWay
 
 def kernel_settings(t: torch.Tensor, way: TritonWay):
     """The kernels' Settings for a call on the device of ``t``."""
-    from ...kernels.lora_linear import Settings
+    from ...kernels.call import Settings
 
     arch = 0
     if t.device.type == "cuda":

@@ -5,53 +5,30 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def lora_linear_fwd(
-    x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
-    rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base, *, way,
-):  # fmt: skip
+def lora_linear_fwd(c, way):
     """(y, u, h), see ``peftkern.ops.lora_linear``."""
-    from ...kernels import lora_linear as kernels
+    from ...kernels import call
+    from ...kernels.lora_linear import forward
 
-    with on_device(x):
-        return kernels.forward(
-            x, weight, lora_A, lora_B, bias, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale, save_base,
-            kernel_settings(x, way),
-        )  # fmt: skip
-
-
-def lora_linear_bwd_adapter(
-    dy, x, u, h, lora_A, lora_B, scaling, dropout_p, seed, rank_scale, delta_in_scale, delta_out_scale,
-    need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out, *, way,
-):  # fmt: skip
-    """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out), see ``peftkern.ops.lora_linear``."""
-    from ...kernels import lora_linear as kernels
-    from ...kernels.lora_linear_grad import Needs, backward_adapter
-
-    needs = Needs(need_A, need_B, need_bias, need_rank_scale, need_delta_in, need_base_out, need_delta_out)
-    with on_device(dy):
-        return backward_adapter(
-            dy, x, u, h, lora_A, lora_B, scaling, kernels.dropout(dropout_p, seed),
-            rank_scale, delta_in_scale, delta_out_scale, needs, kernel_settings(dy, way),
-        )  # fmt: skip
+    given = call.Forward(
+        c.x, c.base[0] if c.base else None, c.lora_A, c.lora_B, c.bias, c.scaling, call.Dropout(c.dropout_p, c.seed),
+        call.Scales(*c.scales), c.save_base,
+    )  # fmt: skip
+    with on_device(c.x):
+        return forward(given, kernel_settings(c.x, way))
 
 
-def lora_linear_bwd_input(
-    dy, du, x, weight, lora_A, dropout_p, seed, base_in_scale, delta_in_scale, base_out_scale, need_base_in,
-    *, way,
-):  # fmt: skip
-    """(dx, dbase_in), see ``peftkern.ops.lora_linear``."""
-    from ...kernels import lora_linear as kernels
+def lora_linear_bwd(c, way):
+    """(dx, dA, dB, dbias, vectors' gradients), see ``peftkern.ops.lora_linear``."""
+    from ...kernels import call
+    from ...kernels.lora_linear_grad import backward
 
-    with on_device(dy):
-        return kernels.backward_input(
-            dy, du, x, weight, lora_A, kernels.dropout(dropout_p, seed),
-            base_in_scale, delta_in_scale, base_out_scale, need_base_in, kernel_settings(dy, way),
-        )  # fmt: skip
+    given = call.Backward(
+        c.dy, c.x, c.u, c.h, c.base[0] if c.base else None, c.lora_A, c.lora_B, c.scaling,
+        call.Dropout(c.dropout_p, c.seed), call.Scales(*c.scales), call.Needs(*c.needs),
+    )  # fmt: skip
+    with on_device(c.dy):
+        return backward(given, kernel_settings(c.dy, way))
 
 
-OPS = {
-    "lora_linear_fwd": lora_linear_fwd,
-    "lora_linear_bwd_adapter": lora_linear_bwd_adapter,
-    "lora_linear_bwd_input": lora_linear_bwd_input,
-}
+OPS = {"lora_linear_fwd": lora_linear_fwd, "lora_linear_bwd": lora_linear_bwd}

@@ -5,70 +5,64 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def multi_lora_linear_route(ids, table, mask, *, way):
+def multi_lora_linear_route(c, way):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.route import route
 
+    ids, slots = c.ids, c.table.shape[0]
     with on_device(ids):
-        order, starts = route(ids, table, mask)
+        order, starts = route(ids, c.table, c.mask)
     # Only where it makes nobody wait: in the interpreter, on CPU tensors.
-    if ids.device.type == "cpu" and starts[table.shape[0] + 1] < ids.numel():
-        bad = ids.reshape(-1)[order[starts[table.shape[0] + 1]].long()].item()
-        raise ValueError(
-            f"adapter_ids holds {bad}, which is no adapter of the {table.shape[0]} here (-1 means base only)"
-        )
+    if ids.device.type == "cpu" and starts[slots + 1] < ids.numel():
+        bad = ids.reshape(-1)[order[starts[slots + 1]].long()].item()
+        raise ValueError(f"adapter_ids holds {bad}, which is no adapter of the {slots} here (-1 means base only)")
     return order, starts
 
 
-def _batch(like, weights, table, scaling, order, starts, max_rank, dropout_p, seed, way):
-    from ...kernels.multi.multi_lora_linear import batch
+def _batch(c, like, max_rank: int, way):
+    from ...kernels.multi import multi_lora_linear as kernels
 
-    return batch(weights, like, table, scaling, order, starts, max_rank, dropout_p, seed, kernel_settings(like, way))
+    dropout = getattr(c, "dropout_p", None), getattr(c, "seed", None)
+    adapters = kernels.Adapters(c.weights, c.table, c.scaling, max_rank, c.order, c.starts, *dropout)
+    return kernels.batch(adapters, like, kernel_settings(like, way))
 
 
-def multi_lora_linear_fwd(
-    x, weight, out_features, bias, weights, table, scaling, max_rank, order, starts, dropout_p, seed, *, way
-):
+def _onto(c, columns: int):
+    from ...kernels.multi.multi_lora_linear import Onto
+
+    return Onto(columns, c.base[0] if c.base else None, c.kind == "identity")
+
+
+def multi_lora_linear_fwd(c, way):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import forward
+    from ...kernels.multi import multi_lora_linear as kernels
 
-    with on_device(x):
-        batch = _batch(x, weights, table, scaling, order, starts, max_rank, dropout_p, seed, way)
-        return forward(batch, x, weight, out_features, bias)
-
-
-def multi_lora_linear_bwd_adapter(
-    dy, x, u, weights, table, scaling, order, starts, dropout_p, seed, need, need_bias, *, way
-):
-    """(du, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_adapter
-
-    with on_device(dy):
-        batch = _batch(dy, weights, table, scaling, order, starts, u.shape[1], dropout_p, seed, way)
-        return backward_adapter(batch, dy, x, u, weights, need, need_bias)
+    with on_device(c.x):
+        return kernels.forward(_batch(c, c.x, c.max_rank, way), c.x, _onto(c, c.out_features), c.bias)
 
 
-def multi_lora_linear_bwd_input(dy, du, weight, in_features, weights, table, order, starts, dropout_p, seed, *, way):
-    """dx, see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_input
+def multi_lora_linear_bwd(c, way):
+    """(dx, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
+    from ...kernels.multi import multi_lora_linear as kernels
 
-    with on_device(dy):
-        batch = _batch(dy, weights, table, None, order, starts, du.shape[1], dropout_p, seed, way)
-        return backward_input(batch, dy, du, weight, in_features)
+    with on_device(c.dy):
+        batch = _batch(c, c.dy, c.u.shape[1], way)
+        du, dbias, grads = kernels.backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
+        dx = kernels.backward_input(batch, c.dy, du, _onto(c, c.in_features)) if c.need_x else c.dy.new_empty(0)
+    return dx, dbias, grads
 
 
-def sgmv_add(out, x, weights, table, scaling, max_rank, order, starts, *, way):
+def sgmv_add(c, way):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
-    from ...kernels.multi.multi_lora_linear import add
+    from ...kernels.multi import multi_lora_linear as kernels
 
-    with on_device(x):
-        add(_batch(x, weights, table, scaling, order, starts, max_rank, None, None, way), out, x)
+    with on_device(c.x):
+        kernels.add(_batch(c, c.x, c.max_rank, way), c.out, c.x)
 
 
 OPS = {
     "multi_lora_linear_route": multi_lora_linear_route,
     "multi_lora_linear_fwd": multi_lora_linear_fwd,
-    "multi_lora_linear_bwd_adapter": multi_lora_linear_bwd_adapter,
-    "multi_lora_linear_bwd_input": multi_lora_linear_bwd_input,
+    "multi_lora_linear_bwd": multi_lora_linear_bwd,
     "sgmv_add": sgmv_add,
 }

@@ -15,8 +15,8 @@ from os import PathLike
 import torch
 from torch import nn
 
+from ...checks import accumulate_dtype
 from ...many.bank import AdapterBank
-from ...ops.checks import accumulate_dtype
 from .checkpoint import Checkpoint
 from .entry import AttachedEntry, AttachedGenerate, entries_above
 from .fit import Fitted, fit

@@ -9,9 +9,9 @@ from torch import nn
 
 from ...dispatch.choose import ORDER, Declined, choose, load
 from ...dispatch.explain import passes
+from ...methods.registry import Plan
 from ...problem import Problem, device_arch
 from ...settings import current
-from .guard import Plan
 
 _SHOWN = 3
 

@@ -12,8 +12,9 @@ from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.settings import using
 from peftkern.testing.accuracy import check
-from peftkern.testing.problems import VECTORS, LoRALinearProblem, random_problem
+from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
+VECTORS = tuple(vectors())
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -43,6 +43,29 @@ def check_fits(
         raise ValueError(f"{name} is on {value.device}, expected {device}")
 
 
+def check_adapters(lora_A, lora_B, like: torch.Tensor, N: int | None, K: int) -> int:
+    """R, if lora_A (R, K) and lora_B (N, R) fit an activation or weight ``like``; None: any N."""
+    for name, value, shape in (("lora_A", lora_A, "(R, K)"), ("lora_B", lora_B, "(N, R)")):
+        check_tensor(name, value)
+        if value.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
+    dtypes, R = (like.dtype, torch.float32), lora_A.shape[0]
+    check_fits("lora_A", lora_A, (R, K), "(R, K)", like.device, dtypes)
+    check_fits("lora_B", lora_B, (lora_B.shape[0] if N is None else N, R), "(N, R)", like.device, dtypes)
+    if lora_B.dtype != lora_A.dtype:
+        raise TypeError(f"lora_B has dtype {lora_B.dtype}, expected {lora_A.dtype} like lora_A")
+    return R
+
+
+def check_rows(name: str, value, columns: int | None = None, letter: str = "columns") -> tuple[int, int]:
+    """(M, columns) of a matrix."""
+    check_tensor(name, value)
+    if value.dim() != 2 or columns not in (None, value.shape[1]):
+        expected = f"(M, {letter})" + ("" if columns is None else f" with {letter} = {columns}")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+    return tuple(value.shape)
+
+
 def check_number(name: str, value) -> None:
     """A real Python number (not a bool)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -1,0 +1,152 @@
+// The base product's blocks, and who fills them.
+#include "cpu/base/product.h"
+
+#include "peftkern/cpu.h"
+
+namespace peftkern::cpu {
+namespace {
+
+// Whatever the layer, the scratch of one product stays under this.
+constexpr int64_t kScratchBytes = int64_t{64} << 20;
+// Elements of an fp32 panel of the output: 4 MB stay in a last-level cache, and a call per panel is not felt.
+constexpr int64_t kPanel = int64_t{1} << 20, kPanelCols = 1024;
+// What one thread computes at a time. Packing is repeated for every block, so it is about 1 % per 1,024
+// columns (for a) and 3 % per 1,024 rows (for W, which is transposed); larger blocks leave threads idle at
+// the end.
+constexpr int64_t kBlockRows = 1024, kBlockCols = 512;
+constexpr int64_t kAlign = 32;  // columns; a multiple of every level's tile, and of what the branch needs
+// Bytes of a scaled copy of a for the vendor's product.
+constexpr int64_t kScaledBytes = int64_t{16} << 20;
+// Narrower fp32 products are computed transposed by the vendor: MKL sums them in chains up to six times less
+// accurate than those of the transpose.
+constexpr int64_t kNarrow = 16;
+
+int64_t ceil_div(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+int64_t round_up(int64_t n, int64_t multiple) {
+  return ceil_div(n, multiple) * multiple;
+}
+// Size of the parts if n is cut into as few as `most` allows, all alike.
+int64_t even(int64_t n, int64_t most, int64_t multiple) {
+  return round_up(ceil_div(n, ceil_div(n, most)), multiple);
+}
+
+// Whether threads would wait for each other for more than a fifth of the time.
+bool uneven(const BaseBlocks& b, int threads) {
+  const int64_t count = ceil_div(b.rows, b.block_rows) * ceil_div(b.cols, b.block_cols);
+  return static_cast<double>(ceil_div(count, threads) * threads) > 1.2 * static_cast<double>(count);
+}
+
+void halve_cols(BaseBlocks& b) {
+  b.block_cols = round_up(b.block_cols / 2, kAlign);
+}
+void halve_rows(BaseBlocks& b) {
+  b.block_rows = ceil_div(b.block_rows, 2);
+}
+
+// The vendor's product of unscaled operands.
+void product(const BaseProduct& g, int64_t M, const ConstMatrix& a, const Matrix& out, KeptScratch& scratch) {
+  if (g.D >= kNarrow || out.dtype != DType::f32) {
+    g.vendor(M, g.D, g.C, a, g.b, out);
+    return;
+  }
+  const Matrix narrow{scratch.take(g.D * M), DType::f32, M, 1};
+  g.vendor(g.D, M, g.C, transposed(g.b), transposed(a), narrow);
+  scale_copy({transposed(as_const(narrow)), out, M, g.D, 0, 1.0f, nullptr, nullptr,
+              worth_threads(4 * M * g.D, g.threads)});
+}
+
+}  // namespace
+
+BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threads) {
+  if (kind == BaseKind::vendor || kind == BaseKind::given) return {M, D};
+  // More threads need more to share out.
+  const int64_t elements = kPanel * std::clamp(threads / 2, 1, 4);
+  BaseBlocks b{even(M, kBlockRows, 1), 0};
+  b.cols = std::min(round_up(D, kAlign), even(D, std::max(kPanelCols, elements / b.rows), kAlign));
+  b.panel = b.rows * (b.cols + 16);
+  if (kind == BaseKind::identity) return b;
+  if (kind == BaseKind::few) {
+    b.scratch = M * (C + kAlign);
+    return b;
+  }
+  b.block_rows = std::min(b.rows, kBlockRows), b.block_cols = std::min(b.cols, kBlockCols);
+  while (uneven(b, threads) && b.block_rows * b.block_cols > 64 * 128) {
+    if (b.block_cols > 128 && (b.block_cols >= b.block_rows || b.block_rows <= 64)) {
+      halve_cols(b);
+    } else {
+      halve_rows(b);
+    }
+  }
+  const auto needed = [&] { return threads * base_gemm_scratch(b.block_rows, b.block_cols); };
+  while (4 * (needed() + b.panel) > kScratchBytes) {
+    if (b.block_cols > b.block_rows) {
+      halve_cols(b);
+    } else {
+      halve_rows(b);
+    }
+  }
+  b.scratch = needed();
+  return b;
+}
+
+void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
+  if (g.scale == nullptr) {
+    product(g, g.M, g.a, g.out, scratch);
+    return;
+  }
+  const int64_t size = element_size(g.a.dtype);
+  const int64_t rows = std::min(g.M, std::max<int64_t>(kScaledBytes / (g.C * size), 1));
+  const Matrix scaled{scratch.take(ceil_div(rows * g.C * size, 4)), g.a.dtype, g.C, 1};
+  for (int64_t r = 0; r < g.M; r += rows) {
+    const int64_t part = std::min(rows, g.M - r);
+    scale_copy({from(g.a, r, 0), scaled, part, g.C, 0, 1.0f, nullptr, g.scale,
+                worth_threads(4 * part * g.C, g.threads)});
+    product(g, part, as_const(scaled), from(g.out, r, 0), scratch);
+  }
+}
+
+void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int64_t r0, int64_t r1,
+                int64_t c0, int64_t c1, float* panel, int64_t ld, float* room) {
+  const int64_t rows = r1 - r0, cols = c1 - c0;
+  if (g.kind == BaseKind::identity) {
+    scale_copy({from(g.a, r0, c0),
+                {panel, DType::f32, ld, 1},
+                rows,
+                cols,
+                0,
+                1.0f,
+                nullptr,
+                g.scale != nullptr ? g.scale + c0 : nullptr,
+                worth_threads(4 * rows * cols, g.threads)});
+    return;
+  }
+  const ConstMatrix a = from(g.a, r0, 0), b = from(g.b, 0, c0);
+  const BaseArgs args{a.data,
+                      a.row,
+                      a.col,
+                      b.data,
+                      b.col,
+                      b.row,
+                      a.dtype,
+                      g.scale,
+                      panel,
+                      ld,
+                      rows,
+                      cols,
+                      g.C,
+                      blocks.block_rows,
+                      blocks.block_cols,
+                      room,
+                      threads};
+  if (g.kind == BaseKind::few) {
+    base_few(args);
+  } else if (g.kind == BaseKind::bf16) {
+    base_gemm_bf16(args);
+  } else {
+    base_gemm(args);
+  }
+}
+
+}  // namespace peftkern::cpu

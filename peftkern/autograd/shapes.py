@@ -1,0 +1,42 @@
+"""What the differentiable functions do to arguments before an op and to results after it: rows, casts, shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype``, itself if it is."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def rows_of(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., C), or a gradient of its rows, as (M, C) in ``dtype``."""
+    if t.dim() == 0:
+        raise ValueError("x has shape (), expected (..., K)")
+    # Not -1: with no columns torch could not tell the number of rows.
+    t = cast(t, dtype)
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def as_shape(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) with x's leading dimensions."""
+    # Not a view for autograd: the output may be changed in place (nn.ReLU(inplace=True)), as F.linear's may.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of F.linear's arguments (fp64 it leaves alone), None where it does nothing."""
+    device = x.device.type
+    if x.dtype == torch.float64:
+        return None
+    usual = x.is_cpu or x.is_cuda
+    active = (usual or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if active else None
+
+
+def no_transforms(name: str) -> None:
+    """Raise RuntimeError inside a torch.func transform."""
+    if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")

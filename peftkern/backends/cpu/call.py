@@ -1,0 +1,61 @@
+"""lora_linear's passes as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
+
+    y                 = forward(settings, threads, x, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
+    y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
+    dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, weight, A, B, scaling, dropout_p, seed, scales,
+                                 needs, K, R, adapter_dtype)
+
+Both return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...) or that nobody has
+looked at yet: the caller then checks and chooses with care, and hands its choice to ``learn_forward`` or
+``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
+are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
+
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of d, p_b, p_d, g_b and
+g_d (equation.py). needs: bit i stands for the gradient i of x, A, B, bias, d, p_b, p_d, g_b, g_d; what no needed one reads may
+be None. Gradients come in that order, None where not needed: dx like dy, dA and dB in the adapters' dtype, the others in
+fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import vendor_product
+from .native import _C
+
+
+def _product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None, out: Tensor) -> None:
+    # Only where torch's libraries do not export their product.
+    if a.numel() and out.numel():
+        rows = a.reshape(-1, a.shape[-1])
+        vendor_product(rows, weight.t() if transpose else weight, in_scale, out.view(rows.shape[0], -1))
+
+
+def set_up(*, exports: bool = True) -> str | None:
+    """Bring the native entries to this torch; None, or why there are none.
+
+    ``exports=False``: without the functions that torch's libraries export, memory and products come through Python.
+    """
+    if _C is None:
+        return "the C++ extension is not built"
+    try:
+        _C.tensors_set_up(
+            torch.Tensor, torch.nn.Parameter, torch._C.TensorBase.is_neg, torch.empty,
+            (torch.float32, torch.bfloat16, torch.float16), _product, torch._C.__file__ if exports else None,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, ValueError) as error:
+        return f"torch {torch.__version__} has no usable exchange API: {error}"
+    return None
+
+
+unavailable = set_up()
+if unavailable is None:
+    forward, learn_forward = _C.lora_linear_forward, _C.lora_linear_forward_learn
+    backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
+else:
+
+    def forward(*args) -> None:
+        """There is no native call here."""
+
+    learn_forward = backward = learn_backward = forward

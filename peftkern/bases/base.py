@@ -1,0 +1,64 @@
+"""A base: the kind of a frozen weight and the tensors that hold it.
+
+A kind says its (N, K), checks its tensors against an input, casts them as autocast does, and states its weight in plain
+torch (``dequantise``): the definition that every back end's loader of this kind is held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .dense import Dense
+from .identity import Identity
+
+
+class Kind(Protocol):
+    """One way to hold a frozen weight. ``name`` is what ops call it."""
+
+    name: str
+
+    def check(self, tensors: Sequence[Tensor], like: Tensor, K: int | None, N: int | None) -> tuple[int, int]:
+        """(N, K), or a ValueError or TypeError that names what does not fit. ``like``: of the dtype and device wanted.
+
+        K, N: what is known of them from elsewhere, None for what only the tensors can tell.
+        """
+
+    def cast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The tensors as they meet an activation of this dtype under autocast."""
+
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """W (N, K) in ``dtype``; None if the base hands its input on."""
+
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Dense(), Identity())}
+
+
+class Base(NamedTuple):
+    """What a public function takes where it takes a weight."""
+
+    kind: str
+    tensors: tuple[Tensor, ...]
+
+
+# The residual stream: Base(x) = x.
+IDENTITY = Base("identity", ())
+
+
+def base_of(weight: Tensor | Base) -> Base:
+    """A tensor (N, K) as a dense base; a base as it is. Raises TypeError for anything else."""
+    if isinstance(weight, Base):
+        return weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    return Base("dense", (weight,))
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name. Raises ValueError for one that there is not."""
+    if name not in KINDS:
+        raise ValueError(f"kind is {name!r}, expected one of {', '.join(KINDS)}")
+    return KINDS[name]
