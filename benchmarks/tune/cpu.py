@@ -24,11 +24,10 @@ from torch import Tensor
 from peftkern.backends.cpu import base as cpu_base
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.dispatch import cpu_table, tuned
-from peftkern.problem import CpuWay
+from peftkern.problem import DTYPES, CpuWay
 from peftkern.settings import current
 
 from ..core import machine
-from ..core.case import DTYPES
 from ..measure.timing import quiet
 from .file import meta, write
 

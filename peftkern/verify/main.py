@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern.benchmarks.core.case import DTYPES, short
+from peftkern.problem import DTYPES, short
 from peftkern.screen import Cell, Console, Table
 from peftkern.settings import current, using
 

@@ -10,10 +10,9 @@ looked at yet: the caller then checks and chooses with care, and hands its choic
 ``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
 are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of d, p_b, p_d, g_b and
-g_d (equation.py). needs: bit i stands for the gradient i of x, A, B, bias, d, p_b, p_d, g_b, g_d; what no needed one reads may
-be None. Gradients come in that order, None where not needed: dx like dy, dA and dB in the adapters' dtype, the others in
-fp32.
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
+equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
+come in the same order, None where not needed: dx like dy, dA and dB in the adapters' dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
 
-def _plain(args: tuple) -> tuple:
-    # A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
-    return tuple(a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
+def _plain(value):
+    # What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 def _kind(c, way) -> str:
@@ -34,7 +36,9 @@ def _kind(c, way) -> str:
 
 def _run(entry, learn, args: tuple, kind: str):
     """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is."""
-    for given in (args, _plain(args)):
+    for careful in (False, True):
+        with torch._C.DisableTorchFunctionSubclass():
+            given = _plain(args) if careful else args
         done = entry(*given)
         if done is None and learn(*given, kind):
             done = entry(*given)
