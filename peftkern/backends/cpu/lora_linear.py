@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import call, native
+from . import call
 
 
 def _weight(c) -> Tensor | None:
@@ -49,7 +49,6 @@ def _run(entry, learn, args: tuple, kind: str):
 
 def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     args = (
         way.now, torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
@@ -60,7 +59,6 @@ def lora_linear_fwd(c, way):
 
 def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
     dx = need.x or need.p_b
     x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
 from .base import base_product
 from .native import _C, CODES, pointer, threads, vector
 
@@ -87,7 +86,6 @@ class _Batch:
 
 def multi_lora_linear_fwd(c, way):
     """(y, u); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     y = torch.empty((c.x.shape[0], c.out_features), dtype=c.x.dtype)
     if c.kind == "none" and c.bias is None and c.dropout_p is None:
         return y, _branch(y, c, add=False)
@@ -100,7 +98,6 @@ def multi_lora_linear_fwd(c, way):
 
 def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    native.use_isa(way.now.cpu_isa)
     out = c.out
     if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
         _branch(out, c, add=True)
@@ -126,7 +123,6 @@ def _branch(out: Tensor, c, *, add: bool) -> Tensor:
 
 def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     batch = _Batch(c, c.u.shape[1])
     # Zero where no row's adapter lies.
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
