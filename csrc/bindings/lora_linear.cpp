@@ -5,6 +5,7 @@
 // stale.
 #include "bindings/checks.h"
 #include "bindings/plans.h"
+#include "bindings/results.h"
 #include "bindings/tensors.h"
 #include "cpu/lora/linear.h"
 #include "peftkern/cpu.h"
@@ -52,12 +53,11 @@ bool read_numbers(PyObject* scaling, PyObject* dropout_p, PyObject* seed, cpu::L
   return true;
 }
 
-// (rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale), or None for none of them.
+// (d, p_b, p_d, g_b, g_d), or None for none of them.
 bool read_scales(PyObject* scales, cpu::LoraLinear& g) {
   if (scales == Py_None) return true;
   if (!PyTuple_CheckExact(scales) || PyTuple_GET_SIZE(scales) != 5) return false;
-  ConstMatrix* const out[] = {&g.rank_scale, &g.base_in_scale, &g.delta_in_scale, &g.base_out_scale,
-                              &g.delta_out_scale};
+  ConstMatrix* const out[] = {&g.d, &g.p_b, &g.p_d, &g.g_b, &g.g_d};
   const int64_t sizes[] = {g.R, g.K, g.K, g.N, g.N};
   for (int i = 0; i < 5; ++i) {
     if (!read_vector(PyTuple_GET_ITEM(scales, i), *out[i], sizes[i])) return false;
@@ -77,8 +77,7 @@ bool fits(DType dtype, DType activation) {
 }
 
 bool scales_fit(const cpu::LoraLinear& g, DType activation) {
-  for (const ConstMatrix* v :
-       {&g.rank_scale, &g.base_in_scale, &g.delta_in_scale, &g.base_out_scale, &g.delta_out_scale})
+  for (const ConstMatrix* v : {&g.d, &g.p_b, &g.p_d, &g.g_b, &g.g_d})
     if (!fits(v->dtype, activation)) return false;
   return true;
 }
@@ -87,8 +86,7 @@ PlanKey key_of(PyObject* settings, int64_t pass, const cpu::LoraLinear& g, DType
                int64_t present) {
   PlanKey key;
   key.settings = settings;
-  for (const ConstMatrix* v :
-       {&g.rank_scale, &g.base_in_scale, &g.delta_in_scale, &g.base_out_scale, &g.delta_out_scale})
+  for (const ConstMatrix* v : {&g.d, &g.p_b, &g.p_d, &g.g_b, &g.g_d})
     present = 2 * present + (v->data != nullptr);
   present = 2 * present + (g.dropout.threshold != 0);
   const int64_t strides = 2 * (g.weight.row == 1) + (g.weight.col == 1);
@@ -116,81 +114,6 @@ bool read_kind(PyObject* word, const cpu::LoraLinear& g, bool identity, DType dt
   }
   PyErr_Format(PyExc_ValueError, "the base product cannot be computed by %s", text);
   return false;
-}
-
-// --- making results ---
-
-// Tensors that a call has made so far; given back unless they are handed out.
-class Results {
- public:
-  Results() = default;
-  Results(const Results&) = delete;
-  Results& operator=(const Results&) = delete;
-  ~Results() {
-    for (int i = 0; i < count_; ++i) Py_XDECREF(made_[i]);
-  }
-
-  // A new tensor; null data, with a Python error, if there is none.
-  bool make(const int64_t* shape, int dims, DType dtype, void** data) {
-    made_[count_] = tensors::empty(shape, dims, dtype, data);
-    return made_[count_++] != nullptr;
-  }
-  // Nothing in its place.
-  void skip() { made_[count_++] = nullptr; }
-
-  PyObject* at(int i) const { return made_[i]; }
-  PyObject* take(int i) { return std::exchange(made_[i], nullptr); }
-  void drop(int i) { Py_CLEAR(made_[i]); }
-  // All of them, None where nothing is.
-  PyObject* tuple() {
-    PyObject* out = PyTuple_New(count_);
-    for (int i = 0; out != nullptr && i < count_; ++i) {
-      PyObject* each = take(i);
-      if (each == nullptr) Py_INCREF(each = Py_None);
-      PyTuple_SET_ITEM(out, i, each);
-    }
-    return out;
-  }
-
- private:
-  PyObject* made_[9] = {};
-  int count_ = 0;
-};
-
-bool make_matrix(Results& results, bool wanted, int64_t rows, int64_t cols, DType dtype, Matrix& out) {
-  if (!wanted) {
-    results.skip();
-    return true;
-  }
-  const int64_t shape[] = {rows, cols};
-  out.dtype = dtype, out.row = cols, out.col = 1;
-  return results.make(shape, 2, dtype, &out.data);
-}
-
-bool make_floats(Results& results, bool wanted, int64_t size, float*& out) {
-  void* data = nullptr;
-  if (!wanted) {
-    results.skip();
-    return true;
-  }
-  const bool made = results.make(&size, 1, DType::f32, &data);
-  out = static_cast<float*>(data);
-  return made;
-}
-
-// A matrix in the shape of `like`, but for the last dimension.
-bool make_rows(Results& results, bool wanted, const tensors::View& like, int64_t cols, DType dtype,
-               Matrix& out) {
-  constexpr int kMaxDims = 64;
-  if (!wanted || like.dims > kMaxDims) {
-    results.skip();
-    return !wanted;
-  }
-  int64_t shape[kMaxDims];
-  std::copy_n(like.shape, like.dims - 1, shape);
-  shape[like.dims - 1] = cols;
-  out.dtype = dtype, out.row = cols, out.col = 1;
-  return results.make(shape, like.dims, dtype, &out.data);
 }
 
 // Runs the kernels without the GIL. False with a Python error.
@@ -293,8 +216,7 @@ PyObject* forward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
   ForwardCall call;
   if (count != kFCount + 1 || !read_forward(a, count, call)) Py_RETURN_FALSE;
   cpu::BaseKind kind;
-  if (!read_kind(a[kFCount], call.g, a[kFBase] == Py_None, call.g.x.dtype,
-                 call.g.base_in_scale.data != nullptr, kind))
+  if (!read_kind(a[kFCount], call.g, a[kFBase] == Py_None, call.g.x.dtype, call.g.p_b.data != nullptr, kind))
     return nullptr;
   plans.keep(call.key, kind);
   Py_RETURN_TRUE;
@@ -404,11 +326,11 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
                     make_matrix(results, call.need(kNeedA), g.R, g.K, call.adapter, g.dA) &&
                     make_matrix(results, call.need(kNeedB), g.N, g.R, call.adapter, g.dB) &&
                     make_floats(results, call.need(kNeedBias), g.N, g.dbias) &&
-                    make_floats(results, call.need(kNeedRank), g.R, g.drank_scale) &&
-                    make_floats(results, call.need(kNeedBaseIn), g.K, g.dbase_in) &&
-                    make_floats(results, call.need(kNeedDeltaIn), g.K, g.ddelta_in) &&
-                    make_floats(results, call.need(kNeedBaseOut), g.N, g.dbase_out) &&
-                    make_floats(results, call.need(kNeedDeltaOut), g.N, g.ddelta_out);
+                    make_floats(results, call.need(kNeedRank), g.R, g.dd) &&
+                    make_floats(results, call.need(kNeedBaseIn), g.K, g.dp_b) &&
+                    make_floats(results, call.need(kNeedDeltaIn), g.K, g.dp_d) &&
+                    make_floats(results, call.need(kNeedBaseOut), g.N, g.dg_b) &&
+                    make_floats(results, call.need(kNeedDeltaOut), g.N, g.dg_d);
   if (!made) return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
   if (dx && !prepare_product(g, a[kBDy], a[kBBase], false, a[kBScales], results.at(0))) return nullptr;
   if (!run(cpu::lora_linear_backward, g)) return nullptr;
@@ -421,8 +343,8 @@ PyObject* backward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (count != kBCount + 1 || !read_backward(a, count, call)) Py_RETURN_FALSE;
   const bool dx = call.need(kNeedX | kNeedBaseIn);
   cpu::BaseKind kind = cpu::BaseKind::vendor;
-  if (dx && !read_kind(a[kBCount], call.g, a[kBBase] == Py_None, call.g.dy.dtype,
-                       call.g.base_out_scale.data != nullptr, kind))
+  if (dx &&
+      !read_kind(a[kBCount], call.g, a[kBBase] == Py_None, call.g.dy.dtype, call.g.g_b.data != nullptr, kind))
     return nullptr;
   plans.keep(call.key, kind);
   Py_RETURN_TRUE;
@@ -450,7 +372,7 @@ PyMethodDef methods[] = {
     {"lora_linear_backward", fast(backward), METH_FASTCALL,
      "(settings, threads, dy, x, u, h, base, A, B, scaling, dropout_p, seed, scales, needs, K, R, adapter "
      "dtype) -> "
-     "(dx, dA, dB, dbias, drank, dbase_in, ddelta_in, dbase_out, ddelta_out), a bit of needs each; None as "
+     "(dx, dA, dB, dbias, drank, dp_b, dp_d, dg_b, dg_d), a bit of needs each; None as "
      "above."},
     {"lora_linear_backward_learn", fast(backward_learn), METH_FASTCALL,
      "(what lora_linear_backward takes, kind) -> whether calls like this one are taken from now on."},

@@ -77,12 +77,14 @@ static void run_blocks(const BaseArgs& g) {
   const int64_t across = (g.cols + g.block_cols - 1) / g.block_cols;
   const int64_t room = base_gemm_scratch(g.block_rows, g.block_cols);
   // Who computes a block does not change its bits.
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-  for (int64_t b = 0; b < down * across; ++b) {
-    const int64_t row = b % down * g.block_rows, col = b / down * g.block_cols;
-    block<F, T>(g, row, smaller(g.block_rows, g.rows - row), col, smaller(g.block_cols, g.cols - col),
-                g.scratch + thread_number() * room);
-  }
+  parallel(g.threads, [&] {
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < down * across; ++b) {
+      const int64_t row = b % down * g.block_rows, col = b / down * g.block_cols;
+      block<F, T>(g, row, smaller(g.block_rows, g.rows - row), col, smaller(g.block_cols, g.cols - col),
+                  g.scratch + thread_number() * room);
+    }
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -2,6 +2,7 @@
 // Neither way depends on the number of threads, nor does a row on other rows.
 #include "cpu/base/dots.h"
 #include "cpu/base/strips.h"
+#include "cpu/common/thread.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
@@ -10,8 +11,7 @@ template <class T>
 void run(const BaseArgs& g) {
   const bool dots = g.w_in == 1;
   const int64_t lda = (g.inner + W - 1) / W * W + W;  // of a packed row, for strips
-#pragma omp parallel num_threads(g.threads)
-  {
+  parallel(g.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.rows; ++i)
       if (dots)
@@ -22,7 +22,7 @@ void run(const BaseArgs& g) {
       dot_products<T>(g);
     else
       add_strips<T>(g, g.scratch, lda);
-  }
+  });
 }
 
 }  // namespace

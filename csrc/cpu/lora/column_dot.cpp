@@ -1,5 +1,6 @@
 // out[c] = sum_i a[i, c] * b[i, c], in a fixed order: gradients of the scale vectors of the base product.
 #include "cpu/common/segments.h"
+#include "cpu/common/thread.h"
 #include "cpu/common/tile.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -8,8 +9,7 @@ void column_dot_run(const ColumnDotTask& a) {
   const int64_t Cpad = round_up(a.C, kPad);
   const int64_t panels = (a.C + kTileCols - 1) / kTileCols;
   const int64_t rows = (a.M + a.segments - 1) / a.segments;
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel(a.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.segments * panels; ++t) {
       const int64_t s = t / panels, c0 = t % panels * kTileCols, cols = min64(kTileCols, a.C - c0);
@@ -36,7 +36,7 @@ void column_dot_run(const ColumnDotTask& a) {
       for (int64_t s = 1; s < a.segments; ++s) sum += a.scratch[s * Cpad + c];
       a.out[c] = a.accumulate ? a.out[c] + sum : sum;
     }
-  }
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -4,6 +4,7 @@
 //
 // src may be out itself, another matrix (a panel of fp32 products, for one) or absent (zero). drop' zeroes
 // what dropout dropped. Every element is computed on its own, so panels and threads never change bits.
+#include "cpu/common/thread.h"
 #include "cpu/lora/expand_block.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -15,11 +16,13 @@ template <class TO, class TS>
 void expand(const LoraExpandArgs& a) {
   const int64_t panels = (a.C + kTileCols - 1) / kTileCols;
   const int64_t blocks = (a.M + kRowBlock - 1) / kRowBlock;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t t = 0; t < blocks * panels; ++t) {
-    const int64_t i0 = t / panels * kRowBlock, c0 = t % panels * kTileCols;
-    expand_block<TO, TS>(a, a.p, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
-  }
+  parallel(a.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < blocks * panels; ++t) {
+      const int64_t i0 = t / panels * kRowBlock, c0 = t % panels * kTileCols;
+      expand_block<TO, TS>(a, a.p, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
+    }
+  });
 }
 
 }  // namespace

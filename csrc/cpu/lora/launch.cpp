@@ -1,6 +1,6 @@
 // Launchers: choice of the level, and scratch for the sums over rows.
 #include "cpu/common/dispatch.h"
-#include "cpu/common/scratch.h"
+#include "cpu/common/kept_scratch.h"
 #include "cpu/common/segments.h"
 
 PEFTKERN_DISPATCH(dropout_mask, DropoutMaskArgs)
@@ -18,13 +18,12 @@ constexpr int64_t kSegmentRows = 128;
 
 void lora_reduce(const LoraReduceArgs& args) {
   LoraReduceTask task{args};
-  std::unique_ptr<float, Free> scratch;
+  KeptScratch scratch;
   if (args.v != nullptr || args.colsum != nullptr) {
     task.segment_floats =
         ((args.v != nullptr ? args.R : 0) + (args.colsum != nullptr ? 1 : 0)) * padded(args.C);
     task.segments = part_count(args.M, kSegmentRows, task.segment_floats);
-    scratch = allocate(task.segments * task.segment_floats);
-    task.scratch = scratch.get();
+    task.scratch = scratch.take(task.segments * task.segment_floats);
   }
   lora_reduce_run(task);
 }
@@ -32,8 +31,8 @@ void lora_reduce(const LoraReduceArgs& args) {
 void column_dot(const ColumnDotArgs& args) {
   ColumnDotTask task{args};
   task.segments = part_count(args.M, kSegmentRows, padded(args.C));
-  const std::unique_ptr<float, Free> scratch = allocate(task.segments * padded(args.C));
-  task.scratch = scratch.get();
+  KeptScratch scratch;
+  task.scratch = scratch.take(task.segments * padded(args.C));
   column_dot_run(task);
 }
 

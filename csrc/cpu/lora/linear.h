@@ -12,13 +12,14 @@ namespace peftkern::cpu {
 
 // x (M, K), weight (N, K), A (R, K), B (N, R), any strides. A vector is a matrix of one row, absent if its
 // data is null.
+// d (R), p_b (K), p_d (K), g_b (N), g_d (N).
 struct LoraLinear {
   int64_t M = 0, N = 0, K = 0, R = 0;
   ConstMatrix x, weight, A, B;
   float scaling = 1.0f;
   Dropout dropout;
   float kept_scale = 1.0f;  // 1 / (1 - p)
-  ConstMatrix rank_scale, base_in_scale, delta_in_scale, base_out_scale, delta_out_scale;
+  ConstMatrix d, p_b, p_d, g_b, g_d;
   BaseKind kind = BaseKind::panels;
   Product vendor = nullptr;
   int threads = 1;
@@ -32,15 +33,14 @@ struct LoraLinearForward : LoraLinear {
 };
 void lora_linear_forward(const LoraLinearForward& args);
 
-// Every result may be null: not wanted. x is read for dA, ddelta_in and dbase_in, h for dbase_out, u for dB,
-// drank_scale and ddelta_out.
+// Every result may be null: not wanted. x is read for dA, dp_d and dp_b, h for dg_b, u for dB,
+// dd and dg_d.
 struct LoraLinearBackward : LoraLinear {
   ConstMatrix dy, h;
   const float* u = nullptr;
-  Matrix dx;  // contiguous rows; wanted with dbase_in
+  Matrix dx;  // contiguous rows; wanted with dp_b
   Matrix dA, dB;
-  float *dbias = nullptr, *drank_scale = nullptr, *dbase_in = nullptr, *ddelta_in = nullptr,
-        *dbase_out = nullptr, *ddelta_out = nullptr;
+  float *dbias = nullptr, *dd = nullptr, *dp_b = nullptr, *dp_d = nullptr, *dg_b = nullptr, *dg_d = nullptr;
 };
 void lora_linear_backward(const LoraLinearBackward& args);
 

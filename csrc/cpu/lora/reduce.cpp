@@ -8,6 +8,7 @@
 // which are added up in order: the bits do not depend on the number of threads. A row's dot depends on (C, R)
 // alone.
 #include "cpu/common/segments.h"
+#include "cpu/common/thread.h"
 #include "cpu/common/tile.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -81,18 +82,19 @@ void lora_reduce_run(const LoraReduceTask& a) {
     // Only dot: blocks of rows are independent. Smaller ones keep every thread busy when rows are few.
     const int64_t block = min64(kTileRows, round_up((a.M + a.threads - 1) / a.threads, kDotRows));
     const int64_t blocks = block > 0 ? (a.M + block - 1) / block : 0;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t b = 0; b < blocks; ++b) {
-      reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, Cpad, nullptr);
-    }
+    parallel(a.threads, [&] {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < blocks; ++b) {
+        reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, Cpad, nullptr);
+      }
+    });
     return;
   }
   // dot needs whole rows; without it, columns are split too.
   const int64_t panel = a.p != nullptr ? round_up(a.C, kTileCols) : kTileCols;
   const int64_t panels = panel > 0 ? (a.C + panel - 1) / panel : 0;
   const int64_t rows = (a.M + a.segments - 1) / a.segments;
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel(a.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.segments * panels; ++t) {
       const int64_t s = t / panels, c0 = t % panels * panel;
@@ -109,7 +111,7 @@ void lora_reduce_run(const LoraReduceTask& a) {
 #pragma omp single nowait
       add_segments(a.scratch + (a.v != nullptr ? a.R * Cpad : 0), stride, a.segments, a.C, 1.0f, a.colsum);
     }
-  }
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -3,6 +3,7 @@
 // Brings adapters into the panels that the kernels read (fp32, rows contiguous and padded with zeros), and
 // gradients back: O(R (K + N)) elements, on the path of every call.
 #include "cpu/common/copy.h"
+#include "cpu/common/thread.h"
 #include "peftkern/cpu.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -22,11 +23,13 @@ void copy(const ScaleCopyArgs& a) {
                           a.row_scale,
                           a.col_scale};
   const int64_t row_blocks = (a.rows + kBlock - 1) / kBlock, col_blocks = (a.cols + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(static) num_threads(a.threads)
-  for (int64_t t = 0; t < row_blocks * col_blocks; ++t) {
-    const int64_t r0 = t / col_blocks * kBlock, c0 = t % col_blocks * kBlock;
-    task.block(r0, min64(a.rows, r0 + kBlock), c0, min64(a.cols, c0 + kBlock));
-  }
+  parallel(a.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < row_blocks * col_blocks; ++t) {
+      const int64_t r0 = t / col_blocks * kBlock, c0 = t % col_blocks * kBlock;
+      task.block(r0, min64(a.rows, r0 + kBlock), c0, min64(a.cols, c0 + kBlock));
+    }
+  });
   for (int64_t r = 0; r < a.rows; ++r) {
     for (int64_t c = a.cols; c < a.cols + a.pad; ++c) put(task.out + r * a.out.row + c * a.out.col, 0.0f);
   }
