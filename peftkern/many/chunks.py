@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..dispatch.registry import FixedList
-
 # Elements; every range starts at a multiple, so that its rows are aligned for vectors.
 _ALIGN = 16
 # Elements of a chunk, at least: small adapters share one. A further chunk adds half of what there is, but no more than
@@ -44,7 +42,7 @@ class Chunks:
 
     def __init__(self, most: int, dtype: torch.dtype, device: torch.device, idle: Callable[[], None] = lambda: None):
         self.most, self.dtype, self.device, self.idle = most, dtype, device, idle
-        self.tensors: FixedList = FixedList()
+        self.tensors: list[torch.Tensor] = []
         self.allocated = 0  # elements of all chunks
         # Free ranges, neighbours merged: sorted as (size, chunk, offset), and found by either end.
         self._free: list[tuple[int, int, int]] = []
@@ -105,7 +103,7 @@ class Chunks:
         # A chunk is one tensor for good: it belongs to no inference_mode block.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=self.dtype, device=self.device)
-        self.tensors = FixedList([*self.tensors, tensor])
+        self.tensors = [*self.tensors, tensor]
         self.allocated += size
         return Range(len(self.tensors) - 1, 0, size)
 

@@ -152,6 +152,16 @@ def choose(
     return "vendor"
 
 
+def of_call(a: torch.Tensor, weight: torch.Tensor, transpose: bool, *, scaled: bool = False) -> str:
+    """The kind for ``a W^T`` if ``transpose``, else for ``a W``, under the settings of now; a (M, C), weight (N, K)."""
+    N, K = weight.shape
+    D, C = (N, K) if transpose else (K, N)
+    now, unit = settings.current(), 1 in weight.stride()
+    return choose(
+        a.dtype, transpose, a.shape[0], D, C, unit, cpu(), now.cpu_base, now.batch_invariant, scaled=scaled
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
 def blocks(kind: str, M: int, D: int, C: int, threads: int) -> Plan:
     """The plan of ``kind``; M, D, C >= 1. ``Plan.bytes`` never exceeds SCRATCH_BYTES."""

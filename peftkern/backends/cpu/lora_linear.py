@@ -23,41 +23,10 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
 
-def _plain(args: tuple) -> tuple:
-    # A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
-    return tuple(a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
-
-
 def _kind(c, a: Tensor, transpose: bool) -> str:
-    """Who computes Base(a): as base_plan chooses."""
-    if c.kind == "identity":
-        return "identity"
-    N, K = c.base[0].shape
-    now, unit, scale = current(), 1 in c.base[0].stride(), c.at.p_b if transpose else c.at.g_b
-    D, C = (N, K) if transpose else (K, N)
-    return plans.choose(
-        a.dtype,
-        transpose,
-        a.shape[0],
-        D,
-        C,
-        unit,
-        plans.cpu(),
-        now.cpu_base,
-        now.batch_invariant,
-        scaled=scale is not None,
-    )
-
-
-def _run(entry, learn, args: tuple, kind: str):
-    """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is."""
-    for given in (args, _plain(args)):
-        done = entry(*given)
-        if done is None and learn(*given, kind):
-            done = entry(*given)
-        if done is not None:
-            return done
-    raise RuntimeError(f"the C++ extension takes no call like this one: {call.unavailable or 'arguments do not fit'}")
+    """Who computes Base(a)."""
+    scale = c.at.p_b if transpose else c.at.g_b
+    return plans.of_call(a, c.base[0], transpose, scaled=scale is not None) if c.base else c.kind
 
 
 def lora_linear_fwd(c):
@@ -67,7 +36,7 @@ def lora_linear_fwd(c):
         current(), torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, c.x, True))
+    y, u, h = call.answered(call.forward, call.learn_forward, args, _kind(c, c.x, True))
     return y, u, c.x.new_empty(0) if h is None else h
 
 
@@ -80,7 +49,7 @@ def lora_linear_bwd(c):
         c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
     kind = _kind(c, c.dy, False) if need.x or need.p_b else "vendor"
-    dx, dA, dB, *sums = _run(call.backward, call.learn_backward, args, kind)
+    dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)
     empty = c.u.new_empty(0)
     dbias, *vectors = (empty if t is None else t for t in sums)
     dx, dA, dB = (like.new_empty(0) if t is None else t for t, like in ((dx, c.dy), (dA, c.lora_A), (dB, c.lora_B)))
