@@ -46,7 +46,8 @@ def _reads(needs: tuple[bool, ...], base: int) -> tuple[bool, ...]:
 class Batch(NamedTuple):
     """What a pass takes besides x, dy and weights: which row takes which adapter, and how.
 
-    ``now``: the settings, None if somebody watches which ops are called. ``kind``: of the base.
+    ``now``: the settings, None if somebody watches which ops are called. ``kind``: of the base. ``autocast``: what x and the
+    base are cast to, None if they are not.
     """
 
     now: Settings | None
@@ -56,11 +57,11 @@ class Batch(NamedTuple):
     starts: Tensor
     dropout_p: Tensor | None
     seed: Tensor | None
-    dtype: torch.dtype
+    autocast: torch.dtype | None
 
     def forward(self, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, weights: Sequence[Tensor], want_u: bool):
-        """(y, u) of x (..., K), already in ``dtype``; y alone unless u is wanted."""
-        now, kind, state, order, starts, dropout_p, seed, dtype = self
+        """(y, u) of an x (..., K) that was cast; y alone unless u is wanted."""
+        now, kind, state, order, starts, dropout_p, seed, autocast = self
         if now is not None:
             done = native.forward(
                 now, torch.get_num_threads(), x, kind, base[0] if base else None, bias, state.native(), order, starts,
@@ -69,11 +70,15 @@ class Batch(NamedTuple):
             if done is not None:
                 return done
         y, u = _fwd(
-            rows_of(x, dtype), kind_of(kind).cast(base, dtype) if base else [], kind, state.out_features, bias,
-            _contiguous(weights), state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+            rows_of(x, x.dtype), _cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights), state.table,
+            state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
         y = as_shape(y, x)
         return (y, u) if want_u else y
+
+
+def _cast_base(kind: str, base: Sequence[Tensor], autocast: torch.dtype | None) -> list[Tensor]:
+    return list(base) if autocast is None or not base else kind_of(kind).cast(base, autocast)
 
 
 def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -87,7 +92,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, batch, bases, *tensors):
         base, weights, state = tensors[:bases], tensors[bases:], batch.state
-        given = cast(x, batch.dtype)
+        given = x if batch.autocast is None else cast(x, batch.autocast)
         y, u = batch.forward(given, base, bias, weights, True)
         saved = (x, u, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
@@ -96,7 +101,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:], strict=True)])
         ctx.save_for_backward(*saved)
         # Held, so that the memory of a bank's removed adapters is not used again before backward.
-        ctx.state, ctx.kind, ctx.bases, ctx.dtype, ctx.now = state, batch.kind, bases, batch.dtype, batch.now
+        ctx.state, ctx.kind, ctx.autocast, ctx.now = state, batch.kind, batch.autocast, batch.now
+        ctx.bases, ctx.dtype = bases, given.dtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return y
 
@@ -122,7 +128,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             x = None if x is None else rows_of(x, ctx.dtype)
             if u is None:
                 u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
-            base = kind_of(kind).cast(base, ctx.dtype) if base and need_x else []
+            base = _cast_base(kind, base, ctx.autocast) if need_x else []
             dx, dbias, grads = _bwd(
                 dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
                 need_x, need_bias, list(need),
@@ -166,7 +172,8 @@ def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
         for t in (x, bias, *weights):
             if t is not None and t.requires_grad:
                 return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
-    return batch.forward(cast(x, batch.dtype), base.tensors, bias, weights, False)
+    given = x if batch.autocast is None else cast(x, batch.autocast)
+    return batch.forward(given, base.tensors, bias, weights, False)
 
 
 def _check_x(x) -> None:
@@ -222,7 +229,8 @@ def multi_lora_linear(
                 raise ValueError(
                     "weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)"
                 )
-    dtype = autocast_dtype(x) or x.dtype
+    autocast = autocast_dtype(x)
+    dtype = autocast or x.dtype
     if bias is not None:
         check_tensor("bias", bias)
         if bias.dtype not in (dtype, torch.float32):
@@ -231,7 +239,7 @@ def multi_lora_linear(
     p = None if dropout_p == 0.0 else _probabilities(dropout_p, training, state.table.shape[0], x.device)
     seed = seed_tensor(seed, x.device) if p is not None else None
     # Whether base and bias fit the rest is checked by the op.
-    return _call(x, base, bias, Batch(now, base.kind, state, *route(adapter_ids, x, state), p, seed, dtype))
+    return _call(x, base, bias, Batch(now, base.kind, state, *route(adapter_ids, x, state), p, seed, autocast))
 
 
 def sgmv(
@@ -253,11 +261,12 @@ def sgmv(
     no_transforms("sgmv")
     _check_x(x)
     now = current() if nobody_watches() else None
-    dtype = x.dtype if out is not None else autocast_dtype(x) or x.dtype
+    autocast = None if out is not None else autocast_dtype(x)
+    dtype = autocast or x.dtype
     state = _state(adapters, x, dtype)
     order, starts = route(adapter_ids, x, state)
     if out is None:
-        return _call(x, _BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, dtype))
+        return _call(x, _BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, autocast))
     check_tensor("out", out)
     shape = (*x.shape[:-1], state.out_features)
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != x.device:
