@@ -12,16 +12,19 @@ import torch
 
 from peftkern.screen import Console
 
-from .core import gpu, machine
-from .core.case import DTYPES, PASSES, Bench, Case
+from .core import gpu, machine, populations
+from .core.bench import Bench
+from .core.case import DTYPES, PASSES, Case
+from .core.presets import PRESET_DTYPES, Choice
 from .core.result import write
 from .measure import interference
 from .measure.device_timing import CudaClock
 from .measure.runner import Runner, Settings, blocks
 from .measure.timing import copy_bandwidth
-from .ops import populations
 from .peers.candidates import NOT_HERE
 from .registry import OPS
+from .tables import device as device_tables
+from .tables import plots, terminal
 
 SCHEMA = 1
 SECONDS = {"quick": 1.5, "full": 3.0, "gpu": 8.0}
@@ -32,7 +35,7 @@ training step, fwd_bwd the whole step (gradients of x and the adapters). Provide
 # FLOPs per second by device, and for how many seconds that guess counts: for the time left.
 RATE = {"cpu": 1e11, "cuda": 3e14}
 PRIOR = 5.0
-# Arguments of some ops' cases: option, name of the list.
+# Options of ops with many adapters, and the field of a Choice that each is.
 OPTIONS = {
     "--adapters": "counts", "--mix": "mixes", "--base-share": "base_shares", "--ranks": "rank_kinds",
 }  # fmt: skip
@@ -57,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--preset",
-        choices=("quick", "full", "gpu"),
+        choices=tuple(PRESET_DTYPES),
         default="quick",
         help="quick: a minute; full: 10 to 15 minutes; gpu: what a GPU is judged on, a few minutes",
     )
@@ -113,20 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return rerun(args.rerun, console, repeats=max(args.repeats, 7))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    reason = _not_measured(device, args)
+    reason = not_measured(device, args)
     if reason:
         console.print(f"nothing is measured: {reason}", style="red")
         return 2
     bench = OPS[args.op]
-    extra = _extra(args, bench)
-    cases = bench.cases(
-        args.preset, device, dtypes=args.dtype, shapes=args.shape, ranks=args.rank, dropouts=args.dropout,
-        adapters=args.adapter_dtype, **extra,
-    )  # fmt: skip
+    choice = _choice(args, bench)
+    cases = bench.cases(args.preset, device, choice)
     if not cases:
         console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
         return 2
-    clock, bandwidth, products = _rates(device, cases)
+    clock, bandwidth, products = rates(device, cases)
     header = machine.header(device, bandwidth, products) | {"preset": args.preset, "op": args.op}
     result = {"schema": SCHEMA, "header": header, "rows": [], "reruns": []}
     settings = Settings(
@@ -144,19 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             header["gpu"]["smi_after"] = gpu.smi()
         if args.json:
             write(args.json, result)
-    for table in _tables(bench, device)(result["rows"], bench):
+    for table in (device_tables if device == "cuda" else terminal).tables(result["rows"], bench):
         console.print(table)
     words, busy = interference.words(result)
     console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
-        from .tables.plots import plot
-
-        for file in (bench.plot or plot)(result, bench, args.plot):
+        for file in plots.plot(result, bench, args.plot):
             console.print(f"wrote {file}")
     return failures(result["rows"], bench, console)
 
 
-def _not_measured(device: str, args) -> str | None:
+def not_measured(device: str, args: argparse.Namespace) -> str | None:
+    """Why there is nothing to measure, or None."""
     if device == "cuda":
         return gpu.unavailable()
     if args.preset == "gpu" or args.graph:
@@ -165,32 +164,25 @@ def _not_measured(device: str, args) -> str | None:
     return None
 
 
-def _rates(device: str, cases) -> tuple[CudaClock | None, float, dict[str, float]]:
-    # What measures, and the rates that floors are made from.
+def rates(device: str, cases: list[Case]) -> tuple[CudaClock | None, float, dict[str, float]]:
+    """What measures, and the rates that floors are made from: bytes of a copy and, on a GPU, FLOPs of a product."""
     if device != "cuda":
         return None, copy_bandwidth(device), {}
     clock = CudaClock(machine.cache_bytes(device))
     return clock, gpu.copy_rate(clock), gpu.product_rates(clock, dict.fromkeys(case.dtype for case in cases))
 
 
-def _tables(bench: Bench, device: str):
-    from .tables import device as device_table
-    from .tables import terminal as table
-
-    return device_table.tables if device == "cuda" else bench.tables or table.tables
-
-
-def _extra(args, bench: Bench) -> dict:
+def _choice(args: argparse.Namespace, bench: Bench) -> Choice:
     given = {name: getattr(args, name) for name in OPTIONS.values() if getattr(args, name) is not None}
     for option, name in OPTIONS.items():
-        if name in given and name not in bench.options:
+        if name in given and not bench.many:
             parser().error(f"{option} means nothing to {bench.name}")
     unknown = set(args.provider or ()) - set(bench.providers)
     if unknown:
         parser().error(f"{bench.name} has no provider {', '.join(sorted(unknown))}")
     if any(n < 1 for n in given.get("counts", ())) or any(not 0 <= p <= 1 for p in given.get("base_shares", ())):
         parser().error("--adapters must be at least 1 and --base-share from 0 to 1")
-    return given
+    return Choice(args.dtype, args.shape, args.rank, args.dropout, args.adapter_dtype, **given)
 
 
 def _expected(block: list[Case], runner: Runner) -> float:

@@ -18,33 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import generate
-from .core.case import BASE, FP32_BASE
-from .judge import gpu as gpu_judge
-from .judge import multi as multi_judge
-from .judge.cpu import RANKS, Figure, figures, geomean, slow_half
-from .tables import multi_report, performance
+from .judge.figures import Figure, on_gpu
+from .registry import OPS
+from .tables import markdown, performance
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
 MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
-COLUMNS = (
-    ("PEFT", "peft", "fp32"),
-    ("PEFT compiled", "peft_compile", "fp32"),
-    ("`addmm_` function", "addmm", "fp32"),
-    ("**peftkern**", "peftkern", "fp32"),
-)
-
-# Ops whose rows are judged and shown in their own way.
-JUDGES = {"multi_lora_linear": multi_judge.figures}
-TABLES = {"multi_lora_linear": multi_report.markdown, "generate": generate.markdown}
-# What else can be told of the results of an op: name, the op, lines of one result, and whether of GPUs alone.
-VIEWS = {
-    "gap_lora_linear": ("lora_linear", performance.gap, False),
-    "gap_multi_lora_linear": ("multi_lora_linear", performance.gap_many, False),
-    "ways_lora_linear": ("lora_linear", performance.ways, True),
-}
+NOTHING = "No result of a GPU is committed yet.\n"
+# What else can be told of the results of an op: its view NAME is marked NAME_OP.
+VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() for view in bench.views}
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
@@ -65,20 +50,15 @@ def part(name: str, results: list[dict]) -> str:
         return performance.CALCULATED[name]() + "\n"
     if name not in VIEWS:
         return tables(name, results)
-    op, view, gpu = VIEWS[name]
-    chosen = [r for r in results if r["header"]["op"] == op and (not gpu or on_gpu(r))]
-    return "\n".join("\n".join([*_heading(r["header"]), *view(r)]) for r in chosen) or performance.NOTHING
-
-
-def on_gpu(result: dict) -> bool:
-    """Whether a GPU was measured."""
-    return any(row.get("device") == "cuda" for row in result["rows"])
+    op, view = VIEWS[name]
+    chosen = [r for r in results if r["header"]["op"] == op and (on_gpu(r) or not view.of_gpus)]
+    return "\n".join("\n".join([*_heading(r["header"]), *view.lines(r)]) for r in chosen) or NOTHING
 
 
 def _machine(result: dict) -> str:
     header, rows = result["header"], result["rows"]
     lines = _heading(header)
-    table = TABLES.get(header["op"], _table)
+    table = generate.markdown if header["op"] == "generate" else markdown.markdown
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         lines += table([r for r in rows if r["dtype"] == dtype], dtype)
     return "\n".join(lines)
@@ -97,40 +77,6 @@ def _heading(header: dict) -> list[str]:
 def _isa(cpu: dict) -> str:
     extra = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu["features"]]
     return ", ".join([cpu["torch_isa"], *extra[:1]])
-
-
-def _table(rows: list[dict], dtype: str) -> list[str]:
-    slow = slow_half(rows, dtype)
-    field = "ratio_to_fp32_base" if slow else "ratio_to_base"
-    over = "a frozen fp32 linear (torch's own product is slow in this dtype here)" if slow else "a frozen linear"
-    rows = [r for r in rows if r["pass"] == "fwd_bwd" and (r["R"] in RANKS or r["provider"] in (BASE, FP32_BASE))]
-    ranks = " and ".join(str(r) for r in RANKS if any(row["R"] == r for row in rows))
-    columns = [c for c in COLUMNS if any(r["provider"] == c[1] for r in rows)]
-    lines = [
-        f"{dtype}, forward + backward, R = {ranks}, fp32 adapters: time over {over}",
-        "",
-        "| M x K x N | dropout | frozen linear, ms | " + " | ".join(c[0] for c in columns) + " | floor |",
-        "|---|---|---|" + "---|" * (len(columns) + 1),
-    ]
-    shapes = dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows)
-    for shape in shapes:
-        own = [r for r in rows if (r["M"], r["K"], r["N"]) == shape]
-        base = [r["median_ms"] for r in own if r["provider"] == (FP32_BASE if slow else BASE) and r["median_ms"]]
-        for dropout in sorted({r["dropout"] for r in own if r["dropout"] is not None}):
-            cells = [_cell(own, provider, adapter, dropout, field) for _, provider, adapter in columns]
-            floor = [r["floor_ratio"] for r in own if r["dropout"] == dropout and r["floor_ratio"]]
-            ms = f"{geomean(base):.2f}" if base else "slow"
-            name = "x".join(map(str, shape))
-            lines.append(f"| {name} | {dropout:g} | {ms} | {' | '.join(cells)} | {geomean(floor) or 0:.3f} |")
-    return [*lines, ""]
-
-
-def _cell(rows: list[dict], provider: str, adapter: str, dropout: float, field: str) -> str:
-    mine = [r for r in rows if (r["provider"], r["adapter_dtype"], r["dropout"]) == (provider, adapter, dropout)]
-    if not mine:
-        return ""
-    values = [r[field] for r in mine if r[field] is not None]
-    return f"{geomean(values):.2f}" if values else "too slow to time"
 
 
 def render(text: str, results: list[dict]) -> str:
@@ -162,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.judge:
         result = json.loads(args.judge.read_text())
-        judge = gpu_judge.figures if on_gpu(result) else JUDGES.get(result["header"]["op"], figures)
-        lines, code = verdict(judge(result))
+        lines, code = verdict(OPS[result["header"]["op"]].judge(result))
         print(lines)
         return code
     documents = [args.readme] if args.readme else [README, PERFORMANCE]

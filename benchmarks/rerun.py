@@ -1,7 +1,7 @@
 """``peftkern bench --rerun FILE``: the rows that lose to the addmm_ function by over 5 %, three times again.
 
 One run of a noisy machine is no verdict on a single row. The median of the three ratios is added to the file, under
-``reruns``, and is what judge/cpu.py uses; the rows themselves stay as they were measured.
+``reruns``, and is what judge/lora_linear.py uses; the rows themselves stay as they were measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from peftkern.screen import Console
 
 from .core.case import DTYPES, Case
 from .core.result import write
-from .judge.cpu import ADDMM, KEY, OURS, RERUN_ABOVE, against_addmm
+from .judge.figures import ADDMM, KEY, OURS
+from .judge.lora_linear import RERUN_ABOVE, against_addmm
 from .measure.runner import Runner, Settings
 from .registry import OPS
 

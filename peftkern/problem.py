@@ -1,11 +1,14 @@
-"""A call reduced to what decides how it is run: printable, hashable, free of tensors."""
+"""A call reduced to what decides how it is run, and what a back end is told of that: printable, hashable, free of tensors."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+from .settings import Settings
 
 
 @functools.cache
@@ -43,6 +46,26 @@ class Problem:
         flags = ",".join(sorted(self.flags)) or "-"
         sizes = f"M={self.M} N={self.N} K={self.K} R={self.R}"
         return f"{self.op}[{self.device}:{self.arch} {dtype} adapters={adapter} {sizes} {flags}]"
+
+
+class CpuWay(NamedTuple):
+    """How the CPU back end computes a call (dispatch/cpu_base.py).
+
+    ``now``: the settings of the call, under which native calls remember it. ``kind``: who computes the base product,
+    empty for an op without one;
+    ``strided``: who does where W is adjacent along neither dimension, which a problem does not tell.
+    """
+
+    now: Settings = Settings()
+    kind: str = ""
+    strided: str = ""
+
+
+class TritonWay(NamedTuple):
+    """How the Triton back end computes a call. ``fixed``: answers that replace those of kernels/tl/configs.py, by name."""
+
+    batch_invariant: bool = False
+    fixed: tuple[tuple[str, object], ...] = ()
 
 
 def problem_like(

@@ -148,10 +148,10 @@ def bench_lines(data: dict) -> list[str]:
 
 def limits(out: Path) -> list[str]:
     """What the package demands of itself on a GPU, what is missed last."""
-    from peftkern.benchmarks.judge.gpu import figures
+    from peftkern.benchmarks.registry import OPS
 
-    results = [load(out / file) for file in ("bench.json", "decode.json")]
-    judged = [f for result in results if result.get("rows") for f in figures(result) if f.ok is not None]
+    results = filter(lambda result: result.get("rows"), (load(out / file) for file in ("bench.json", "decode.json")))
+    judged = [f for result in results for f in OPS[result["header"]["op"]].judge(result) if f.ok is not None]
     judged.sort(key=lambda f: not f.ok)
     return [
         f"{'kept' if f.ok else 'MISSED'}: {f.name}: {'not measured' if f.value is None else format(f.value, '.3f')} "

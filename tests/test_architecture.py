@@ -30,6 +30,7 @@ HEIGHT = {
     "peftkern.doctor": 9,
     "peftkern.testing": 8,
     "peftkern.integrations": 8,
+    "peftkern.methods": 7,
     "peftkern.nn": 7,
     "peftkern.autograd": 6,
     "peftkern.many": 5,
@@ -39,6 +40,7 @@ HEIGHT = {
     "peftkern.backends": 3,
     "peftkern.kernels": 2,
     "peftkern._C": 2,
+    "peftkern.watch": 3,
     "peftkern.problem": 1,
     "peftkern.screen": 1,
     "peftkern.settings": 1,
@@ -163,9 +165,9 @@ def test_native_sources_know_no_torch_and_only_bindings_know_python():
     assert sources
     for path in sources:
         for header in re.findall(r'^\s*#\s*include\s*[<"]([^">]+)[">]', path.read_text(), re.M):
-            assert not re.match(r"torch/|ATen/|c10/|caffe2/|Python\.h", header), f"{path} includes {header}"
+            assert not re.match(r"torch/|ATen/|c10/|caffe2/", header), f"{path} includes {header}"
             bindings = ROOT / "csrc/bindings" in path.parents
-            assert bindings or not re.match(r"pybind11|bindings/", header), f"{path} includes {header}"
+            assert bindings or not re.match(r"Python\.h|pybind11|bindings/", header), f"{path} includes {header}"
 
 
 def op_files() -> list[Path]:

@@ -1,14 +1,10 @@
-"""What a benchmark is made of: a Case (one problem), a Step (one provider's training step), a Provider and a Bench.
-
-A Bench is one op. Adding one takes a file that builds a Bench and a line in registry.py.
-"""
+"""What is measured: a Case (one problem), a Step (one provider's training step), and a Provider."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,32 +129,3 @@ class Provider:
     def timed(self, case: Case) -> tuple[str, ...]:
         """The passes of ``case`` that this provider has."""
         return tuple(which for which in case.passes if which in self.passes)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One op: its cases, data, providers, floor and accuracy gate.
-
-    ``cases(preset, options)``; ``data(case, copies)`` makes tensors shared by a block; ``plan(case, preset)`` names
-    the providers to time; ``floor(case, pass)``; ``gate(case)`` returns a reason if our result is not accurate, and
-    ``check(provider, case)`` one if a peer computes something else than the op.
-    ``options`` are the arguments of ``cases`` that not every op has; ``plot(result, bench, folder)`` and
-    ``tables(rows, bench)`` stand for those of tables/plots.py and tables/terminal.py.
-    """
-
-    name: str
-    providers: dict[str, Provider]
-    cases: Callable[..., list[Case]]
-    data: Callable[[Case, int], Any]
-    plan: Callable[[Case, str], list[str]]
-    floor: Callable[[Case, str], Floor]
-    gate: Callable[[Case], str | None]
-    copies: Callable[[Case, int], int] = field(default=lambda case, cache_bytes: 1)
-    options: tuple[str, ...] = ()
-    check: Callable[[Provider, Case], str | None] = lambda provider, case: None
-    plot: Callable[[dict, Bench, Path], list[Path]] | None = None
-    tables: Callable[[list[dict], Bench], list] | None = None
-
-    def floor_of(self, name: str, case: Case, which: str) -> Floor:
-        """The floor of a provider."""
-        return (self.providers[name].floor or self.floor)(case, which)

@@ -46,7 +46,7 @@ def details() -> dict:
 
 def nvcc() -> str | None:
     """Release of the nvcc on the path, as "13.0.48"; None without one."""
-    text = _output("nvcc", "--version")
+    text = output("nvcc", "--version")
     found = text and re.search(r"\bV(\d+(?:\.\d+)+)", text)
     return found[1] if found else None
 
@@ -54,7 +54,7 @@ def nvcc() -> str | None:
 def smi(device: int | None = None) -> dict | None:
     """What nvidia-smi says now (see QUERIES), None where it is absent or fails. Clocks at rest are low."""
     index = torch.cuda.current_device() if device is None else device
-    text = _output("nvidia-smi", f"--id={_identity(index)}", f"--query-gpu={','.join(QUERIES)}",
+    text = output("nvidia-smi", f"--id={_identity(index)}", f"--query-gpu={','.join(QUERIES)}",
                    "--format=csv,noheader,nounits")  # fmt: skip
     return None if text is None else parse(text)
 
@@ -82,7 +82,8 @@ def _identity(index: int) -> str:
     return str(index) if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
+    """What a program prints; None if it is absent or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

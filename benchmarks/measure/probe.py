@@ -17,7 +17,8 @@ import time
 
 import torch
 
-from ..core.case import FP32_BASE, Bench, Case, short
+from ..core.bench import Bench
+from ..core.case import FP32_BASE, Case, short
 from .timing import timed_step
 
 # How much slower than fp32 is hopeless.

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Bench, Case, Floor, Provider, short
+from ..core.bench import Bench
+from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Case, Floor, Provider, short
 from ..core.floor import bytes_bound_fraction, floor_ratio
 from . import launches
 from .device_timing import Clock, DeviceEntry

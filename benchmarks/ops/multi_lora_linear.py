@@ -2,19 +2,18 @@
 
 Decoding (up to 256 rows) is a forward pass without gradients, training (more rows) both passes. Providers: the frozen
 nn.Linear; peftkern's own base product; a loop over adapters, gather + einsum and grouped_mm in plain PyTorch
-(multi_peers.py); shrink and expand over padded adapters (padded.py, Triton); HF PEFT's ``adapter_names``; PolyLoRA, where
-it is installed (peer_polylora.py); peftkern with a list of adapters, which trains, and with an AdapterBank, which serves.
+(peers/many.py); shrink and expand over padded adapters (peers/padded.py, Triton); HF PEFT's ``adapter_names``; PolyLoRA, where
+it is installed (peers/polylora.py); peftkern with a list of adapters, which trains, and with an AdapterBank, which serves.
 ``sgmv`` (of a bank), ``sgmv_add`` (into an output that is there) and names that end in ``_branch`` are the branch alone,
 without the frozen linear: their ``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is
 what the branch would add to a linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back
-end is a provider of its own besides (candidates.py).
+end is a provider of its own besides (peers/candidates.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -25,20 +24,66 @@ import peftkern
 from peftkern.backends.cpu import base as cpu_base
 from peftkern.backends.cpu import native as cpu_native
 
-from ..core.case import BASE, COPY, DTYPES, FP32_BASE, OWN_BASE, Bench, Case, Floor, Provider, Step
-from ..peers import candidates, padded
+from ..core.bench import Bench, View
+from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
+from ..core.floor import add_floor, branch_floor
+from ..core.populations import adapter_ranks
+from ..core.presets import Entry
+from ..judge.multi_lora_linear import figures
+from ..peers import candidates, hf_peft, padded, polylora
 from ..peers import check as peer_check
-from ..peers import polylora as peer_polylora
-from ..peers.multi_peers import Gather, Grouped, Loop, PeftLayer, no_grouped_mm, ungrouped
-from ..tables.multi_plots import plot
-from .lora_linear import _no_peft
-from .multi_data import MultiData, copies, make_data
-from .multi_floor import add_floor, branch_floor, multi_floor
-from .multi_presets import DTYPES as PRESET_DTYPES
-from .multi_presets import PRESETS, TRAINING_ROWS
-from .populations import adapter_ranks
+from ..peers.many import Gather, Grouped, Loop, no_grouped_mm, ungrouped
+from ..peers.many_data import MultiData, copies, make_data
+from ..tables import gaps
 
 FORWARD = ("fwd",)
+
+
+def _entry(M: int, adapters: int, mix: str = "uniform", base_share: float = 0.0, **more) -> Entry:
+    return Entry(M, adapters=adapters, mix=mix, base_share=base_share, **more)
+
+
+BOTH = ("fp32", "same")
+
+QUICK = (
+    _entry(32, 32, "distinct"),
+    _entry(32, 1),
+    _entry(256, 32, "zipf", 0.5, ranks="mixed", R=(64,)),
+    _entry(512, 8),
+    _entry(512, 8, base_share=1.0),
+    _entry(2048, 8),
+)
+
+FULL = (
+    # Decoding: rows that all differ; from one adapter to many; populations; base rows; ranks; a wide layer.
+    *(_entry(M, M, "distinct") for M in (1, 4, 16, 32, 64, 128, 256)),
+    *(_entry(32, count) for count in (1, 2, 4, 8, 16)),
+    *(_entry(32, 32, mix) for mix in ("zipf", "skewed", "identical")),
+    *(_entry(32, 32, "distinct", share) for share in (0.5, 1.0)),
+    _entry(32, 32, "distinct", ranks="mixed", R=(64,)),
+    _entry(32, 32, "distinct", N=14336),
+    # Prefill and training.
+    *(_entry(512, count) for count in (1, 2, 4, 16, 32, 64)),
+    _entry(512, 8, adapter_dtypes=BOTH, dropouts=(0.0, 0.1)),
+    *(_entry(512, 8, mix) for mix in ("zipf", "skewed", "identical")),
+    *(_entry(512, 8, base_share=share) for share in (0.5, 1.0)),
+    _entry(512, 8, ranks="mixed", R=(64,)),
+    _entry(2048, 8, adapter_dtypes=BOTH),
+    _entry(2048, 8, "zipf", 0.5, ranks="mixed", R=(64,)),
+)
+
+# What a GPU is judged on, and what lies around it. bf16 alone.
+GPU = (
+    _entry(64, 64, "distinct", adapter_dtypes=BOTH),
+    _entry(64, 64, "distinct", N=14336),
+    _entry(64, 8),
+    _entry(64, 1),
+    _entry(64, 64, "distinct", 0.5),
+    _entry(64, 64, "distinct", ranks="mixed", R=(64,)),
+    _entry(8 * 512, 8, "sorted", adapter_dtypes=BOTH),
+)
+
+PRESETS = {"quick": QUICK, "full": FULL, "gpu": GPU}
 
 
 def _step(case: Case, data: MultiData, forward, leaves=None, frozen=(), *, grad: bool = True) -> Step:
@@ -119,12 +164,12 @@ def _peer(kind: Callable, *, branch: bool = False) -> Callable[[Case, MultiData]
 
 
 def _peft(case: Case, data: MultiData) -> Step:
-    layer = PeftLayer(data, case.adapter_dtype)
+    layer = hf_peft.ManyLayer(data, case.adapter_dtype)
     return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
 
 
 def _polylora(case: Case, data: MultiData) -> Step:
-    layer = peer_polylora.PolyLayer(data, case.adapter_dtype)
+    layer = polylora.PolyLayer(data, case.adapter_dtype)
     return _step(case, data, lambda x, weight, i: layer.forward(x, i), grad=False)
 
 
@@ -195,9 +240,9 @@ PROVIDERS = {
         Provider("gather", "gather + einsum", _peer(Gather), passes=FORWARD),
         Provider("grouped_mm", "grouped mm", _peer(Grouped), no_grouped_mm, unusable=ungrouped),
         Provider("padded", "padded stack", _peer(padded.Padded), passes=FORWARD, unusable=padded.unusable),
-        Provider("peft", "PEFT adapter names", _peft, _no_peft, passes=FORWARD, no_graph=_NO_GRAPH),
-        Provider("polylora", "PolyLoRA", _polylora, peer_polylora.missing, passes=FORWARD,
-                 unusable=peer_polylora.unusable, no_graph=peer_polylora.NO_GRAPH),
+        Provider("peft", "PEFT adapter names", _peft, hf_peft.missing, passes=FORWARD, no_graph=_NO_GRAPH),
+        Provider("polylora", "PolyLoRA", _polylora, polylora.missing, passes=FORWARD,
+                 unusable=polylora.unusable, no_graph=polylora.NO_GRAPH),
         *(provider for provider, _ in OURS.values()),
         *_forced(),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
@@ -208,32 +253,6 @@ PROVIDERS = {
                  floor=branch_floor, unusable=padded.unusable),
     )
 }  # fmt: skip
-
-
-def cases(
-    preset: str, device: str, *, dtypes=None, shapes=None, ranks=None, dropouts=None, adapters=None, counts=None,
-    mixes=None, base_shares=None, rank_kinds=None,
-) -> list[Case]:  # fmt: skip
-    """The preset's cases with fields replaced by every combination of the given ones. ``adapters`` are dtypes (``fp32``,
-    ``same`` or a name), ``ranks`` the largest rank, ``rank_kinds`` ``same`` or ``mixed``."""
-    out = []
-    for name in dtypes or PRESET_DTYPES.get(preset, ("fp32", "bf16")):
-        dtype = DTYPES[name]
-        for entry in PRESETS[preset]:
-            lists = (
-                shapes or [(entry.M, entry.K, entry.N)], ranks or [entry.R], counts or [entry.adapters],
-                mixes or [entry.mix], base_shares if base_shares is not None else [entry.base_share],
-                rank_kinds or [entry.ranks],
-            )  # fmt: skip
-            kinds = {dtype if a == "same" else DTYPES[a] for a in adapters or entry.adapter_dtypes}
-            for shape, R, count, mix, base_share, kind in itertools.product(*lists):
-                phase = "training" if shape[0] >= TRAINING_ROWS else "decode"
-                dropped = dropouts if dropouts is not None else entry.dropouts
-                for adapter in sorted(kinds & {torch.float32, dtype}, key=lambda d: -d.itemsize):
-                    for dropout in dropped if phase == "training" else (0.0,):
-                        out.append(Case("multi_lora_linear", device, dtype, adapter, *shape, R, dropout, count, mix,
-                                        base_share, kind, phase))  # fmt: skip
-    return list(dict.fromkeys(out))
 
 
 def plan(case: Case, preset: str) -> list[str]:
@@ -309,13 +328,7 @@ def check(provider: Provider, case: Case) -> str | None:
     return peer_check.wrong(step, [y])
 
 
-def _tables(rows: list[dict], bench: Bench) -> list:
-    from ..tables.multi_table import tables
-
-    return tables(rows, bench)
-
-
 BENCH = Bench(
-    "multi_lora_linear", PROVIDERS, cases, make_data, plan, multi_floor, gate, copies,
-    options=("counts", "mixes", "base_shares", "rank_kinds"), plot=plot, tables=_tables, check=check,
+    "multi_lora_linear", PROVIDERS, PRESETS, make_data, plan, gate, copies=copies, check=check, judge=figures,
+    views={"gap": View(gaps.gap_many)},
 )  # fmt: skip

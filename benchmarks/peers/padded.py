@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.case import Case
-from ..ops.multi_data import MultiData, Stack
 from .candidates import NOT_HERE
+from .many_data import MultiData, Stack
 from .split import interpreted
 
 TILE_ROWS, BLOCK_K = 16, 256
@@ -52,7 +52,7 @@ def splits(tile_count: int, K: int) -> int:
 
 
 class Padded:
-    """The peer, with the interface of those in multi_peers.py."""
+    """The peer, with the interface of those in many.py."""
 
     trains = False
 

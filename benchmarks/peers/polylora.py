@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.case import Case
-from ..ops.multi_data import MultiData
 from .candidates import NOT_HERE
+from .data import frozen_linear
+from .many_data import MultiData
 
 NAME = "layer"
 NO_GRAPH = "it reads sizes back from the GPU in every call"
@@ -56,9 +57,7 @@ class PolyLayer:
                 store.add_adapter(f"{i}_{a}", {NAME: weights})
         self.layers = []
         for weight in data.weight:
-            linear = torch.nn.Linear(case.K, case.N, bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            self.layers.append(MultiLoraLinear(linear, NAME, cache))
+            self.layers.append(MultiLoraLinear(frozen_linear(weight), NAME, cache))
         lengths, ids = torch.ones(case.M, dtype=torch.int32, device=device), data.ids.tolist()
         self.contexts = []
         for i in range(self.sets):

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 
-def _kernels(x: Tensor):
+def passes_for(x: Tensor):
     """The passes for tensors like x: the Triton module, or this one."""
     if x.is_cuda or interpreted():
         from . import split_kernels
 
         return split_kernels
-    return _Torch
+    return TorchPasses
 
 
 def interpreted() -> bool:
@@ -35,7 +35,7 @@ def interpreted() -> bool:
     return settings.current().triton_interpret
 
 
-class _Torch:
+class TorchPasses:
     """The four passes in torch's operations."""
 
     @staticmethod
@@ -66,7 +66,7 @@ class SplitLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, dropout_p):
-        passes = _kernels(x)
+        passes = passes_for(x)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         dropped, mask, S = passes.drop_shrink(x, A, dropout_p)
         y = x @ weight.t()
@@ -79,7 +79,7 @@ class SplitLoRA(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         dropped, weight, lora_A, lora_B, S, mask = ctx.saved_tensors
-        passes = _kernels(dy)
+        passes = passes_for(dy)
         A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
         dB, dS = passes.adapter_grad(dy, S, B, ctx.scaling)
         dA = dS.t() @ dropped

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from peftkern.screen import Cell, Table
 
-from ..core.case import BASE, COPY, PASSES, Bench
+from ..core.bench import Bench
+from ..core.case import BASE, COPY, PASSES
 from .terminal import PASS_TITLES, SPREAD, milliseconds, spread
 
 # What one table has in common.

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..judge.cpu import geomean
+from ..judge.figures import geomean
 from ..measure import interference
 
 PALETTE = ("#7a7a7a", "#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#d55e00", "#8c6d31", "#9467bd", "#17becf", "#bcbd22")

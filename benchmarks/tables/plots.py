@@ -1,38 +1,92 @@
-"""Plots of a result: time over the frozen linear against M, and bars per shape; a panel for each dropout."""
+"""Plots of a result: time over the frozen linear, as lines against M or the number of adapters, and as bars per shape; a
+panel for each dropout."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.case import BASE, FP32_BASE, Bench
-from ..judge.cpu import slow_half
+from ..core.bench import Bench
+from ..core.case import REFERENCES
+from ..judge.lora_linear import slow_half
 from .figure import colours, quartiles, ratio_axes, result_figure
 
 PASS = "fwd_bwd"
+WORDS = {"fwd": "forward", "fwd_bwd": "forward and backward"}
+LABELS = {"M": "rows M", "adapters": "adapters in the batch"}
+MEANS = "Geometric means over the sizes with that many rows, of those that a provider was timed on."
 Series = dict[str, tuple[str, list[dict]]]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """One file. ``slow``: over the frozen fp32 linear; ``x``: the field that lines are drawn against, None for bars of
+    each shape."""
+
+    name: str
+    title: str
+    rows: list[dict]
+    slow: bool
+    x: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ylabel(self) -> str:
+        """What is shown."""
+        return "time / frozen fp32 linear" if self.slow else "time / frozen linear"
+
+
+def _key(slow: bool) -> str:
+    return "ratio_to_fp32_base" if slow else "ratio_to_base"
+
+
 def plot(result: dict, bench: Bench, folder: Path) -> list[Path]:
-    """Write ``<op>-<dtype>-rows.png`` and ``-shapes.png`` for each dtype; returns the files."""
+    """Write ``<op>-<name>.png`` for each drawing; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    return [
+        (_bars if drawing.x is None else _lines)(result, drawing, bench, folder / f"{bench.name}-{drawing.name}.png")
+        for drawing in (_many if bench.many else _one)(result, bench)
+    ]
+
+
+def _one(result: dict, bench: Bench) -> list[Drawing]:
+    # A training step of each dtype, against rows and per shape.
+    found = []
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
-        rows = [r for r in result["rows"] if (r["dtype"], r["pass"]) == (dtype, PASS)]
-        rows = [r for r in rows if r["provider"] not in (BASE, FP32_BASE)]
+        rows = [
+            r for r in result["rows"] if (r["dtype"], r["pass"]) == (dtype, PASS) and r["provider"] not in REFERENCES
+        ]
         slow = slow_half(result["rows"], dtype)
-        key, over = ("ratio_to_fp32_base", "frozen fp32 linear") if slow else ("ratio_to_base", "frozen linear")
-        if all(r[key] is None for r in rows):
+        if all(r[_key(slow)] is None for r in rows):
             continue
         # One rank: not every provider is timed on all, and means over different cases mislead.
         R = min({r["R"] for r in rows}, key=lambda R: abs(R - 16))
         rows = [r for r in rows if r["R"] == R]
-        title = f"{bench.name}, {dtype}, rank {R}: a training step over that of a {over}"
-        if slow:
-            title += f" ({dtype}'s own is too slow here)"
-        for name, draw in (("rows", _against_rows), ("shapes", _bars)):
-            file = folder / f"{bench.name}-{dtype}-{name}.png"
-            files.append(draw(result, rows, bench, key, f"time / {over}", title, file))
-    return files
+        title = (
+            f"{bench.name}, {dtype}, rank {R}: a training step over that of a frozen {'fp32 ' if slow else ''}linear"
+        )
+        title += f" ({dtype}'s own is too slow here)" if slow else ""
+        found.append(Drawing(f"{dtype}-rows", title, rows, slow, "M", (MEANS,)))
+        found.append(Drawing(f"{dtype}-shapes", title, rows, slow, None))
+    return found
+
+
+def _many(result: dict, bench: Bench) -> list[Drawing]:
+    # Every size that was measured with two numbers of adapters or more: rows spread evenly over adapters of one rank,
+    # none on the base alone, adapters in the same dtype.
+    groups: dict[tuple, list[dict]] = {}
+    for r in result["rows"]:
+        whole = r["provider"] not in REFERENCES and not bench.providers[r["provider"]].floor
+        plain = (r["base_share"], r["ranks"], r["dropout"], r["adapter_dtype"]) == (0.0, "same", 0.0, r["dtype"])
+        if whole and plain and r["mix"] in ("distinct", "uniform"):
+            groups.setdefault((r["dtype"], r["M"], r["K"], r["N"], r["R"], r["pass"]), []).append(r)
+    found = []
+    for (dtype, M, K, N, R, which), own in groups.items():
+        title = f"{bench.name}, {dtype}, {M} x {K} x {N}, rank {R}, {WORDS[which]}: time over a frozen linear"
+        slow = all(r["ratio_to_base"] is None for r in own)
+        if len({r["adapters"] for r in own if r[_key(slow)] is not None}) >= 2:
+            found.append(Drawing(f"{dtype}-{M}x{K}x{N}-r{R}-{which}", title, own, slow, "adapters"))
+    return found
 
 
 def absent(rows: list[dict], bench: Bench) -> list[str]:
@@ -73,41 +127,43 @@ def _panels(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     ]  # fmt: skip
 
 
-def _against_rows(result: dict, rows: list[dict], bench: Bench, key: str, ylabel: str, title: str, file: Path) -> Path:
+def _lines(result: dict, drawing: Drawing, bench: Bench, file: Path) -> Path:
+    rows, key, at = drawing.rows, _key(drawing.slow), drawing.x
     panels, series = _panels(rows), _series(rows, bench)
-    notes = [
-        "Geometric means over the sizes with that many rows, of those that a provider was timed on.",
-        *absent(rows, bench),
-    ]
-    figure, axes = result_figure(result, title, len(panels), width=7.5, notes=notes)
+    notes = [*drawing.notes, *absent(rows, bench)]
+    figure, axes = result_figure(result, drawing.title, len(panels), width=7.5, notes=notes)
     for ax, (_, inside) in zip(axes, panels):
         for label, (colour, own) in series.items():
-            by_M: dict[int, list[dict]] = {}
+            by: dict[int, list[dict]] = {}
             for row in own:
                 if row in inside and row[key] is not None:
-                    by_M.setdefault(row["M"], []).append(row)
-            if not by_M:
+                    by.setdefault(row[at], []).append(row)
+            if not by:
                 continue
-            points = [(M, *quartiles(of, key)) for M, of in sorted(by_M.items())]
-            x, y, below, above = zip(*points)
-            ours, dashed = label.startswith("peftkern"), own[0]["adapter_dtype"] != "fp32"
+            x, y, below, above = zip(*[(value, *quartiles(of, key)) for value, of in sorted(by.items())])
+            # Adapters of a second dtype are dashed.
+            ours, dashed = (
+                label.startswith("peftkern"),
+                own[0]["adapter_dtype"] not in ("fp32", rows[0]["adapter_dtype"]),
+            )
             ax.errorbar(
                 x, y, (below, above), marker="o", markersize=4.5, label=label, color=colour, capsize=2.5, elinewidth=1,
                 linewidth=2.2 if ours else 1.2, linestyle="--" if dashed else "-", zorder=4 if ours else 3,
             )  # fmt: skip
         ax.set_xscale("log", base=2)
-        sizes = sorted({r["M"] for r in rows})
-        ax.set_xticks(sizes, [str(M) for M in sizes])
-    ratio_axes(axes, ylabel, [words for words, _ in panels])
-    axes[-1].set_xlabel("rows M", fontsize=9)
+        values = sorted({r[at] for r in rows})
+        ax.set_xticks(values, [str(value) for value in values])
+    ratio_axes(axes, drawing.ylabel, [words for words, _ in panels])
+    axes[-1].set_xlabel(LABELS[at], fontsize=9)
     return figure.save(file, series)
 
 
-def _bars(result: dict, rows: list[dict], bench: Bench, key: str, ylabel: str, title: str, file: Path) -> Path:
+def _bars(result: dict, drawing: Drawing, bench: Bench, file: Path) -> Path:
+    rows, key = drawing.rows, _key(drawing.slow)
     panels, series = _panels(rows), _series(rows, bench)
     shapes = list(dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows))
     figure, axes = result_figure(
-        result, title, len(panels), width=max(7.5, 1.5 + 1.25 * len(shapes)), notes=absent(rows, bench)
+        result, drawing.title, len(panels), width=max(7.5, 1.5 + 1.25 * len(shapes)), notes=absent(rows, bench)
     )
     width = 0.84 / len(series)
     for ax, (_, inside) in zip(axes, panels):
@@ -128,7 +184,7 @@ def _bars(result: dict, rows: list[dict], bench: Bench, key: str, ylabel: str, t
                     ax.text(x, 1.03, _mark(own), rotation=90, fontsize=7, color=colour, ha="center", va="bottom")
         ax.set_xticks(range(len(shapes)), ["x".join(map(str, s)) for s in shapes], fontsize=8)
         ax.margins(x=0.02)
-    ratio_axes(axes, ylabel, [words for words, _ in panels])
+    ratio_axes(axes, drawing.ylabel, [words for words, _ in panels])
     axes[-1].set_xlabel("M x K x N", fontsize=9)
     return figure.save(file, series)
 

@@ -1,5 +1,6 @@
 """The tables of a benchmark on the terminal: a line per case, a column per provider, ratios to the frozen linear.
 
+With many adapters there is a set of tables for each layer, and the branch alone has tables of its own, in milliseconds.
 ``±`` is half the distance between the quartiles of the rounds, in per cent of the median.
 """
 
@@ -7,55 +8,98 @@ from __future__ import annotations
 
 from peftkern.screen import Cell, Table
 
-from ..core.case import BASE, FP32_BASE, PASSES, Bench
+from ..core.bench import Bench
+from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES
 
 SPREAD = "±: half the distance between the quartiles of the rounds."
-NOTES = "floor: least possible ratio. bytes: share of peftkern's time that copy bandwidth explains."
 PASS_TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+# The tables of a layer, in order: phase (None with one adapter) and pass.
+PARTS = ((None, "fwd"), (None, "fwd_bwd"), ("decode", "fwd"), *(("training", which) for which in PASSES))
+BLOCK = ("M", "K", "N", "R", "adapters", "mix", "base_share", "ranks")
+HEADS = {False: ("M x K x N", "R"), True: ("M", "R", "adapters", "base\nrows")}
 
 
 def tables(rows: list[dict], bench: Bench) -> list[Table]:
-    """One table per dtype and pass."""
+    """One table per dtype, layer, phase and pass."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], *((row["K"], row["N"]) if bench.many else ())), []).append(row)
     found = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        for which in PASSES:
-            chosen = [row for row in rows if row["dtype"] == dtype and row["pass"] == which]
-            if chosen:
-                found.append(_table(chosen, bench, f"{bench.name} {dtype}, {PASS_TITLES[which]}"))
+    for (dtype, *layer), own in groups.items():
+        for phase, which in PARTS:
+            chosen = [r for r in own if (r.get("phase"), r["pass"]) == (phase, which)]
+            where = f"{dtype}, M x {layer[0]} x {layer[1]}" if layer else dtype
+            title = f"{bench.name} {where}, {'decoding' if phase == 'decode' else PASS_TITLES[which]}"
+            whole = [r for r in chosen if not bench.providers[r["provider"]].floor]
+            branch = [r for r in chosen if bench.providers[r["provider"]].floor and r["provider"] != COPY]
+            found += [_layer(whole, bench, title)] if whole else []
+            found += [_branch(branch, bench, f"{title}, the branch alone")] if branch else []
     return found
 
 
-def _table(rows: list[dict], bench: Bench, title: str) -> Table:
-    names = [n for n in bench.providers if n not in (BASE, FP32_BASE) and any(r["provider"] == n for r in rows)]
-    bases = {_block(r): r for r in rows if r["provider"] == BASE}
-    slow = all(r["median_ms"] is None for r in bases.values())
-    yardstick = "ratio_to_fp32_base" if slow else "ratio_to_base"
-    over = "the frozen fp32 linear (this dtype's own is skipped as too slow)" if slow else "the frozen linear"
-    titles = [bench.providers[name].title.replace(" ", "\n", 1) for name in names]
-    columns = ("M x K x N", "R", "adapt.", "drop", "linear\nms", *titles, "floor", "bytes")
-    table = Table(f"{title}: times over {over}", columns, caption=f"{SPREAD} {NOTES}")
+def _block(row: dict) -> tuple:
+    return tuple(row.get(name) for name in BLOCK)
+
+
+def _labels(block: tuple) -> list[str]:
+    M, K, N, R, adapters, mix, base_share, ranks = block
+    if adapters is None:
+        return [f"{M}x{K}x{N}", str(R)]
+    return [str(M), ("<=" if ranks == "mixed" else "") + str(R), f"{adapters} {mix}", f"{base_share:.0%}"]
+
+
+def _layer(rows: list[dict], bench: Bench, title: str) -> Table:
+    bases: dict[tuple, dict[str, dict]] = {}
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        if row["provider"] not in (BASE, FP32_BASE):
-            cases.setdefault((*_block(row), row["adapter_dtype"], row["dropout"]), {})[row["provider"]] = row
-    for key, by in cases.items():
-        M, K, N, R, adapter, dropout = key
-        any_row = next(iter(by.values()))
-        ours = by.get("peftkern", any_row)
+        if row["provider"] in REFERENCES:
+            bases.setdefault(_block(row), {})[row["provider"]] = row
+        else:
+            cases.setdefault((_block(row), row["adapter_dtype"], row["dropout"]), {})[row["provider"]] = row
+    slow = all(by[BASE]["median_ms"] is None for by in bases.values() if BASE in by)
+    yardstick = "ratio_to_fp32_base" if slow else "ratio_to_base"
+    over = "the frozen fp32 linear (this dtype's own is skipped as too slow)" if slow else "the frozen linear"
+    names = [n for n in bench.providers if n not in REFERENCES and any(n in by for by in cases.values())]
+    # What not every op has: its own base product, dropouts, and, with many adapters, the bytes in tables of the branch.
+    own, share = OWN_BASE in bench.providers, not bench.many
+    drops = share or any(dropout for _, _, dropout in cases)
+    columns = (
+        *HEADS[bench.many], "adapt.", *["drop"] * drops, "linear\nms", *["own\nbase"] * own,
+        *(bench.providers[name].title.replace(" ", "\n") for name in names), "floor", *["bytes"] * share,
+    )  # fmt: skip
+    notes = [SPREAD, *["own base: peftkern's own base product alone."] * own, "floor: least possible ratio.",
+             *["bytes: share of peftkern's time that copy bandwidth explains."] * share]  # fmt: skip
+    table = Table(f"{title}: times over {over}", columns, caption=" ".join(notes))
+    for (block, adapter, dropout), by in cases.items():
+        base, any_row = bases.get(block, {}), next(iter(by.values()))
         table.add(
-            f"{M}x{K}x{N}", R, adapter, f"{dropout:g}", milliseconds(bases.get(key[:4]), "{:.2f}"),
-            *(cell(by.get(name), yardstick) for name in names),
-            number(any_row["floor_ratio"], "{:.3f}"), number(ours["bytes_bound_fraction"], "{:.0%}"),
+            *_labels(block), adapter, *[f"{dropout:g}"] * drops,
+            _milliseconds(base.get(FP32_BASE if slow else BASE), "{:.2f}"),
+            *[_cell(base.get(OWN_BASE), yardstick)] * own, *(_cell(by.get(name), yardstick) for name in names),
+            _number(any_row["floor_ratio"], "{:.3f}"),
+            *[_number(by.get("peftkern", any_row)["bytes_bound_fraction"], "{:.0%}")] * share,
         )  # fmt: skip
     return table
 
 
-def _block(row: dict) -> tuple:
-    return row["M"], row["K"], row["N"], row["R"]
+def _branch(rows: list[dict], bench: Bench, title: str) -> Table:
+    names = [name for name in bench.providers if any(row["provider"] == name for row in rows)]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault((_block(row), row["adapter_dtype"]), {})[row["provider"]] = row
+    columns = (*HEADS[True], "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "bytes")
+    notes = f"{SPREAD} bytes: share of sgmv's time that copying the adapters in use, x and y explains."
+    table = Table(f"{title}: ms", columns, caption=notes)
+    for (block, adapter), by in cases.items():
+        ours = by.get("sgmv", next(iter(by.values())))
+        table.add(
+            *_labels(block), adapter, *("" if n not in by else _milliseconds(by[n], "{:.3f}") for n in names),
+            f"{ours['copy_gb_per_s']:.1f}", _number(ours["bytes_bound_fraction"], "{:.0%}"),
+        )  # fmt: skip
+    return table
 
 
-def number(value: float | None, form: str) -> str:
-    """A number, or a dash for none."""
+def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
@@ -65,18 +109,22 @@ def spread(row: dict) -> str:
     return "" if low is None or high is None else f" ±{(high - low) / 2 / row['median_ms']:.0%}"
 
 
-def milliseconds(row: dict | None, form: str) -> str:
-    """The median of a row, in ms, and its spread."""
-    return "-" if row is None or row["median_ms"] is None else form.format(row["median_ms"]) + spread(row)
+def milliseconds(row: dict, form: str) -> str:
+    """The median of a row that was timed, in ms, and its spread."""
+    return form.format(row["median_ms"]) + spread(row)
 
 
-def cell(row: dict | None, yardstick: str) -> Cell:
-    """The ratio of a row and its spread, or the reason for none in a word."""
+def _milliseconds(row: dict | None, form: str) -> str:
+    return "-" if row is None or row["median_ms"] is None else milliseconds(row, form)
+
+
+def _cell(row: dict | None, yardstick: str) -> Cell:
+    # The ratio of a row and its spread, or the reason for none in a word.
     if row is None:
         return Cell("")
     if row["skipped"]:
         slow = row["skipped"].startswith("hopelessly slow")
         return Cell("slow" if slow else "none", "dim" if slow else "red")
     if row[yardstick] is None:
-        return Cell(f"{milliseconds(row, '{:.2f} ms')}")
+        return Cell(_milliseconds(row, "{:.2f} ms"))
     return Cell(f"{row[yardstick]:.3f}{spread(row)}", "bold" if row["provider"].startswith("peftkern") else "")

@@ -126,14 +126,14 @@ def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
     weights = [torch.randn(size).to(dtype) for _ in range(copies)]
     hopeless = False
     for i, M in enumerate(counts):
-        calls = dict(_calls(job, M, weights))
+        calls = dict(calls_of(job, M, weights))
         if hopeless:
             del calls["vendor"]
-        first = {kind: _seconds(call, 0) for kind, call in calls.items()}
+        first = {kind: seconds(call, 0) for kind, call in calls.items()}
         if "vendor" in calls and job.dtype != "fp32":
             limit = HOPELESS * min(first.values())
             # Asked again: a first call may be slow for other reasons.
-            if first["vendor"] > limit and _seconds(calls["vendor"], 1) > limit:
+            if first["vendor"] > limit and seconds(calls["vendor"], 1) > limit:
                 hopeless = M >= HOPELESS_ROWS
                 del calls["vendor"]
         for kind, median in _medians(calls, first).items():
@@ -141,7 +141,7 @@ def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
     return {"dtype": job.dtype, "pass": job.which, "D": job.D, "C": job.C, "M": list(counts), "us": us}
 
 
-def _calls(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Callable[[int], None]]]:
+def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Callable[[int], None]]]:
     """Each kind that can compute the product, as a function of the round."""
     dtype, few = DTYPES[job.dtype], M <= cpu_native._C.base_few_rows
     # Many rows read W from a cache whoever computes.
@@ -165,7 +165,8 @@ def _calls(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Calla
         yield kind, call
 
 
-def _seconds(call: Callable[[int], None], turn: int) -> float:
+def seconds(call: Callable[[int], None], turn: int) -> float:
+    """What one call takes."""
     start = time.perf_counter()
     call(turn)
     return time.perf_counter() - start
@@ -181,5 +182,5 @@ def _medians(calls: dict[str, Callable[[int], None]], first: dict[str, float]) -
     for turn in range(rounds * len(names)):
         done, k = divmod(turn, len(names))
         kind = names[(k + done) % len(names)]
-        times[kind].append(_seconds(calls[kind], turn))
+        times[kind].append(seconds(calls[kind], turn))
     return {kind: statistics.median(t) for kind, t in times.items()}

@@ -53,12 +53,12 @@ void dropout_mask(uintptr_t seed, int64_t M, int64_t K, uint32_t threshold, uint
                                            pointer<void>(stream)));
 }
 
-void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, uintptr_t rank_scale,
-                 float alpha, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t out,
-                 uintptr_t partial, uintptr_t stream) {
+void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, uintptr_t d, float alpha,
+                 const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t out, uintptr_t partial,
+                 uintptr_t stream) {
   cuda::LoraShrinkArgs args{};
   args.in = adjacent("in", read("in", in, M, C)), args.p = read("p", p, R, C);
-  args.scale = pointer<float>(scale), args.rank_scale = pointer<float>(rank_scale);
+  args.scale = pointer<float>(scale), args.d = pointer<float>(d);
   args.alpha = alpha, args.dropout = dropout(drop);
   args.M = M, args.C = C, args.R = R;
   check_block("out", out, M, R);
@@ -71,9 +71,9 @@ void lora_shrink(const MatrixTuple& in, const MatrixTuple& p, uintptr_t scale, u
 // Whether the kernel takes the call; then it was started.
 bool lora_linear(bool hopper, const MatrixTuple& x, const MatrixTuple& w, bool w_by_row,
                  const MatrixTuple& out, int64_t M, int64_t N, int64_t K, int64_t R, uintptr_t v,
-                 const MatrixTuple& a, const MatrixTuple& b, float scaling, uintptr_t rank_scale,
-                 uintptr_t base_scale, uintptr_t low_scale, uintptr_t bias, int bias_dtype,
-                 const DropoutTuple& drop, uintptr_t counters, int multiprocessors, uintptr_t stream) {
+                 const MatrixTuple& a, const MatrixTuple& b, float scaling, uintptr_t d, uintptr_t g_b,
+                 uintptr_t g_d, uintptr_t bias, int bias_dtype, const DropoutTuple& drop, uintptr_t counters,
+                 int multiprocessors, uintptr_t stream) {
   cuda::LoraLinearArgs args{};
   args.x = adjacent("x", read("x", x, M, K)), args.w = adjacent("w", read("w", w, N, K));
   args.w_by_row = w_by_row;
@@ -87,8 +87,8 @@ bool lora_linear(bool hopper, const MatrixTuple& x, const MatrixTuple& w, bool w
     args.a = read("a", a, R, K);
     check_block("counters", counters, cuda::lora_linear_counters(M), 1);
   }
-  args.scaling = scaling, args.rank_scale = pointer<float>(rank_scale);
-  args.base_scale = pointer<float>(base_scale), args.low_scale = pointer<float>(low_scale);
+  args.scaling = scaling;
+  args.scales = {pointer<float>(d), nullptr, nullptr, pointer<float>(g_b), pointer<float>(g_d)};
   args.bias = pointer<void>(bias), args.bias_dtype = check_dtype(bias_dtype);
   args.dropout = dropout(drop), args.counters = pointer<uint32_t>(counters);
   args.multiprocessors = multiprocessors, args.stream = pointer<void>(stream);
@@ -99,7 +99,7 @@ bool lora_linear(bool hopper, const MatrixTuple& x, const MatrixTuple& w, bool w
 
 cuda::LoraGradArgs grad_args(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R,
                              uintptr_t v, uintptr_t v_scale, float alpha, uintptr_t column_scale,
-                             const MatrixTuple& grad, const MatrixTuple& p, uintptr_t rank_scale,
+                             const MatrixTuple& grad, const MatrixTuple& p, uintptr_t down_scale,
                              float down_alpha, uintptr_t down, uintptr_t colsum) {
   cuda::LoraGradArgs args{};
   args.in = adjacent("in", read("in", in, M, C)), args.dropout = dropout(drop);
@@ -111,24 +111,24 @@ cuda::LoraGradArgs grad_args(const MatrixTuple& in, const DropoutTuple& drop, in
     args.p = read("p", p, R, C);
     check_block("down", down, M, R);
   }
-  args.rank_scale = pointer<float>(rank_scale), args.down_alpha = down_alpha;
+  args.down_scale = pointer<float>(down_scale), args.down_alpha = down_alpha;
   args.down = pointer<float>(down), args.colsum = pointer<float>(colsum);
   return args;
 }
 
 int64_t lora_grad_partials(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R,
                            uintptr_t v, uintptr_t v_scale, float alpha, uintptr_t column_scale,
-                           const MatrixTuple& grad, const MatrixTuple& p, uintptr_t rank_scale,
+                           const MatrixTuple& grad, const MatrixTuple& p, uintptr_t down_scale,
                            float down_alpha, uintptr_t down, uintptr_t colsum) {
   return cuda::lora_grad_partials(grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p,
-                                            rank_scale, down_alpha, down, colsum));
+                                            down_scale, down_alpha, down, colsum));
 }
 
 void lora_grad(const MatrixTuple& in, const DropoutTuple& drop, int64_t M, int64_t C, int64_t R, uintptr_t v,
                uintptr_t v_scale, float alpha, uintptr_t column_scale, const MatrixTuple& grad,
-               const MatrixTuple& p, uintptr_t rank_scale, float down_alpha, uintptr_t down, uintptr_t colsum,
+               const MatrixTuple& p, uintptr_t down_scale, float down_alpha, uintptr_t down, uintptr_t colsum,
                uintptr_t partial, bool dependent, uintptr_t stream) {
-  cuda::LoraGradArgs args = grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p, rank_scale,
+  cuda::LoraGradArgs args = grad_args(in, drop, M, C, R, v, v_scale, alpha, column_scale, grad, p, down_scale,
                                       down_alpha, down, colsum);
   check_block("partial", partial, cuda::lora_grad_partials(args), 1);
   args.partial = pointer<float>(partial), args.stream = pointer<void>(stream);
@@ -193,17 +193,17 @@ void peftkern::bind_cuda(py::module_& m) {
         return cuda::lora_shrink_partials(M, C, R, check_dtype(dtype));
       },
       "M"_a, "C"_a, "R"_a, "dtype"_a);
-  m.def("cuda_lora_shrink", &lora_shrink, nogil, "in"_a, "p"_a, "scale"_a, "rank_scale"_a, "alpha"_a,
-        "dropout"_a, "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
+  m.def("cuda_lora_shrink", &lora_shrink, nogil, "in"_a, "p"_a, "scale"_a, "d"_a, "alpha"_a, "dropout"_a,
+        "M"_a, "C"_a, "R"_a, "out"_a, "partial"_a, "stream"_a);
   m.def("cuda_lora_linear_counters", &cuda::lora_linear_counters, "M"_a);
   m.def("cuda_lora_linear", &lora_linear, nogil, "hopper"_a, "x"_a, "w"_a, "w_by_row"_a, "out"_a, "M"_a,
-        "N"_a, "K"_a, "R"_a, "v"_a, "a"_a, "b"_a, "scaling"_a, "rank_scale"_a, "base_scale"_a, "low_scale"_a,
-        "bias"_a, "bias_dtype"_a, "dropout"_a, "counters"_a, "multiprocessors"_a, "stream"_a);
+        "N"_a, "K"_a, "R"_a, "v"_a, "a"_a, "b"_a, "scaling"_a, "d"_a, "g_b"_a, "g_d"_a, "bias"_a,
+        "bias_dtype"_a, "dropout"_a, "counters"_a, "multiprocessors"_a, "stream"_a);
   m.def("cuda_lora_grad_partials", &lora_grad_partials, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a,
-        "v_scale"_a, "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a,
+        "v_scale"_a, "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "down_scale"_a, "down_alpha"_a, "down"_a,
         "colsum"_a);
   m.def("cuda_lora_grad", &lora_grad, nogil, "in"_a, "dropout"_a, "M"_a, "C"_a, "R"_a, "v"_a, "v_scale"_a,
-        "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "rank_scale"_a, "down_alpha"_a, "down"_a, "colsum"_a,
+        "alpha"_a, "column_scale"_a, "grad"_a, "p"_a, "down_scale"_a, "down_alpha"_a, "down"_a, "colsum"_a,
         "partial"_a, "dependent"_a, "stream"_a);
   m.def("cuda_lora_row_norm_partials", &cuda::lora_row_norm_partials, "N"_a, "K"_a, "R"_a);
   m.def("cuda_lora_row_norm", &lora_row_norm, nogil, "w"_a, "a"_a, "b"_a, "scaling"_a, "N"_a, "K"_a, "R"_a,

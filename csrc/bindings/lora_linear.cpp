@@ -112,8 +112,7 @@ bool read_forward(PyObject* const* a, Py_ssize_t count, ForwardCall& call) {
       !scales_fit(g, dtype))
     return false;
   call.want_u = a[kFWantU] == Py_True, call.want_h = a[kFWantH] == Py_True;
-  // Whether u is wanted changes no choice.
-  const int64_t present = 4 * identity + 2 * call.want_h + (g.bias.data != nullptr);
+  const int64_t present = 2 * identity + (g.bias.data != nullptr);
   call.key = key_of(a[kFSettings], PlanKey::kLoraForward, g, dtype, g.A.dtype, present);
   return true;
 }
@@ -287,8 +286,7 @@ PyMethodDef methods[] = {
     {"lora_linear_backward", fast(backward), METH_FASTCALL,
      "(settings, threads, dy, x, u, h, base, A, B, scaling, dropout_p, seed, scales, needs, K, R, adapter "
      "dtype) -> "
-     "(dx, dA, dB, dbias, drank, dp_b, dp_d, dg_b, dg_d), a bit of needs each; None as "
-     "above."},
+     "(dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d), one for each bit of needs; None as above."},
     {"lora_linear_backward_learn", fast(backward_learn), METH_FASTCALL,
      "(what lora_linear_backward takes, kind) -> whether calls like this one are taken from now on."},
     {nullptr, nullptr, 0, nullptr}};

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   bind_lora_linear(m);
   bind_multi_lora_linear(m);
   m.def("forget_plans", [] { plans.clear(); }, "Forget what ..._learn was told.");
+  bind_unchanged(m);
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

@@ -6,10 +6,8 @@ What is reduced over never decides with the number of rows: see the modules of t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Two waves of a Hopper-sized chip. A constant, so that a result does not depend on which chip of a family ran it.
@@ -171,46 +169,23 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
     return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
 
 
-_overrides: dict[str, object] = {}
 _NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges"} | {
     f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")
 }
 
 
-@contextlib.contextmanager
-def override(**values: object) -> Iterator[None]:
-    """Replace answers inside the block, for tuning and tests: ``base="fused"``, ``gemm=LaunchConfig(...)``, ``shrink=``...
-
-    Process-wide: a backward pass runs on another thread. Raises ValueError for an unknown name or base.
-    """
+def fixed(**values: object) -> tuple[tuple[str, object], ...]:
+    """Answers for ``Settings.fixed`` that replace those of the functions here, for tuning and tests: ``base="fused"``,
+    ``gemm=LaunchConfig(...)``, ``shrink=``... Raises ValueError for an unknown name or base."""
     unknown = set(values) - _NAMES
     if unknown:
-        raise ValueError(f"nothing called {', '.join(sorted(unknown))} can be overridden")
+        raise ValueError(f"nothing called {', '.join(sorted(unknown))} can be fixed")
     if values.get("base", BASES[0]) not in BASES:
         raise ValueError(f"base is {values['base']!r}, expected one of {', '.join(BASES)}")
-    before = dict(_overrides)
-    _overrides.update(values)
-    try:
-        yield
-    finally:
-        _overrides.clear()
-        _overrides.update(before)
-
-
-def pick(name: str, default: object) -> object:
-    """The overriding value of that name, or the default."""
-    return _overrides.get(name, default)
+    return tuple(sorted(values.items()))
 
 
 @functools.cache
-def _reason(config: LaunchConfig, itemsize: int, arch: int) -> str | None:
+def reason_against(config: LaunchConfig, itemsize: int, arch: int) -> str | None:
+    """``config.invalid``, looked up."""
     return config.invalid(itemsize, arch)
-
-
-def pick_config(name: str, default: LaunchConfig, itemsize: int, arch: int) -> LaunchConfig:
-    """``pick`` for a launch configuration. Raises ValueError if it is invalid here."""
-    config = pick(name, default)
-    reason = _reason(config, itemsize, arch)
-    if reason is not None:
-        raise ValueError(f"{name}={config} cannot be used: {reason}")
-    return config

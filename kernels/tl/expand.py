@@ -15,20 +15,21 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
+from .operand import first_tile, load_tile, next_tile
 from .tiles import dot, grouped, multiple, narrow, split_dot
 
 
 @triton.jit
 def _low_rank_chunk(
-    acc, v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+    acc, v, b, d, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
     RANK: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Scales that are constant along a sum are folded into the small operands, in fp32 and before any rounding.
     rank = first + tl.arange(0, RANK)
     inside = rank < R
     vt = tl.load(v + row[:, None] * stride_v + rank[None, :], mask=inside[None, :], other=0.0) * scaling
-    if rank_scale is not None:
-        vt = vt * tl.load(rank_scale + rank, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if d is not None:
+        vt = vt * tl.load(d + rank, mask=inside, other=0.0).to(tl.float32)[None, :]
     address = b + rank[:, None].to(tl.int64) * stride_b_rank + col[None, :].to(tl.int64) * stride_b_col
     bt = tl.load(address, mask=inside[:, None] & (col < N)[None, :], other=0.0)
     if column_scale is not None:
@@ -42,25 +43,25 @@ def _low_rank_chunk(
 
 @triton.jit
 def _low_rank(
-    acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+    acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
     RANK: tl.constexpr, CHUNKS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if CHUNKS == 1:
         acc = _low_rank_chunk(
-            acc, v, b, rank_scale, column_scale, row, col, 0, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+            acc, v, b, d, column_scale, row, col, 0, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
             RANK, V_TERMS, B_TERMS, PRECISION,
         )  # fmt: skip
     else:
         for first in tl.range(0, R, RANK, num_stages=1):
             acc = _low_rank_chunk(
-                acc, v, b, rank_scale, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+                acc, v, b, d, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                 RANK, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
     return acc
 
 
 @triton.jit
-def _product(
+def product(
     acc, x, w, in_scale, row0, col0, row, col, M, N, K, stride_x, stride_w,
     BLOCK_K: tl.constexpr, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
     RUNNING: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,35 +70,17 @@ def _product(
     depth = tl.arange(0, BLOCK_K)
     if not TMA:
         x_at = x + row[:, None] * stride_x + depth[None, :]
-        if W_BY_COLUMN:
-            # The clamp instead of a mask: what a row or a column past the end computes is never stored.
-            w_at = w + tl.minimum(col, N - 1)[:, None].to(tl.int64) * stride_w + depth[None, :]
-        else:
-            w_at = w + depth[:, None].to(tl.int64) * stride_w + col[None, :]
+    w_at = first_tile(w, col, depth, N, stride_w, W_BY_COLUMN, TMA)
     for k in tl.range(0, K, BLOCK_K):
         if TMA:
             xt = x.load([row0, k])
-            if W_BY_COLUMN:
-                wt = tl.trans(w.load([col0, k]))
-            else:
-                wt = w.load([k, col0])
+        elif EVEN_K:
+            xt = tl.load(x_at)
         else:
-            if EVEN_K:
-                xt = tl.load(x_at)
-            else:
-                xt = tl.load(x_at, mask=(k + depth < K)[None, :], other=0.0)
-            if W_BY_COLUMN:
-                if EVEN_K:
-                    wt = tl.trans(tl.load(w_at))
-                else:
-                    wt = tl.trans(tl.load(w_at, mask=(k + depth < K)[None, :], other=0.0))
-                w_at += BLOCK_K
-            else:
-                if EVEN_K:
-                    wt = tl.load(w_at, mask=(col < N)[None, :], other=0.0)
-                else:
-                    wt = tl.load(w_at, mask=(k + depth < K)[:, None] & (col < N)[None, :], other=0.0)
-                w_at += tl.cast(stride_w, tl.int64) * BLOCK_K
+            xt = tl.load(x_at, mask=(k + depth < K)[None, :], other=0.0)
+        wt = load_tile(w_at, k, col0, col, depth, N, K, W_BY_COLUMN, TMA, EVEN_K)
+        if not TMA:
+            w_at = next_tile(w_at, stride_w, BLOCK_K, W_BY_COLUMN)
             x_at += BLOCK_K
         if in_scale is not None:
             scale = tl.load(in_scale + k + depth, mask=k + depth < K, other=0.0).to(tl.float32)
@@ -111,7 +94,7 @@ def _product(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def expand_kernel(
-    out, base, x, w, v, b, bias, in_scale, out_scale, rank_scale, column_scale, factor, partial, seed,
+    out, base, x, w, v, b, bias, in_scale, out_scale, d, column_scale, factor, partial, seed,
     M, N, K, R, stride_out, stride_base, stride_x, stride_w, stride_v, stride_b_col, stride_b_rank, stride_factor,
     scaling, threshold, inverse_keep,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -147,14 +130,14 @@ def expand_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if LOW_RANK_FIRST:
             acc = _low_rank(
-                acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+                acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                 RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
             if seed is not None:
                 acc = tl.where(keep_tile(key, rows, col0, threshold, BLOCK_N), acc * inverse_keep, 0.0)
 
         if GEMM:
-            acc = _product(
+            acc = product(
                 acc, x, w, in_scale, row0, col0, row, col, M, N, K, stride_x, stride_w,
                 BLOCK_K, W_BY_COLUMN, TMA, EVEN_K, out.dtype.element_ty != tl.float32, PRECISION,
             )  # fmt: skip
@@ -172,12 +155,12 @@ def expand_kernel(
         if LOW_RANK_LAST:
             if seed is None:
                 acc = _low_rank(
-                    acc, v, b, rank_scale, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
+                    acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                     RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
             else:
                 delta = _low_rank(
-                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32), v, b, rank_scale, column_scale, row, col, N, R,
+                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32), v, b, d, column_scale, row, col, N, R,
                     stride_v, stride_b_col, stride_b_rank, scaling, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
                 acc += tl.where(keep_tile(key, rows, col0, threshold, BLOCK_N), delta * inverse_keep, 0.0)

@@ -1,70 +1,74 @@
-"""Gradients of the adapters and of the vectors beside them: one pass over dy, one over x.
+"""The backward pass of lora_linear: one pass over dy, one over x, and the forward's product for the input gradient.
 
 dv = s (g_d * dy) B       du = d * dv          dB = s g_d[:, None] * H,  H = dy^T (d * u)      dbias = sum_t dy
 dA = G * p_d,  G = du^T drop(x)                dd = sum_t dv * u         dg_d = s rowdot(B, H)
 dp_d = coldot(A, G)                            dg_b = sum_t dy * h
+dx = ((g_b * dy) W) * p_b + drop'((du A) * p_d)                          dp_b = sum_t ((g_b * dy) W) * x
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import configs, launch
 from .adapter_grad import adapter_grad_kernel, finish_kernel
+from .call import Backward, Dropout, Scales, Settings
 from .configs import cdiv
-from .lora_linear import ADD_ROWS, Dropout, Settings, add_blocks, add_rows, row_stride, rows_of, shrink, terms, vector
+from .lora_linear import ADD_ROWS, Base, Finish, LowRank, add_blocks, add_rows, linear, shrink, terms
+from .operand import row_stride, rows_of, vector
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
+class Pass(NamedTuple):
+    """What is made of t (M, C) in one pass; what is None is not.
 
-    A: bool
-    B: bool
-    bias: bool
-    rank_scale: bool
-    delta_in: bool
-    base_out: bool
-    delta_out: bool
+    t^T (v_scale * v), v (M, R); t (b * b_scale), b (C, R); column sums of t, and of t * h. ``adapter``: a dtype.
+    """
+
+    t: Tensor
+    R: int
+    adapter: torch.dtype
+    v: Tensor | None = None
+    v_scale: Tensor | None = None
+    b: Tensor | None = None
+    b_scale: Tensor | None = None
+    sums: bool = False
+    h: Tensor | None = None
+    drop: Dropout = Dropout()
 
 
-def _one_pass(
-    t: Tensor, R: int, s: Settings, *, grad: bool = False, v: Tensor | None = None, v_scale=None, down: bool = False,
-    b: Tensor | None = None, b_scale=None, sums: bool = False, h: Tensor | None = None, drop: Dropout, adapter,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+def _one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
-    M, C = t.shape
+    t, v, b, h, (M, C), R = p.t, p.v, p.b, p.h, p.t.shape, p.R
+    down = b is not None
     config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None)
-    config = configs.pick_config("adapter_grad", config, t.element_size(), s.arch)
-    ranges, rows = configs.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
+    config = s.config("adapter_grad", config, t.element_size())
+    ranges, rows = s.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
     def buffer(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=t.device) if wanted else None
 
     blocks = cdiv(C, config.block_c)
     out = dict(
-        grad=buffer(grad, ranges, C, R), parts=buffer(down, blocks, M, R), sums=buffer(sums, ranges, C),
+        grad=buffer(v is not None, ranges, C, R), parts=buffer(down, blocks, M, R), sums=buffer(p.sums, ranges, C),
         products=buffer(h is not None, ranges, C),
     )  # fmt: skip
-    down_terms = terms(t.dtype, adapter, b_scale is not None, s.allow_tf32)
-    grad_terms = terms(t.dtype, adapter, True, s.allow_tf32)
-    drop_args = drop.args
-    drop_args.pop("inverse_keep")
+    down_terms = terms(t.dtype, p.adapter, p.b_scale is not None, s.allow_tf32)
+    grad_terms = terms(t.dtype, p.adapter, True, s.allow_tf32)
     args = dict(
-        **out, t=t, v=v, b=b, h=h, v_scale=v_scale, b_scale=b_scale, M=M, C=C, R=R, stride_t=row_stride(t),
+        **out, t=t, v=v, b=b, h=h, v_scale=p.v_scale, b_scale=p.b_scale, M=M, C=C, R=R, stride_t=row_stride(t),
         stride_v=row_stride(v) if v is not None else 0, stride_h=row_stride(h) if h is not None else 0,
-        stride_b_col=b.stride(0) if b is not None else 0, stride_b_rank=b.stride(1) if b is not None else 0,
-        rows_per_program=rows, **drop_args,
+        stride_b_col=b.stride(0) if down else 0, stride_b_rank=b.stride(1) if down else 0,
+        rows_per_program=rows, **p.drop.args,
     )  # fmt: skip
     constants = dict(
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=config.rank, T_TERMS=grad_terms[0],
         V_TERMS=grad_terms[1], B_T_TERMS=down_terms[0], B_TERMS=down_terms[1],
         R_ALIGN=configs.alignment(R, args["stride_v"]), B_ALIGN=configs.alignment(args["stride_b_col"]), PRECISION=s.precision,
     )  # fmt: skip
-    grid = (blocks, ranges, max(1, cdiv(R, config.rank) if grad or down else 1))
+    grid = (blocks, ranges, max(1, cdiv(R, config.rank) if v is not None or down else 1))
     launch.submit(launch.Launch(adapter_grad_kernel, grid, args, constants, config.warps, config.stages))
     return out["grad"], out["parts"], out["sums"], out["products"]
 
@@ -89,53 +93,80 @@ def _finish(
     return dot
 
 
-def backward_adapter(
-    dy, x, u, h, lora_A, lora_B, scaling: float, drop: Dropout, rank_scale, delta_in_scale, delta_out_scale,
-    need: Needs, s: Settings,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(du, dA, dB, dbias, drank_scale, ddelta_in, dbase_out, ddelta_out) of ``lora_linear_bwd_adapter``."""
-    M, N = dy.shape
-    R, K = lora_A.shape
-    dy, u = rows_of(dy), u.contiguous()
-    rank_scale, in_scale, out_scale = vector(rank_scale), vector(delta_in_scale), vector(delta_out_scale)
-    wants_A, wants_B = need.A or need.delta_in, need.B or need.delta_out
+def backward(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """(dx, dA, dB, dbias, gradients of the scales) of ``lora_linear_bwd``; what is not needed is empty."""
+    du, dA, dB, dbias, scales = backward_adapter(c, s)
+    dx = c.dy.new_empty(0)
+    if c.needs.x or c.needs.p_b:
+        dx, scales[Scales._fields.index("p_b")] = backward_input(c, du, s)
+    return dx, dA, dB, dbias, scales
 
-    def zeros(wanted: bool, size: int) -> Tensor:
-        return torch.zeros(size if wanted else 0, dtype=torch.float32, device=dy.device)
 
-    dA = torch.zeros((R, K), dtype=lora_A.dtype, device=dy.device) if need.A else lora_A.new_empty(0)
-    dB = torch.zeros((N, R), dtype=lora_B.dtype, device=dy.device) if need.B else lora_B.new_empty(0)
-    dbias, dbase_out = zeros(need.bias, N), zeros(need.base_out, N)
-    drank, ddelta_in, ddelta_out = zeros(need.rank_scale, R), zeros(need.delta_in, K), zeros(need.delta_out, N)
-    du = torch.zeros((M, R), dtype=torch.float32, device=dy.device) if N == 0 or M == 0 or R == 0 else None
-    if M == 0:
-        return du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out
+def backward_adapter(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """(du, dA, dB, dbias, gradients of the scales but p_b); du if anything needs it."""
+    need, (M, N), (R, K) = c.needs, c.dy.shape, c.lora_A.shape
+    c = c._replace(dy=rows_of(c.dy), u=c.u.contiguous(), scales=Scales(*map(vector, c.scales)))
+    sizes = dict(bias=N, d=R, p_b=0, p_d=K, g_b=N, g_d=N)
+    sums = {
+        name: torch.zeros(size if getattr(need, name) else 0, dtype=torch.float32, device=c.dy.device)
+        for name, size in sizes.items()
+    }
+    dA, dB = (t.new_zeros(t.shape if n else 0) for t, n in ((c.lora_A, need.A), (c.lora_B, need.B)))
+    du = torch.zeros((M, R), dtype=torch.float32, device=c.dy.device) if 0 in (M, N, R) else None
+    if M > 0:
+        du = _over_dy(c, du, dB, sums, s)
+        if (need.A or need.p_d) and R > 0 and K > 0:
+            _over_x(c, du, dA, sums, s)
+    du = c.u.new_empty(0) if du is None else du
+    return du, dA, dB, sums["bias"], [sums[name] for name in Scales._fields]
 
+
+def backward_input(c: Backward, du: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """(dx, dp_b if it is needed): the forward's kernel with W, A and B transposed."""
+    weight = None if c.weight is None else c.weight.t()
+    factor = rows_of(c.x) if c.needs.p_b else None
+    base = Base(rows_of(c.dy), weight, vector(c.scales.g_b), vector(c.scales.p_b), factor=factor)
+    low = LowRank(rows_of(du), c.lora_A.t(), g=vector(c.scales.p_d), drop=c.dropout)
+    dx, _, sums = linear(base, low, None, s)
+    return dx, du.new_empty(0) if sums is None else sums
+
+
+def _over_dy(c: Backward, du: Tensor | None, dB: Tensor, sums: dict[str, Tensor], s: Settings) -> Tensor | None:
+    """du if anything needs it, given where it is zero; fills dB and the sums that dy alone gives."""
+    need, (M, N), R, d, g_d = c.needs, c.dy.shape, c.u.shape[1], c.scales.d, c.scales.g_d
+    given = du is not None
+    wants_du = not given and (need.x or need.A or need.d or need.p_b or need.p_d)
+    wants_H = not given and (need.B or need.g_d)
     partial = None
-    if du is None and need.rank_scale:
-        partial = torch.empty((cdiv(M, ADD_ROWS), R), dtype=torch.float32, device=dy.device)
-    fused = du is None and configs.fuse_down(R)
-    wants_G = du is None and wants_B
-    if N > 0 and (fused or wants_G or need.bias or need.base_out):
-        grad, parts, sums, products = _one_pass(
-            dy, R, s, grad=wants_G, v=u, v_scale=rank_scale, down=fused, b=lora_B if fused else None,
-            b_scale=out_scale if fused else None, sums=need.bias, h=rows_of(h) if need.base_out else None,
-            drop=Dropout(), adapter=lora_B.dtype,
-        )  # fmt: skip
+    if not given and need.d:
+        partial = torch.empty((cdiv(M, ADD_ROWS), R), dtype=torch.float32, device=c.dy.device)
+    then = Finish(c.scaling, d, c.u, partial)
+    fused = wants_du and configs.fuse_down(R)
+    if N > 0 and (fused or wants_H or need.bias or need.g_b):
+        grad, parts, columns, products = _one_pass(Pass(
+            c.dy, R, c.lora_B.dtype, c.u if wants_H else None, d if wants_H else None, c.lora_B if fused else None,
+            g_d if fused else None, need.bias, rows_of(c.h) if need.g_b else None,
+        ), s)  # fmt: skip
         if fused:
-            du = torch.empty((M, R), dtype=torch.float32, device=dy.device)
-            add_blocks(du, parts, rank_scale, u, partial, scaling)
-        if wants_G:
-            dots = _finish(grad, dB if need.B else None, True, lora_B, out_scale, scaling, need.delta_out)
-            ddelta_out = dots if need.delta_out else ddelta_out
-        dbias = add_rows(sums) if need.bias else dbias
-        dbase_out = add_rows(products) if need.base_out else dbase_out
-    if du is None:
-        du = shrink(dy, lora_B.t(), out_scale, Dropout(), s, scaling, rank_scale, u, partial)
-    drank = add_rows(partial) if partial is not None else drank
-    if wants_A and R > 0 and K > 0:
-        grad, _, _, _ = _one_pass(rows_of(x), R, s, grad=True, v=du, drop=drop, adapter=lora_A.dtype)
-        factor = drop.args["inverse_keep"]
-        dots = _finish(grad, dA if need.A else None, False, lora_A.t(), in_scale, factor, need.delta_in)
-        ddelta_in = dots if need.delta_in else ddelta_in
-    return du, dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out
+            du = torch.empty((M, R), dtype=torch.float32, device=c.dy.device)
+            add_blocks(du, parts, then)
+        if wants_H:
+            dots = _finish(grad, dB if need.B else None, True, c.lora_B, g_d, c.scaling, need.g_d)
+            sums["g_d"] = dots if need.g_d else sums["g_d"]
+        if need.bias:
+            sums["bias"] = add_rows(columns)
+        if need.g_b:
+            sums["g_b"] = add_rows(products)
+    if wants_du and du is None:
+        du = shrink(c.dy, c.lora_B.t(), g_d, Dropout(), s, then)
+    if partial is not None:
+        sums["d"] = add_rows(partial)
+    return du
+
+
+def _over_x(c: Backward, du: Tensor, dA: Tensor, sums: dict[str, Tensor], s: Settings) -> None:
+    """Fills dA and dp_d."""
+    grad, _, _, _ = _one_pass(Pass(rows_of(c.x), du.shape[1], c.lora_A.dtype, du, drop=c.dropout), s)
+    out = dA if c.needs.A else None
+    dots = _finish(grad, out, False, c.lora_A.t(), c.scales.p_d, c.dropout.factor, c.needs.p_d)
+    sums["p_d"] = dots if c.needs.p_d else sums["p_d"]

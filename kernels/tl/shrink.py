@@ -57,12 +57,12 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["M", "blocks"])
 def add_blocks_kernel(
-    out, parts, rank_scale, u, partial, M, R, blocks, factor,
+    out, parts, d, u, partial, M, R, blocks, factor,
     BLOCK_M: tl.constexpr, RANK: tl.constexpr, R_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """out (M, R) = rank_scale * factor * (parts[0] + parts[1] + ...), in that order. Grid (row tiles, rank chunks).
+    """out (M, R) = d * factor * (parts[0] + parts[1] + ...), in that order. Grid (row tiles, rank chunks).
 
-    ``partial`` (row tiles, R): column sums of the same without rank_scale, times u.
+    ``partial`` (row tiles, R): column sums of the same without d, times u.
     """
     R = multiple(R, R_ALIGN)
     tile = tl.program_id(0).to(tl.int64)
@@ -77,6 +77,6 @@ def add_blocks_kernel(
     if partial is not None:
         sums = tl.sum(total * tl.load(u + at, mask=inside, other=0.0), axis=0)
         tl.store(partial + tile * R + rank, sums, mask=rank < R)
-    if rank_scale is not None:
-        total = total * tl.load(rank_scale + rank, mask=rank < R, other=0.0).to(tl.float32)[None, :]
+    if d is not None:
+        total = total * tl.load(d + rank, mask=rank < R, other=0.0).to(tl.float32)[None, :]
     tl.store(out + at, total, mask=inside)

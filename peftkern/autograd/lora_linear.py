@@ -26,89 +26,83 @@ from .saved import kept_input, read_saved
 from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 
 _fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
-# Of the arguments of the autograd function: those that may need a gradient, in the order of equation.Needs.
-_TRAINABLE = slice(5, 5 + len(Needs._fields))
-_BASE = _TRAINABLE.stop + 1
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_SAVED = ("x", "lora_A", "lora_B", "u", "h", "seed", *Scales._fields, "weight")
-
-
-@functools.cache
-def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Which of ``_SAVED`` the needed gradients read, the base's tensors last. Of a vector that needs one, its dtype."""
-    need, base = Needs(*needs[_TRAINABLE]), needs[_BASE:]
-    dx = need.x or need.p_b
-    du, H = dx or need.A or need.p_d, need.B or need.g_d
-    return (
-        need.A or need.p_d or need.p_b, dx or need.p_d, du or need.d or need.g_d, H or need.d, need.g_b, True,
-        du or H or need.d, dx, dx or need.A or need.p_d, dx or need.g_b, du or need.d or H, *[dx] * len(base),
-    )  # fmt: skip
-
-
-@functools.cache
-def _bits(needs: tuple[bool, ...]) -> int:
-    return sum(1 << i for i, need in enumerate(needs[_TRAINABLE]) if need)
-
-
-def _some(scales: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-    d, p_b, p_d, g_b, g_d = scales
-    return None if d is None and p_b is None and p_d is None and g_b is None and g_d is None else scales
 
 
 class Call(NamedTuple):
-    """What a pass takes besides x and dy. ``now``: the settings, None if somebody watches which ops are called.
+    """What a pass takes besides tensors. ``now``: the settings, None if somebody watches which ops are called.
 
-    ``dtype``: what x and the base are cast to, inside, so that backward saves the base as it is. ``scales``: None if
-    there is none.
+    ``dtype``: what x and the base are cast to, inside, so that backward saves the base as it is. ``scaled``: whether there
+    are vectors.
     """
 
     now: Settings | None
-    base: Base
+    kind: str
     scaling: float
     dropout_p: float
-    seed: Tensor | None
     dtype: torch.dtype
-    scales: tuple[Tensor | None, ...] | None
+    scaled: bool
 
-    def forward(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, want_u: bool, want_h: bool):
+    def split(self, rest: tuple) -> tuple[tuple[Tensor | None, ...] | None, Tensor | None, tuple[Tensor, ...]]:
+        """(vectors by place or None, seed or None, the base's tensors) of the arguments that not every call has."""
+        at = 5 if self.scaled else 0
+        scales = rest[:at] if at else None
+        return (scales, rest[at], rest[at + 1 :]) if self.dropout_p > 0.0 else (scales, None, rest[at:])
+
+    def forward(self, x, lora_A, lora_B, bias, rest: tuple, want_u: bool, want_h: bool):
         """(y, u, h) of x (..., K), or y alone if neither of u and h is wanted."""
-        now, base, scaling, dropout_p, seed, dtype, scales = self
+        now, kind, scaling, dropout_p, dtype, _ = self
+        scales, seed, base = self.split(rest)
         if now is not None:
-            weight = base.tensors[0] if base.tensors else None
             done = native.forward(
-                now, torch.get_num_threads(), x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, scales, want_u, want_h
+                now, torch.get_num_threads(), x, base[0] if base else None, lora_A, lora_B, bias, scaling, dropout_p, seed,
+                scales, want_u, want_h,
             )  # fmt: skip
             if done is not None:
                 return done
-        cast_base = kind_of(base.kind).cast(base.tensors, dtype)
         y, u, h = _fwd(
-            rows_of(x, dtype), cast_base, base.kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
+            rows_of(x, dtype), kind_of(kind).cast(base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
             list(scales or NO_SCALES), want_h,
         )  # fmt: skip
         y = as_shape(y, x)
         return (y, u, h) if want_u or want_h else y
 
 
+@functools.cache
+def _reads(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[bool, ...]:
+    """Which of x, lora_A, lora_B, u, h and the rest the needed gradients read. Of a vector that needs one, its dtype."""
+    scales = needs[5:10] if scaled else (False,) * 5
+    need, base = Needs(*needs[:4], *scales), len(needs) - 5 - 5 * scaled - drops
+    dx = need.x or need.p_b
+    du, H = dx or need.A or need.p_d, need.B or need.g_d
+    read = (need.A or need.p_d or need.p_b, dx or need.p_d, du or need.d or need.g_d, H or need.d, need.g_b)
+    vectors = (du or H or need.d, dx, dx or need.A or need.p_d, dx or need.g_b, du or need.d or H) if scaled else ()
+    return (*read, *vectors, *[True] * drops, *[dx] * base)
+
+
+@functools.cache
+def _bits(needs: tuple[bool, ...], scaled: bool) -> int:
+    """``needs`` as the native entry takes them: a bit each, in the order of equation.Needs."""
+    return sum(1 << i for i, need in enumerate(needs[:4] + (needs[5:10] if scaled else ())) if need)
+
+
 class LoRALinearFunction(torch.autograd.Function):
-    """The op with its gradients."""
+    """The op with its gradients. ``rest``: vectors by place if there are any, a seed if dropout acts, the base's tensors."""
 
     @staticmethod
-    def forward(
-        ctx, now, kind, scaling, dropout_p, dtype, x, lora_A, lora_B, bias, d, p_b, p_d, g_b, g_d, seed, *base
-    ):  # fmt: skip
-        scales, given, needs = (d, p_b, p_d, g_b, g_d), cast(x, dtype), ctx.needs_input_grad
-        call = Call(now, Base(kind, base), scaling, dropout_p, seed, dtype, _some(scales))
-        need_h = needs[_BASE - 3]
-        y, u, h = call.forward(given, lora_A, lora_B, bias, True, need_h)
-        saved = (x, lora_A, lora_B, u, h if need_h else None, seed, *scales, *base)
+    def forward(ctx, x, lora_A, lora_B, bias, call, *rest):
+        needs, scaled = ctx.needs_input_grad, call.scaled
+        given, need_h = cast(x, call.dtype), scaled and needs[8]
+        y, u, h = call.forward(given, lora_A, lora_B, bias, rest, True, need_h)
+        saved = (x, lora_A, lora_B, u, h if need_h else None, *rest)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
-            read = _reads(needs)
+            read = _reads(needs, scaled, call.dropout_p > 0.0)
             kept = kept_input(x, given) if read[0] else None
             saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:])])
         ctx.save_for_backward(*saved)
-        ctx.call = now, kind, scaling, dropout_p, dtype
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.rank, ctx.adapter_dtype = lora_A.shape[0], lora_A.dtype
+        ctx.call = call
+        ctx.x = x.shape, x.dtype
+        ctx.adapter = lora_A.shape[0], lora_A.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -116,35 +110,60 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
-        saved, needs = read_saved(ctx, "lora_linear", _SAVED, _reads)
-        x, lora_A, lora_B, u, h, seed, d, p_b, p_d, g_b, g_d, *base = saved
-        now, kind, scaling, dropout_p, dtype = ctx.call
-        scales, rank, K, grads = (d, p_b, p_d, g_b, g_d), ctx.rank, ctx.x_shape[-1], None
+        call, (shape, x_dtype), (rank, adapter_dtype) = ctx.call, ctx.x, ctx.adapter
+        now, kind, scaling, dropout_p, dtype, scaled = call
+        names = (
+            "x",
+            "lora_A",
+            "lora_B",
+            "u",
+            "h",
+            *(Scales._fields if scaled else ()),
+            "seed" if dropout_p else "weight",
+        )
+        saved, needs = read_saved(ctx, "lora_linear", names, lambda needs: _reads(needs, scaled, dropout_p > 0.0))
+        x, lora_A, lora_B, u, h, *rest = saved
+        scales, seed, base = call.split(tuple(rest))
+        grads = None
         if now is not None and nobody_watches():
             grads = native.backward(
-                current(), torch.get_num_threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling, dropout_p,
-                seed, _some(scales), _bits(needs), K, rank, ctx.adapter_dtype,
+                current(), torch.get_num_threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling,
+                dropout_p, seed, scales, _bits(needs, scaled), shape[-1], rank, adapter_dtype,
             )  # fmt: skip
         if grads is None:
-            need, dy = needs[_TRAINABLE], rows_of(dy, dy.dtype)
-            M, N = dy.shape
-            # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
-            lora_A = dy.new_empty((rank, K), dtype=ctx.adapter_dtype) if lora_A is None else lora_A
-            lora_B = dy.new_empty((N, rank), dtype=ctx.adapter_dtype) if lora_B is None else lora_B
-            u = dy.new_empty((M, rank), dtype=accumulate_dtype(dtype)) if u is None else u
-            tensors = kind_of(kind).cast([t for t in base if t is not None], dtype)
-            x = None if x is None else rows_of(x, dtype)
-            dx, dA, dB, dbias, dscales = _bwd(
-                dy, x, u, h, tensors, kind, lora_A, lora_B, scaling, dropout_p, seed, list(scales), list(need)
-            )
-            grads = [g if n else None for g, n in zip((dx, dA, dB, dbias, *dscales), need)]
-        dx, dA, dB, dbias, *dscales = grads
-        if dx is not None:
-            dx = cast(dx.view(ctx.x_shape), ctx.x_dtype)
-        if dbias is not None:
-            dbias = cast(dbias, ctx.bias_dtype)
-        dscales = [None if g is None else cast(g, t.dtype) for g, t in zip(dscales, scales)]
-        return (*[None] * 5, dx, dA, dB, dbias, *dscales, *[None] * (1 + len(base)))
+            need = [*needs[:4], *(needs[5:10] if scaled else (False,) * 5)]
+            grads = _careful_backward(ctx, dy, saved, need)
+        dx, dA, dB, dbias, *vectors = grads
+        if dx is not None and dx.dtype is not x_dtype:
+            dx = dx.to(x_dtype)
+        if dbias is not None and dbias.dtype is not ctx.bias_dtype:
+            dbias = dbias.to(ctx.bias_dtype)
+        if not scaled:
+            return (dx, dA, dB, dbias, None, *[None] * len(rest))
+        vectors = [None if g is None else cast(g, t.dtype) for g, t in zip(vectors, scales)]
+        return (dx, dA, dB, dbias, None, *vectors, *[None] * (len(rest) - 5))
+
+
+def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[Tensor | None]:
+    """By the op: gradients in the order of equation.Needs, None where not needed."""
+    (shape, _), (rank, adapter_dtype), dtype = ctx.x, ctx.adapter, ctx.call.dtype
+    x, lora_A, lora_B, u, h, *rest = saved
+    scales, seed, base = ctx.call.split(tuple(rest))
+    dy = rows_of(dy, dy.dtype)
+    M, N = dy.shape
+    # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
+    lora_A = dy.new_empty((rank, shape[-1]), dtype=adapter_dtype) if lora_A is None else lora_A
+    lora_B = dy.new_empty((N, rank), dtype=adapter_dtype) if lora_B is None else lora_B
+    u = dy.new_empty((M, rank), dtype=accumulate_dtype(dtype)) if u is None else u
+    base = kind_of(ctx.call.kind).cast([t for t in base if t is not None], dtype)
+    dx, dA, dB, dbias, vectors = _bwd(
+        dy, None if x is None else rows_of(x, dtype), u, h, base, ctx.call.kind, lora_A, lora_B, ctx.call.scaling,
+        ctx.call.dropout_p, seed, list(scales or NO_SCALES), need,
+    )  # fmt: skip
+    grads = [g if n else None for g, n in zip((dx, dA, dB, dbias, *vectors), need)]
+    if need[0]:
+        grads[0] = dx.view(shape)
+    return grads
 
 
 def _scaled(d: Tensor | None, scaling: Tensor, R: int, x: Tensor) -> Tensor:
@@ -222,13 +241,17 @@ def lora_linear_with(
             scaling = float(scaling)
     if now is None and torch._C._get_tracing_state() is not None:
         return _traced(x, base, lora_A, lora_B, bias, Options(scaling, dropout_p), Scales(*(scales or NO_SCALES)))
-    seed = seed_tensor(seed, x.device) if dropout_p > 0.0 else None
     dtype = autocast_dtype(x)
     if dtype is None:
         dtype = x.dtype
     else:
         lora_A, lora_B, bias = _cast_all((lora_A, lora_B, bias), dtype, dtype)
         scales = None if scales is None else _cast_all(scales, dtype, torch.float32)
+    call, rest = Call(now, base.kind, scaling, dropout_p, dtype, scales is not None), base.tensors
+    if dropout_p > 0.0:
+        rest = (seed_tensor(seed, x.device), *rest)
+    if scales is not None:
+        rest = (*scales, *rest)
     if torch.is_grad_enabled():
         for t in base.tensors:
             if t.requires_grad:
@@ -237,12 +260,8 @@ def lora_linear_with(
                 )
         for t in (x, lora_A, lora_B, bias, *(scales or ())):
             if t is not None and t.requires_grad:
-                return LoRALinearFunction.apply(
-                    now, base.kind, scaling, dropout_p, dtype, x, lora_A, lora_B, bias, *(scales or NO_SCALES), seed,
-                    *base.tensors,
-                )  # fmt: skip
-    call = Call(now, base, scaling, dropout_p, seed, dtype, scales)
-    return call.forward(cast(x, dtype), lora_A, lora_B, bias, False, False)
+                return LoRALinearFunction.apply(x, lora_A, lora_B, bias, call, *rest)
+    return call.forward(cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
 
 
 def lora_linear(

@@ -24,7 +24,7 @@ _last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
 
 
 def _must_copy(x: Tensor) -> bool:
-    return x.untyped_storage().nbytes() > 2 * x.nbytes or x.is_inference() or settings.copies_input()
+    return x.untyped_storage().nbytes() > 2 * x.nbytes or x.is_inference() or settings.current().save_input == "copy"
 
 
 def kept_input(x: Tensor, given: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The one dispatch point: an op name and its arguments in, one back end out.
 
 ``define`` registers an op with torch.library: its schema, its shape rule (fake) and, for every device, ``_run``,
-which asks the back ends of the device in order and ends at the reference. Autograd lives above (peftkern.autograd) and
+which hands it to who computes it (choose.py). Autograd lives above (peftkern.autograd) and
 calls an op through ``caller``.
 """
 
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +21,12 @@ from torch.utils._pytree import tree_map
 
 from .. import settings
 from ..problem import Problem
+from .choose import ORDER, choose, load
 from .watch import nobody_watches
 
 log = logging.getLogger("peftkern")
 
 LIBRARY = torch.library.Library("peftkern", "FRAGMENT")
-
-# The only lazy import of the package: a back end loads at its first use, so `import peftkern` stays light.
-BACKENDS = ("cpu", "cuda", "triton")
-ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 @dataclass(frozen=True)
@@ -48,10 +43,6 @@ class Op:
     reference: Callable
     describe: Callable[[Any], Problem]
     flops: Callable[[Problem, Any], int]
-
-
-class Declined(RuntimeError):
-    """The back end that ``PEFTKERN_BACKEND`` names cannot take a call."""
 
 
 OPS: dict[str, Op] = {}
@@ -124,34 +115,6 @@ def _legacy_one_by_one(name: str, *args):
     return tree_map(lambda out: torch._add_batch_dim(out, 0, level), outs)
 
 
-@functools.cache
-def load(name: str) -> ModuleType:
-    """The back end module of that name."""
-    return importlib.import_module(f"peftkern.backends.{name}")
-
-
-def choose(problem: Problem) -> tuple[str, dict[str, str]]:
-    """Name of the back end that takes this problem, and the reasons of those that declined.
-
-    Raises Declined when ``PEFTKERN_BACKEND`` names one that cannot take it.
-    """
-    wanted = settings.current().backend
-    if wanted == "reference":
-        return wanted, {}
-    declined: dict[str, str] = {}
-    for name in ORDER.get(problem.device, ()) if wanted == "auto" else (wanted,):
-        module = load(name)
-        reason = module.unavailable()
-        if reason is None:
-            reason = module.decline(problem) if problem.op in module.OPS else f"has no kernel for {problem.op}"
-        if reason is None:
-            return name, declined
-        declined[name] = reason
-    if wanted != "auto":
-        raise Declined(f"PEFTKERN_BACKEND={wanted} cannot take {problem}: {declined[wanted]}")
-    return "reference", declined
-
-
 # What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
 # layer, and their outcome repeats from step to step.
 _takers: dict[tuple, _Taker] = {}
@@ -166,27 +129,8 @@ class _Taker(NamedTuple):
     plain: bool
 
 
-class FixedList(list):
-    """A list of tensors that stays as it is, and they too in all but their values: it is looked at once."""
-
-    __slots__ = ("_known",)
-
-    def signature(self) -> object:
-        """Equal for lists that no check tells apart; cheap to hash."""
-        try:
-            return self._known
-        except AttributeError:
-            self._known = _fixed.setdefault(tuple(map(_signature, self)), object())
-            return self._known
-
-
-_fixed: dict[tuple, object] = {}
-
-
 def _signature(value):
     # Of a tensor never its values, strides or address.
-    if type(value) is FixedList:
-        return value.signature()
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype, value.device, value.layout
     if isinstance(value, list):
@@ -202,36 +146,26 @@ def _is_plain(value) -> bool:
     return type(value) in _PLAIN and value.layout == torch.strided and value.device.type in ORDER
 
 
-def _function(module: ModuleType, problem: Problem) -> Callable:
-    # A back end with several ways to compute a problem may choose among them once, here.
-    choose_way = getattr(module, "function", None)
-    return module.OPS[problem.op] if choose_way is None else choose_way(problem)
-
-
-def _find(op: Op, args) -> _Taker:
+def _find(op: Op, args, now: settings.Settings) -> _Taker:
     problem = op.describe(op.arguments(*args))
-    name, declined = choose(problem)
+    name, way, declined, _ = choose(problem, now)
     log.debug("%s -> %s%s", problem, name, "".join(f"; {n}: {why}" for n, why in declined.items()))
-    function = op.reference if name == "reference" else _function(load(name), problem)
+    function = op.reference if name == "reference" else load(name).OPS[problem.op]
+    if way is not None:
+        function = functools.partial(function, way=way)
     return _Taker(function, problem.device, all(map(_is_plain, args)))
 
 
 def _taker(op: Op, args) -> _Taker:
-    key = (op.name, settings.current(), *map(_signature, args))
+    now = settings.current()
+    key = (op.name, now, *map(_signature, args))
     taker = _takers.get(key)
     if taker is None:
-        taker = _find(op, args)
-        # A new entry of _fixed always makes one here too.
+        taker = _find(op, args, now)
         if len(_takers) >= 4096:
-            forget()
+            _takers.clear()
         _takers[key] = taker
     return taker
-
-
-def forget() -> None:
-    """Ask the back ends again at the next call of everything, after a change that is no setting."""
-    _takers.clear()
-    _fixed.clear()
 
 
 @functools.cache

@@ -1,33 +1,30 @@
 """What was measured on a GPU: which candidate computes a problem in the least time.
 
-A table is a file of the package, tuned/NAME.json, NAME being the device's own (``slug``). ``peftkern bench --tune``
+A table is a file tuned/NAME.json of the package, NAME being the device's own (``slug``). ``peftkern bench --tune``
 writes it. A row says what is fastest for one op, pair of dtypes, N, K and R, with or without dropout, near one number
 of rows. Nothing is measured here: where no row is near, there is no choice, and callers do what they did.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import settings
 from ..problem import Problem
+from ..settings import CANDIDATES, Settings
 
-FOLDER = Path(__file__).parents[1] / "tuned"
+# Where tables are packaged, and a tuner writes them.
+FOLDER = Path(Settings().tables)
 SCHEMA = 1
-# Those of kernels/tl/configs.py (BASES), for ops without a product Triton as such, the CUDA kernels, and plain torch.
-CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda", "reference")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
-_OPTIONS = frozenset({"base", "bias", "dropout", "need_A", "need_B", "need_bias"})
+_OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "need_bias", "need_weights"})
 
 
 class Key(NamedTuple):
@@ -79,9 +76,9 @@ def parse(data: dict, name: str) -> dict[Key, dict[int, Entry]]:
 
 
 @functools.cache
-def table(device: str) -> dict[Key, dict[int, Entry]]:
-    """The packaged table of a device, read once; empty if there is none."""
-    file = FOLDER / f"{slug(device)}.json"
+def table(folder: str, device: str) -> dict[Key, dict[int, Entry]]:
+    """The table of a device in a folder, read once; empty if there is none."""
+    file = Path(folder) / f"{slug(device)}.json"
     return parse(json.loads(file.read_text()), file.name) if file.is_file() else {}
 
 
@@ -103,36 +100,11 @@ def lookup(rows: dict[Key, dict[int, Entry]], problem: Problem) -> Entry | None:
     return near[min(close, key=lambda m: (abs(math.log2(problem.M / m)), m))] if close else None
 
 
-_forced: Entry | None = None
-
-
-@contextlib.contextmanager
-def forced(candidate: str | None) -> Iterator[None]:
-    """Inside, every problem's choice is ``candidate`` (None: no choice), whatever was measured. For tests and tuning.
-
-    Process-wide. Dispatch remembers what took a call: ``dispatch.forget()`` makes it ask again.
-    """
-    global _forced
-    if candidate not in (None, *CANDIDATES):
-        raise ValueError(f"candidate is {candidate!r}, expected one of {', '.join(CANDIDATES)}")
-    before, _forced = _forced, Entry(candidate or "")
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def entry(problem: Problem, device: str | None = None) -> Entry | None:
-    """The fastest for this problem on ``device`` (a name; default: the current CUDA device), None if nothing near it
-    was measured, or if bits must not depend on the number of rows."""
-    if _forced is not None:
-        return _forced if _forced.candidate else None
-    if settings.current().batch_invariant or (device is None and problem.device != "cuda"):
+def entry(problem: Problem, now: Settings) -> Entry | None:
+    """The fastest for this problem, None if nothing near it was measured, or if bits must not depend on the number of
+    rows. A candidate that the settings name is the fastest of every problem."""
+    if now.candidate != "measured":
+        return None if now.candidate == "none" else Entry(now.candidate)
+    if now.batch_invariant or not (now.gpu or problem.device == "cuda"):
         return None
-    return lookup(table(_device_name(torch.cuda.current_device()) if device is None else device), problem)
-
-
-def choice(problem: Problem, device: str | None = None) -> str | None:
-    """Name of the fastest candidate, see ``entry``."""
-    found = entry(problem, device)
-    return None if found is None else found.candidate
+    return lookup(table(now.tables, now.gpu or _device_name(torch.cuda.current_device())), problem)

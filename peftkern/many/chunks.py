@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Elements; every range starts at a multiple, so that its rows are aligned for vectors.
 _ALIGN = 16
@@ -42,7 +43,7 @@ class Chunks:
 
     def __init__(self, most: int, dtype: torch.dtype, device: torch.device, idle: Callable[[], None] = lambda: None):
         self.most, self.dtype, self.device, self.idle = most, dtype, device, idle
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: list[Tensor] = []  # replaced when one is added: a table keeps the list that it was given
         self.allocated = 0  # elements of all chunks
         # Free ranges, neighbours merged: sorted as (size, chunk, offset), and found by either end.
         self._free: list[tuple[int, int, int]] = []

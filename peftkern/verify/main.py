@@ -130,7 +130,8 @@ def names(count: int, dtypes: Sequence[str], seed: int, *, large: bool, op: str 
     return SETS[op].names(count, dtypes, seed, special=large)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="peftkern verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -151,18 +152,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 on any failure, or if a back end that was asked for by name is not usable, or takes no
     problem."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if args.static:
         return audit.run(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     elsewhere = set(args.backend) - {"all", *BACKENDS[device]}
     if elsewhere:
-        _parser().error(f"{', '.join(sorted(elsewhere))}: no back end of {device} tensors (--device)")
+        parser().error(f"{', '.join(sorted(elsewhere))}: no back end of {device} tensors (--device)")
     for name in args.problem or ():
         try:
             SETS[args.op].parse(name)
         except ValueError as error:
-            _parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
+            parser().error(f"{error} (--op {set_of(name).op})" if set_of(name).op != args.op else str(error))
     console = Console()
     started, usable = time.perf_counter(), []
     asked = targets(args.backend, args.cpu_base, args.op, device)
@@ -173,10 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             usable.append(target)
     unusable = not usable if "all" in args.backend else len(usable) < len(asked)
-    work = [(t, name) for t in usable if t.interpreted for name in _chosen(args, t)]
+    work = [(t, name) for t in usable if t.interpreted for name in chosen(args, t)]
     # One problem after the other on every back end: what it is held against is computed once.
     native = [t for t in usable if not t.interpreted]
-    work += [(t, name) for name in (_chosen(args, native[0]) if native else ()) for t in native]
+    work += [(t, name) for name in (chosen(args, native[0]) if native else ()) for t in native]
     rows = _run(work, console)
     idle = _say_declined(rows, console)
     declined = [r for r in rows if r["output"] == DECLINED]
@@ -211,7 +212,8 @@ def _say_declined(rows: list[dict], console) -> bool:
     return idle
 
 
-def _chosen(args, target: Target) -> list[str]:
+def chosen(args: argparse.Namespace, target: Target) -> list[str]:
+    """Names of the problems that a target is given."""
     which = SETS[args.op]
     if args.problem:
         return [name for name in args.problem if not target.interpreted or which.fits_interpreter(name)]
@@ -249,7 +251,7 @@ def check_one(target: Target, name: str) -> list[dict]:
     from peftkern.dispatch import registry as dispatch
     from peftkern.testing.accuracy import check
 
-    problem = _problem(target, name)
+    problem = problem_of(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
         with takers() if target.preferred else contextlib.nullcontext([]) as taken:
@@ -290,7 +292,8 @@ def takers() -> Iterator[list[tuple]]:
         dispatch.log.setLevel(level)
 
 
-def _problem(target: Target, name: str):
+def problem_of(target: Target, name: str):
+    """The problem of that name, within the limits of a target that is interpreted."""
     return named(name, **(set_of(name).limits if target.interpreted else {}))
 
 
@@ -303,7 +306,7 @@ def _failure(target: Target, name: str, bad: list[dict]) -> str:
     again = f"peftkern verify{'' if op == 'lora_linear' else f' --op {op}'} --problem {name} --backend {backend}"
     again += f" --cpu-base {base[0]}" if backend == "cpu" else ""
     again += f" --device {target.device}" if target.device != "cpu" else ""
-    return f"FAILED {name} [{settings}]: {what}\n  {_problem(target, name)}\n  again: {again}"
+    return f"FAILED {name} [{settings}]: {what}\n  {problem_of(target, name)}\n  again: {again}"
 
 
 def _table(rows: list[dict]) -> Table:

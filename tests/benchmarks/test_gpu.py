@@ -12,6 +12,7 @@ import torch
 
 from peftkern.benchmarks import bench, report
 from peftkern.benchmarks.core import gpu, machine
+from peftkern.benchmarks.core.bench import Bench
 from peftkern.benchmarks.measure import launches
 from peftkern.benchmarks.peers.candidates import LINEAR, NOT_HERE
 from peftkern.benchmarks.registry import OPS
@@ -33,7 +34,7 @@ def test_absent_tools_are_none(monkeypatch):
 
 def test_nvcc_release(monkeypatch):
     text = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.48\n"
-    monkeypatch.setattr(gpu, "_output", lambda *command: text)
+    monkeypatch.setattr(gpu, "output", lambda *command: text)
     assert gpu.nvcc() == "13.0.48"
 
 
@@ -62,18 +63,24 @@ def test_no_gpu_is_one_line(argv, capsys):
     assert "\n" not in out and out.startswith("nothing is measured: ") and gpu.unavailable() in out
 
 
+class OnCpu(Bench):
+    """Its cases are those of a GPU, on the CPU."""
+
+    def cases(self, preset, device, choice):
+        return [dataclasses.replace(case, device="cpu") for case in super().cases(preset, device, choice)]
+
+
 def test_the_command_on_a_device(monkeypatch, tmp_path, capsys):
     """From the command line to JSON, table and exit code, with the CPU in the device's place."""
     pytest.importorskip("peft")
     told = {"name": "A GPU", "arch": "sm_90", "memory_gib": 80.0}
     more = {"multiprocessors": 132, "l2_bytes": 1 << 20, "torch_cuda": "13.0", "nvcc": None, "smi": {"driver": "570"}}
-    own = dataclasses.replace(
-        OPS["lora_linear"], cases=lambda preset, device, **given: OPS["lora_linear"].cases(preset, "cpu", **given),
+    own = OnCpu(**vars(OPS["lora_linear"]) | dict(
         plan=lambda case, preset: OPS["lora_linear"].plan(dataclasses.replace(case, device="cuda"), preset),
-    )  # fmt: skip
+    ))  # fmt: skip
     monkeypatch.setattr(bench, "OPS", {"lora_linear": own})
-    monkeypatch.setattr(bench, "_not_measured", lambda device, args: None)
-    monkeypatch.setattr(bench, "_rates", lambda device, cases: (_Wall(), 1e10, {"fp32": 1e11}))
+    monkeypatch.setattr(bench, "not_measured", lambda device, args: None)
+    monkeypatch.setattr(bench, "rates", lambda device, cases: (_Wall(), 1e10, {"fp32": 1e11}))
     monkeypatch.setattr(machine.doctor, "gpu", lambda: told)
     monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(machine.torch.cuda, "get_device_name", lambda: "A GPU")

@@ -9,7 +9,6 @@ import torch
 
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.core import gpu
-from peftkern.benchmarks.judge import gpu as gpu_judge
 from peftkern.benchmarks.measure import launches
 from peftkern.benchmarks.measure.device_timing import CudaClock, DeviceEntry
 from peftkern.benchmarks.ops.lora_linear import PROVIDERS, make_data
@@ -39,7 +38,7 @@ def test_the_command(op, shape, tmp_path):
         assert row["graph"] is (decoding and row["no_graph"] is None)
         if row["provider"] in ("base", "peftkern"):
             assert row["launches"] >= 1 and (not decoding or row["graph"]), row
-    assert gpu_judge.figures(result)
+    assert OPS[result["header"]["op"]].judge(result)
 
 
 def test_a_graph_and_events_agree_on_a_long_step():

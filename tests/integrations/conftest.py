@@ -11,8 +11,8 @@ from torch import nn
 
 import peftkern
 from peftkern.integrations import hf_peft
-from peftkern.integrations.hf_peft import forward as hf_peft_forward
 from peftkern.integrations.hf_peft import mixed as hf_peft_mixed
+from peftkern.methods import lora
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -172,7 +172,7 @@ def fused(monkeypatch):
         calls.append(options)
         return peftkern.lora_linear(x, weight, lora_A, lora_B, **options)
 
-    monkeypatch.setattr(hf_peft_forward, "lora_linear", counting)
+    monkeypatch.setattr(lora, "lora_linear", counting)
     return calls
 
 

@@ -72,7 +72,7 @@ class Problem:
         self.v = randn(M, R)
         self.b = padded(R if self.transposed else N, N if self.transposed else R, self.pad, self.adapter)
         self.b[:, : N if self.transposed else R] = self.size * randn(*((R, N) if self.transposed else (N, R)))
-        self.rank_scale, self.base_scale, self.low_scale = (
+        self.d, self.g_b, self.g_d = (
             (randn(R), randn(N), randn(N)) if self.scaled else (None, None, None)
         )
         self.bias_values = None if self.bias is None else randn(N).to(self.bias)
@@ -83,14 +83,14 @@ class Problem:
         x, v = self.x[:, : self.K].double(), self.v.double() * self.scaling
         w = self.w[:, : self.N].double() if self.by_row else self.w[:, : self.K].double().t()
         b = self.b[:, : self.N].double() if self.transposed else self.b[:, : self.R].double().t()
-        if self.rank_scale is not None:
-            v, b = v * self.rank_scale.double(), b * self.low_scale.double()
+        if self.d is not None:
+            v, b = v * self.d.double(), b * self.g_d.double()
         base, low, size, low_size = x @ w, v @ b, x.abs() @ w.abs(), v.abs() @ b.abs()
         if self.p > 0:
             keep = dropout_mask_ref(self.key, self.M, self.N, self.p) / (1 - self.p)
             low, low_size = low * keep, low_size * keep
-        if self.base_scale is not None:
-            base, size = base * self.base_scale.double(), size * self.base_scale.double().abs()
+        if self.g_b is not None:
+            base, size = base * self.g_b.double(), size * self.g_b.double().abs()
         expected = base + low
         if self.bias_values is not None:
             expected = expected + self.bias_values.double()
@@ -121,8 +121,8 @@ class Problem:
 
             results = memory.put(np.concatenate([np.zeros(shift, np.int16), raw(out).reshape(-1)]), alignment=16)
             tensors = [
-                put(self.x), put(self.w), results.address + 2 * shift, put(self.v), put(self.b), put(self.rank_scale),
-                put(self.base_scale), put(self.low_scale), put(self.bias_values), put(self.key) if self.p > 0 else 0,
+                put(self.x), put(self.w), results.address + 2 * shift, put(self.v), put(self.b), put(self.d),
+                put(self.g_b), put(self.g_d), put(self.bias_values), put(self.key) if self.p > 0 else 0,
             ]  # fmt: skip
             arguments = [memory.put(np.array(sizes)), memory.put(numbers), memory.put(np.array(tensors, np.uint64))]
             takes = sim._library.sim_lora_linear_sm80_takes

@@ -27,14 +27,17 @@ class Dropout(ctypes.Structure):
     _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
 
 
+class Scales(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("d", "p_b", "p_d", "g_b", "g_d")]
+
+
 class Arguments(ctypes.Structure):
     """LoraLinearArgs of csrc/include/peftkern/cuda.h."""
 
     _fields_ = [
         ("x", Matrix), ("w", Matrix), ("w_by_row", ctypes.c_bool), ("out", Matrix),
         *((name, ctypes.c_int64) for name in "MNKR"), ("v", ctypes.c_void_p), ("a", Matrix), ("b", Matrix),
-        ("scaling", ctypes.c_float), ("rank_scale", ctypes.c_void_p), ("base_scale", ctypes.c_void_p),
-        ("low_scale", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
+        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
         ("counters", ctypes.c_void_p), ("multiprocessors", ctypes.c_int), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -56,7 +59,7 @@ class Case:
     b_transposed: bool = False
     p: float = 0.0  # dropout: of the low-rank term, or of x where v is made
     makes_v: bool = False
-    scales: str = ""  # of "rank", "base", "low"
+    scales: str = ""  # of "d", "g_b", "g_d"
     bias: torch.dtype | None = None
     no_base: bool = False  # w = 0
     gap: int = 0  # extra elements in rows of x and w
@@ -78,8 +81,8 @@ class Case:
             "a": (normal(self.R, self.K) / self.K**0.5).to(self.adapter),
             "b": normal(self.N, self.R).to(self.adapter),
         }
-        for name, size in (("rank", self.R), ("base", self.N), ("low", self.N)):
-            if name in self.scales:
+        for name, size in (("d", self.R), ("g_b", self.N), ("g_d", self.N)):
+            if name in self.scales.split():
                 t[name] = normal(size)
         if self.bias is not None:
             t["bias"] = normal(self.N).to(self.bias)
@@ -94,12 +97,12 @@ class Case:
         if self.p > 0:
             keep = dropout_mask_ref(t["seed"], self.M, self.K if self.makes_v else self.N, self.p) / (1 - self.p)
         v = (d["x"] * keep) @ d["a"].T if self.makes_v else d["v"]
-        b = d["b"] * d["low"][:, None] if "low" in d else d["b"]
-        scaled = 0.75 * v * d["rank"] if "rank" in d else 0.75 * v
+        b = d["b"] * d["g_d"][:, None] if "g_d" in d else d["b"]
+        scaled = 0.75 * v * d["d"] if "d" in d else 0.75 * v
         base = d["x"] @ d["w"].T
         base_size = d["x"].abs() @ d["w"].abs().T
-        if "base" in d:
-            base, base_size = base * d["base"], base_size * d["base"].abs()
+        if "g_b" in d:
+            base, base_size = base * d["g_b"], base_size * d["g_b"].abs()
         low, low_size = scaled @ b.T, scaled.abs() @ b.abs().T
         if not self.makes_v:
             low, low_size = low * keep, low_size * keep
@@ -136,9 +139,9 @@ class Case:
             b = t["b"].T if self.b_transposed else t["b"]
             strides = (1, self.N) if self.b_transposed else (self.R, 1)
             args.b = Matrix(put(b, off), CODES[self.adapter], *strides)
-            for name in ("rank", "base", "low"):
+            for name in ("d", "g_b", "g_d"):
                 if name in t:
-                    setattr(args, f"{name}_scale", put(t[name]))
+                    setattr(args.scales, name, put(t[name]))
             if "bias" in t:
                 args.bias, args.bias_dtype = put(t["bias"]), CODES[self.bias]
             if "seed" in t:
@@ -234,7 +237,7 @@ def test_input_gradient(sim, case, dtype):
         Case(1, 1, 1, 1),
         Case(130, 264, 200, 16, p=0.3, multiprocessors=2),
         Case(300, 300, 330, 32, p=0.1, multiprocessors=4),
-        Case(97, 136, 1100, 5, multiprocessors=1, scales="base rank low", bias=F32),
+        Case(97, 136, 1100, 5, multiprocessors=1, scales="g_b d g_d", bias=F32),
         Case(49, 20, 37, 17, p=0.5, multiprocessors=1, misaligned=True),
         Case(520, 8, 64, 8),
     ],
@@ -253,13 +256,13 @@ SCALED = Case(131, 273, 136, 24, multiprocessors=2)
 @pytest.mark.parametrize(
     "case",
     [
-        replace(SCALED, scales="base low", bias=F32),
-        replace(SCALED, scales="rank", bias=BF16, p=0.2),
-        replace(SCALED, scales="low rank", adapter=BF16, misaligned=True),
-        replace(SCALED, scales="low", p=0.4, by_row=True, adapter=BF16),
-        replace(SCALED, scales="base", R=0, bias=F32),
+        replace(SCALED, scales="g_b g_d", bias=F32),
+        replace(SCALED, scales="d", bias=BF16, p=0.2),
+        replace(SCALED, scales="g_d d", adapter=BF16, misaligned=True),
+        replace(SCALED, scales="g_d", p=0.4, by_row=True, adapter=BF16),
+        replace(SCALED, scales="g_b", R=0, bias=F32),
         replace(SCALED, bias=BF16, adapter=BF16, misaligned=True, by_row=True, N=128),
-        replace(SCALED, scales="base rank low", R=3, M=2, N=7),
+        replace(SCALED, scales="g_b d g_d", R=3, M=2, N=7),
     ],
 )
 def test_scales_bias_and_alignment(sim, case, dtype):
@@ -285,7 +288,7 @@ def test_the_low_rank_term_alone_keeps_its_bits(sim, rank, adapter):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_schedule_gives_the_same_bits(sim, mode):
     for case in (
-        Case(260, 520, 200, 40, scales="base", bias=F32, multiprocessors=4),
+        Case(260, 520, 200, 40, scales="g_b", bias=F32, multiprocessors=4),
         Case(200, 300, 270, 40, p=0.5, by_row=True, multiprocessors=2),
         Case(100, 130, 400, 200, multiprocessors=1),
         Case(300, 130, 140, 9, makes_v=True, p=0.5),
@@ -301,7 +304,7 @@ def test_every_schedule_gives_the_same_bits(sim, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_short_tiles(sim, mode):
     """Of one stage: warps of a group may be a tile apart, and what is shared by a tile must outlast it."""
-    case = Case(140, 1100, 8, 0, scales="base", bias=F32, multiprocessors=1)
+    case = Case(140, 1100, 8, 0, scales="g_b", bias=F32, multiprocessors=1)
     for seed in range(6):
         case.check(sim, seed=seed, mode=mode)
 
@@ -318,7 +321,7 @@ def test_tile_width_and_blocks_do_not_change_bits(sim):
     "change",
     [
         {"R": 257}, {"M": 0}, {"N": 0}, {"K": 0}, {"x_row": 36}, {"x_address": 8}, {"w_row": 16}, {"out_col": 2},
-        {"b_dtype": 2}, {"x_dtype": 0}, {"base_scale": 64, "seed": 64},
+        {"b_dtype": 2}, {"x_dtype": 0}, {"g_b": 64, "seed": 64}, {"p_b": 64}, {"p_d": 64},
         {"a_row": 33}, {"a_address": 8}, {"a_row": 32, "R": 33}, {"a_row": 32, "w_by_row": True},
     ],
 )  # fmt: skip
@@ -327,7 +330,8 @@ def test_declines_what_it_cannot_take(sim, change):
         made = Arguments(M=M, N=N, K=K, R=R, multiprocessors=1)
         made.x, made.w = Matrix(x_address, x_dtype, x_row, 1), Matrix(64, 1, w_row, 1)
         made.out, made.b = Matrix(64, 1, 8, out_col), Matrix(64, b_dtype, 4, 1)
-        made.base_scale, made.dropout.seed = more.get("base_scale"), more.get("seed")
+        made.scales.g_b, made.dropout.seed = more.get("g_b"), more.get("seed")
+        made.scales.p_b, made.scales.p_d = more.get("p_b"), more.get("p_d")
         made.w_by_row = more.get("w_by_row", False)
         if "a_row" in more or "a_address" in more:
             made.a = Matrix(more.get("a_address", 64), 0, more.get("a_row", 32), 1)

@@ -40,7 +40,7 @@ class Problem:
         self.view = self.a[:, :R].t() if transposed else self.a[:, :C]
         self.view.copy_(a)
         self.scale = torch.randn(C, generator=gen) if scaled else None
-        self.rank_scale = torch.randn(R, generator=gen) if ranked else None
+        self.d = torch.randn(R, generator=gen) if ranked else None
         self.seed = torch.tensor([-(2**45) + 77 * seed])
         self.alpha = 1.25
 
@@ -52,8 +52,8 @@ class Problem:
         a = a * self.alpha
         if self.scale is not None:
             a = a * self.scale.double()
-        if self.rank_scale is not None:
-            a = a * self.rank_scale.double()[:, None]
+        if self.d is not None:
+            a = a * self.d.double()[:, None]
         return x @ a.t(), x.abs() @ a.abs().t()
 
     def run(self, sim, at_end=True, shift=0, **how) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Problem:
             out = memory.empty((self.M, self.R), np.float32)
             sim.run(
                 "sim_lora_shrink", memory.put(np.array(sizes)), memory.put(numbers), put(self.x, True),
-                put(self.a, True), put(self.scale), put(self.rank_scale),
+                put(self.a, True), put(self.scale), put(self.d),
                 memory.put(self.seed.numpy()) if self.p > 0 else None, out,
                 memory.empty(partials, np.float32) if partials else None, **how,
             )  # fmt: skip

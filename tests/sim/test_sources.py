@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from peftkern.benchmarks import static_nvcc
+from peftkern.verify.static import nvcc
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import native
@@ -36,5 +36,5 @@ def test_the_simulator_has_every_source(compiled):
 
 
 def test_nvcc_gets_every_source():
-    assert len(static_nvcc.sources()) == 9
+    assert len(nvcc.sources()) == 9
     assert [len(native.sources(arch)) for arch in (80, 90)] == [5, 10]

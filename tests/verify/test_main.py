@@ -172,9 +172,9 @@ def test_large_problems_are_large():
 
 
 def test_the_interpreter_gets_no_large_problem_and_no_bf16():
-    args = verify._parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
+    args = verify.parser().parse_args(["--problem", "fp32:1:large", "bf16:2", "fp16:3"])
     triton = verify.targets(["triton"], None)[0]
-    assert verify._chosen(args, triton) == ["fp16:3"]
+    assert verify.chosen(args, triton) == ["fp16:3"]
     with pytest.raises(ValueError, match="large"):
         verify.named("fp32:1:large", **verify.INTERPRETED)
 

@@ -104,15 +104,15 @@ def test_random_problems_have_lists_banks_and_branches():
 
 def test_the_interpreter_gets_small_problems(monkeypatch):
     triton = verify.targets(["triton"], None)[0]
-    args = verify._parser().parse_args(["--op", "multi_lora_linear", "--problems", "20"])
-    names = verify._chosen(args, triton)
+    args = verify.parser().parse_args(["--op", "multi_lora_linear", "--problems", "20"])
+    names = verify.chosen(args, triton)
     assert all(MULTI.fits_interpreter(name) for name in names) and len(names) == 6
     assert {MULTI.parse(n)[2] for n in names} == {"", "base"}
-    args = verify._parser().parse_args([
+    args = verify.parser().parse_args([
         "--op", "multi_lora_linear", "--problem", "multi:fp32:1:rows", "multi:bf16:2", "multi:fp16:3:base"
     ])  # fmt: skip
-    assert verify._chosen(args, triton) == ["multi:fp16:3:base"]
-    assert verify._problem(triton, "multi:fp16:3:base").K <= 160
+    assert verify.chosen(args, triton) == ["multi:fp16:3:base"]
+    assert verify.problem_of(triton, "multi:fp16:3:base").K <= 160
     with pytest.raises(ValueError, match="interpreted"):
         verify.named("multi:fp32:1:rows", **MULTI.limits)
 

@@ -81,12 +81,11 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
 
 template <class TO, class TS>
 void expand(const MultiExpandTask& a) {
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel(a.threads, [&] {
     float* scratch = a.scratch + thread_number() * a.scratch_floats;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < a.count; ++t) expand_unit<TO, TS>(a, a.units[t], scratch);
-  }
+  });
 }
 
 }  // namespace

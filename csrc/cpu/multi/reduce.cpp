@@ -198,8 +198,7 @@ void add_colsums(const MultiReduceTask& a) {
 }  // namespace
 
 void multi_reduce_run(const MultiReduceTask& a) {
-#pragma omp parallel num_threads(a.threads)
-  {
+  parallel(a.threads, [&] {
     float* scratch = a.scratch + thread_number() * a.scratch_floats;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < a.count; ++t) reduce_unit(a, a.units[t], scratch);
@@ -209,7 +208,7 @@ void multi_reduce_run(const MultiReduceTask& a) {
 #pragma omp single nowait
       add_colsums(a);
     }
-  }
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -26,7 +26,7 @@ PEFTKERN_DEVICE void finish_grad(const LoraGradArgs& args, int64_t r, int64_t c,
 
 PEFTKERN_DEVICE void finish_down(const LoraGradArgs& args, int64_t i, int64_t r, float sum) {
   args.down[i * args.R + r] =
-      sum * (args.rank_scale != nullptr ? args.down_alpha * args.rank_scale[r] : args.down_alpha);
+      sum * (args.down_scale != nullptr ? args.down_alpha * args.down_scale[r] : args.down_alpha);
 }
 
 // Element `at` of parts that lie `stride` apart; several loads are under way at a time.

@@ -181,7 +181,7 @@ class GradDown {
     rows_ = rank < args.R ? static_cast<int>(block.row1 - block.row0) : 0;
     if (plan.down_at < 0) {
       to_ = args.down + block.row0 * args.R + rank;
-      factor_ = args.rank_scale != nullptr && rank < args.R ? args.down_alpha * args.rank_scale[rank]
+      factor_ = args.down_scale != nullptr && rank < args.R ? args.down_alpha * args.down_scale[rank]
                                                             : args.down_alpha;
     } else {
       to_ = args.partial + plan.down_at + (block.strip * args.M + block.row0) * args.R + rank;

@@ -1,4 +1,4 @@
-// out = base_scale * (x w^T) + drop(scaling * (v * rank_scale) (low_scale * b)^T) + bias with cp.async,
+// out = g_b * (x w^T) + drop(scaling * (v * d) (g_d * b)^T) + bias with cp.async,
 // ldmatrix and mma: for every architecture from sm_80 on.
 //
 // A ring of stages in shared memory holds 32 columns of k of the block's rows of x and w; after those of the
@@ -15,7 +15,7 @@
 #include "cuda/instructions/mma.h"
 #include "cuda/instructions/sync.h"
 #include "cuda/instructions/warp.h"
-#include "cuda/lora_linear/stage.h"
+#include "cuda/operand/dense.h"
 #include "peftkern/cuda.h"
 
 namespace peftkern::cuda {
@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kColumns = Tile::kColumns;
   constexpr int kDown = Tile::kWarpRows / 16, kAcross = Tile::kWarpColumns / 8, kStages = Tile::kStages;
   constexpr int kXBytes = kRows * 64;
+  using Base = DenseTiles<T, kColumns, kThreads, ByRow>;
   unsigned char* shared = shared_memory();
   const int thread = static_cast<int>(threadIdx.x), lane = lane_index(), warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
@@ -51,18 +52,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int rows = static_cast<int>(args.M) - row0, columns = static_cast<int>(args.N) - column0;
 
   const T* x_from = static_cast<const T*>(args.x.data) + row0 * args.x.row;
-  const T* w_from = static_cast<const T*>(args.w.data) + column0 * (ByRow ? 1 : args.w.row);
-  const int64_t w_step = ByRow ? kStageDepth * args.w.row : kStageDepth;
+  const T* w_from = Base::first(args.w, column0);
+  const int64_t w_step = Base::step(args.w);
 
   // `depth` elements of k are left.
   const auto copy_stage = [&](int which, const T* x, const T* w, int depth) {
     const uint32_t to = shared_address(shared) + which * Tile::kStageBytes;
     copy_rows<2, kRows, kThreads>(to, x, args.x.row, rows, depth);
-    if constexpr (ByRow) {
-      copy_by_row<kColumns, kThreads>(to + kXBytes, w, args.w.row, depth, columns);
-    } else {
-      copy_rows<2, kColumns, kThreads>(to + kXBytes, w, args.w.row, columns, depth);
-    }
+    Base::copy(to + kXBytes, w, args.w.row, depth, columns);
   };
   const auto issue = [&](int step) {
     unsigned char* stage = shared + step % kStages * Tile::kStageBytes;
@@ -74,11 +71,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         copy_stage(step % kStages, x, w, depth);
       } else {
         gather_rows<T, kRows, kThreads>(stage, x, args.x.row, rows, depth);
-        if constexpr (ByRow) {
-          gather_by_row<T, kColumns, kThreads>(stage + kXBytes, w, args.w.row, depth, columns);
-        } else {
-          gather_rows<T, kColumns, kThreads>(stage + kXBytes, w, args.w.row, columns, depth);
-        }
+        Base::gather(stage + kXBytes, w, args.w.row, depth, columns);
       }
     } else if (step < access.steps) {
       const int rank = (step - access.base_steps) * kStageRanks, ranks = static_cast<int>(args.R) - rank;
@@ -100,10 +93,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   };
 
   float sums[kDown][kAcross][4] = {};
-  // Where a lane's row for ldmatrix begins in a stage: operand A, operand B from rows of n, B from rows of k.
+  // Where a lane's row for ldmatrix begins in a stage: operand A, operand B.
   const uint32_t at_a = place(warp_row + lane % 16, lane / 16);
-  const uint32_t at_b = kXBytes + place(warp_column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  const uint32_t at_b_by_row = kXBytes + place_by_row<kColumns>(lane % 16, warp_column / 8 + lane / 16);
+  const uint32_t at_b = kXBytes + Base::lane_at(warp_column, lane);
 
   struct Fragments {
     uint32_t a[kDown][4], b[kAcross][2];
@@ -115,11 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll
     for (int j = 0; j < kAcross; j += 2) {
       uint32_t words[4];
-      if constexpr (ByRow) {
-        load_matrices<4, true>(words, stage + half * 16 * kColumns * 2 + (at_b_by_row ^ (j * 16)));
-      } else {
-        load_matrices<4>(words, stage + j * 8 * 64 + (at_b ^ (half * 32)));
-      }
+      Base::fragments(words, stage, at_b, half, j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) f.b[j + e / 2][e % 2] = words[e];
     }
@@ -172,13 +160,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   }
 
-  if (args.base_scale != nullptr) {
+  if (args.scales.g_b != nullptr) {
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = warp_column + 8 * j + 2 * t + e;
-        const float scale = n < columns ? args.base_scale[column0 + n] : 0.0f;
+        const float scale = n < columns ? args.scales.g_b[column0 + n] : 0.0f;
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
           sums[i][j][e] *= scale;
@@ -219,11 +207,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       if (row < kRows) {
         split_in_place(stage, row, half, [&](int e) {
           const int r = rank + 8 * half + e;
-          return args.rank_scale != nullptr && r < args.R ? factor * args.rank_scale[r] : factor;
+          return args.scales.d != nullptr && r < args.R ? factor * args.scales.d[r] : factor;
         });
       } else {
         const int n = column0 + row - kRows;
-        const float scale = args.low_scale != nullptr && n < args.N ? args.low_scale[n] : 1.0f;
+        const float scale = args.scales.g_d != nullptr && n < args.N ? args.scales.g_d[n] : 1.0f;
         split_in_place(stage, row, half, [&](int) { return scale; });
       }
     }
@@ -356,8 +344,9 @@ bool lora_linear_sm80_takes(const LoraLinearArgs& args) {
   };
   const int64_t tiles = ((args.M + SmallTile::kRows - 1) / SmallTile::kRows) *
                         ((args.N + SmallTile::kColumns - 1) / SmallTile::kColumns);
-  return half(args.x) && half(args.w) && half(args.out) && args.a.data == nullptr && args.M < kMost &&
-         args.N < kMost && args.K < kMost && args.R < kMost && tiles < kMost &&
+  return half(args.x) && half(args.w) && half(args.out) && args.a.data == nullptr &&
+         args.scales.p_b == nullptr && args.scales.p_d == nullptr && args.M < kMost && args.N < kMost &&
+         args.K < kMost && args.R < kMost && tiles < kMost &&
          (args.R == 0 || args.b.dtype == DType::f32 || args.b.dtype == args.x.dtype);
 }
 

@@ -1,4 +1,4 @@
-// out = base_scale * x w^T + low-rank term + bias in one launch, for Hopper: bf16 and fp16, forward and input
+// out = g_b * x w^T + low-rank term + bias in one launch, for Hopper: bf16 and fp16, forward and input
 // gradient.
 //
 // A persistent block per multiprocessor, in pairs. One warp loads tiles of x and w by TMA into a ring of
@@ -40,26 +40,11 @@ PEFTKERN_DEVICE void load(const LoraLinearArgs& args, const Layout<Columns, Make
     if (walk.rank_first) grant(shared, ring, walk.rank_steps);
     for (int step = 0; step < walk.steps; ++step) {
       const int k = step * kDepth;
-      const uint32_t full = shared.full(ring.slot), right = shared.right(ring.slot);
+      const uint32_t full = shared.full(ring.slot);
       mbarrier_wait(shared.empty(ring.slot), ring.parity ^ 1);
       mbarrier_arrive_expect(full, shared.kStage);
       tile_load(shared.left(ring.slot), x, full, tile.row, k);
-      const auto load_w = [&](int at, int row, int column) {
-        const uint32_t to = right + static_cast<uint32_t>(at) * kDepth * 2;
-        if constexpr (kCluster<Columns> > 1) {
-          tile_load_multicast(to, w, full, row, column, (1 << kCluster<Columns>)-1);
-        } else {
-          tile_load(to, w, full, row, column);
-        }
-      };
-      constexpr int kShare = Columns / kCluster<Columns>;  // columns of the tile that this block loads
-      const int first = walk.rank * kShare;
-      if (ByRow) {
-#pragma unroll
-        for (int i = 0; i < kShare; i += 64) load_w(first + i, k, tile.column + first + i);
-      } else {
-        load_w(first, tile.column + first, k);
-      }
+      DenseTiles<Columns, ByRow>::load(shared.right(ring.slot), w, full, tile.column, k, walk.rank);
       ring.advance();
     }
     if (!walk.rank_first) grant(shared, ring, walk.rank_steps);
@@ -167,9 +152,7 @@ const char* start(const LoraLinearArgs& args) {
   const TensorMapShape of_x{
       const_cast<void*>(args.x.data), is_f16, args.M, args.K, args.x.row, kRows, kDepth, true};
   if (const char* error = encode_tensor_map(of_x, &x)) return error;
-  TensorMapShape of_w{const_cast<void*>(args.w.data), is_f16, args.N, args.K, args.w.row,
-                      Columns / kCluster<Columns>,    kDepth, true};
-  if (ByRow) of_w = {of_w.data, is_f16, args.K, args.N, args.w.row, kDepth, 64, true};
+  const TensorMapShape of_w = DenseTiles<Columns, ByRow>::shape(args.w, args.N, args.K);
   if (const char* error = encode_tensor_map(of_w, &w)) return error;
   const auto blocks = static_cast<unsigned>(Grid<Columns>(args).clusters * kCluster<Columns>);
   Launch how{{blocks}, {kThreads}, Layout<Columns, MakesV>::kBytes, args.stream};
@@ -218,10 +201,10 @@ bool lora_linear_sm90_takes(const LoraLinearArgs& args) {
   const bool makes_v = args.a.data != nullptr;
   const bool drops_term = args.R > 0 && args.dropout.seed != nullptr && !makes_v;
   return args.out.dtype != DType::f32 && args.out.col == 1 && args.M >= 1 && args.N >= 1 && args.K >= 1 &&
-         fits(args.x, args.M, args.K) &&
+         args.scales.p_b == nullptr && args.scales.p_d == nullptr && fits(args.x, args.M, args.K) &&
          (args.w_by_row ? fits(args.w, args.K, args.N) : fits(args.w, args.N, args.K)) &&
          args.R <= hopper::kMaxRank && (args.R == 0 || adapter(args.b)) &&
-         !(drops_term && args.base_scale != nullptr) &&
+         !(drops_term && args.scales.g_b != nullptr) &&
          (!makes_v || (args.R >= 1 && args.R <= hopper::kMaxMadeRank && adapter(args.a) && !args.w_by_row &&
                        vectors(args.a)));
 }

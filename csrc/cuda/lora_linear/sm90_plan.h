@@ -53,7 +53,7 @@ struct Layout {
   static constexpr uint32_t kStage = kLeft + kRight;
   // Dropout bits of a tile, or a tile of lora_A.
   static constexpr uint32_t kExtra = MakesV ? kShrinkBytes : kRows * Columns / 8;
-  // base_scale and bias of a tile's columns, for each multiplying warpgroup.
+  // g_b and bias of a tile's columns, for each multiplying warpgroup.
   static constexpr uint32_t kVectors = 2 * 2 * Columns * 4;
 
   static constexpr uint32_t kExtraAt = kStages * kStage, kVectorsAt = kExtraAt + kExtra;
@@ -124,7 +124,7 @@ PEFTKERN_DEVICE int known_here(int t) {
 
 // lora_B enters as one bf16 term if that is exact.
 PEFTKERN_DEVICE bool one_term(const LoraLinearArgs& args) {
-  return args.b.dtype == DType::bf16 && args.low_scale == nullptr;
+  return args.b.dtype == DType::bf16 && args.scales.g_d == nullptr;
 }
 
 }  // namespace peftkern::cuda::hopper

@@ -5,6 +5,7 @@
 #include "cuda/instructions/sync.h"
 #include "cuda/instructions/wgmma.h"
 #include "cuda/lora_linear/sm90_result.h"
+#include "cuda/operand/dense_tma.h"
 
 namespace peftkern::cuda::hopper {
 
@@ -48,15 +49,8 @@ struct Products {
     for (int step = 0; step < steps; ++step) {
       mbarrier_wait(shared.full(ring.slot), ring.parity);
       const uint64_t left = wgmma_descriptor(shared.left(ring.slot) + rows, 1024);
-      // Columns side by side in memory: blocks of 64 of them, 8 KiB each.
-      const uint64_t right = ByRow ? wgmma_descriptor(shared.right(ring.slot), 1024, 8192)
-                                   : wgmma_descriptor(shared.right(ring.slot), 1024);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kDepth / 16; ++k) {
-        wgmma<T, Columns, false, ByRow>(sums, left + 2 * k, right + (ByRow ? 128 : 2) * k,
-                                        !(fresh && step == 0 && k == 0));
-      }
+      DenseTiles<Columns, ByRow>::template multiply<T>(sums, left, shared.right(ring.slot),
+                                                       fresh && step == 0);
       next();
     }
   }
@@ -112,7 +106,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
   const int t = static_cast<int>(threadIdx.x) % 128;
   const Walk<Columns, MakesV> walk(args);
   const int lane = t % 32, warp = t / 32;
-  const bool single = one_term(args), has_vectors = args.base_scale != nullptr || args.bias != nullptr;
+  const bool single = one_term(args), has_vectors = args.scales.g_b != nullptr || args.bias != nullptr;
   auto* const scale = reinterpret_cast<float*>(shared.memory + shared.kVectorsAt) + group * 2 * Columns;
   float* const bias = scale + Columns;
   Products<T, Columns, MakesV, ByRow> products{shared, static_cast<uint32_t>(group) * 64 * 128, lane};
@@ -125,7 +119,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
 #pragma unroll
       for (int i = 0; i < Columns / 128; ++i) {
         const int column = tile.column + i * 128 + t;
-        my_scale[i] = args.base_scale != nullptr && column < args.N ? args.base_scale[column] : 0.0f;
+        my_scale[i] = args.scales.g_b != nullptr && column < args.N ? args.scales.g_b[column] : 0.0f;
         my_bias[i] = args.bias != nullptr && column < args.N ? load_bias<T>(args, column) : 0.0f;
       }
     }
@@ -148,7 +142,7 @@ PEFTKERN_DEVICE void multiply(const LoraLinearArgs& args, const Layout<Columns, 
       }
       meet(group);
     }
-    if (args.base_scale != nullptr) {
+    if (args.scales.g_b != nullptr) {
       products.finish();
       multiply_columns<Columns>(sums, scale, lane);
     }

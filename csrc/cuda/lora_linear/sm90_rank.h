@@ -55,7 +55,7 @@ PEFTKERN_DEVICE void load_v(float (&to)[kRankGroup], const LoraLinearArgs& args,
 #pragma unroll
   for (int e = 0; e < kRankGroup; ++e) {
     to[e] *= factor;
-    if (args.rank_scale != nullptr && e < left) to[e] *= args.rank_scale[first + e];
+    if (args.scales.d != nullptr && e < left) to[e] *= args.scales.d[first + e];
   }
 }
 
@@ -68,8 +68,8 @@ PEFTKERN_DEVICE void load_b(float (&to)[kRankGroup], const LoraLinearArgs& args,
   } else {
     load_row<T>(to, args.b, column, first, limit);
   }
-  if (args.low_scale == nullptr) return;
-  const float scale = args.low_scale[column];
+  if (args.scales.g_d == nullptr) return;
+  const float scale = args.scales.g_d[column];
 #pragma unroll
   for (int e = 0; e < kRankGroup; ++e) to[e] *= scale;
 }

@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 8 ? 1 : 2)
     for (int i = 0; i < 4; ++i) {
       const int r = 8 * n + 2 * t + i % 2;
       if (!exists[i / 2] || r >= ranks) continue;
-      const float scale = args.rank_scale != nullptr ? args.rank_scale[rank + r] : 1.0f;
+      const float scale = args.d != nullptr ? args.d[rank + r] : 1.0f;
       args.out[(row + i / 2 * 8) * args.R + rank + r] = total[n][i] * factor * scale;
     }
   }
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const LoraShrinkAr
   float sum = 0;
 #pragma unroll 4
   for (int chunk = 0; chunk < chunks; ++chunk) sum += args.partial[chunk * size + i];
-  const float scale = args.rank_scale != nullptr ? args.rank_scale[i % args.R] : 1.0f;
+  const float scale = args.d != nullptr ? args.d[i % args.R] : 1.0f;
   args.out[i] = sum * (args.alpha * args.dropout.keep_scale) * scale;
 }
 

@@ -22,12 +22,12 @@ struct DeviceDropout {
 const char* dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold, uint8_t* out,
                          void* stream);
 
-// out[i, r] = rank_scale[r] * alpha * sum_c drop(in)[i, c] * scale[c] * p[r, c], fp32 (M, R) without gaps:
+// out[i, r] = d[r] * alpha * sum_c drop(in)[i, c] * scale[c] * p[r, c], fp32 (M, R) without gaps:
 // u from x and A, or du from dy and B^T. The order of the sum depends on C, R and dtypes, never on M.
 struct LoraShrinkArgs {
   ConstMatrix in, p;
-  const float* scale;       // (C) or null
-  const float* rank_scale;  // (R) or null
+  const float* scale;  // (C) or null
+  const float* d;      // (R) or null
   float alpha;
   DeviceDropout dropout;
   int64_t M, C, R;
@@ -38,9 +38,10 @@ struct LoraShrinkArgs {
 int64_t lora_shrink_partials(int64_t M, int64_t C, int64_t R, DType dtype);
 const char* lora_shrink(const LoraShrinkArgs& args);
 
-// out[m, n] = base_scale[n] * base + drop(scaling * sum_r v[m, r] * rank_scale[r] * low_scale[n] * b[n, r]) +
-// bias[n] base = sum_k x[m, k] * w(n, k), rounded once, at the end. Forward: v = u, b = lora_B, no dropout
-// here. Input gradient: x = dy, w = W^T, v = du, b = lora_A^T, dropout of the low-rank term.
+// out[m, n] = g_b[n] * base + drop(scaling * sum_r v[m, r] * d[r] * g_d[n] * b[n, r]) + bias[n],
+// base = sum_k x[m, k] * w(n, k), rounded once, at the end. Forward: v = u, b = lora_B, no dropout here.
+// Input gradient: x = dy, w = W^T, v = du, b = lora_A^T, dropout of the low-rank term; its g_b and g_d are
+// the equation's p_b and p_d.
 //
 // With `a` (lora_linear_sm90 alone) v is an output, v = drop(x) a^T, made by the same launch, and dropout is
 // of x.
@@ -53,10 +54,8 @@ struct LoraLinearArgs {
   ConstMatrix a;  // (R, K); data null: v is read
   ConstMatrix b;  // (N, R)
   float scaling;
-  const float* rank_scale;  // (R) or null
-  const float* base_scale;  // (N) or null
-  const float* low_scale;   // (N) or null
-  const void* bias;         // (N) or null, fp32 or of x's type
+  Scales<const float*> scales;  // p_b and p_d are not taken
+  const void* bias;             // (N) or null, fp32 or of x's type
   DType bias_dtype;
   DeviceDropout dropout;
   uint32_t* counters;   // with `a`: lora_linear_counters words, zero before and after every launch; not for
@@ -73,7 +72,7 @@ const char* lora_linear_sm90(const LoraLinearArgs& args);  // sm_90 alone: TMA, 
 
 // One pass over in (M, C), any part of:
 //   grad[r, c] = alpha * column_scale[c] * sum_i v_scale[r] * v[i, r] * drop(in)[i, c]
-//   down[i, r] = rank_scale[r] * down_alpha * sum_c in[i, c] * column_scale[c] * p[r, c]
+//   down[i, r] = down_scale[r] * down_alpha * sum_c in[i, c] * column_scale[c] * p[r, c]
 //   colsum[c]  = sum_i in[i, c]
 // dA: in = x, v = du. dB^T and du at once: in = dy, v = u, p = B^T, column_scale = g_d. The order of every
 // sum depends on sizes, dtypes and which parts are asked for alone; that of `down` not on M.
@@ -87,7 +86,7 @@ struct LoraGradArgs {
   const float* column_scale;  // (C) or null
   Matrix grad;                // element (r, c), any strides, fp32 or in's type
   ConstMatrix p;              // data null: no down
-  const float* rank_scale;    // (R) or null
+  const float* down_scale;    // (R) or null
   float down_alpha;
   float* down;     // (M, R) without gaps
   float* colsum;   // (C) or null

@@ -29,6 +29,13 @@ struct Matrix {
   int64_t row = 0, col = 1;
 };
 
+// The equation's vectors (peftkern/equation.py), of the rank, of the input and of the output, each for base
+// and delta. V: a pointer or a view; absent if null.
+template <class V>
+struct Scales {
+  V d{}, p_b{}, p_d{}, g_b{}, g_d{};
+};
+
 // Dropout of element (row0 + i, col0 + j): kept iff its Philox word is >= threshold. threshold 0 keeps
 // everything.
 struct Dropout {

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..dropout import keep_tile
-from ..expand import _product
+from ..expand import product
 from ..tiles import grouped, multiple, narrow, split_dot
 from .tiles import dropout_of, find_matrix, find_tile, load_weights, pointer_to
 
@@ -100,7 +100,7 @@ def multi_expand_kernel(
             if seed is not None:
                 acc = tl.where(keep_tile(key, row, col0, threshold, BLOCK_N), acc, 0.0)
             if GEMM:
-                acc = _product(
+                acc = product(
                     acc, x, w, None, 0, col0, row, col, M, N, K, stride_x, stride_w,
                     BLOCK_K, W_BY_COLUMN, False, EVEN_K, out.dtype.element_ty != tl.float32, PRECISION,
                 )  # fmt: skip

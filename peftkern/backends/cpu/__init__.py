@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...problem import Problem
+from ...settings import Settings
 from . import lora_linear, multi_lora_linear, native
 
 NAME = "cpu"
@@ -11,12 +12,12 @@ NAME = "cpu"
 _ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")
 
 
-def unavailable() -> str | None:
+def unavailable(now: Settings) -> str | None:
     """Why no call can be taken, or None."""
     return "the C++ extension is not built: install peftkern with a C++ compiler" if native._C is None else None
 
 
-def decline(problem: Problem) -> str | None:
+def decline(problem: Problem, now: Settings) -> str | None:
     """Why this problem cannot be taken, or None."""
     if problem.op not in _ANY_DTYPE and problem.dtype not in native.CODES:
         return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"

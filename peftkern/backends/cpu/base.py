@@ -2,7 +2,7 @@
 
 ``base_product`` fills ``out`` block by block and calls ``epilogue`` when a block's product is complete, so that the
 branch, the scales and the bias can be added while it is in cache and before the one rounding to half precision.
-Who computes it, and in which blocks, is decided in cpu_base_plan.
+Who computes it is the caller's to say, in which blocks is decided in base_plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import settings
+from ...problem import CpuWay
 from . import base_plan as plans
 from .native import _C, CODES, pointer, vector
 
@@ -45,15 +45,14 @@ _scratch = _Scratch()
 
 
 def base_product(
-    a: Tensor, weight: Tensor, *, transpose: bool, in_scale: Tensor | None, out: Tensor, epilogue: Epilogue,
-    kind: str | None = None,
+    a: Tensor, weight: Tensor, *, transpose: bool, in_scale: Tensor | None, out: Tensor, epilogue: Epilogue, way: CpuWay,
 ) -> None:  # fmt: skip
     """``out = (a * in_scale) W^T`` if ``transpose`` else ``(a * in_scale) W``, finished by ``epilogue``.
 
     a (M, C) any strides; weight (N, K) any strides; in_scale (C,) or None, fp32 or a.dtype; out (M, D) contiguous, in
     a.dtype, contents ignored. C, D = K, N if ``transpose`` (forward) else N, K. All three matrices have one dtype of
     float32, bfloat16, float16. Nothing is called if out is empty; with C == 0 the product is zero.
-    ``cpu_native.use_isa()`` must have been called. ``kind``: who computes it, for a tuner; None: as cpu_base_plan chooses.
+    ``native.use_isa`` must have been called.
     """
     M, D = out.shape
     C = a.shape[1]
@@ -64,12 +63,7 @@ def base_product(
         epilogue(0, M, 0, D, None)
         return
     b = weight.t() if transpose else weight
-    if kind is None:
-        now = settings.current()
-        kind = plans.choose(
-            a.dtype, transpose, M, D, C, 1 in b.stride(), plans.cpu(), now.cpu_base, now.batch_invariant,
-            scaled=in_scale is not None,
-        )  # fmt: skip
+    kind = way.kind if 1 in b.stride() else way.strided
     if kind == "vendor":
         vendor_product(a, b, in_scale, out)
         epilogue(0, M, 0, D, None)

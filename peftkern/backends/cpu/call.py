@@ -10,10 +10,10 @@ looked at yet: the caller then checks and chooses with care, and hands its choic
 ``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
 are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of rank_scale,
-base_in_scale, delta_in_scale, base_out_scale, delta_out_scale. needs: the sum of ``NEEDS`` that are needed; what no needed
-gradient reads may be None. Gradients come in the order of ``NEEDS``, None where not needed: dx like dy, dA and dB in the
-adapters' dtype, those of vectors in fp32.
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of d, p_b, p_d, g_b and
+g_d (equation.py). needs: bit i stands for the gradient i of x, A, B, bias, d, p_b, p_d, g_b, g_d; what no needed one reads may
+be None. Gradients come in that order, None where not needed: dx like dy, dA and dB in the adapters' dtype, the others in
+fp32.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ from torch import Tensor
 
 from .base import vendor_product
 from .native import _C
-
-NEEDS = {
-    "x": 1, "lora_A": 2, "lora_B": 4, "bias": 8, "rank_scale": 16,
-    "base_in_scale": 32, "delta_in_scale": 64, "base_out_scale": 128, "delta_out_scale": 256,
-}  # fmt: skip
 
 
 def _product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None, out: Tensor) -> None:
@@ -64,6 +59,13 @@ else:
         """There is no native call here."""
 
     learn_forward = backward = learn_backward = forward
+
+
+def kind_of(c, way) -> str:
+    """Who computes the base product of an op's arguments, on the way that was chosen for them."""
+    if not c.base:
+        return c.kind
+    return way.kind if 1 in c.base[0].stride() else way.strided
 
 
 def copied(value):

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...settings import current
-from . import base_plan as plans
 from . import call, native
 
 
@@ -23,32 +21,26 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
 
-def _kind(c, a: Tensor, transpose: bool) -> str:
-    """Who computes Base(a)."""
-    scale = c.at.p_b if transpose else c.at.g_b
-    return plans.of_call(a, c.base[0], transpose, scaled=scale is not None) if c.base else c.kind
-
-
-def lora_linear_fwd(c):
+def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     args = (
-        current(), torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = call.answered(call.forward, call.learn_forward, args, _kind(c, c.x, True))
+    y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
 
 
-def lora_linear_bwd(c):
+def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
-    native.use_isa()
+    native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
     args = (
-        current(), torch.get_num_threads(), c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p,
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p,
         c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
-    kind = _kind(c, c.dy, False) if need.x or need.p_b else "vendor"
+    kind = call.kind_of(c, way) if need.x or need.p_b else "vendor"
     dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)
     empty = c.u.new_empty(0)
     dbias, *vectors = (empty if t is None else t for t in sums)

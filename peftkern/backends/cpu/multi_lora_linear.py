@@ -12,13 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...settings import current
-from . import base_plan as plans
 from . import call, multi_call, native
 from .native import _C
 
 
-def multi_lora_linear_route(c):
+def multi_lora_linear_route(c, way):
     """(order, starts); see peftkern.ops.multi_lora_linear."""
     ids, table, slots = c.ids.reshape(-1).contiguous(), c.table.contiguous(), c.table.shape[0]
     order = torch.empty(ids.numel(), dtype=torch.int32)
@@ -44,32 +42,29 @@ def _adapters(c, max_rank: int, K: int, N: int):
     return multi_call.adapters(weights, table, scaling, max_rank, K, N, False)
 
 
-def _base(c, a: Tensor, transpose: bool) -> tuple[Tensor | None, str]:
-    """The base's weight, and who computes its product with a."""
-    return (c.base[0], plans.of_call(a, c.base[0], transpose)) if c.base else (None, c.kind)
+def _weight(c) -> Tensor | None:
+    return c.base[0] if c.base else None
 
 
-def multi_lora_linear_fwd(c):
+def multi_lora_linear_fwd(c, way):
     """(y, u); see peftkern.ops.multi_lora_linear."""
-    native.use_isa()
-    weight, kind = _base(c, c.x, True)
+    native.use_isa(way.now.cpu_isa)
     given = _adapters(c, c.max_rank, c.x.shape[1], c.out_features)
     args = (
-        current(), torch.get_num_threads(), c.x, c.kind, weight, c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True
+        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True
     )  # fmt: skip
-    return call.answered(multi_call.forward, multi_call.learn_forward, args, kind)
+    return call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
 
 
-def multi_lora_linear_bwd(c):
+def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
-    native.use_isa()
-    weight, kind = _base(c, c.dy, False) if c.need_x else (None, c.kind)
+    native.use_isa(way.now.cpu_isa)
     given = _adapters(c, c.u.shape[1], c.in_features, c.dy.shape[1])
     args = (
-        current(), torch.get_num_threads(), c.dy, c.x, c.u, c.kind, weight, given, c.order, c.starts, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, _weight(c), given, c.order, c.starts, c.dropout_p, c.seed,
         c.need_x, c.need_bias, tuple(c.need),
     )  # fmt: skip
-    dx, dbias, grads = call.answered(multi_call.backward, multi_call.learn_backward, args, kind)
+    dx, dbias, grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))
     grads = [
         w.new_empty(0) if g is None else g if w.is_contiguous() else g.as_strided(w.shape, w.stride())
         for g, w in zip(grads, c.weights, strict=True)
@@ -77,21 +72,21 @@ def multi_lora_linear_bwd(c):
     return c.dy.new_empty(0) if dx is None else dx, c.u.new_empty(0) if dbias is None else dbias, grads
 
 
-def _add(c) -> bool:
+def _add(c, way) -> bool:
     given = _adapters(c, c.max_rank, c.x.shape[1], c.out.shape[1])
-    args = current(), torch.get_num_threads(), c.out, c.x, given, c.order, c.starts
+    args = way.now, torch.get_num_threads(), c.out, c.x, given, c.order, c.starts
     return bool(multi_call.add(*args) or (multi_call.learn_add(*args) and multi_call.add(*args)))
 
 
-def sgmv_add(c):
+def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    native.use_isa()
-    if _add(c):
+    native.use_isa(way.now.cpu_isa)
+    if _add(c, way):
         return
     copy = c._replace(
         out=call.copied(c.out), x=call.copied(c.x), order=call.copied(c.order), starts=call.copied(c.starts)
     )
-    if not _add(copy):
+    if not _add(copy, way):
         raise RuntimeError("the C++ extension takes no call like this one: arguments do not fit")
     c.out.copy_(copy.out)
 

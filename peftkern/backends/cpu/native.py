@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import settings
+from ...problem import CpuWay
 
 try:
     from ... import _C
@@ -43,14 +43,40 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
+# Most rows that the kernel for few rows takes.
+FEW_ROWS = _C.base_few_rows if _C is not None else 0
+
+
+class Level(NamedTuple):
+    """The instruction sets in use, and whose fp32 product torch has: ours, torch's, whether it is MKL's."""
+
+    isa: str
+    torch_isa: str
+    mkl: bool
+
+
+def level() -> Level:
+    """What else than the model decides how fast this CPU is."""
+    return Level(_C.isa(), torch.backends.cpu.get_cpu_capability(), torch.backends.mkl.is_available())
+
+
+def model() -> tuple[str, int, int]:
+    """Vendor, family and model of this CPU."""
+    return tuple(_C.cpu_model())
+
+
+def features() -> frozenset[str]:
+    """What decides which product is fast, at the level in use; ``bf16_kernel``: there is ours for bf16."""
+    return frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
+
+
 # What was asked for last, and the level that came of it.
 _isa: tuple[str, str] | None = None
 
 
-def use_isa() -> None:
-    """Bring the kernels to the instruction set that ``PEFTKERN_CPU_ISA`` names."""
+def use_isa(wanted: str) -> None:
+    """Bring the kernels to an instruction set, a value of ``PEFTKERN_CPU_ISA``."""
     global _isa
-    wanted = settings.current().cpu_isa
     if _isa != (wanted, _C.isa()):
         _C.set_isa(wanted)
         _isa = wanted, _C.isa()
@@ -163,10 +189,10 @@ def column_dot(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
     )  # fmt: skip
 
 
-def dropout_mask(c) -> Tensor:
+def dropout_mask(c, way: CpuWay) -> Tensor:
     """The keep bits of a seed as bool (M, K); see peftkern.ops.dropout_mask."""
     seed, M, K, p = c
-    use_isa()
+    use_isa(way.now.cpu_isa)
     out = torch.empty((M, K), dtype=torch.bool)
     if out.numel():
         drop = int(seed.item()) & (2**64 - 1)

@@ -1,19 +1,15 @@
 """CUDA C++ kernels (csrc/cuda) on CUDA tensors. Ops that are not listed here go to the next back end.
 
-A call comes here if ``PEFTKERN_BACKEND=cuda`` names this back end, or what was measured on the GPU at hand speaks for it
-(peftkern/tuned.py).
+Which calls come here is decided in peftkern/dispatch/choose.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from ... import settings
-from ...dispatch import tuned
 from ...problem import Problem
+from ...settings import Settings
 from . import lora_linear as cuda_lora
 from . import multi_lora_linear as cuda_multi
 from . import native
@@ -21,7 +17,7 @@ from . import native
 NAME = "cuda"
 
 
-def unavailable() -> str | None:
+def unavailable(now: Settings) -> str | None:
     """Why no call can go here: no native build, one without CUDA, no device, or one that is too old."""
     if native._C is None:
         return "the native module is not built"
@@ -34,19 +30,13 @@ def unavailable() -> str | None:
     return None
 
 
-def decline(problem: Problem) -> str | None:
+def decline(problem: Problem, now: Settings) -> str | None:
     """Why this problem cannot be taken."""
     if problem.device != "cuda":
         return f"the tensors are on {problem.device}"
     if problem.op == "dropout_mask":
         return None
-    reason = (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem)
-    if problem.op == "multi_lora_linear_fwd":
-        # What differs between the candidates is the branch, and that was measured.
-        problem = dataclasses.replace(problem, op="sgmv_add", flags=frozenset())
-    if reason is None and settings.current().backend == "auto" and tuned.choice(problem) != "cuda":
-        return "no measurement on this GPU says that it is the fastest"
-    return reason
+    return (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem, now)
 
 
 def _dropout_mask(c) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ...settings import Settings
 from . import native
 from .native import dropout, floats, matrix, pointer, rows, vector
 
@@ -25,7 +26,7 @@ _UNSUPPORTED = {
 }
 
 
-def decline(problem: Problem) -> str | None:
+def decline(problem: Problem, now: Settings) -> str | None:
     """Why no kernel here can take the problem."""
     if problem.dtype not in native.HALVES:
         return f"has kernels for bfloat16 and float16, not {problem.dtype}"

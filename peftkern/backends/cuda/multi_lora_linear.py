@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import settings
 from ...problem import Problem
+from ...settings import Settings
 from . import native
 from .native import matrix, pointer, rows
 
 
-def decline(problem: Problem) -> str | None:
+def decline(problem: Problem, now: Settings) -> str | None:
     """Why no kernel here can take the problem."""
     if problem.dtype not in native.CODES:
         return f"no kernel for {problem.dtype}"
@@ -22,7 +22,7 @@ def decline(problem: Problem) -> str | None:
         return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"
     if problem.flags & {"dropout", "identity"} or "base" not in problem.flags:
         return "no kernel with dropout, or without a base weight"
-    if settings.current().batch_invariant:
+    if now.batch_invariant:
         return "the base product is the vendor's"
     if not native._C.cuda_sgmv_in_clusters(*kernel):
         return "u is made by sm_90 and up, in bfloat16 or float16, up to rank 512"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
-from ... import settings
-from ...dispatch import tuned
-from ...problem import Problem
+from ...problem import Problem, TritonWay
+from ...settings import Settings
 from . import lora_linear, multi_lora_linear
 from .device import on_device
 
@@ -30,20 +28,20 @@ def _old_devices() -> str | None:
     return f"CUDA device {old[0]} is older than sm_80" if old else None
 
 
-def unavailable() -> str | None:
+def unavailable(now: Settings) -> str | None:
     """Why no call can run here, None if some can."""
     if not _installed():
         return "the package triton is not installed"
-    if settings.current().triton_interpret:
+    if now.triton_interpret:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device, and TRITON_INTERPRET is not set"
     return _old_devices()
 
 
-def decline(problem: Problem) -> str | None:
+def decline(problem: Problem, now: Settings) -> str | None:
     """Why this call can't be taken, None if it can."""
-    wanted = "cpu" if settings.current().triton_interpret else "cuda"
+    wanted = "cpu" if now.triton_interpret else "cuda"
     if problem.device != wanted:
         return f"runs on {wanted} tensors here, got {problem.device}"
     if problem.op in ("dropout_mask", "multi_lora_linear_route"):
@@ -52,12 +50,10 @@ def decline(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
-    if "identity" in problem.flags:
-        return "no kernel for the identity base"
     return None
 
 
-def dropout_mask(c):
+def dropout_mask(c, way: TritonWay):
     """bool (M, K), see ``peftkern.ops.dropout_mask``."""
     from ...kernels.dropout import dropout_mask as launch_mask
 
@@ -70,10 +66,3 @@ OPS = {
     "dropout_mask": dropout_mask,
     **multi_lora_linear.OPS,
 }
-
-
-def function(problem: Problem) -> Callable:
-    """The op for this problem: who computes the base product, and with which tiles, may have been measured."""
-    measured = tuned.entry(problem) if problem.op in ("lora_linear_fwd", "lora_linear_bwd") else None
-    op = OPS[problem.op]
-    return op if measured is None else functools.partial(op, measured=measured)

@@ -6,24 +6,18 @@ import contextlib
 
 import torch
 
-from ... import settings
-from ...dispatch import tuned
+from ...problem import TritonWay
 
 
-def kernel_settings(t: torch.Tensor, measured: tuned.Entry | None = None):
+def kernel_settings(t: torch.Tensor, way: TritonWay):
     """The kernels' Settings for a call on the device of ``t``."""
-    from ...kernels.configs import BASES, LaunchConfig
-    from ...kernels.lora_linear import Settings
+    from ...kernels.call import Settings
 
     arch = 0
     if t.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(t.device)
         arch = major * 10 + minor
-    base = gemm = None
-    if measured is not None and measured.candidate in BASES:
-        base, gemm = measured.candidate, measured.config and LaunchConfig(**measured.config)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    return Settings(arch, tf32, settings.current().batch_invariant, base, gemm)
+    return Settings(arch, torch.backends.cuda.matmul.allow_tf32, way.batch_invariant, way.fixed)
 
 
 def on_device(t: torch.Tensor):

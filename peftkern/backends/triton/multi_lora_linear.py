@@ -5,7 +5,7 @@ from __future__ import annotations
 from .device import kernel_settings, on_device
 
 
-def multi_lora_linear_route(c):
+def multi_lora_linear_route(c, way):
     """(order, starts), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi.route import route
 
@@ -19,42 +19,45 @@ def multi_lora_linear_route(c):
     return order, starts
 
 
-def _batch(c, like, max_rank: int, dropout_p, seed):
-    from ...kernels.multi.multi_lora_linear import batch
+def _batch(c, like, max_rank: int, way):
+    from ...kernels.multi import multi_lora_linear as kernels
 
-    return batch(
-        c.weights, like, c.table, c.scaling, c.order, c.starts, max_rank, dropout_p, seed, kernel_settings(like)
-    )  # fmt: skip
+    dropout = getattr(c, "dropout_p", None), getattr(c, "seed", None)
+    adapters = kernels.Adapters(c.weights, c.table, c.scaling, max_rank, c.order, c.starts, *dropout)
+    return kernels.batch(adapters, like, kernel_settings(like, way))
 
 
-def multi_lora_linear_fwd(c):
+def _onto(c, columns: int):
+    from ...kernels.multi.multi_lora_linear import Onto
+
+    return Onto(columns, c.base[0] if c.base else None, c.kind == "identity")
+
+
+def multi_lora_linear_fwd(c, way):
     """(y, u), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import forward
+    from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.x):
-        batch = _batch(c, c.x, c.max_rank, c.dropout_p, c.seed)
-        return forward(batch, c.x, c.base[0] if c.base else None, c.out_features, c.bias)
+        return kernels.forward(_batch(c, c.x, c.max_rank, way), c.x, _onto(c, c.out_features), c.bias)
 
 
-def multi_lora_linear_bwd(c):
+def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
-    from ...kernels.multi.multi_lora_linear import backward_adapter, backward_input
+    from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.dy):
-        batch = _batch(c, c.dy, c.u.shape[1], c.dropout_p, c.seed)
-        du, dbias, grads = backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
-        dx = c.dy.new_empty(0)
-        if c.need_x:
-            dx = backward_input(batch, c.dy, du, c.base[0] if c.base else None, c.in_features)
+        batch = _batch(c, c.dy, c.u.shape[1], way)
+        du, dbias, grads = kernels.backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
+        dx = kernels.backward_input(batch, c.dy, du, _onto(c, c.in_features)) if c.need_x else c.dy.new_empty(0)
     return dx, dbias, grads
 
 
-def sgmv_add(c):
+def sgmv_add(c, way):
     """Adds the branch to ``out``, see ``peftkern.ops.sgmv``."""
-    from ...kernels.multi.multi_lora_linear import add
+    from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.x):
-        add(_batch(c, c.x, c.max_rank, None, None), c.out, c.x)
+        kernels.add(_batch(c, c.x, c.max_rank, way), c.out, c.x)
 
 
 OPS = {

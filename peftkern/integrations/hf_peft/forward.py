@@ -13,78 +13,27 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.model import LoraModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from ...autograd.lora_linear import lora_linear
-from .fsdp import AtRest, Unit, plain_parts, run_inside, units
-from .guard import Branch, Plan, call_plan, read
+from ...methods.registry import METHODS, Method, Plan, loaded
+from ...watch.look import read
+from ...watch.unchanged import EMPTY, at, items, same
+from .fsdp import AtRest, plain_parts, run_inside, units
+from .guard import PROCESS, call_plan, look_at_call
+from .kept import keep
 from .mixed import left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
 from .status import KEY as CALLS
-from .status import calls_of, clear_calls, note_stock
+from .status import Calls, calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
 
 _whole = AtRest(read, units_alone=True)
-
-
-def _accumulate(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _folded_bias(x: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor | None:
-    # lora_bias is part of the branch, so it is scaled: beta = bias + sum s * bias_B, O(N) and left to
-    # autograd.
-    dtype = _accumulate(x)
-    for b in branches:
-        if b.bias is not None:
-            term = b.bias.to(dtype) * (b.scaling.to(dtype) if isinstance(b.scaling, Tensor) else b.scaling)
-            bias = term if bias is None else bias.to(dtype) + term
-    return bias
-
-
-def _stacked(x: Tensor, branches: list[Branch]) -> dict:
-    # Adapters without dropout add up to one adapter: ranks one below the other, scalings as a rank scale.
-    lora_A = torch.cat([b.lora_A for b in branches], dim=0)
-    lora_B = torch.cat([b.lora_B for b in branches], dim=1)
-    scalings = [b.scaling for b in branches]
-    if not any(isinstance(s, Tensor) for s in scalings) and all(s == scalings[0] for s in scalings):
-        return {"lora_A": lora_A, "lora_B": lora_B, "scaling": scalings[0]}
-    dtype = _accumulate(x)
-    pieces = [
-        b.scaling.to(dtype).reshape(1).expand(b.lora_A.shape[0])
-        if isinstance(b.scaling, Tensor)
-        else x.new_full((b.lora_A.shape[0],), b.scaling, dtype=dtype)
-        for b in branches
-    ]
-    return {"lora_A": lora_A, "lora_B": lora_B, "rank_scale": torch.cat(pieces)}
-
-
-def _run(layer: Linear, plan: Plan, x: Tensor) -> Tensor:
-    weight, bias, branches = plan
-    dropping = [b for b in branches if b.dropout_p > 0.0]
-    if len(branches) > 1 and not dropping:
-        return lora_linear(x, weight, **_stacked(x, branches), bias=_folded_bias(x, bias, branches))
-    # Masks are independent, so at most one adapter that drops can share the op with the base: one that
-    # drops, since that costs PEFT's code the most memory. The others (a rare setting) are added as PEFT
-    # computes them.
-    fused = dropping[0] if dropping else branches[0]
-    p = fused.dropout_p
-    y = lora_linear(
-        x, weight, fused.lora_A, fused.lora_B, bias=_folded_bias(x, bias, [fused]),
-        scaling=fused.scaling, dropout_p=p, training=p > 0.0,
-    )  # fmt: skip
-    if len(branches) == 1:
-        return y
-    result = y
-    for b in branches:
-        if b is not fused:
-            dropped = layer.lora_dropout[b.name](layer._cast_input_dtype(x, b.lora_A.dtype))
-            result = result + layer.lora_B[b.name](layer.lora_A[b.name](dropped)) * b.scaling
-    return result.to(y.dtype)
 
 
 class Mark:
@@ -104,41 +53,44 @@ class Mark:
 
 
 class _Switch:
-    """Process-wide state, changed under the lock only."""
+    """Process-wide state, changed under the lock only. ``stock``, ``fused``: the forward of each class that has ours."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.everywhere = False
-        self.stock = Linear.forward
-        self.fused = None
+        self.stock: dict[type, Callable] = {}
+        self.fused: dict[type, Callable] = {}
         self.stock_hooks = LoraModel._enable_peft_forward_hooks
         self.hooks = None
 
 
 _marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 # Layers that a mixed batch trains: see _no_recomputation.
-_mixed: weakref.WeakSet[Linear] = weakref.WeakSet()
+_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 switch = _Switch()
+# What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
+_EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
+_NONE_MIXED = at(_mixed.data, EMPTY)
 
 
-def replaced_reason() -> str | None:
-    """Why PEFT's forward is not ours to replace (another library did), or None."""
-    current = Linear.forward
-    if current is switch.fused:
+def replaced_reason(cls: type) -> str | None:
+    """Why the forward of this class is not ours to replace (another library did), or None."""
+    current = cls.forward
+    if current is switch.fused.get(cls):
         return None
     module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    if (module, name) == ("peft.tuners.lora.layer", "Linear.forward") and not hasattr(current, "__wrapped__"):
+    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
         return None
-    return f"PEFT's Linear.forward was replaced by {module}.{name}"
+    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
 
-def wanted(layer: Linear) -> bool:
+def wanted(layer: nn.Module) -> bool:
     """Whether the user asked for this layer: by its own mark, else by the patch of the process."""
     mark = layer.__dict__.get(KEY)
     return switch.everywhere if mark is None else mark is not False
 
 
-def _no_recomputation(layer: Linear) -> None:
+def _no_recomputation(layer: nn.Module) -> None:
     # A checkpoint that runs a layer again in backward, without the hooks that brought the names, would silently give
     # the gradients of another function.
     if layer in _mixed:
@@ -150,47 +102,78 @@ def _no_recomputation(layer: Linear) -> None:
         _mixed.discard(layer)
 
 
-def _plan_inside(layer: Linear, x: Tensor, names, inside: list[Unit]):
-    # The plan of this call once the shards of these units are whole, or the reason why PEFT's own code runs anyway:
-    # then in no unit of ours.
-    with plain_parts(inside):
-        return call_plan(layer, x, None, _whole) if names is None else mixed_plan(layer, x, names, _whole)
+def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls: Calls) -> Plan | str:
+    # call_plan, which keeps what it finds for the next call.
+    kept = calls.kept
+    if mixed is not None and kept is not None and kept.mixed == mixed:
+        plan = kept.plan(layer, x)
+        if plan is not None:
+            return plan
+    look, plan = look_at_call(layer, x, mixed)
+    if type(plan) is Plan and not torch.compiler.is_compiling():
+        conditions = PROCESS if mixed is not None else (*PROCESS, _NONE_MIXED)
+        if KEY not in layer.__dict__:
+            conditions = (*conditions, _EVERYWHERE)
+        calls.kept = keep(look, plan, x, mixed, conditions) or kept
+    return plan
 
 
-def _fused_forward(stock):
+def _plan(layer: nn.Module, x: Tensor, names, plan_of: Callable):
+    # Of a call without arguments of its own but adapter_names.
+    return plan_of(None) if names is None else mixed_plan(layer, x, names, plan_of)
+
+
+def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock, method: Method):
+    # The forward of a layer that is wanted, with a look at everything.
+    names = kwargs.get("adapter_names")
+    others = args or kwargs.keys() - {"adapter_names"}
+    if names is None and not others and _mixed and not torch.compiler.is_compiling():
+        _no_recomputation(layer)
+    # A graph that counted would be compiled anew at each call.
+    calls = None if torch.compiler.is_dynamo_compiling() else calls_of(layer)
+    if others:
+        plan = "the call has arguments of its own"
+    elif calls is None:
+        plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed))
+    else:
+        plan = _plan(layer, x, names, lambda mixed: _looked_up(layer, x, mixed, calls))
+    if calls is not None and type(plan) is str:
+        inside = [] if others else units(layer, names)
+        if inside:
+            # Once the shards of these units are whole. If PEFT's own code runs anyway, then in no unit of ours.
+            with plain_parts(inside):
+                plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed, _whole))
+            if type(plan) is not str:
+                return run_inside(inside, x, lambda x: type(layer).forward(layer, x, **kwargs))
+        note_stock(layer, plan)
+    elif calls is not None:
+        calls.fused += 1
+    if type(plan) is Plan:
+        return method.run(layer, plan, x)
+    if type(plan) is tuple:
+        return run_mixed(*plan, x)
+    return stock(layer, x, *args, **kwargs)
+
+
+def _fused_forward(stock, method: Method):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
+        if not args and not kwargs and not is_dynamo_compiling():
+            calls = self.__dict__.get(CALLS)
+            kept = None if calls is None else calls.kept
+            if kept is not None and kept.mixed is None:
+                plan = kept.plan(self, x)
+                if plan is not None:
+                    calls.fused += 1
+                    try:
+                        return method.run(self, plan, x)
+                    except (TypeError, ValueError):
+                        # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
+                        calls.fused -= 1
+                        calls.kept = None
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
-        names = kwargs.get("adapter_names")
-        others = args or kwargs.keys() - {"adapter_names"}
-        if others:
-            plan = "the call has arguments of its own"
-        elif names is None:
-            if _mixed and not torch.compiler.is_compiling():
-                _no_recomputation(self)
-            plan = call_plan(self, x)
-        else:
-            plan = mixed_plan(self, x, names)
-        # A graph that counted would be compiled anew at each call.
-        if not torch.compiler.is_dynamo_compiling():
-            if type(plan) is str:
-                inside = [] if others else units(self, names)
-                if inside:
-                    plan = _plan_inside(self, x, names, inside)
-                    if type(plan) is not str:
-                        return run_inside(inside, x, lambda x: forward(self, x, **kwargs))
-                note_stock(self, plan)
-            else:
-                calls = self.__dict__.get(CALLS)
-                if calls is None:
-                    calls = calls_of(self)
-                calls.fused += 1
-        if type(plan) is Plan:
-            return _run(self, plan, x)
-        if type(plan) is tuple:
-            return run_mixed(*plan, x)
-        return stock(self, x, *args, **kwargs)
+        return _carefully(self, x, args, kwargs, stock, method)
 
     return forward
 
@@ -220,12 +203,13 @@ def _mixed_hooks(stock):
 
 
 def install() -> None:
-    """Put the switching forward into PEFT's class. Idempotent."""
+    """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
-        if Linear.forward is not switch.fused:
-            switch.stock = Linear.forward
-            switch.fused = _fused_forward(switch.stock)
-            Linear.forward = switch.fused
+        for method in METHODS.values():
+            cls = loaded(method.layer)
+            if cls is not None and replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
+                switch.stock[cls] = cls.forward
+                switch.fused[cls] = cls.forward = _fused_forward(cls.forward, method)
         if LoraModel._enable_peft_forward_hooks is not switch.hooks:
             switch.stock_hooks = LoraModel._enable_peft_forward_hooks
             switch.hooks = _mixed_hooks(switch.stock_hooks)
@@ -233,21 +217,22 @@ def install() -> None:
 
 
 def uninstall_if_unused() -> None:
-    """Give PEFT's classes their own functions back if no mark and no patch is left.
+    """Give the libraries' classes their own functions back if no mark and no patch is left.
 
     If another library has replaced one of them since, that stays; ours below it then passes every call on.
     """
     with switch.lock:
-        unused = not switch.everywhere and not len(_marks)
-        if unused and switch.fused is not None and Linear.forward is switch.fused:
-            Linear.forward = switch.stock
-            switch.fused = None
-        if unused and switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
+        if switch.everywhere or len(_marks):
+            return
+        for cls in [cls for cls, fused in switch.fused.items() if cls.forward is fused]:
+            cls.forward = switch.stock[cls]
+            del switch.fused[cls], switch.stock[cls]
+        if switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
             LoraModel._enable_peft_forward_hooks = switch.stock_hooks
             switch.hooks = None
 
 
-def set_mark(layer: Linear) -> None:
+def set_mark(layer: nn.Module) -> None:
     """Accelerate this layer from its next call on."""
     if type(layer.__dict__.get(KEY)) is not Mark:
         layer.__dict__[KEY] = Mark()

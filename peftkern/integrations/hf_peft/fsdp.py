@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ...nn import flat_parameter
@@ -75,7 +76,7 @@ def units(layer: nn.Module, names: Any = None) -> list[Unit]:
     ``names``: the adapter_names of a mixed batch. Empty if the call runs the base layer alone, or a LoRA variant.
     """
     fsdp = sys.modules.get(_FSDP)
-    if fsdp is None or layer._disable_adapters or layer.merged_adapters:
+    if fsdp is None or not isinstance(layer, LoraLayer) or layer._disable_adapters or layer.merged_adapters:
         return []
     asked = layer.active_adapters if names is None else names
     if not isinstance(asked, (list, tuple)):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...autograd.multi_lora_linear import multi_lora_linear
 from ...checks import accumulate_dtype
 from ...many.table import AdapterTable, table_of
-from .guard import Branch, Plan, Read, call_plan, read
+from ...methods.registry import Branch, Plan
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -57,27 +57,34 @@ _recent: OrderedDict[int, tuple[Sequence[str], Batch]] = OrderedDict()
 _REMEMBERED = 16
 
 
-def batch_of(names: Sequence[str]) -> Batch:
-    """The batch of this list; the same one as long as the list is the same and holds the same names."""
-    if torch.compiler.is_compiling():
-        return Batch(names)
-    known = _recent.get(id(names))
+def batch_of(names: Any) -> Batch | None:
+    """The batch of this list of names, the same one as long as the list is the same and holds the same names; None if
+    it is something else."""
+    known = None if torch.compiler.is_compiling() else _recent.get(id(names))
     if known is not None and known[0] is names and known[1].names == tuple(names):
         return known[1]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        return None
     batch = Batch(names)
-    _recent[id(names)] = names, batch
-    while len(_recent) > _REMEMBERED:
-        with contextlib.suppress(KeyError):  # another thread was faster
-            _recent.popitem(last=False)
+    if not torch.compiler.is_compiling():
+        _recent[id(names)] = names, batch
+        while len(_recent) > _REMEMBERED:
+            with contextlib.suppress(KeyError):  # another thread was faster
+                _recent.popitem(last=False)
     return batch
 
 
-def mixed_plan(layer: nn.Module, x: Any, names: Any, read: Read = read) -> tuple[nn.Module, Plan, Batch] | str:
-    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises)."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        return "adapter_names is not a list of names"
+def mixed_plan(
+    layer: nn.Module, x: Any, names: Any, plan_of: Callable[[tuple[str, ...]], Plan | str]
+) -> tuple[nn.Module, Plan, Batch] | str:
+    """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises).
+
+    ``plan_of``: adapters of the batch -> their plan for this layer and input.
+    """
     batch = batch_of(names)
-    plan = call_plan(layer, x, batch.adapters, read)
+    if batch is None:
+        return "adapter_names is not a list of names"
+    plan = plan_of(batch.adapters)
     if isinstance(plan, str):
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
@@ -94,16 +101,20 @@ def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
 
 # Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
 # their layers.
-_tables: WeakKeyDictionary[nn.Module, tuple[tuple, AdapterTable]] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[nn.Module, tuple[list, AdapterTable]] = WeakKeyDictionary()
 
 
 def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTable | list[tuple]:
     # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
-    plain = all(type(b.scaling) is float for b in branches)
-    if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-        return [_adapter(b) for b in branches]
     # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
-    key = (x.dtype, x.device, *((id(A), id(B), A.shape, A.dtype, s) for _, A, B, _, s, _ in branches))
+    key: list[Any] = [x.dtype, x.device]
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    for b in branches:
+        A, B, s = b.lora_A, b.lora_B, b.scaling
+        plain = plain and type(s) is float
+        key += id(A), id(B), A.shape, A.dtype, s
+    if not plain:
+        return [_adapter(b) for b in branches]
     known = _tables.get(layer)
     if known is not None and known[0] == key:
         return known[1]
@@ -127,11 +138,17 @@ def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
     weight, bias, branches = plan
-    ids = batch.ids(tuple(b.name for b in branches), x.device)
-    drops = [b.dropout_p for b in branches]
+    names, drops = [], []
+    dropping = biased = False
+    for b in branches:  # loops rather than expressions: a frame each is what a small layer's time goes into
+        names.append(b.name)
+        drops.append(b.dropout_p)
+        dropping = dropping or b.dropout_p > 0.0
+        biased = biased or b.bias is not None
+    ids = batch.ids(tuple(names), x.device)
     adapters = _table(layer, branches, x)
-    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=any(drops))
-    return _branch_bias(y, branches, ids) if any(b.bias is not None for b in branches) else y
+    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
+    return _branch_bias(y, branches, ids) if biased else y
 
 
 def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[Linear], bool]) -> str | None:

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import peft
-from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...methods.registry import METHODS, Plan, loaded, method_of
+from ...watch.look import read
 from . import forward as _forward
 from . import guard as _guard
 from . import mixed as _mixed
@@ -34,21 +37,26 @@ from .fsdp import plain_parts, units
 from .report import Report, Status
 
 
-def _library_reason() -> str | None:
-    return _guard.version_reason(peft.__version__) or _forward.replaced_reason()
+def _version_reason() -> str | None:
+    return _guard.version_reason("peft", peft.__version__)
+
+
+def _type_reason(layer: nn.Module) -> str | None:
+    # What holds for all layers of this type.
+    return _version_reason() or _guard.type_reason(layer) or _forward.replaced_reason(type(layer))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # PEFT's layers; the nested wrappers of one module's parameters are one.
+    # PEFT's layers, and those of methods that have another; the nested wrappers of one module's parameters are one.
     nested: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and module not in nested:
+        if (isinstance(module, BaseTunerLayer) or method_of(type(module))) and module not in nested:
             if type(module) is ParamWrapper:
                 nested.update(_guard.wrapped_parameters(module))
             yield name, module
 
 
-def _static_plan(layer: nn.Module, at_rest: _AtRest) -> _guard.Plan | str:
+def _static_plan(layer: nn.Module, at_rest: _AtRest) -> Plan | str:
     with plain_parts(units(layer)):
         return _guard.static_plan(layer, at_rest)
 
@@ -80,13 +88,12 @@ def accelerate(model: nn.Module) -> Report:
     """
     _check_model(model)
     report = Report()
-    library = _library_reason()
-    at_rest = _AtRest(_guard.read)
+    at_rest = _AtRest(read)
     warned: set[tuple[str, str]] = set()
     devices = set()
     with _forward.switch.lock:
         for name, module in _layers(model):
-            plan = library or _guard.type_reason(module)
+            plan = _type_reason(module)
             if plan is None:
                 # Marked even if its present state speaks against it: states end, and each call looks again.
                 _forward.install()
@@ -155,7 +162,7 @@ def restore(model: nn.Module) -> None:
     _check_model(model)
     with _forward.switch.lock:
         for module in model.modules():
-            if isinstance(module, Linear):
+            if method_of(type(module)) is not None or _forward.KEY in module.__dict__:
                 _forward.clear_mark(module)
         _forward.uninstall_if_unused()
 
@@ -165,7 +172,8 @@ def patch() -> None:
 
     Warns and changes nothing if the installed PEFT is outside the tested range.
     """
-    reason = _library_reason()
+    classes = [cls for method in METHODS.values() if (cls := loaded(method.layer)) is not None]
+    reason = _version_reason() or next(filter(None, map(_forward.replaced_reason, classes)), None)
     if reason is not None:
         warnings.warn(f"peftkern.patch does nothing: {reason}", RuntimeWarning, stacklevel=2)
         return
@@ -189,12 +197,12 @@ def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None
         x: the input of the call; without it only what does not depend on the input is judged.
         adapter_names: of a mixed batch, one per leading index of x.
     """
-    reason = _library_reason() or _guard.type_reason(layer)
+    reason = _type_reason(layer)
     if reason is not None:
         return reason
     if not _forward.wanted(layer):
         return "it is not accelerated: call accelerate or patch"
-    at_rest = _AtRest(_guard.read)
+    at_rest = _AtRest(read)
     if x is None:
         plan = _static_plan(layer, at_rest)
     else:
@@ -202,5 +210,6 @@ def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None
             if adapter_names is None:
                 plan = _guard.call_plan(layer, x, None, at_rest)
             else:
-                plan = _mixed.mixed_plan(layer, x, adapter_names, at_rest)
+                plan_of = partial(_guard.call_plan, layer, x, read=at_rest)
+                plan = _mixed.mixed_plan(layer, x, adapter_names, plan_of)
     return plan if isinstance(plan, str) else None

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 from torch import nn
 
-from ...dispatch.registry import ORDER, Declined, choose, load
+from ...dispatch.choose import ORDER, Declined, choose, load
+from ...methods.registry import Plan
 from ...problem import Problem, device_arch
 from ...settings import current
-from .guard import Plan
 
 _SHOWN = 3
 
@@ -111,7 +111,7 @@ def backend_of(plan: Plan) -> str:
 
     What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
     """
-    weight, bias, branches = plan
+    now, (weight, bias, branches) = current(), plan
     device, (N, K) = weight.device, weight.shape
     arch = device_arch(device.type, device.index)
     R = sum(b.lora_A.shape[0] for b in branches)
@@ -122,7 +122,7 @@ def backend_of(plan: Plan) -> str:
         problem = Problem(
             f"lora_linear_{part}", device.type, arch, weight.dtype, adapter, _ROWS, N, K, R, frozenset(flags | dropout)
         )
-        return choose(problem)[0]
+        return choose(problem, now).backend
 
     try:
         forward = taker("fwd", set() if bias is None else {"bias"})
@@ -134,9 +134,10 @@ def backend_of(plan: Plan) -> str:
 
 def only_reference(device: str) -> str | None:
     """Why no back end works for tensors of this device type, so that the reference computes all, or None."""
-    if current().backend != "auto":
+    now = current()
+    if now.backend != "auto":
         return None
-    reasons = {name: load(name).unavailable() for name in ORDER.get(device, ())}
+    reasons = {name: load(name).unavailable(now) for name in ORDER.get(device, ())}
     if all(reasons.values()):
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -24,12 +25,14 @@ class Calls:
     """Calls of one layer since the last reset. ``reason``: why the last of those that ran PEFT's own code did.
 
     ``warned``: None, or, if a report said that the layer is accelerated, what its layers have warned of already.
+    ``kept``: the plan of its last fused call (``kept.Kept``), which copies and pickles of the layer do not get.
     """
 
-    __slots__ = ("fused", "reason", "stock", "warned")
+    __slots__ = ("fused", "kept", "reason", "stock", "warned")
 
     def __init__(self, warned: set[tuple[str, str]] | None = None) -> None:
         self.warned = warned
+        self.kept: Any = None
         self.reset()
 
     def reset(self) -> None:

@@ -37,7 +37,7 @@ def extension() -> Path | None:
 def stale(library: Path) -> Path | None:
     """A source that is newer than the extension."""
     root = cubins.checkout()
-    files = [f for part in ("cuda", "include/peftkern") for f in (root / "csrc" / part).iterdir()] if root else []
+    files = [f for part in ("cuda", "include/peftkern") for f in (root / "csrc" / part).glob("**/*.*")] if root else []
     return next((f for f in sorted(files) if f.stat().st_mtime > library.stat().st_mtime), None)
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from peftkern.kernels import configs, launch
+from peftkern.kernels.call import Backward, Dropout, Forward, Needs, Scales, Settings
 from peftkern.kernels.dropout import dropout_mask
-from peftkern.kernels.lora_linear import Settings, backward_input, dropout, forward
-from peftkern.kernels.lora_linear_grad import Needs, backward_adapter
+from peftkern.kernels.lora_linear import forward
+from peftkern.kernels.lora_linear_grad import backward
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
@@ -25,7 +26,7 @@ TILES = {
     "expand_kernel": {
         "out": "BLOCK_M BLOCK_N", "base": "BLOCK_M BLOCK_N", "factor": "BLOCK_M BLOCK_N", "x": "BLOCK_M BLOCK_K",
         "w": "BLOCK_N BLOCK_K", "v": "BLOCK_M RANK", "b": "BLOCK_N RANK", "bias": "BLOCK_N", "out_scale": "BLOCK_N",
-        "column_scale": "BLOCK_N", "partial": "BLOCK_N", "in_scale": "BLOCK_K", "rank_scale": "RANK", "seed": "",
+        "column_scale": "BLOCK_N", "partial": "BLOCK_N", "in_scale": "BLOCK_K", "d": "RANK", "seed": "",
     },
     "shrink_kernel": {
         "u": "BLOCK_M RANK", "x": "BLOCK_M BLOCK_K", "a": "RANK BLOCK_K", "in_scale": "BLOCK_K", "seed": "",
@@ -36,7 +37,7 @@ TILES = {
         "b_scale": "BLOCK_C", "seed": "",
     },
     "add_blocks_kernel": {
-        "out": "BLOCK_M RANK", "parts": "BLOCK_M RANK", "u": "BLOCK_M RANK", "partial": "RANK", "rank_scale": "RANK",
+        "out": "BLOCK_M RANK", "parts": "BLOCK_M RANK", "u": "BLOCK_M RANK", "partial": "RANK", "d": "RANK",
     },
     "finish_kernel": {
         "out": "BLOCK_C RANK", "grad": "BLOCK_C RANK", "other": "BLOCK_C RANK", "scale": "BLOCK_C", "dots": "BLOCK_C",
@@ -112,16 +113,13 @@ def capture(case: Case) -> list[launch.Launch]:
     A, B = empty(R, K, dtype=case.adapter_dtype), empty(N, R, dtype=case.adapter_dtype)
     u, bias = empty(M, R, dtype=torch.float32), empty(N)
     seed, settings, full = empty(1, dtype=torch.int64), Settings(case.arch), case.everything
-    drop = dropout(case.p, seed)
-    needs = Needs(True, True, full, full, full, full, full)
+    drop, scales = Dropout(case.p, seed), Scales(vector(R), vector(K), vector(K), vector(N), vector(N))
+    needs = Needs(True, True, True, full, full, full, full, full, full)
+    h = dy if full else None
     with captured() as taken:
         with configs.override(base=case.base):
-            scales = vector(R), vector(K), vector(K), vector(N), vector(N)
-            forward(x, weight, A, B, bias, 2.0, drop, *scales, full, settings)
-            scales = vector(R), vector(K), vector(N)
-            backward_adapter(dy, x, u, dy if full else None, A, B, 2.0, drop, *scales, needs, settings)
-            scales = vector(K), vector(K), vector(N)
-            backward_input(dy, u, x if full else None, weight, A, drop, *scales, full, settings)
+            forward(Forward(x, weight, A, B, bias, 2.0, drop, scales, full), settings)
+            backward(Backward(dy, x, u, h, weight, A, B, 2.0, drop, scales, needs), settings)
         dropout_mask(seed, M, K, 0.1)
     return taken
 

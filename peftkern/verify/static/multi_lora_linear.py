@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from peftkern.kernels import configs, launch, multi_lora_linear
-from peftkern.kernels.lora_linear import Settings
-from peftkern.kernels.multi_route import route
+from peftkern.kernels import configs, launch
+from peftkern.kernels.call import Settings
+from peftkern.kernels.multi import multi_lora_linear
+from peftkern.kernels.multi.route import route
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
@@ -105,11 +106,12 @@ def capture(case: Case) -> list[launch.Launch]:
     with captured() as taken, configs.override(multi_base=case.base):
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)
-        batch = multi_lora_linear.batch(weights, x, table, scaling, order, starts, R, *drop, Settings(case.arch))
-        _, u = multi_lora_linear.forward(batch, x, weight, N, bias)
+        given = multi_lora_linear.Adapters(weights, table, scaling, R, order, starts, *drop)
+        batch = multi_lora_linear.batch(given, x, Settings(case.arch))
+        _, u = multi_lora_linear.forward(batch, x, multi_lora_linear.Onto(N, weight), bias)
         need = [not case.bank] * len(weights)
         du, _, _ = multi_lora_linear.backward_adapter(batch, dy, x, u, weights, need, True)
-        multi_lora_linear.backward_input(batch, dy, du, weight, K)
+        multi_lora_linear.backward_input(batch, dy, du, multi_lora_linear.Onto(K, weight))
         if not case.drop:
             multi_lora_linear.add(batch, dy, x)
     return taken

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftkern.backends.cpu import call
 from peftkern.backends.cpu import native as cpu_native
 
 
@@ -75,3 +76,52 @@ def guarded():
 def numpy_keep():
     """``numpy_keep(seed, rows, cols, p)``: dropout bits by definition."""
     return _numpy_keep
+
+
+class _Calls:
+    """Forward calls of lora_linear under settings of their own: plans are looked up by identity."""
+
+    @staticmethod
+    def arguments(M=5, K=20, N=9, R=3, dtype=torch.float32, adapter=None, **changes) -> dict[str, object]:
+        """What a plain call takes after its settings, in order; ``changes`` replace some."""
+        adapter = adapter or dtype
+        t = dict(
+            threads=1, x=torch.randn(M, K).to(dtype), weight=torch.randn(N, K).to(dtype),
+            lora_A=torch.randn(R, K).to(adapter), lora_B=torch.randn(N, R).to(adapter), bias=None, scaling=2.0,
+            dropout_p=0.0, seed=None, scales=None, want_u=False, want_h=False,
+        )  # fmt: skip
+        return t | changes
+
+    @staticmethod
+    def expected(t: dict) -> Tensor:
+        """y of a plain call in fp64."""
+        x, w, a, b = (t[k].detach().double() for k in ("x", "weight", "lora_A", "lora_B"))
+        return x @ w.t() + t["scaling"] * (x @ a.t()) @ b.t()
+
+    def forward(self, t: dict):
+        return call.forward(self, *t.values())
+
+    def learn(self, t: dict, kind: str) -> bool:
+        return call.learn_forward(self, *t.values(), kind)
+
+    def known(self, t: dict, kind: str = "panels"):
+        """The result of a call that is learnt now."""
+        assert self.learn(t, kind)
+        result = self.forward(t)
+        assert result is not None
+        return result
+
+
+@pytest.fixture
+def calls():
+    """Native calls that nobody has looked at yet."""
+    yield _Calls()
+    cpu_native._C.forget_plans()
+
+
+@pytest.fixture(params=[True, False], ids=["exports", "python"])
+def exports(request):
+    """With and without what torch's libraries export; without, results lie in memory that torch.empty has poisoned."""
+    assert call.set_up(exports=request.param) is None
+    yield request.param
+    call.set_up()

@@ -149,20 +149,15 @@ def test_empty_and_expanded_operands(monkeypatch):
 def test_several_panels(level, monkeypatch):
     """Panels smaller than the output, in both directions, with and without an input scale."""
     force(monkeypatch, "panels")
-    monkeypatch.setattr(cpu_base_plan, "_PANEL_COLS", 64)
-    monkeypatch.setattr(cpu_base_plan, "_PANEL", 64 * 48)
-    monkeypatch.setattr(cpu_base_plan, "_BLOCK_ROWS", 48)
-    cpu_base_plan.blocks.cache_clear()
-    try:
-        assert cpu_base_plan.blocks("panels", 110, 150, 270, 2).rows < 110
-        assert cpu_base_plan.blocks("panels", 110, 150, 270, 2).cols < 150
-        for dtype in DTYPES:
-            for transpose in (True, False):
-                a, w = operands(110, 270 if transpose else 150, 150 if transpose else 270, dtype, transpose)
-                scale = torch.rand(a.shape[1])
-                assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
-    finally:
-        cpu_base_plan.blocks.cache_clear()
+    M, D, C = 1100, 2000, 40
+    plan = cpu_base_plan.blocks("panels", M, D, C, torch.get_num_threads())
+    assert plan.rows < M and plan.cols < D
+    for dtype in DTYPES:
+        for transpose in (True, False):
+            a, w = operands(M, C if transpose else D, D if transpose else C, dtype, transpose)
+            scale = torch.rand(C)
+            assert_accurate(product(a, w, transpose), a, w, transpose)
+            assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
 
 
 def test_non_finite_values_stay_where_they_belong(level, monkeypatch):

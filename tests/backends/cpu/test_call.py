@@ -1,40 +1,23 @@
-"""lora_linear's native calls: against the fp64 oracle, ragged and empty shapes, what is not taken, and whose plan is used."""
+"""lora_linear's native calls: against the fp64 oracle, ragged and empty shapes, every subset of gradients, scratch."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 from peftkern.backends.cpu import call, native
-from peftkern.testing.accuracy import check
+from peftkern.testing.accuracy import check, run_ours
 from peftkern.testing.problems import DROPOUT_SEED, LoRALinearProblem, random_problem
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 
 HALF = (torch.bfloat16, torch.float16)
 SCALES = ("rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
-
-
-class Settings:
-    """An object of its own for each test: plans are looked up by identity."""
-
-
-@pytest.fixture
-def settings():
-    return Settings()
-
-
-@pytest.fixture(params=[True, False], ids=["exports", "python"])
-def exports(request):
-    """With and without what torch's libraries export; without, results come from poisoned memory."""
-    assert call.set_up(exports=request.param) is None
-    yield request.param
-    call.set_up()
 
 
 def unit_stride(weight: Tensor | None) -> bool:
@@ -81,7 +64,7 @@ class Native(torch.autograd.Function):
         args = (
             settings, torch.get_num_threads(), dy, x, u, h, weight, lora_A, lora_B, scaling, dropout_p, seed,
             tuple(scales) if any(s is not None for s in scales) else None,
-            sum(bit for bit, needed in zip(call.NEEDS.values(), need, strict=True) if needed),
+            sum(1 << i for i, needed in enumerate(need) if needed),
             x.shape[-1], lora_A.shape[0], lora_A.dtype,
         )  # fmt: skip
         assert call.backward(*args) is None
@@ -105,7 +88,7 @@ class NativeProblem(LoRALinearProblem):
         """y, with its gradients."""
         seed = torch.tensor([DROPOUT_SEED]) if self.dropout_p else None
         return Native.apply(
-            Settings(), self.kind, t["x"], t["weight"], t["lora_A"], t["lora_B"], t.get("bias"), self.scaling,
+            object(), self.kind, t["x"], t["weight"], t["lora_A"], t["lora_B"], t.get("bias"), self.scaling,
             self.dropout_p, seed, *(t.get(name) for name in SCALES),
         )  # fmt: skip
 
@@ -145,37 +128,13 @@ def test_empty_shapes(exports, M, K, N, R, kind, dropout_p):
     assert_accurate(native_problem(problem, kind))
 
 
-def tensors(M=5, K=20, N=9, R=3, dtype=torch.float32, adapter=None, **changes) -> dict[str, object]:
-    """Arguments of a plain forward call, in order; ``changes`` replace some."""
-    adapter = adapter or dtype
-    t = dict(
-        threads=1, x=torch.randn(M, K).to(dtype), weight=torch.randn(N, K).to(dtype),
-        lora_A=torch.randn(R, K).to(adapter), lora_B=torch.randn(N, R).to(adapter), bias=None, scaling=2.0,
-        dropout_p=0.0, seed=None, scales=None, want_u=False, want_h=False,
-    )  # fmt: skip
-    return t | changes
-
-
-def known(settings, t, kind="panels") -> Tensor:
-    """y of a call that is learnt now."""
-    assert call.learn_forward(settings, *t.values(), kind)
-    y = call.forward(settings, *t.values())
-    assert y is not None
-    return y
-
-
-def expected(t) -> Tensor:
-    """y of a plain call in fp64."""
-    x, w, a, b = (t[k].detach().double() for k in ("x", "weight", "lora_A", "lora_B"))
-    return x @ w.t() + t["scaling"] * (x @ a.t()) @ b.t()
-
-
 def assert_close(y: Tensor, want: Tensor) -> None:
     assert y.shape == want.shape
     torch.testing.assert_close(y.detach().double(), want, rtol=2e-5, atol=2e-5)
 
 
-def test_every_subset_of_gradients(settings, exports):
+def test_every_subset_of_gradients(exports):
+    settings = object()
     # Each combination gives the bits that all of them together give.
     options = ("bias", *SCALES)
     problem = LoRALinearProblem(
@@ -216,19 +175,32 @@ def test_every_subset_of_gradients(settings, exports):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_threads_and_kinds_do_not_change_the_branch(settings, dtype):
-    # Large enough for two threads; a zero W, so that the branch is all there is.
-    t = tensors(M=150, K=300, N=260, R=7, dtype=dtype, adapter=torch.float32)
+@pytest.mark.parametrize("kind", ["panels", "few", "bf16"])
+def test_threads_do_not_change_bits(kind, dtype):
+    M, adapter = 60 if kind == "few" else 300, torch.float32
+    problem = LoRALinearProblem(
+        8, M, 290, 310, 7, dtype, adapter, scaling=0.5, dropout_p=0.2, options=("bias", *SCALES)
+    )
+    problem, results = native_problem(problem, kind), []
+    names = ("x", "lora_A", "lora_B", "bias", *SCALES)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run_ours(problem, problem.tensors(), names))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, value in other.items():
+            assert torch.equal(value, results[0][name]), name
+
+
+def test_the_branch_has_the_same_bits_beside_every_product(calls):
+    t = calls.arguments(M=150, K=300, N=260, R=7)
     t["weight"].zero_()
-    kinds = ("vendor", "panels", "bf16") if dtype == torch.float32 else ("panels", "bf16")
-    results = []
-    for kind, threads in itertools.product(kinds, (1, 2)):
-        call_of = t | dict(threads=threads)
-        results.append(known(settings, call_of, takes(kind, dtype, 150, True, False)))
+    results = [calls.known(t | dict(threads=n), kind) for kind in ("vendor", "panels") for n in (1, 2)]
     assert all(torch.equal(y, results[0]) for y in results)
 
 
-def test_identity_base(settings, exports):
+def test_identity_base(exports):
+    settings = object()
     x, a, b = torch.randn(6, 40), torch.randn(4, 40), torch.randn(40, 4)
     p, g = torch.rand(40), torch.rand(40)
     scales = (None, p, None, g, None)
@@ -253,210 +225,34 @@ def test_identity_base(settings, exports):
     )
 
 
-@pytest.mark.parametrize("layout", ["columns", "gaps", "offset", "expanded"])
-def test_strides_of_every_operand(settings, exports, layout):
-    def laid(t: Tensor) -> Tensor:
-        if layout == "columns":
-            return t.t().contiguous().t()
-        if layout == "gaps":
-            wide = torch.full((t.shape[0], 2 * t.shape[1] + 1), math.nan)
-            wide[:, : 2 * t.shape[1] : 2] = t
-            return wide[:, : 2 * t.shape[1] : 2]
-        if layout == "offset":
-            return torch.cat([torch.full((1, t.shape[1]), math.nan), t])[1:]
-        return t[:1].expand(t.shape)
-
-    for kind in ("vendor", "panels", "few"):
-        t = tensors(M=7, K=33, N=21, R=5)
-        t |= {name: laid(t[name]) for name in ("x", "weight", "lora_A", "lora_B")}
-        kind = takes(kind, torch.float32, 7, unit_stride(t["weight"]), False)
-        assert_close(known(settings, t, kind), expected(t))
-
-
-def test_leading_dimensions(settings):
-    for shape in ((20,), (2, 3, 20), (1, 5, 1, 20), (0, 3, 20), (3, 0, 20)):
-        t = tensors(x=torch.randn(shape))
-        y = known(settings, t)
-        assert y.shape == (*shape[:-1], 9) and y.is_contiguous()
-        assert_close(y.reshape(-1, 9), expected(t | dict(x=t["x"].reshape(-1, 20))))
-    # Rows at no constant step are copied by the careful way.
-    assert not call.learn_forward(settings, *tensors(x=torch.randn(3, 2, 20).transpose(0, 1)).values(), "panels")
-    # But where there is only one step they are.
-    sliced = torch.randn(4, 6, 20)[:, ::2][:, :1]
-    t = tensors(x=sliced)
-    assert_close(known(settings, t).reshape(-1, 9), expected(t | dict(x=sliced.reshape(-1, 20))))
-
-
-def test_results_are_ordinary_tensors(settings, exports):
-    t = tensors()
-    y = known(settings, t)
-    assert type(y) is Tensor and not y.requires_grad and not y.is_inference() and y.untyped_storage().resizable()
-    assert y._version == 0 and y.is_leaf
-    with torch.inference_mode():
-        assert call.forward(settings, *t.values()).is_inference()
-    with torch.no_grad():
-        assert torch.equal(call.forward(settings, *t.values()), y)
-    t["weight"] = torch.nn.Parameter(t["weight"])
-    assert torch.equal(known(settings, t), y)
-    wanted = t | dict(want_u=True)
-    assert call.learn_forward(settings, *wanted.values(), "panels")
-    again, u, h = call.forward(settings, *wanted.values())
-    assert torch.equal(again, y) and u.dtype == torch.float32 and h is None
-
-
-class Subclass(Tensor):
-    pass
-
-
-OTHERS = {
-    "a subclass": lambda t: t.as_subclass(Subclass),
-    "another device": lambda t: t.to("meta"),
-    "a negative view": torch._neg_view,
-    "a part of a conjugate": lambda t: torch.complex(t, t).conj().imag,
-    "sparse": lambda t: t.to_sparse(),
-    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape),
-    "fp64": lambda t: t.double(),
-    "integers": lambda t: t.long(),
-    "complex": lambda t: t.to(torch.complex64),
-    "one more column": lambda t: torch.cat([t, t[:, :1]], dim=1),
-    "one more row": lambda t: torch.cat([t, t[:1]]),
-    "one dimension": lambda t: t.flatten(),
-    "no tensor": lambda t: 3,
-    "None": lambda t: None,
-}
-
-
-@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
-@pytest.mark.parametrize("other", OTHERS)
-def test_what_is_not_ordinary_is_not_taken(settings, name, other):
-    t = tensors()
-    known(settings, t)
-    changed = t | {name: OTHERS[other](t[name])}
-    assert call.forward(settings, *changed.values()) is None
-    if name == "x" and other == "one more row":
-        return  # another M: a call of its own
-    assert call.learn_forward(settings, *changed.values(), "panels") is False
-
-
-@pytest.mark.parametrize("name, value", [
-    ("threads", 0), ("threads", "two"), ("bias", torch.randn(8)), ("bias", torch.randn(9).double()), ("scaling", "one"),
-    ("dropout_p", 1.0), ("dropout_p", -0.1), ("dropout_p", math.nan), ("dropout_p", 0.5), ("scales", (None,) * 4),
-    ("scales", [None] * 5), ("scales", (torch.randn(9),) + (None,) * 4), ("bias", torch.randn(9).bfloat16()),
-])  # fmt: skip
-def test_arguments_that_do_not_fit_are_not_taken(settings, name, value):
-    t = tensors() | {name: value}
-    assert call.learn_forward(settings, *t.values(), "panels") is False
-    assert call.forward(settings, *t.values()) is None
-    assert call.forward(settings, 1) is None and call.forward() is None
-
-
-def test_a_seed_that_does_not_fit_is_not_taken(settings):
-    for seed in (
-        None,
-        3,
-        torch.tensor([3], dtype=torch.int32),
-        torch.tensor([3, 4]),
-        torch.tensor([3.0]),
-        torch.empty(0).long(),
-    ):
-        assert call.learn_forward(settings, *tensors(dropout_p=0.5, seed=seed).values(), "panels") is False
-    assert call.learn_forward(settings, *tensors(dropout_p=0.5, seed=torch.tensor(3)).values(), "panels") is True
-
-
-def test_no_plan_is_stale(settings):
-    t = tensors(M=5, K=20, N=9, R=3)
-    known(settings, t)
-    others = [
-        tensors(M=6), tensors(K=21), tensors(N=10), tensors(R=4), tensors(bias=torch.randn(9)), tensors(threads=2),
-        tensors(dropout_p=0.1, seed=torch.tensor([1])), tensors(scales=(torch.randn(3),) + (None,) * 4),
-        tensors(want_u=True), tensors(want_h=True), tensors(dtype=torch.bfloat16),
-        tensors(dtype=torch.bfloat16, adapter=torch.float32),
-    ]  # fmt: skip
-    for other in others:
-        assert call.forward(settings, *other.values()) is None
-    assert call.forward(Settings(), *t.values()) is None
-    assert call.forward(settings, *t.values()) is not None
-    # Memory and dtype may change behind a parameter's back.
-    w = t["weight"] = torch.nn.Parameter(t["weight"], requires_grad=False)
-    known(settings, t)
-    w.data = torch.randn(9, 20)
-    assert_close(call.forward(settings, *t.values()), expected(t))
-    w.data = torch.randn(9, 40)[:, ::2]
-    assert call.forward(settings, *t.values()) is None, "other strides are another choice"
-    w.data = torch.randn(10, 20)
-    assert call.forward(settings, *t.values()) is None
-    w.data = torch.randn(9, 20).bfloat16()
-    assert call.forward(settings, *t.values()) is None
-
-
-def test_a_plan_holds_for_one_instruction_set(settings):
-    t = tensors()
-    known(settings, t)
-    if native._C.isa() == "plain":
-        pytest.skip("this CPU has one level")
-    native._C.set_isa("plain")
-    try:
-        assert call.forward(settings, *t.values()) is None
-    finally:
-        native._C.set_isa("auto")
-    assert call.forward(settings, *t.values()) is not None
-
-
-def test_kinds_that_cannot_compute_a_product_are_refused(settings):
-    t = tensors()
-    for kind in ("identity", "given", "", "bf16"):
-        with pytest.raises(ValueError, match="cannot be computed"):
-            call.learn_forward(settings, *t.values(), kind)
-    with pytest.raises(ValueError, match="few"):
-        call.learn_forward(settings, *tensors(M=native._C.base_few_rows + 1).values(), "few")
-    with pytest.raises(ValueError, match="few"):
-        call.learn_forward(settings, *tensors(weight=torch.randn(18, 40)[::2, ::2]).values(), "few")
-    with pytest.raises(TypeError):
-        call.learn_forward(settings, *t.values(), 3)
-    assert call.forward(settings, *t.values()) is None
-
-
-def test_plans_are_forgotten_before_they_are_too_many():
-    t = tensors(M=1, K=1, N=1, R=1)
-    kept = Settings()
-    known(kept, t)
-    for _ in range(2):
-        for _ in range(4096):
-            assert call.learn_forward(Settings(), *t.values(), "panels")
-    assert call.forward(kept, *t.values()) is None
-    native._C.lora_linear_forget()
-
-
-def test_scratch_of_another_call_does_not_leak_in(settings):
+def test_scratch_of_another_call_does_not_leak_in(calls):
     # A larger call fills the thread's scratch with NaN; nothing of it may reach a smaller one.
-    t, nan = tensors(M=7, K=50, N=40, R=6), tensors(M=70, K=500, N=400, R=60)
+    t, nan = calls.arguments(M=7, K=50, N=40, R=6), calls.arguments(M=70, K=500, N=400, R=60)
     scales = tuple(torch.rand(n) for n in (6, 50, 50, 40, 40))
     for kind in ("vendor", "panels", "few"):
         call_of = t | dict(scales=scales, bias=torch.randn(40))
-        before = known(settings, call_of, kind)
+        before = calls.known(call_of, kind)
         for name in ("x", "weight", "lora_A", "lora_B"):
             nan[name].fill_(math.nan)
-        known(settings, nan, "panels")
-        assert torch.equal(call.forward(settings, *call_of.values()), before)
+        calls.known(nan, "panels")
+        assert torch.equal(calls.forward(call_of), before)
 
 
-def test_a_call_that_needs_more_scratch_than_is_kept(settings):
+def test_a_call_that_needs_more_scratch_than_is_kept(calls):
     # Twice: the second finds what the first one left.
-    t = tensors(M=40000, K=8, N=8, R=450)
+    t = calls.arguments(M=40000, K=8, N=8, R=450)
     t["lora_A"] *= 0.05
-    first = known(settings, t)
-    assert torch.equal(call.forward(settings, *t.values()), first)
-    assert_close(first[:64], expected(t | dict(x=t["x"][:64])))
+    first = calls.known(t)
+    assert torch.equal(calls.forward(t), first)
+    assert_close(first[:64], calls.expected(t | dict(x=t["x"][:64])))
 
 
-def test_threads_of_python_get_scratch_of_their_own(settings):
-    from concurrent.futures import ThreadPoolExecutor
-
-    calls = [tensors(M=20 + i, K=90, N=70, R=5) for i in range(4)]
-    want = [known(settings, t) for t in calls]
+def test_threads_of_python_get_scratch_of_their_own(calls):
+    each = [calls.arguments(M=20 + i, K=90, N=70, R=5) for i in range(4)]
+    want = [calls.known(t) for t in each]
 
     def work(i: int) -> bool:
-        return all(torch.equal(call.forward(settings, *calls[i].values()), want[i]) for _ in range(60))
+        return all(torch.equal(calls.forward(each[i]), want[i]) for _ in range(60))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))

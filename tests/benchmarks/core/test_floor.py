@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern.benchmarks.core.case import Case
-from peftkern.benchmarks.core.floor import bytes_bound_fraction, floor_ratio, lora_floor
+from peftkern.benchmarks.core.floor import bytes_bound_fraction, floor_ratio, layer_floor
 
 
 def case(**changes):
@@ -17,7 +17,7 @@ def case(**changes):
 
 def test_counts():
     M, K, N, R = 3, 5, 7, 2
-    fwd, both = (lora_floor(case(M=M, K=K, N=N, R=R), p) for p in ("fwd", "fwd_bwd"))
+    fwd, both = (layer_floor(case(M=M, K=K, N=N, R=R), p) for p in ("fwd", "fwd_bwd"))
     assert fwd.base_flops == 2 * M * K * N and both.base_flops == 4 * M * K * N
     assert fwd.branch_flops == 2 * M * R * (K + N) and both.branch_flops == 6 * M * R * (K + N)
     assert fwd.branch_bytes == 2 * M * K + 4 * R * (K + N)
@@ -26,7 +26,7 @@ def test_counts():
 
 
 def test_ratio_by_hand():
-    floor = lora_floor(case(), "fwd_bwd")
+    floor = layer_floor(case(), "fwd_bwd")
     # base at 100 TFLOP/s for a round figure, infinite bandwidth: the share of FLOPs is all
     ratio = floor_ratio(floor, floor.base_flops / 1e14, float("inf"))
     assert ratio == pytest.approx(1 + 6 * 16 * (4096 + 4096) / (4 * 4096 * 4096))
@@ -36,12 +36,12 @@ def test_ratio_by_hand():
 
 
 def test_floor_grows_with_rank_and_stays_above_one():
-    ratios = [floor_ratio(lora_floor(case(R=R), "fwd_bwd"), 1.0, 2e10) for R in (8, 16, 64)]
+    ratios = [floor_ratio(layer_floor(case(R=R), "fwd_bwd"), 1.0, 2e10) for R in (8, 16, 64)]
     assert 1 < ratios[0] < ratios[1] < ratios[2]
 
 
 def test_bytes_bound_fraction_is_one_at_copy_bandwidth():
-    floor = lora_floor(case(M=1), "fwd")
+    floor = layer_floor(case(M=1), "fwd")
     seconds = (floor.base_bytes + floor.branch_bytes) / 2e10
     assert bytes_bound_fraction(floor, seconds, 2e10) == pytest.approx(1)
     assert bytes_bound_fraction(floor, 2 * seconds, 2e10) == pytest.approx(0.5)

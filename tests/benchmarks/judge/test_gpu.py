@@ -7,8 +7,8 @@ import json
 import pytest
 
 from peftkern.benchmarks import report
-from peftkern.benchmarks.judge import cpu as judge
-from peftkern.benchmarks.judge import gpu as gpu_judge
+from peftkern.benchmarks.judge.lora_linear import slow_half
+from peftkern.benchmarks.registry import OPS
 
 COMMON = dict(device="cuda", dtype="bf16", K=4096, R=16, skipped=None, bytes_bound_fraction=0.5, floor_ratio=1.0,
               ratio_to_fp32_base=None, graph=False, launches=3)  # fmt: skip
@@ -30,7 +30,7 @@ def many(provider, ms, *, M=64, adapters=64, adapter="bf16", which="fwd", graph=
 
 
 def figures(rows, op="lora_linear"):
-    return {f.name: f for f in gpu_judge.figures({"header": {"op": op}, "rows": rows})}
+    return {f.name: f for f in OPS[op].judge({"header": {"op": op}, "rows": rows})}
 
 
 def test_each_shape_is_held_by_itself():
@@ -120,4 +120,4 @@ def test_report_judges_by_device(tmp_path, capsys):
 
 def test_a_gpu_is_never_taken_for_a_slow_half_precision_machine():
     rows = [row("base", 10.0, adapter=None, dropout=None)]
-    assert not judge.slow_half(rows, "bf16")
+    assert not slow_half(rows, "bf16")

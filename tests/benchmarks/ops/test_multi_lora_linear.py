@@ -10,6 +10,7 @@ import torch
 
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks.core.case import COPY, OWN_BASE, Case
+from peftkern.benchmarks.core.presets import Choice
 from peftkern.benchmarks.measure.runner import Runner, Settings
 from peftkern.benchmarks.ops import multi_lora_linear
 from peftkern.benchmarks.registry import OPS
@@ -95,8 +96,8 @@ def test_wrong_options_are_refused(argv, message, capsys):
 
 
 def test_options_replace_fields_of_the_preset():
-    cases = BENCH.cases("full", "cpu", mixes=["zipf"], counts=[4], base_shares=[0.0, 0.5], rank_kinds=["mixed"],
-                        dtypes=["fp32"], ranks=[8])  # fmt: skip
+    cases = BENCH.cases("full", "cpu", Choice(mixes=["zipf"], counts=[4], base_shares=[0.0, 0.5], rank_kinds=["mixed"],
+                                              dtypes=["fp32"], ranks=[8]))  # fmt: skip
     assert {(c.mix, c.adapters, c.ranks, c.R) for c in cases} == {("zipf", 4, "mixed", 8)}
     assert {c.base_share for c in cases} == {0.0, 0.5}
     assert len(set(cases)) == len(cases)

@@ -11,8 +11,8 @@ import torch
 
 from peftkern.benchmarks.core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, Case
 from peftkern.benchmarks.ops import multi_lora_linear
-from peftkern.benchmarks.ops.multi_data import copies, make_data
-from peftkern.benchmarks.peers import multi_peers
+from peftkern.benchmarks.peers import many
+from peftkern.benchmarks.peers.many_data import copies, make_data
 
 CASE = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 12, 40, 24, 8, 0.0, 3, "zipf", 0.25, "same",
             "training")  # fmt: skip
@@ -148,7 +148,7 @@ def test_missing_grouped_mm_is_said(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("not on this CPU\nmore")
 
-    monkeypatch.setattr(multi_peers.F, "grouped_mm", broken, raising=False)
-    assert "does not run on CPU here: not on this CPU" in multi_peers.no_grouped_mm()
-    monkeypatch.delattr(multi_peers.F, "grouped_mm")
-    assert "has no torch.nn.functional.grouped_mm" in multi_peers.no_grouped_mm()
+    monkeypatch.setattr(many.F, "grouped_mm", broken, raising=False)
+    assert "does not run on CPU here: not on this CPU" in many.no_grouped_mm()
+    monkeypatch.delattr(many.F, "grouped_mm")
+    assert "has no torch.nn.functional.grouped_mm" in many.no_grouped_mm()

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from peftkern.benchmarks.core.case import PASSES, Case
+from peftkern.benchmarks.core.populations import adapter_ids
 from peftkern.benchmarks.measure.runner import Runner, Settings
 from peftkern.benchmarks.ops import lora_linear, multi_lora_linear
-from peftkern.benchmarks.ops.multi_data import make_data
-from peftkern.benchmarks.ops.populations import adapter_ids
-from peftkern.benchmarks.peers import padded
+from peftkern.benchmarks.peers import hf_peft, padded
 from peftkern.benchmarks.peers.addmm import AddmmLoRA
+from peftkern.benchmarks.peers.many_data import make_data
 
 CASE = Case("lora_linear", "cpu", torch.float32, torch.float32, 64, 64, 64, 8, 0.1)
 MANY = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 32, 64, 64, 8, 0.0, 3, "uniform", 0.25, "same",
@@ -68,7 +68,7 @@ def test_what_is_right_passes(monkeypatch, dtype):
         case = dataclasses.replace(CASE, dtype=dtype, dropout=p)
         assert checked(monkeypatch, wrong(), case) is None
         for name in ("peft", "addmm", "split"):
-            if name != "peft" or not lora_linear._no_peft():
+            if name != "peft" or not hf_peft.missing():
                 assert lora_linear.check(lora_linear.PROVIDERS[name], case) is None
 
 
@@ -136,7 +136,7 @@ def test_on_a_gpu_every_block_rotates():
     for M, copies in ((8192, 2), (512, 4)):
         assert lora_linear.copies(dataclasses.replace(case, M=M), cache) == copies
     many = dataclasses.replace(MANY, device="cuda", M=4096, K=4096, N=4096, phase="training", dtype=torch.bfloat16)
-    from peftkern.benchmarks.ops.multi_data import copies as many_copies
+    from peftkern.benchmarks.peers.many_data import copies as many_copies
 
     assert many_copies(many, cache) == 3
     assert len(make_data(dataclasses.replace(MANY, dtype=torch.float32), 3).weight) == 3

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftkern.benchmarks import report
 from peftkern.benchmarks.core.case import Case
-from peftkern.benchmarks.core.floor import lora_floor
+from peftkern.benchmarks.core.floor import layer_floor
 from peftkern.benchmarks.ops import lora_linear
 from peftkern.benchmarks.tables import model, performance
 
@@ -65,7 +65,7 @@ def test_every_part_is_known_and_says_what_it_is():
         if name.startswith("calculated:"):
             assert lines[1] in PROVENANCE, name
         else:
-            assert lines[1].startswith("**") or text.split("\n", 1)[1].startswith(performance.NOTHING), name
+            assert lines[1].startswith("**") or text.split("\n", 1)[1].startswith(report.NOTHING), name
 
 
 def test_measured_parts_follow_the_results():
@@ -81,9 +81,9 @@ def test_measured_parts_follow_the_results():
 
 
 def test_without_results_a_part_says_so():
-    assert report.part("benchmarks:gap_lora_linear", []) == performance.NOTHING
+    assert report.part("benchmarks:gap_lora_linear", []) == report.NOTHING
     cpu = [r for r in report.load() if not report.on_gpu(r)]
-    assert report.part("benchmarks:ways_lora_linear", cpu) == performance.NOTHING
+    assert report.part("benchmarks:ways_lora_linear", cpu) == report.NOTHING
 
 
 def test_parts_of_a_step_by_hand():
@@ -126,7 +126,7 @@ def test_what_is_left_for_the_product():
 
 
 def test_calculated_floors_are_those_of_the_benchmark():
-    floor = lora_floor(model.case(8192, 4096, 4096), "fwd_bwd")
+    floor = layer_floor(model.case(8192, 4096, 4096), "fwd_bwd")
     text = performance.floors()
     assert f"{(floor.base_flops + floor.branch_flops) / 700e12 * 1e3:.3f}" in text
     assert f"{(floor.base_bytes + floor.branch_bytes) / 4.8e12 * 1e3:.3f}" in text

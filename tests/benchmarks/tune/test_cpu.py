@@ -93,8 +93,8 @@ def test_what_is_hopeless_is_given_up(small, monkeypatch):
         tried.append(call)
         return 1e-5 if call[1] == "panels" else 1e-4
 
-    monkeypatch.setattr(tune_cpu, "_calls", calls)
-    monkeypatch.setattr(tune_cpu, "_seconds", seconds)
+    monkeypatch.setattr(tune_cpu, "calls_of", calls)
+    monkeypatch.setattr(tune_cpu, "seconds", seconds)
     rows = (4, 8, 16, 32, 64)
     assert tune_cpu.measure(Job("bf16", "dx", 48, 40), rows)["us"] == {"panels": [10.0] * 5}
     assert [M for M, kind in tried if kind == "vendor"] == [4, 4, 8, 8]

@@ -316,7 +316,7 @@ def test_other_versions_of_peft_are_skipped(zoo, fused, monkeypatch, version):
 
 
 def test_the_installed_version_is_in_the_tested_range(zoo):
-    assert hf_peft_guard.version_reason(zoo.peft.__version__) is None
+    assert hf_peft_guard.version_reason("peft", zoo.peft.__version__) is None
 
 
 def test_a_forward_that_another_library_replaced_is_left_alone(zoo, fused, monkeypatch):

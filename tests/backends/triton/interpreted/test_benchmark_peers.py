@@ -9,8 +9,8 @@ import torch
 
 from peftkern.benchmarks.core.case import Case
 from peftkern.benchmarks.ops import lora_linear, multi_lora_linear
-from peftkern.benchmarks.ops.multi_data import make_data
 from peftkern.benchmarks.peers import split, split_kernels
+from peftkern.benchmarks.peers.many_data import make_data
 
 SINGLE = Case("lora_linear", "cpu", torch.float32, torch.float32, 24, 40, 32, 4, 0.0)
 MANY = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 64, 600, 200, 16, 0.0, 5, "uniform", 0.0, "same",
@@ -22,7 +22,7 @@ DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch
 @pytest.mark.parametrize("R, dropout", [(16, 0.1), (5, 0.5)])
 def test_split(dtype, adapter, R, dropout):
     case = dataclasses.replace(SINGLE, dtype=dtype, adapter_dtype=adapter, R=R, dropout=dropout)
-    assert split._kernels(torch.empty(1)) is split_kernels
+    assert split.passes_for(torch.empty(1)) is split_kernels
     assert lora_linear.check(lora_linear.PROVIDERS["split"], case) is None
 
 
@@ -35,9 +35,9 @@ def test_the_passes_are_those_in_torch():
     mine, theirs, mask = y.clone(), y.clone(), torch.randint(2, y.shape, dtype=torch.uint8)
     for chosen in (None, mask):
         split_kernels.add_product(mine, S, B, 0.7, chosen)
-        split._Torch.add_product(theirs, S, B, 0.7, chosen)
+        split.TorchPasses.add_product(theirs, S, B, 0.7, chosen)
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    for ours, right in zip(split_kernels.adapter_grad(y, S, B, 0.7), split._Torch.adapter_grad(y, S, B, 0.7)):
+    for ours, right in zip(split_kernels.adapter_grad(y, S, B, 0.7), split.TorchPasses.adapter_grad(y, S, B, 0.7)):
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch import tuned
 from peftkern.kernels import configs, launch
 from peftkern.kernels.configs import LaunchConfig
-from peftkern.kernels.lora_linear import rows_of
+from peftkern.kernels.operand import rows_of
 from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
 from peftkern.problem import Problem
 

@@ -7,8 +7,8 @@
 namespace {
 
 // Sizes: dtype, adapter dtype, bias dtype, M, N, K, R, rows of x, w and out, w_by_row, strides of b,
-// threshold, multiprocessors. numbers: scaling, keep_scale. tensors: x, w, out, v, b, rank_scale, base_scale,
-// low_scale, bias, seed.
+// threshold, multiprocessors. numbers: scaling, keep_scale. tensors: x, w, out, v, b, d, g_b, g_d, bias,
+// seed.
 peftkern::cuda::LoraLinearArgs arguments(const int64_t* sizes, const float* numbers, void* const* tensors) {
   using peftkern::DType;
   peftkern::cuda::LoraLinearArgs args{};
@@ -25,9 +25,9 @@ peftkern::cuda::LoraLinearArgs arguments(const int64_t* sizes, const float* numb
   args.v = static_cast<float*>(tensors[3]);
   args.b = {tensors[4], static_cast<DType>(sizes[1]), sizes[11], sizes[12]};
   args.scaling = numbers[0];
-  args.rank_scale = static_cast<const float*>(tensors[5]);
-  args.base_scale = static_cast<const float*>(tensors[6]);
-  args.low_scale = static_cast<const float*>(tensors[7]);
+  args.scales.d = static_cast<const float*>(tensors[5]);
+  args.scales.g_b = static_cast<const float*>(tensors[6]);
+  args.scales.g_d = static_cast<const float*>(tensors[7]);
   args.bias = tensors[8];
   args.dropout = {static_cast<const int64_t*>(tensors[9]), static_cast<uint32_t>(sizes[13]), numbers[1]};
   args.multiprocessors = static_cast<int>(sizes[14]);

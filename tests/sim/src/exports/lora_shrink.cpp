@@ -6,14 +6,14 @@
 // Sizes are in `sizes`: dtype, adapter dtype, M, C, R, stride of in's rows, strides of p, threshold. numbers:
 // alpha, keep_scale.
 EXPORT const char* sim_lora_shrink(const int64_t* sizes, const float* numbers, const void* in, const void* p,
-                                   const float* scale, const float* rank_scale, const int64_t* seed,
-                                   float* out, float* partial) {
+                                   const float* scale, const float* d, const int64_t* seed, float* out,
+                                   float* partial) {
   using peftkern::DType;
   peftkern::cuda::LoraShrinkArgs args{};
   args.in = {in, static_cast<DType>(sizes[0]), sizes[5], 1};
   args.p = {p, static_cast<DType>(sizes[1]), sizes[6], sizes[7]};
   args.scale = scale;
-  args.rank_scale = rank_scale;
+  args.d = d;
   args.alpha = numbers[0];
   args.dropout = {seed, static_cast<uint32_t>(sizes[8]), numbers[1]};
   args.M = sizes[2];

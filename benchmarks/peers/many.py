@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.case import Case
-from ..ops.multi_data import MultiData, Stack
 from .candidates import NOT_HERE
+from .many_data import MultiData, Stack
 
 
 class Loop:
@@ -127,34 +127,3 @@ def no_grouped_mm() -> str | None:
     except (RuntimeError, NotImplementedError) as error:
         return f"torch.nn.functional.grouped_mm does not run on CPU here: {str(error).splitlines()[0]}"
     return None
-
-
-class PeftLayer:
-    """HF PEFT's LoRA layer over each of the frozen weights, with ``adapter_names`` for the rows; forward only, since
-    PEFT raises in training. The layer holds our tensors themselves: 256 adapters of all copies at most."""
-
-    def __init__(self, data: MultiData, dtype: torch.dtype):
-        import peft
-        from peft.tuners.lora.layer import Linear
-
-        case = data.case
-        self.sets = max(1, min(data.copies, 256 // case.adapters))
-        config = peft.LoraConfig(r=case.R, lora_alpha=case.R, target_modules=["0"], init_lora_weights=False)
-        self.layers = []
-        for w, weight in enumerate(data.weight):
-            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            layer = Linear(linear, "unused", config, r=1, lora_alpha=1)
-            for i in range(w, self.sets, len(data.weight)):
-                for a, (A, B, s) in enumerate(data.lists(dtype)[i]):
-                    layer.update_layer(f"{i}_{a}", A.shape[0], s * A.shape[0], config)
-                    layer.lora_A[f"{i}_{a}"].weight = torch.nn.Parameter(A.detach())
-                    layer.lora_B[f"{i}_{a}"].weight = torch.nn.Parameter(B.detach())
-            self.layers.append(layer.eval())
-        ids = data.ids.tolist()
-        self.names = [["__base__" if a < 0 else f"{i}_{a}" for a in ids] for i in range(self.sets)]
-
-    def forward(self, x: Tensor, i: int) -> Tensor:
-        """y (M, N) of x (M, K) with the weight and the set of copy ``i``."""
-        i %= self.sets
-        return self.layers[i % len(self.layers)](x, adapter_names=self.names[i])

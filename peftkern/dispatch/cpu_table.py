@@ -1,4 +1,4 @@
-"""What was measured on a CPU model: which kind of base product takes the least time. The choice itself: cpu_base_plan.
+"""What was measured on a CPU model: which kind of base product takes the least time. The choice itself: cpu_base.
 
 A table is a file of the package, ``tuned/cpu-VENDOR-FAMILY-MODEL.json``, written by ``peftkern bench --tune --device
 cpu``. It speaks for the models that it names and for the instruction sets it was measured at. A row holds microseconds
@@ -8,7 +8,6 @@ to it, so that an epilogue's pass over the result is part of the time. Nothing i
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...dispatch.tuned import DTYPES, FOLDER, slug
+from .tuned import DTYPES, slug
 
 SCHEMA = 1
 KINDS = ("vendor", "few", "panels", "bf16")
@@ -41,6 +40,18 @@ class Level(NamedTuple):
     isa: str
     torch_isa: str
     mkl: bool
+
+
+class Product(NamedTuple):
+    """(M, C) x (C, D). ``unit_stride``: W is adjacent along C or D; ``scaled``: the left side is multiplied by a vector."""
+
+    dtype: torch.dtype
+    forward: bool
+    M: int
+    D: int
+    C: int
+    unit_stride: bool = True
+    scaled: bool = False
 
 
 class Row(NamedTuple):
@@ -83,15 +94,28 @@ def _off(a: int, b: int) -> float:
     return max(a / b, b / a)
 
 
-@functools.lru_cache(maxsize=4096)
-def fastest(table: Table, dtype: torch.dtype, transpose: bool, M: int, D: int, C: int) -> tuple[str, ...]:
-    """Kinds of a (M, C) x (C, D) product, fastest first; none where nothing near was measured. ``transpose``: forward."""
-    close = [r for r in table.rows.get((dtype, transpose), ()) if max(_off(D, r.D), _off(C, r.C)) <= NEAR]
+class Near(NamedTuple):
+    """The row of a table, and its number of rows M, that speak for a product. ``order``: the kinds, fastest first."""
+
+    D: int
+    C: int
+    M: int
+    order: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"D={self.D} C={self.C} M={self.M}"
+
+
+def nearest(table: Table, p: Product) -> Near | None:
+    """What speaks for a product; None where nothing near was measured."""
+    close = [r for r in table.rows.get((p.dtype, p.forward), ()) if max(_off(p.D, r.D), _off(p.C, r.C)) <= NEAR]
     if not close:
-        return ()
-    row = min(close, key=lambda r: (_off(D, r.D) * _off(C, r.C), r.D, r.C))
-    i = min(range(len(row.M)), key=lambda i: (_off(M, row.M[i]), row.M[i]))
-    return row.order[i] if M > row.M[-1] or _off(M, row.M[i]) <= NEAR else ()
+        return None
+    row = min(close, key=lambda r: (_off(p.D, r.D) * _off(p.C, r.C), r.D, r.C))
+    i = min(range(len(row.M)), key=lambda i: (_off(p.M, row.M[i]), row.M[i]))
+    if p.M > row.M[-1] or _off(p.M, row.M[i]) <= NEAR:
+        return Near(row.D, row.C, row.M[i], row.order[i])
+    return None
 
 
 def file_name(cpu: CpuModel) -> str:
@@ -99,10 +123,10 @@ def file_name(cpu: CpuModel) -> str:
     return f"cpu-{slug(cpu.vendor)}-{cpu.family}-{cpu.model}.json"
 
 
-def of_model(cpu: CpuModel, folder: Path | None = None) -> Table | None:
-    """The table of a CPU model, whatever the instruction sets; of two, the one that names fewer models."""
+def of_model(cpu: CpuModel, folder: str | Path) -> Table | None:
+    """The table of a CPU model in ``folder``, whatever the instruction sets; of two, the one that names fewer models."""
     found = []
-    for file in sorted((folder or FOLDER).glob(f"cpu-{slug(cpu.vendor)}-{cpu.family}-*.json")) if cpu.vendor else ():
+    for file in sorted(Path(folder).glob(f"cpu-{slug(cpu.vendor)}-{cpu.family}-*.json")) if cpu.vendor else ():
         table = Table(json.loads(file.read_text()), file.name)
         named = table.meta["cpu"]
         first, last = named["models"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.benchmarks.ops.populations import MIXES, adapter_ids, adapter_ranks, shares
+from peftkern.benchmarks.core.populations import MIXES, adapter_ids, adapter_ranks, shares
 
 
 def _rows(mix, adapters, M, base_share=0.0):

@@ -1,8 +1,7 @@
 // A stage of lora_linear_sm80 in shared memory: how copies lay it out, and what becomes of its ranks.
 //
-// Rows of 64 bytes, four pieces of 16 each: 32 elements of k, or 16 ranks in fp32. With w by row, rows are
-// those of k. Pieces are placed by an exclusive or with their row, so that what ldmatrix reads at once lies
-// in different banks.
+// Rows of 64 bytes, four pieces of 16 each: 32 elements of k, or 16 ranks in fp32. Pieces are placed by an
+// exclusive or with their row, so that what ldmatrix reads at once lies in different banks.
 #pragma once
 
 #include "cuda/common/split.h"
@@ -17,12 +16,6 @@ constexpr int kStageRanks = 16;  // ranks in a stage
 PEFTKERN_DEVICE uint32_t place(int row, int piece) {
   return static_cast<uint32_t>(row * 64 + ((piece ^ (row >> 1 & 3)) << 4));
 }
-// Rows of Columns elements.
-template <int Columns>
-PEFTKERN_DEVICE uint32_t place_by_row(int k, int piece) {
-  return static_cast<uint32_t>(k * Columns * 2 + ((piece ^ (k & 7)) << 4));
-}
-
 // Of a piece with `elements` elements of Size bytes left in its row, those bytes that exist.
 template <int Size>
 PEFTKERN_DEVICE int piece_bytes(int elements) {
@@ -47,23 +40,6 @@ PEFTKERN_DEVICE void copy_rows(uint32_t to, const void* from, int64_t stride, in
   }
 }
 
-// Columns elements of each of kStageDepth rows.
-template <int Columns, int Threads>
-PEFTKERN_DEVICE void copy_by_row(uint32_t to, const void* from, int64_t stride, int rows, int elements) {
-  constexpr int kPieces = Columns / 8, kPass = Threads / kPieces;
-  static_assert(kPass % 8 == 0 && kStageDepth % kPass == 0);
-  const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
-  const int valid = piece_bytes<2>(elements - 8 * piece);
-  const auto* source = static_cast<const unsigned char*>(from) + row * stride * 2 + 16 * piece;
-  const uint32_t target = to + place_by_row<Columns>(row, piece);
-#pragma unroll
-  for (int i = 0; i < kStageDepth / kPass; ++i) {
-    const bool there = row + i * kPass < rows && valid > 0;
-    copy_async<16>(target + i * kPass * Columns * 2, there ? source : from, there ? valid : 0);
-    source += kPass * stride * 2;
-  }
-}
-
 // A piece of which `left` elements exist, by single elements: for addresses that are not aligned.
 template <class T>
 PEFTKERN_DEVICE void gather_piece(unsigned char* to, const T* from, int left) {
@@ -75,7 +51,7 @@ PEFTKERN_DEVICE void gather_piece(unsigned char* to, const T* from, int left) {
   *reinterpret_cast<Vec16*>(to) = v;
 }
 
-// What copy_rows and copy_by_row do.
+// What copy_rows does.
 template <class T, int Rows, int Threads>
 PEFTKERN_DEVICE void gather_rows(unsigned char* to, const T* from, int64_t stride, int rows, int elements) {
 #pragma unroll 1
@@ -85,17 +61,6 @@ PEFTKERN_DEVICE void gather_rows(unsigned char* to, const T* from, int64_t strid
                  row < rows ? elements - 8 * piece : 0);
   }
 }
-template <class T, int Columns, int Threads>
-PEFTKERN_DEVICE void gather_by_row(unsigned char* to, const T* from, int64_t stride, int rows, int elements) {
-  constexpr int kPieces = Columns / 8;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kStageDepth * kPieces; i += Threads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    gather_piece(to + place_by_row<Columns>(row, piece), from + row * stride + 8 * piece,
-                 row < rows ? elements - 8 * piece : 0);
-  }
-}
-
 // Elements of m from (row0, rank0) on, as fp32, in rows of 16 ranks as copy_rows lays them out; `rows` and
 // `ranks` of them exist. Neighbouring threads take what is adjacent in memory.
 template <class T, int Rows, int Threads>

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from peftkern.benchmarks.core.case import Case
-from peftkern.benchmarks.core.floor import lora_floor
-from peftkern.benchmarks.ops.multi_floor import branch_floor, counts, multi_floor
+from peftkern.benchmarks.core.floor import branch_floor, counts, layer_floor
 
 M, K, N, R = 8, 20, 12, 4
 CASE = Case("multi_lora_linear", "cpu", torch.bfloat16, torch.float32, M, K, N, R, 0.0, 3, "identical", 0.5, "mixed",
@@ -24,7 +23,7 @@ def test_counts():
 
 
 def test_floor_by_hand():
-    fwd, both = (multi_floor(CASE, p) for p in ("fwd", "fwd_bwd"))
+    fwd, both = (layer_floor(CASE, p) for p in ("fwd", "fwd_bwd"))
     assert fwd.base_flops == 2 * M * K * N and both.base_flops == 4 * M * K * N
     assert fwd.branch_flops == 2 * 16 * (K + N) and both.branch_flops == 6 * 16 * (K + N)
     assert fwd.branch_bytes == 2 * 4 * K + 4 * 4 * (K + N)
@@ -38,12 +37,13 @@ def test_branch_alone_reads_adapters_in_use_and_x_and_writes_y():
 
 
 def test_one_adapter_for_all_is_lora_linear():
+    single = dataclasses.replace(CASE, adapters=None)
     case = dataclasses.replace(CASE, adapters=1, base_share=0.0, ranks="same")
     for which in ("fwd", "fwd_bwd"):
-        assert multi_floor(case, which) == lora_floor(case, which)
+        assert layer_floor(case, which) == layer_floor(single, which)
 
 
 @pytest.mark.parametrize("which", ["fwd", "fwd_bwd"])
 def test_no_adapter_no_branch(which):
-    floor = multi_floor(dataclasses.replace(CASE, base_share=1.0), which)
+    floor = layer_floor(dataclasses.replace(CASE, base_share=1.0), which)
     assert floor.branch_flops == floor.branch_bytes == 0

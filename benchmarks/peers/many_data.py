@@ -1,4 +1,4 @@
-"""Tensors of a block of multi_lora_linear cases: activations, frozen weights, and sets of adapters in every form.
+"""Tensors of a block of cases with many adapters: activations, frozen weights, and sets of adapters in every form.
 
 A *copy* is one turn of the rotation: a set of adapters and, in the same rotation, one of a few frozen weights. All
 forms of a set (matrices, one padded stack, a bank) hold the same values.
@@ -15,9 +15,9 @@ from torch import Tensor
 import peftkern
 
 from ..core.case import Case
+from ..core.populations import adapter_ids, adapter_ranks
 from ..measure.device_timing import rotation
-from . import lora_linear
-from .populations import adapter_ids, adapter_ranks
+from . import data
 
 # Scalings of the adapters, in turn: not all alike, so that a provider that mixes them up is found out.
 SCALINGS = (2.0, 1.0, 0.5)
@@ -136,8 +136,8 @@ class MultiData:
 
 
 def make_data(case: Case, copies: int) -> MultiData:
-    """As many weights as ``lora_linear`` rotates, ``copies`` sets of adapters."""
+    """As many weights as a block with one adapter rotates, ``copies`` sets of adapters."""
     most = 8 if case.device == "cuda" else max(1, -(-(64 << 20) // (case.K * case.N * case.dtype.itemsize)))
     few = min(copies, 8, most)
-    base = lora_linear.make_data(case, few)
+    base = data.make_data(case, few)
     return MultiData(case, copies, base.x, base.weight, base.dy)

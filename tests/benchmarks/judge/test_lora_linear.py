@@ -7,7 +7,7 @@ import math
 import pytest
 
 from peftkern.benchmarks import report
-from peftkern.benchmarks.judge import cpu as judge
+from peftkern.benchmarks.judge import figures, lora_linear
 
 
 def row(provider, ms, *, dtype="fp32", M=512, K=1024, N=1024, R=16, dropout=0.0, adapter="fp32", which="fwd_bwd",
@@ -27,8 +27,8 @@ def by_name(found):
 
 
 def test_geomean():
-    assert judge.geomean([1, 4]) == pytest.approx(2)
-    assert judge.geomean([]) is None
+    assert figures.geomean([1, 4]) == pytest.approx(2)
+    assert figures.geomean([]) is None
 
 
 def test_fp32_limits_use_the_right_rows():
@@ -41,7 +41,7 @@ def test_fp32_limits_use_the_right_rows():
         row("peft", 12.0, R=8),
         row("peft", 13.2, R=16, dropout=0.1),
     ]
-    found = by_name(judge.figures({"rows": rows}))
+    found = by_name(lora_linear.figures({"rows": rows}))
     over = found["fp32: over a frozen linear"]
     assert over.value == pytest.approx(math.sqrt(1.05 * 1.1)) and over.ok and over.note == "2 rows"
     faster = found["fp32: faster than PEFT as users run it"]
@@ -55,7 +55,7 @@ def test_bf16_fast_and_slow_have_their_own_limits():
         row("peftkern", 2.6, dtype="bf16", base=2.0),
         row("peft", 6.0, dtype="bf16", base=2.0),
     ]
-    found = by_name(judge.figures({"rows": fast}))
+    found = by_name(lora_linear.figures({"rows": fast}))
     assert found["bf16: over a frozen linear"].ok is False  # 1.3 > 1.25
     assert found["bf16: faster than PEFT as users run it"].ok is True
     slow = [
@@ -67,7 +67,7 @@ def test_bf16_fast_and_slow_have_their_own_limits():
         row("base", 11.0, dtype="bf16", M=16, K=4096, N=4096, which="fwd", adapter=None, dropout=None),
         row("peftkern", 2.0, dtype="bf16", M=1, K=4096, N=4096, which="fwd"),
     ]
-    found = by_name(judge.figures({"rows": slow}))
+    found = by_name(lora_linear.figures({"rows": slow}))
     assert found["bf16 (slow here): over a frozen fp32 linear"].value == pytest.approx(1.19)
     assert found["bf16 (slow here): faster than PEFT at (192, 768, 1024)"].value == pytest.approx(31)
     assert found["bf16 (slow here): forward at M = 16, torch's own linear over ours"].value == pytest.approx(5.5)
@@ -76,8 +76,8 @@ def test_bf16_fast_and_slow_have_their_own_limits():
 
 def test_slow_is_also_a_vendor_slower_than_fp32():
     rows = [row("base", 30.0, dtype="fp16", base=30.0, fp32=10.0, adapter=None)]
-    assert judge.slow_half(rows, "fp16")
-    assert not judge.slow_half([row("base", 3.0, dtype="bf16", fp32=10.0)], "bf16")
+    assert lora_linear.slow_half(rows, "fp16")
+    assert not lora_linear.slow_half([row("base", 3.0, dtype="bf16", fp32=10.0)], "bf16")
 
 
 def test_addmm_and_reruns():
@@ -87,19 +87,19 @@ def test_addmm_and_reruns():
         row("addmm", 10.0, which="fwd"), row("peftkern", 99.0, which="fwd"),
     ]  # fmt: skip
     result = {"rows": rows, "reruns": []}
-    found = by_name(judge.figures(result))
+    found = by_name(lora_linear.figures(result))
     assert found["fp32 512x1024x1024: over the addmm_ function"].value == pytest.approx(math.sqrt(1.06 * 0.98))
     worst = found["worst row over the addmm_ function"]
     assert worst.ok is False and "1 rows over 5 % not run again" in worst.note
-    again = {name: rows[1][name] for name in judge.KEY} | {"ratios": [1.06, 1.01, 1.02], "median": 1.02}
-    worst = by_name(judge.figures(result | {"reruns": [again]}))["worst row over the addmm_ function"]
+    again = {name: rows[1][name] for name in figures.KEY} | {"ratios": [1.06, 1.01, 1.02], "median": 1.02}
+    worst = by_name(lora_linear.figures(result | {"reruns": [again]}))["worst row over the addmm_ function"]
     assert worst.ok is True and worst.value == pytest.approx(1.02)
 
 
 def test_verdict_exit_code():
-    good, bad = judge.Figure("a", 1.0, "<= 1.1", True), judge.Figure("b", 2.0, "<= 1.1", False)
+    good, bad = figures.Figure("a", 1.0, "<= 1.1", True), figures.Figure("b", 2.0, "<= 1.1", False)
     assert report.verdict([good])[1] == 0
-    text, code = report.verdict([good, bad, judge.Figure("c", None, "told", None)])
+    text, code = report.verdict([good, bad, figures.Figure("c", None, "told", None)])
     assert code == 1 and "MISSED" in text and "n/a" in text
 
 

@@ -1,0 +1,100 @@
+"""How matrices are read, and the loader of the base: a tile of W in, (BLOCK_K, BLOCK_N) in the activation's dtype out.
+
+A dense W lies by column (a row of memory is one output column) or by k, and is copied through a tensor descriptor where
+there is one. The products above take tiles and know neither.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before host descriptors
+    TensorDescriptor = None
+
+# Offsets within a tile of at most 128 rows are 32-bit.
+MAX_ROW_STRIDE = 1 << 24
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """``t`` (rows, columns) with unit stride along columns; copied if it has none, or rows absurdly far apart."""
+    return t if (t.shape[1] <= 1 or t.stride(1) == 1) and t.stride(0) < MAX_ROW_STRIDE else t.contiguous()
+
+
+def row_stride(t: Tensor) -> int:
+    """Elements from one row to the next."""
+    return t.stride(0) if t.shape[0] > 1 else t.shape[1]
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """Unit stride."""
+    return None if t is None else t.contiguous()
+
+
+def by_column(w: Tensor) -> tuple[Tensor, bool]:
+    """(matrix with unit stride along its second axis, whether it is ``w`` (N, K) itself and not its transpose)."""
+    if w.stride(1) != 1 and w.stride(0) == 1:
+        return w.t(), False
+    return rows_of(w), True
+
+
+def descriptor(t: Tensor, block: list[int]):
+    """``t`` for copies of such blocks; see ``describable``."""
+    return TensorDescriptor(t, list(t.shape), [row_stride(t), 1], block)
+
+
+def describable(t: Tensor) -> bool:
+    """Whether there are descriptors, and one of ``t``."""
+    if TensorDescriptor is None:
+        return False
+    bytes_per_row = row_stride(t) * t.element_size()
+    return t.data_ptr() % 16 == 0 and bytes_per_row % 16 == 0 and 0 not in t.shape and t.stride(1) == 1
+
+
+@triton.jit
+def first_tile(w, col, depth, N, stride_w, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr):
+    """Where the tile of k = 0 is: its elements' addresses, or the descriptor."""
+    if TMA:
+        at = w
+    elif W_BY_COLUMN:
+        # The clamp instead of a mask: what a column past the end computes is never stored.
+        at = w + tl.minimum(col, N - 1)[:, None].to(tl.int64) * stride_w + depth[None, :]
+    else:
+        at = w + depth[:, None].to(tl.int64) * stride_w + col[None, :]
+    return at
+
+
+@triton.jit
+def load_tile(
+    at, k, col0, col, depth, N, K, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    """Elements (k + depth, col) of W^T; what is past K is zero."""
+    if TMA:
+        if W_BY_COLUMN:
+            tile = tl.trans(at.load([col0, k]))
+        else:
+            tile = at.load([k, col0])
+    elif W_BY_COLUMN:
+        if EVEN_K:
+            tile = tl.trans(tl.load(at))
+        else:
+            tile = tl.trans(tl.load(at, mask=(k + depth < K)[None, :], other=0.0))
+    else:
+        if EVEN_K:
+            tile = tl.load(at, mask=(col < N)[None, :], other=0.0)
+        else:
+            tile = tl.load(at, mask=(k + depth < K)[:, None] & (col < N)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def next_tile(at, stride_w, BLOCK_K: tl.constexpr, W_BY_COLUMN: tl.constexpr):
+    """The addresses BLOCK_K further on along k."""
+    if W_BY_COLUMN:
+        at += BLOCK_K
+    else:
+        at += tl.cast(stride_w, tl.int64) * BLOCK_K
+    return at

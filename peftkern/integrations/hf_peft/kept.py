@@ -1,0 +1,93 @@
+"""The plan of a layer's last call, for as long as everything that it was made from looks the same.
+
+Nothing of the layer is kept alive by it: a kept plan is a pattern (``watch``) and a form that the layer's tensors of the
+moment are filled into. Anything that differs takes the careful path, which keeps its plan anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...methods.registry import NO_SCALES, Branch, Plan
+from ...watch.look import Look
+from ...watch.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
+from ...watch.unchanged import keep as holds
+
+# What calling a NamedTuple does, without the frame of its own __new__.
+_new = tuple.__new__
+
+
+def _filled(scales: Mapping[str, int], now: tuple) -> dict[str, Tensor]:
+    return {name: now[slot] for name, slot in scales.items()}
+
+
+def _input(x: Tensor) -> Pattern:
+    # A nested tensor of no subclass has no shape, so it never matches.
+    facts = {"dtype": same(x.dtype), "device": equal(x.device), "shape": last(x.shape[-1]), "layout": same(x.layout)}
+    return instance(type(x), {}, facts)
+
+
+def _autocast(device: str) -> Pattern:
+    return call(torch.is_autocast_enabled, (device,), same(torch.is_autocast_enabled(device)))
+
+
+class Kept:
+    """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
+
+    __slots__ = ("_bias", "_branches", "_match", "_only", "_transposed", "_weight", "mixed")
+
+    def __init__(self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None):
+        self._match, self._transposed, self.mixed = match, transposed, mixed
+        self._weight, self._bias = slots[id(plan.weight)], slots[id(plan.bias)]
+        self._branches = [
+            (b.name, slots[id(b.lora_A)], slots[id(b.lora_B)], slots[id(b.bias)], b.scaling, b.dropout_p,
+             {name: slots[id(t)] for name, t in b.scales.items()})
+            for b in plan.branches
+        ]  # fmt: skip
+        # The usual case: one adapter, without scale vectors.
+        self._only = self._branches[0][:-1] if len(plan.branches) == 1 and not plan.branches[0].scales else None
+
+    def plan(self, layer: nn.Module, x: Any) -> Plan | None:
+        """What a call with this input computes, or None if anything is not as it was."""
+        now = self._match(layer, x)
+        if now is None:
+            return None
+        weight = now[self._weight]
+        if self._transposed:
+            weight = weight.t()
+        if self._only is not None:
+            name, A, B, bias, s, p = self._only
+            branches = [_new(Branch, (name, now[A], now[B], now[bias], s, p, NO_SCALES))]
+        else:
+            branches = [
+                _new(Branch, (name, now[A], now[B], now[bias], s, p, _filled(scales, now) if scales else NO_SCALES))
+                for name, A, B, bias, s, p, scales in self._branches
+            ]
+        return _new(Plan, (weight, now[self._bias], branches))
+
+
+def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
+    """The plan that was made by this look at a layer and for this input, to be kept, or None if a pattern cannot say
+    when it holds. ``process``: patterns of what is the same for all layers."""
+    record = look.record
+    tensors = [slot.tensor for slot in record.slots]
+    slots = {id(t): i for i, t in enumerate(tensors) if t is not None}
+    if not record.whole or len(slots) < sum(t is not None for t in tensors):
+        return None  # a tensor in two places may be two later
+    slots[id(None)] = nothing = len(tensors)
+    transposed = id(plan.weight) in record.transposed
+    if transposed:
+        slots[id(plan.weight)] = slots.get(id(record.transposed[id(plan.weight)]), nothing)
+    used = [plan.weight, plan.bias]
+    used += [t for b in plan.branches for t in (b.lora_A, b.lora_B, b.bias, *b.scales.values())]
+    if not all(id(t) in slots for t in used) or slots[id(plan.weight)] == nothing:
+        return None
+    if any(type(b.scaling) is not float for b in plan.branches):
+        return None
+    record.finish()
+    patterns = look.pattern, _input(x), at(None, holds(nothing, same(None))), *process, _autocast(x.device.type)
+    return Kept(Unchanged(*patterns).match, plan, slots, transposed, mixed)

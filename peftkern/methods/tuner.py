@@ -1,0 +1,91 @@
+"""What the layers of HF PEFT have in common: their state, their base layer, the adapters of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..watch.look import PLAIN_TENSORS, Look, NotCovered
+from .registry import loaded
+
+
+def check_state(look: Look) -> None:
+    """Refuse a layer whose adapters do not act, or are in the weight already."""
+    if look.value("_disable_adapters", False):
+        raise NotCovered("its adapters are disabled")
+    if look.value("merged_adapters"):
+        raise NotCovered("its adapters are merged into the base weight")
+
+
+def plain_or_none(t: Any) -> bool:
+    """Whether this is a tensor of torch's own types, or None."""
+    return t is None or type(t) in PLAIN_TENSORS
+
+
+def base(look: Look) -> tuple[Tensor, Tensor | None]:
+    """Weight (N, K) and bias of the base layer, an nn.Linear or transformers' Conv1D, both without a gradient that is
+    not kept."""
+    part = look.part("base_layer")
+    if part is None:
+        raise NotCovered("it has no base_layer")
+    conv1d = loaded("transformers.pytorch_utils.Conv1D")
+    transposed = type(part.module) is conv1d
+    part.require(conv1d if transposed else nn.Linear, "base_layer")
+    weight, bias = part.tensor("weight", frozen=True), part.tensor("bias", frozen=True)
+    if type(weight) not in PLAIN_TENSORS or not plain_or_none(bias):
+        raise NotCovered(f"the base weight is a {type(weight).__name__}, not a plain tensor")
+    weight = part.without_gradient("weight", weight)
+    if weight.requires_grad:
+        raise NotCovered("the base weight requires grad")
+    if bias is not None:
+        bias = part.without_gradient("bias", bias)
+    if weight.dim() != 2:
+        raise NotCovered(f"the base weight has shape {tuple(weight.shape)}")
+    return (part.transposed(weight) if transposed else weight), bias
+
+
+def adapters(look: Look, held_by: str, mixed: Iterable[str] | None) -> list[str]:
+    """The adapters of a call that the layer has: the active ones, or those of a mixed batch.
+
+    ``held_by``: name of the dict of modules that has an entry for each adapter.
+    """
+    active = look.value("_active_adapter")
+    asked = list(mixed) if mixed is not None else [active] if isinstance(active, str) else active
+    parts = look.part(held_by)
+    found = [name for name in asked if parts.part(name) is not None]
+    if found:
+        return found
+    present = list(parts.module)
+    whose = "active" if mixed is None else "batch's"
+    if not asked:
+        raise NotCovered("it has no active adapter" if mixed is None else "it has no adapter of the batch")
+    if not present:
+        raise NotCovered("it has no adapter")
+    asked, present = (", ".join(f"{n!r}" for n in names) for names in (asked, present))
+    raise NotCovered(f"it has none of the {whose} adapters ({asked}), it has {present}")
+
+
+def number(scaling: Any, name: str) -> float | Tensor:
+    """A scaling that is one number."""
+    if type(scaling) is float:
+        return scaling
+    if isinstance(scaling, Tensor):
+        if type(scaling) not in PLAIN_TENSORS or scaling.numel() != 1 or not scaling.is_floating_point():
+            raise NotCovered(f"the scaling of {name!r} is not one number")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise NotCovered(f"the scaling of {name!r} is a {type(scaling).__name__}")
+    return scaling
+
+
+def drop_probability(dropout: Look, name: str) -> float:
+    """p of an adapter's dropout module, 0 where it does not act."""
+    if type(dropout.module) is nn.Identity:
+        dropout.require(nn.Identity, "lora_dropout")
+        return 0.0
+    dropout.require(nn.Dropout, "lora_dropout")
+    p = dropout.value("p")
+    if dropout.value("inplace") or not 0.0 <= p < 1.0:
+        raise NotCovered(f"the dropout of {name!r} is in place or drops everything")
+    return p if dropout.value("training") else 0.0
