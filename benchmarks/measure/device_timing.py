@@ -108,7 +108,7 @@ class DeviceEntry(Entry):
     graph: bool = False
     steps: dict[str, int] = field(default_factory=dict)
     no_graph: str | None = None
-    _replays: dict[str, tuple[Callable[[], None], int]] = field(default_factory=dict)
+    replays: dict[str, tuple[Callable[[], None], int]] = field(default_factory=dict)
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ class DeviceEntry(Entry):
     def once(self, i: int = 0) -> None:
         """A sample of each pass, recorded as seconds of one step. ``i``: the copy to start on, without a graph."""
         for which in self.passes:
-            replay, times = self._replays.get(which, (None, 1))
+            replay, times = self.replays.get(which, (None, 1))
             if replay is not None:
                 took = self.clock.seconds(partial(_repeat, replay, times))
             else:
@@ -150,7 +150,7 @@ class DeviceEntry(Entry):
             took = self.clock.seconds(replay)
         except Exception as error:
             self.no_graph = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            self._replays.clear()
+            self.replays.clear()
             return
         # Without the host's part a step may take a fraction of what it took.
-        self._replays[which] = replay, max(1, math.ceil(SAMPLE_SECONDS / max(took, 1e-9)))
+        self.replays[which] = replay, max(1, math.ceil(SAMPLE_SECONDS / max(took, 1e-9)))

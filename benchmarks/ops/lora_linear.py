@@ -17,17 +17,17 @@ from torch import Tensor
 import peftkern
 
 from ..core.bench import Bench, View
-from ..core.case import BASE, FP32_BASE, Case, Provider, Step
+from ..core.case import Case, Provider, Step
 from ..core.presets import Entry
 from ..judge.lora_linear import figures
 from ..peers import candidates, hf_peft
 from ..peers import check as peer_check
 from ..peers.addmm import addmm_lora
-from ..peers.data import SCALING, Data, copies, frozen_linear, make_data
+from ..peers.data import BASES, SCALING, Data, copies, make_data
 from ..peers.split import split_lora
 from ..tables import gaps
 
-OPS = ("lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input")
+OPS = ("lora_linear_fwd", "lora_linear_bwd")
 DROPOUTS, BOTH = (0.0, 0.1), ("fp32", "same")
 QUICK = [(512, 1024, 1024), (1024, 2048, 2048), (16, 4096, 4096)]
 FULL = [(512, 1024, 1024), (2048, 1024, 1024), (2048, 4096, 4096), (1024, 4096, 14336), (1024, 14336, 4096),
@@ -43,11 +43,6 @@ PRESETS = {
     ),
     "gpu": tuple(Entry(*shape, adapter_dtypes=BOTH, dropouts=DROPOUTS) for shape in GPU),
 }
-
-
-def _base(case: Case, data: Data) -> Step:
-    layers = [frozen_linear(w) for w in data.weight]
-    return Step(lambda i: layers[i](data.x[i]), [[x] for x in data.x], data.dy, data.weight)
 
 
 def _addmm(case: Case, data: Data) -> Step:
@@ -77,8 +72,7 @@ def _ours(case: Case, data: Data) -> Step:
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider(BASE, "frozen linear", _base),
-        Provider(FP32_BASE, "frozen linear, fp32", lambda case, data: _base(case, data.as_fp32())),
+        *BASES,
         Provider("peft", "PEFT", hf_peft.one, hf_peft.missing),
         Provider("peft_compile", "PEFT compiled", hf_peft.compiled, hf_peft.missing, probe_as="peft", warm_steps=2),
         Provider("addmm", "addmm_ function", _addmm),

@@ -202,7 +202,7 @@ def _sgmv_add(case: Case, data: MultiData) -> Step:
 
 
 ROUTE, FWD = "multi_lora_linear_route", "multi_lora_linear_fwd"
-TRAINING = (ROUTE, FWD, "multi_lora_linear_bwd_adapter", "multi_lora_linear_bwd_input")
+TRAINING = (ROUTE, FWD, "multi_lora_linear_bwd")
 # peftkern's own, and what each asks of a back end.
 OURS = {
     "peftkern": (Provider("peftkern", "peftkern list", _list, gated=True), TRAINING),

@@ -1,4 +1,5 @@
-"""Tensors of a block of cases with one adapter, which its providers share."""
+"""Tensors of a block of cases with one adapter, which its providers share, and the frozen linears that all have beside
+them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..core.case import Case
+from ..core.case import BASE, FP32_BASE, Case, Provider, Step
 from ..measure.device_timing import rotation
 
 SCALING = 2.0
@@ -74,3 +75,15 @@ def frozen_linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
+
+
+def _base(case: Case, data: Data) -> Step:
+    layers = [frozen_linear(w) for w in data.weight]
+    return Step(lambda i: layers[i](data.x[i]), [[x] for x in data.x], data.dy, data.weight)
+
+
+# What every op with one adapter is compared with.
+BASES = (
+    Provider(BASE, "frozen linear", _base),
+    Provider(FP32_BASE, "frozen linear, fp32", lambda case, data: _base(case, data.as_fp32())),
+)

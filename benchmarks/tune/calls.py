@@ -15,6 +15,10 @@ from torch import Tensor
 from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch import tuned
 from peftkern.kernels import configs
+from peftkern.ops.lora_row_norm import RowNorm
+from peftkern.ops.multi_lora_linear import MultiForward
+from peftkern.ops.sgmv import Add
+from peftkern.testing import arguments as given
 
 from ..core.case import DTYPES
 from .plan import COMPOSITION, DROPOUT_P, Candidate, Job
@@ -25,7 +29,7 @@ ADAPTERS = 64
 
 @dataclass
 class Inputs:
-    """``arguments`` of the op and, where plain torch would have kept one, a dropout ``mask``: one of each a copy."""
+    """``arguments`` of the op, a NamedTuple, and where plain torch would have kept one a dropout ``mask``: one a copy."""
 
     job: Job
     arguments: list[tuple]
@@ -44,32 +48,31 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
     small = functools.partial(_normal, generator, device, adapter)
     M, N, K, R = job.M, job.N, job.K, job.R
     seed = torch.full((1,), 1234, dtype=torch.int64, device=device)
-    p, drop = (DROPOUT_P, seed) if job.dropout else (0.0, None)
+    drop = dict(dropout_p=DROPOUT_P, seed=seed) if job.dropout else {}
+    numbers = dict(scaling=SCALING, **drop)
     A, B = small(R, K, scale=K**-0.5), small(N, R, scale=R**-0.5)
-    rank = functools.partial(_normal, generator, device, torch.float32, M, R)
 
     def one() -> tuple:
-        if job.op == "lora_linear_fwd":
-            return normal(M, K), normal(N, K, scale=K**-0.5), A, B, None, SCALING, p, drop, *[None] * 5, False
-        if job.op == "lora_linear_bwd_input":
-            return normal(M, N), rank(), None, normal(N, K, scale=K**-0.5), A, p, drop, None, None, None, False
-        if job.op == "lora_linear_bwd_adapter":
-            needs = True, True, False, False, False, False, False
-            return normal(M, N), normal(M, K), rank(), None, A, B, SCALING, p, drop, None, None, None, *needs
-        if job.op == "lora_row_norm":
-            return normal(N, K, scale=K**-0.5), A, B, SCALING
-        x, tables = _many(normal, small, M, N, K, R)
         if job.op == "sgmv_add":
-            return normal(M, N), x, *tables
-        return x, normal(N, K, scale=K**-0.5), N, None, *tables, None, None
+            return Add(normal(M, N), *_many(normal, small, M, N, K, R))
+        weight = normal(N, K, scale=K**-0.5)
+        if job.op == "lora_linear_fwd":
+            return given.forward(normal(M, K), weight, A, B, **numbers)
+        if job.op == "lora_linear_bwd":
+            u = _normal(generator, device, torch.float32, M, R)
+            return given.backward(normal(M, N), normal(M, K), u, None, weight, A, B, **numbers)
+        if job.op == "lora_row_norm":
+            return RowNorm([weight], "dense", A, B, SCALING)
+        x, *rest = _many(normal, small, M, N, K, R)
+        return MultiForward(x, *given.base(weight), N, None, *rest, None, None)
 
     masks = []
-    if job.dropout and job.op == "lora_linear_bwd_input":
+    if job.dropout and job.op == "lora_linear_bwd":
         masks = [torch.empty(M, K, dtype=dtype, device=device).bernoulli_(1 - DROPOUT_P) for _ in range(count)]
     return Inputs(job, [one() for _ in range(count)], masks)
 
 
-def _many(normal, small, M: int, N: int, K: int, R: int) -> tuple[Tensor, tuple]:
+def _many(normal, small, M: int, N: int, K: int, R: int) -> tuple:
     # x, and what the ops take of adapters and route. Every copy has adapters of its own: they are most of what is read.
     from peftkern.many.route import route
     from peftkern.many.table import table_of
@@ -78,7 +81,7 @@ def _many(normal, small, M: int, N: int, K: int, R: int) -> tuple[Tensor, tuple]
     pairs = [(small(R, K, scale=K**-0.5), small(N, R, scale=R**-0.5), SCALING) for _ in range(count)]
     state = table_of(pairs, x, x.dtype)
     order, starts = route(torch.arange(M, device=x.device) % count, x, state)
-    return x, (list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    return x, list(state.weights), state.table, state.scaling, state.max_rank, order, starts
 
 
 def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[int], object] | None, str | None]:
@@ -87,7 +90,7 @@ def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[
     if candidate.name == COMPOSITION:
         return functools.partial(_composition, inputs), None
     if candidate.name == "reference":
-        return lambda i: dispatch.OPS[job.op].reference(*arguments[i]), None
+        return lambda i: dispatch.OPS[job.op].reference(arguments[i]), None
     module = dispatch.load("cuda" if candidate.name == "cuda" else "triton")
     reason = module.unavailable()
     if reason is None and job.op not in module.OPS:
@@ -103,25 +106,26 @@ def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[
 
     def call(i: int) -> object:
         with configs.override(**overrides):
-            return function(*arguments[i])
+            return function(arguments[i])
 
     return call, None
 
 
 def _composition(inputs: Inputs, i: int) -> object:
     """The vendor's product and ``addmm_`` in the dtype of x, as in addmm.py, pass by pass."""
-    job, a = inputs.job, inputs.arguments[i]
-    if job.op == "lora_linear_fwd":
-        x, weight, A, B = a[:4]
-        dropped = x
-        if job.dropout:
-            dropped = x * torch.empty_like(x).bernoulli_(1 - DROPOUT_P).div_(1 - DROPOUT_P)
-        u = dropped @ A.to(x.dtype).t()
-        return (x @ weight.t()).addmm_(u, B.to(x.dtype).t(), alpha=SCALING)
-    if job.op == "lora_linear_bwd_input":
-        dy, du, weight, A = a[0], a[1], a[3], a[4]
-        dx, du, A = dy @ weight, du.to(dy.dtype), A.to(dy.dtype)
-        return dx.addcmul_(du @ A, inputs.masks[i]) if job.dropout else dx.addmm_(du, A)
-    dy, x, u, A, B = a[0], a[1], a[2], a[4], a[5]
-    dS = (dy @ B.to(dy.dtype)).mul_(SCALING)
-    return dS, (dS.t() @ x).to(A.dtype), (dy.t() @ u.to(dy.dtype)).mul_(SCALING).to(B.dtype)
+    c, dropout = inputs.arguments[i], inputs.job.dropout
+    weight, keep = c.base[0], 1 - DROPOUT_P
+    if inputs.job.op == "lora_linear_fwd":
+        x = c.x
+        A, B, dropped = c.lora_A.to(x.dtype), c.lora_B.to(x.dtype), x
+        if dropout:
+            dropped = x * torch.empty_like(x).bernoulli_(keep).div_(keep)
+        return (x @ weight.t()).addmm_(dropped @ A.t(), B.t(), alpha=SCALING)
+    dy, x, mask = c.dy, c.x, inputs.masks[i] if dropout else None
+    A, B = c.lora_A.to(dy.dtype), c.lora_B.to(dy.dtype)
+    du = (dy @ B).mul_(SCALING)
+    dx = dy @ weight
+    dx = dx.addcmul_(du @ A, mask, value=1 / keep) if dropout else dx.addmm_(du, A)
+    # x stands for the dropped one, which plain torch keeps.
+    dA, dB = du.t() @ x, (dy.t() @ c.u.to(dy.dtype)).mul_(SCALING)
+    return dx, dA.to(c.lora_A.dtype), dB.to(c.lora_B.dtype)

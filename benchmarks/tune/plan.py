@@ -19,11 +19,10 @@ from ..core.case import DTYPES
 COMPOSITION = "composition"
 DROPOUT_P = 0.1
 OPS = {
-    "lora_linear": ("lora_linear_fwd", "lora_linear_bwd_input", "lora_linear_bwd_adapter"),
+    "lora_linear": ("lora_linear_fwd", "lora_linear_bwd"),
     "multi_lora_linear": ("sgmv_add", "multi_lora_linear_fwd"),
     "lora_row_norm": ("lora_row_norm",),
 }
-_PRODUCTS = ("lora_linear_fwd", "lora_linear_bwd_input")
 # (N, K): square, up and down of an 8B model's MLP, and its narrow keys and values.
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 TRAINING_ROWS = (8192, 2048, 512, 128)
@@ -56,7 +55,7 @@ class Job:
     def problem(self, arch: int) -> Problem:
         """As dispatch sees it."""
         flags = {"dropout"} if self.dropout else set()
-        flags |= {"need_A", "need_B"} if self.op == "lora_linear_bwd_adapter" else set()
+        flags |= {"need_x", "need_A", "need_B"} if self.op == "lora_linear_bwd" else set()
         flags |= {"base"} if self.op == "multi_lora_linear_fwd" else set()
         sizes = self.M, self.N, self.K, self.R
         return Problem(
@@ -73,9 +72,7 @@ class Job:
             adapters = min(self.M, 64) * self.R * (self.N + self.K) * DTYPES[self.adapter_dtype].itemsize
             base = 0 if self.op == "sgmv_add" else size * self.N * self.K
             return base + adapters + size * self.M * (self.N + self.K)
-        if self.op == "lora_linear_bwd_adapter":
-            return size * self.M * (self.N + self.K)
-        return size * (self.N * self.K + self.M * (self.K if self.op == "lora_linear_fwd" else self.N))
+        return size * (self.N * self.K + self.M * (self.K if self.op == "lora_linear_fwd" else self.N + self.K))
 
     def __str__(self) -> str:
         drop = " dropout" if self.dropout else ""
@@ -129,14 +126,13 @@ def candidates(job: Job, arch: int) -> list[Candidate]:
     """What is measured, the default first. Whether a kernel runs here shows when it is tried."""
     if job.op == "lora_row_norm":
         return [Candidate("reference", "reference"), Candidate("cuda", "cuda")]
-    if job.op not in _PRODUCTS:
-        found = [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
-        return found + ([Candidate(COMPOSITION, COMPOSITION, eligible=False)] if job.op in OPS["lora_linear"] else [])
+    if job.op in OPS["multi_lora_linear"]:
+        return [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]
     if job.op == "lora_linear_fwd":
         found.append(Candidate("overlap", "overlap"))
     # The kernels' own addmm_ path exists where the branch is neither dropped afterwards nor more exact than x.
-    if job.adapter_dtype == job.dtype and not (job.dropout and job.op == "lora_linear_bwd_input"):
+    if job.adapter_dtype == job.dtype and not (job.dropout and job.op == "lora_linear_bwd"):
         found.append(Candidate("addmm", "addmm"))
     if job.M >= CONFIG_ROWS and job.adapter_dtype == "fp32":
         itemsize = DTYPES[job.dtype].itemsize

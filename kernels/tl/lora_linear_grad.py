@@ -96,9 +96,10 @@ def _finish(
 def backward(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """(dx, dA, dB, dbias, gradients of the scales) of ``lora_linear_bwd``; what is not needed is empty."""
     du, dA, dB, dbias, scales = backward_adapter(c, s)
-    dx = c.dy.new_empty(0)
+    dx = None
     if c.needs.x or c.needs.p_b:
         dx, scales[Scales._fields.index("p_b")] = backward_input(c, du, s)
+    dx = dx if c.needs.x else c.dy.new_empty(0)
     return dx, dA, dB, dbias, scales
 
 

@@ -8,7 +8,7 @@ seed. Dropout bits are drawn again from the seed in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,18 +29,22 @@ _fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
+def _cast_base(kind: str, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return list(tensors) if dtype is None else kind_of(kind).cast(list(tensors), dtype)
+
+
 class Call(NamedTuple):
     """What a pass takes besides tensors. ``now``: the settings, None if somebody watches which ops are called.
 
-    ``dtype``: what x and the base are cast to, inside, so that backward saves the base as it is. ``scaled``: whether there
-    are vectors.
+    ``dtype``: what autocast casts x and the base to, inside, so that backward saves the base as it is; None without it.
+    ``scaled``: whether there are vectors.
     """
 
     now: Settings | None
     kind: str
     scaling: float
     dropout_p: float
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     scaled: bool
 
     def split(self, rest: tuple) -> tuple[tuple[Tensor | None, ...] | None, Tensor | None, tuple[Tensor, ...]]:
@@ -50,7 +54,7 @@ class Call(NamedTuple):
         return (scales, rest[at], rest[at + 1 :]) if self.dropout_p > 0.0 else (scales, None, rest[at:])
 
     def forward(self, x, lora_A, lora_B, bias, rest: tuple, want_u: bool, want_h: bool):
-        """(y, u, h) of x (..., K), or y alone if neither of u and h is wanted."""
+        """(y, u, h) of x (..., K), cast already, or y alone if neither of u and h is wanted."""
         now, kind, scaling, dropout_p, dtype, _ = self
         scales, seed, base = self.split(rest)
         if now is not None:
@@ -61,7 +65,7 @@ class Call(NamedTuple):
             if done is not None:
                 return done
         y, u, h = _fwd(
-            rows_of(x, dtype), kind_of(kind).cast(base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
+            rows_of(x, x.dtype), _cast_base(kind, base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
             list(scales or NO_SCALES), want_h,
         )  # fmt: skip
         y = as_shape(y, x)
@@ -92,7 +96,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, call, *rest):
         needs, scaled = ctx.needs_input_grad, call.scaled
-        given, need_h = cast(x, call.dtype), scaled and needs[8]
+        given, need_h = x if call.dtype is None else cast(x, call.dtype), scaled and needs[8]
         y, u, h = call.forward(given, lora_A, lora_B, bias, rest, True, need_h)
         saved = (x, lora_A, lora_B, u, h if need_h else None, *rest)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
@@ -154,10 +158,10 @@ def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[T
     # What no gradient reads was not saved. An op then uses its shape alone; uninitialised memory costs nothing.
     lora_A = dy.new_empty((rank, shape[-1]), dtype=adapter_dtype) if lora_A is None else lora_A
     lora_B = dy.new_empty((N, rank), dtype=adapter_dtype) if lora_B is None else lora_B
-    u = dy.new_empty((M, rank), dtype=accumulate_dtype(dtype)) if u is None else u
-    base = kind_of(ctx.call.kind).cast([t for t in base if t is not None], dtype)
+    u = dy.new_empty((M, rank), dtype=accumulate_dtype(dy.dtype)) if u is None else u
+    base = _cast_base(ctx.call.kind, (t for t in base if t is not None), dtype)
     dx, dA, dB, dbias, vectors = _bwd(
-        dy, None if x is None else rows_of(x, dtype), u, h, base, ctx.call.kind, lora_A, lora_B, ctx.call.scaling,
+        dy, None if x is None else rows_of(x, dy.dtype), u, h, base, ctx.call.kind, lora_A, lora_B, ctx.call.scaling,
         ctx.call.dropout_p, seed, list(scales or NO_SCALES), need,
     )  # fmt: skip
     grads = [g if n else None for g, n in zip((dx, dA, dB, dbias, *vectors), need)]
@@ -228,10 +232,18 @@ def lora_linear_with(
     """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
     no_transforms("lora_linear")
     base, now = base_of(weight), current() if nobody_watches() else None
-    if now is None or not (type(x) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN) or coefficients:
+    plain = (
+        type(x) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+    )
+    if now is None or not plain or coefficients:
         _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
     scaling, dropout_p, seed = options
     scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
+    if now is None and torch._C._get_tracing_state() is not None:
+        return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
     if type(scaling) is not float:
         if isinstance(scaling, Tensor):
             d, *others = scales or NO_SCALES
@@ -239,12 +251,8 @@ def lora_linear_with(
         else:
             check_number("scaling", scaling)
             scaling = float(scaling)
-    if now is None and torch._C._get_tracing_state() is not None:
-        return _traced(x, base, lora_A, lora_B, bias, Options(scaling, dropout_p), Scales(*(scales or NO_SCALES)))
     dtype = autocast_dtype(x)
-    if dtype is None:
-        dtype = x.dtype
-    else:
+    if dtype is not None:
         lora_A, lora_B, bias = _cast_all((lora_A, lora_B, bias), dtype, dtype)
         scales = None if scales is None else _cast_all(scales, dtype, torch.float32)
     call, rest = Call(now, base.kind, scaling, dropout_p, dtype, scales is not None), base.tensors
@@ -261,7 +269,7 @@ def lora_linear_with(
         for t in (x, lora_A, lora_B, bias, *(scales or ())):
             if t is not None and t.requires_grad:
                 return LoRALinearFunction.apply(x, lora_A, lora_B, bias, call, *rest)
-    return call.forward(cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
+    return call.forward(x if dtype is None else cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
 
 
 def lora_linear(

@@ -12,7 +12,9 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_of(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., C) as (M, C) in ``dtype``."""
+    """x (..., C), or a gradient of its rows, as (M, C) in ``dtype``."""
+    if t.dim() == 0:
+        raise ValueError("x has shape (), expected (..., K)")
     # Not -1: with no columns torch could not tell the number of rows.
     t = cast(t, dtype)
     return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])

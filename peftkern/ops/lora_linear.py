@@ -61,7 +61,7 @@ class Backward(NamedTuple):
 
     ``needs``: as equation.Needs; what is not needed comes back empty. Vectors' gradients and dbias are in fp32 (fp64 for
     fp64), dx in dy's dtype, dA and dB in the adapters'. x is read for dA, dp_b and dp_d alone, h for dg_b, u for dB, dd
-    and dg_d; of a base that dx does not need the shape is read.
+    and dg_d, the base for dx and dp_b.
     """
 
     dy: Tensor
@@ -178,9 +178,11 @@ def _options(c: Forward | Backward) -> dict:
 
 
 def _describe_fwd(c: Forward) -> Problem:
-    check_rows("x", c.x)
-    out = c.lora_B.shape[0] if c.kind != "dense" and isinstance(c.lora_B, Tensor) and c.lora_B.dim() == 2 else None
-    N, K = kind_of(c.kind).check(c.base, c.x, c.x.shape[1], out)
+    _, columns = check_rows("x", c.x)
+    # A base without tensors has the sizes of what is around it.
+    known = (None, None) if c.base else (columns, c.lora_B.shape[0] if c.lora_B.dim() == 2 else None)
+    N, K = kind_of(c.kind).check(c.base, c.x, *known)
+    check_rows("x", c.x, K, "K")
     R = check_adapters(c.lora_A, c.lora_B, c.x, N, K)
     if c.bias is not None:
         check_fits("bias", c.bias, (N,), "(N,)", c.x.device, (c.x.dtype, torch.float32))

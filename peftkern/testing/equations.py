@@ -1,24 +1,34 @@
 """lora_linear stated twice in plain torch with autograd, neither taken from the ops: the oracle and eager.
 
+Without a ``weight`` the base is the identity. Which vector acts where is read from peftkern/equation.py.
+
 A product of half-precision matrices is written as product of their fp32 values, rounded: the same result as a native
 one that accumulates in fp32, at fp32 speed on every CPU.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .. import equation
+
+
+def acting(t: dict[str, Tensor], symbol: str) -> list[Tensor]:
+    """The vectors of ``t`` that act at a place."""
+    return [t[c.name] for c in equation.COEFFICIENTS if c.symbol == symbol and c.name in t]
 
 
 def oracle(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
     """The equation in the tensors' own dtype (fp64)."""
     x = t["x"].flatten(0, -2)
     dropped = x if keep is None else torch.where(keep, x / (1 - dropout_p), torch.zeros_like(x))
-    one = torch.ones((), dtype=x.dtype)
-    u = (dropped * t.get("delta_in_scale", one)) @ t["lora_A"].T
-    delta = scaling * ((u * t.get("rank_scale", one)) @ t["lora_B"].T)
-    base = (x * t.get("base_in_scale", one)) @ t["weight"].T
-    y = base * t.get("base_out_scale", one) + delta * t.get("delta_out_scale", one) + t.get("bias", 0.0)
+    d, p_b, p_d, g_b, g_d = (math.prod(acting(t, at.symbol), start=1.0) for at in equation.PLACES)
+    delta = scaling * ((((dropped * p_d) @ t["lora_A"].T) * d) @ t["lora_B"].T)
+    base = x * p_b if "weight" not in t else (x * p_b) @ t["weight"].T
+    y = base * g_b + delta * g_d + t.get("bias", 0.0)
     return y.unflatten(0, t["x"].shape[:-1])
 
 
@@ -27,19 +37,22 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float().T).to(a.dtype)
 
 
-def _scale(a: Tensor, vector: Tensor | None) -> Tensor:
-    return a if vector is None else (a.float() * vector.float()).to(a.dtype)
+def _scale(a: Tensor, t: dict[str, Tensor], symbol: str) -> Tensor:
+    for vector in acting(t, symbol):
+        a = (a.float() * vector.float()).to(a.dtype)
+    return a
 
 
 def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
     """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
     x = t["x"].flatten(0, -2)
-    base = _scale(mm(_scale(x, t.get("base_in_scale")), t["weight"]), t.get("base_out_scale"))
+    base = _scale(x, t, "p_b")
+    base = _scale(mm(base, t["weight"]) if "weight" in t else base, t, "g_b")
     z = x.to(t["lora_A"].dtype)
     if keep is not None:
         z = torch.where(keep, z / (1 - dropout_p), torch.zeros((), dtype=z.dtype))
-    u = _scale(mm(_scale(z, t.get("delta_in_scale")), t["lora_A"]), t.get("rank_scale"))
-    delta = _scale(mm(u, t["lora_B"]) * scaling, t.get("delta_out_scale"))
+    u = _scale(mm(_scale(z, t, "p_d"), t["lora_A"]), t, "d")
+    delta = _scale(mm(u, t["lora_B"]) * scaling, t, "g_d")
     if "bias" in t:
         base = (base + t["bias"]).to(base.dtype)
     return (base + delta).to(x.dtype).unflatten(0, t["x"].shape[:-1])

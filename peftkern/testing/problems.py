@@ -13,14 +13,20 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from ..autograd.lora_linear import lora_linear
+from .. import equation
+from ..autograd.lora_linear import Options, lora_linear_with
+from ..bases.base import IDENTITY
 from ..ops.dropout_mask import dropout_mask_ref
 from . import equations
 
 DROPOUT_SEED = 0x5EED_0F_D20B_0075
-VECTORS = ("bias", "rank_scale", "base_in_scale", "delta_in_scale", "base_out_scale", "delta_out_scale")
 LAYOUTS = ("contiguous", "row_stride", "transposed", "nd")
 LARGE = 2**31
+
+
+def vectors() -> dict[str, str]:
+    """Name and axis (R, K or N) of every vector that a call may have."""
+    return {"bias": "N"} | {c.name: equation.place(c.symbol).axis for c in equation.COEFFICIENTS}
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -38,7 +44,10 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class LoRALinearProblem:
-    """Sizes, dtypes and options of one call; ``seed`` makes its values. ``frozen``: what does not require grad."""
+    """Sizes, dtypes and options of one call; ``seed`` makes its values. ``frozen``: what does not require grad.
+
+    ``base``: a kind of peftkern/bases, dense or identity.
+    """
 
     seed: int
     M: int
@@ -54,6 +63,7 @@ class LoRALinearProblem:
     layout: str = "contiguous"
     zero_weight: bool = False
     b_scale: float = 1.0
+    base: str = "dense"
     frozen: frozenset[str] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
@@ -76,17 +86,20 @@ class LoRALinearProblem:
             "lora_A": normal(R, K, scale=1 / math.sqrt(max(K, 1)), dtype=self.adapter_dtype),
             "lora_B": normal(N, R, scale=self.b_scale / math.sqrt(max(R, 1)), dtype=self.adapter_dtype),
         }
+        if self.base == "identity":
+            del out["weight"]
         out["dy"] = normal(*out["x"].shape[:-1], N)
-        sizes = dict(bias=N, rank_scale=R, base_in_scale=K, delta_in_scale=K, base_out_scale=N, delta_out_scale=N)
+        sizes, axes = {"R": R, "K": K, "N": N}, vectors()
         for name in self.options:
-            out[name] = normal(sizes[name], dtype=self.vector_dtype)
+            out[name] = normal(sizes[axes[name]], dtype=self.vector_dtype)
         return out
 
     def ours(self, t: dict[str, Tensor]) -> Tensor:
-        """y from ``peftkern.lora_linear``."""
+        """y from peftkern."""
         t = dict(t)
-        args = [t.pop(k) for k in ("x", "weight", "lora_A", "lora_B")]
-        return lora_linear(*args, scaling=self.scaling, dropout_p=self.dropout_p, training=True, seed=DROPOUT_SEED, **t)
+        x, lora_A, lora_B, bias = (t.pop(k, None) for k in ("x", "lora_A", "lora_B", "bias"))
+        options = Options(self.scaling, self.dropout_p, DROPOUT_SEED)
+        return lora_linear_with(x, t.pop("weight", IDENTITY), lora_A, lora_B, bias, options, t or None)
 
     def eager(self, t: dict[str, Tensor]) -> Tensor:
         """y in PEFT's order of operations."""
@@ -122,7 +135,7 @@ def random_problem(
             rng.randint(max_KN // 4, max_KN),
         )
     adapter_dtype = adapter_dtype or rng.choice((torch.float32, dtype))
-    options = tuple(name for name in VECTORS if rng.random() < 0.5)
+    options = tuple(name for name in vectors() if rng.random() < 0.5)
     trainable = ("x", "lora_A", "lora_B", *options)
     return LoRALinearProblem(
         seed=seed, M=M, K=K, N=N, R=R, dtype=dtype, adapter_dtype=adapter_dtype,

@@ -73,7 +73,7 @@ def test_the_nearest_row_decides(packaged):
 @pytest.mark.parametrize(
     "other",
     [
-        problem(N=4095), problem(K=4112), problem(R=8), problem(op="lora_linear_bwd_input"), problem(flags=()),
+        problem(N=4095), problem(K=4112), problem(R=8), problem(op="lora_linear_bwd"), problem(flags=()),
         problem(adapter=torch.bfloat16), problem(flags=("dropout", "base_out_scale")),
         dataclasses.replace(problem(), dtype=torch.float16), dataclasses.replace(problem(), dtype=torch.float64),
     ],

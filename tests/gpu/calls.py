@@ -75,7 +75,7 @@ def _training(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype, drop:
         )  # fmt: skip
         return [y.detach(), *torch.autograd.grad(y, leaves, t["dy"])]
 
-    ops = "lora_linear_fwd", "lora_linear_bwd_adapter", "lora_linear_bwd_input"
+    ops = "lora_linear_fwd", "lora_linear_bwd"
     return Call(f"lora_linear-{'dropout' if drop else 'plain'}", inputs, compute, ops)
 
 
@@ -124,7 +124,7 @@ def _norm(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
     inputs = dict(weight=make(N, K), A=make(R, K, dtype=adapter_dtype), B=make(N, R, dtype=adapter_dtype))
 
     def compute(t):
-        return [torch.ops.peftkern.lora_row_norm(t["weight"], t["A"], t["B"], 0.5)]
+        return [torch.ops.peftkern.lora_row_norm([t["weight"]], "dense", t["A"], t["B"], 0.5)]
 
     return Call("lora_row_norm", inputs, compute, ("lora_row_norm",))
 

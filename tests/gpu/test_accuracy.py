@@ -116,10 +116,10 @@ def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
         torch.randn(*shape, generator=make, device="cuda").mul_(scale).to(d)
         for shape, scale, d in (((N, K), K**-0.5, kind), ((R, K), K**-0.5, small), ((N, R), R**-0.5, small))
     )
-    reason = taker_is_another(backend, lambda: torch.ops.peftkern.lora_row_norm(W, A, B, 2.0))
+    reason = taker_is_another(backend, lambda: torch.ops.peftkern.lora_row_norm([W], "dense", A, B, 2.0))
     if reason:
         pytest.skip(reason)
-    got = torch.ops.peftkern.lora_row_norm(W, A, B, 2.0)
+    got = torch.ops.peftkern.lora_row_norm([W], "dense", A, B, 2.0)
     exact = torch.linalg.vector_norm(W.double() + 2.0 * (B.double() @ A.double()), dim=1)
     eager = torch.linalg.vector_norm(W.float() + 2.0 * (B.float() @ A.float()), dim=1)
     row = _row("norm", got, eager, exact, exact)

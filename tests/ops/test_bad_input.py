@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from peftkern import LoRALinear, lora_linear
+from peftkern.equation import Needs
+from peftkern.testing.arguments import backward, forward
+
+ops = torch.ops.peftkern
 
 M, K, N, R = 4, 10, 6, 3
 
@@ -85,37 +89,53 @@ def test_function(case):
         lora_linear(*positional, **arguments)
 
 
-def op_arguments(name: str) -> dict:
-    x, w, a, b = good().values()
-    dy, u = torch.randn(M, N), torch.randn(M, R)
-    if name == "lora_linear_bwd_adapter":
-        needs = dict.fromkeys(("need_A", "need_B", "need_bias", "need_rank", "need_p_d", "need_g_b", "need_g_d"), True)
-        return dict(dy=dy, x=x, u=u, h=dy.clone(), lora_A=a, lora_B=b, scaling=1.0, p=0.0, seed=None,
-                    rank_scale=torch.ones(R), delta_in_scale=None, delta_out_scale=None, **needs)  # fmt: skip
-    return dict(dy=dy, du=u, x=x, weight=w, lora_A=a, p=0.0, seed=None,
-                base_in_scale=None, delta_in_scale=None, base_out_scale=None, need_base_in=True)  # fmt: skip
+FULL = dict(
+    dy=torch.randn(M, N), x=torch.randn(M, K), u=torch.randn(M, R), h=torch.randn(M, N), weight=torch.randn(N, K),
+    lora_A=torch.randn(R, K), lora_B=torch.randn(N, R), needs=Needs._fields, d=torch.ones(R),
+)  # fmt: skip
+BACKWARD_CASES = {
+    "dy has other N": (dict(dy=torch.randn(M, N + 1)), "dy "),
+    "dy is 1-D": (dict(dy=torch.randn(N)), "dy "),
+    "x has other M": (dict(x=torch.randn(M + 1, K)), "x "),
+    "x is missing for dA": (dict(x=None, needs=("A",)), "x "),
+    "x is missing for dp_d": (dict(x=None, needs=("p_d",)), "x "),
+    "x is missing for dp_b": (dict(x=None, needs=("p_b",)), "x "),
+    "u has other M": (dict(u=torch.randn(M - 1, R)), "u "),
+    "u has other R": (dict(u=torch.randn(M, R + 1)), "u "),
+    "h is missing": (dict(h=None), "h "),
+    "h has other N": (dict(h=torch.randn(M, N - 1)), "h "),
+    "no seed": (dict(dropout_p=0.5), "seed"),
+    "d has other R": (dict(d=torch.ones(R + 1)), "rank_scale"),
+    "g_d has size K": (dict(g_d=torch.ones(K)), "delta_out_scale"),
+    "weight has other K": (dict(weight=torch.randn(N, K - 1)), "weight"),
+    "weight has other N": (dict(weight=torch.randn(N + 1, K), needs=("p_b",)), "weight"),
+    "lora_A is 1-D": (dict(lora_A=torch.randn(R)), "lora_A"),
+    "lora_B has other R": (dict(lora_B=torch.randn(N, R + 1)), "lora_B"),
+}
 
 
-OP_CASES = [
-    ("lora_linear_bwd_adapter", dict(dy=torch.randn(M, N + 1)), "dy "),
-    ("lora_linear_bwd_adapter", dict(x=torch.randn(M + 1, K)), "x "),
-    ("lora_linear_bwd_adapter", dict(x=None), "x "),
-    ("lora_linear_bwd_adapter", dict(u=torch.randn(M - 1, R)), "u "),
-    ("lora_linear_bwd_adapter", dict(h=None), "h "),
-    ("lora_linear_bwd_adapter", dict(p=0.5), "seed"),
-    ("lora_linear_bwd_adapter", dict(rank_scale=torch.ones(R + 1)), "rank_scale"),
-    ("lora_linear_bwd_input", dict(du=torch.randn(M, R + 1)), "du "),
-    ("lora_linear_bwd_input", dict(dy=torch.randn(N)), "dy "),
-    ("lora_linear_bwd_input", dict(weight=torch.randn(N, K - 1)), "lora_A"),
-    ("lora_linear_bwd_input", dict(x=None), "x "),
-    ("lora_linear_bwd_input", dict(lora_A=torch.randn(R)), "lora_A"),
-]
-
-
-@pytest.mark.parametrize("name, change, words", OP_CASES)
-def test_ops_check_before_any_kernel(name, change, words):
+@pytest.mark.parametrize("case", BACKWARD_CASES)
+def test_the_backward_op_checks_before_any_kernel(case):
+    change, words = BACKWARD_CASES[case]
     with pytest.raises((ValueError, TypeError), match=words):
-        getattr(torch.ops.peftkern, name)(*(op_arguments(name) | change).values())
+        ops.lora_linear_bwd(*backward(**FULL | change))
+
+
+def test_the_backward_op_asks_for_what_is_read_alone():
+    ops.lora_linear_bwd(*backward(**FULL))
+    ops.lora_linear_bwd(
+        *backward(**FULL | dict(x=None, h=None, weight=torch.randn(1, 1), needs=("B", "bias", "d", "g_d")))
+    )
+
+
+def test_ops_take_a_vector_a_place_and_a_kind_that_there_is():
+    c = forward(*good().values())
+    with pytest.raises(ValueError, match="scales has 4 entries, expected 5"):
+        ops.lora_linear_fwd(*c._replace(scales=[None] * 4))
+    with pytest.raises(ValueError, match="scales has 6 entries, expected 5"):
+        ops.lora_linear_bwd(*backward(**FULL)._replace(scales=[None] * 6))
+    with pytest.raises(ValueError, match="kind is 'dens', expected one of dense, identity"):
+        ops.lora_linear_fwd(*c._replace(kind="dens"))
 
 
 LAYER_CASES = [

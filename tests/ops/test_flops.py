@@ -63,7 +63,7 @@ def test_layers_and_other_ops():
     layer, x = LoRALinear(K, N, r=R), torch.randn(2, M, K)
     assert count(lambda: layer(x), backward=False) == 2 * 2 * M * (N * K + R * (N + K))
     _, W, A, B = leaves(False, False, False)
-    assert count(lambda: torch.ops.peftkern.lora_row_norm(W, A, B, 1.0)) == 2 * N * K * R
+    assert count(lambda: torch.ops.peftkern.lora_row_norm([W], "dense", A, B, 1.0)) == 2 * N * K * R
     assert count(lambda: peftkern.dropout_mask(M, K, 0.5, 1)) == 0
 
 

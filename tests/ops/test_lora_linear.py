@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.dispatch.registry import choose, load
-from peftkern.ops.lora_linear import _describe_fwd
+from peftkern.dispatch.registry import OPS, choose, load
+from peftkern.equation import Needs
 from peftkern.testing.accuracy import check
+from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import random_problem
 
 ops = torch.ops.peftkern
@@ -92,10 +93,10 @@ def test_dropped_elements_contribute_exactly_zero(backend):
     x, w, a, b = tensors(K=64)
     keep = torch.ops.peftkern.dropout_mask(torch.tensor([9]), 6, 64, 0.5)
     poisoned = x.masked_fill(~keep, float("nan"))
-    args = (a, b, None, 1.0, 0.5, torch.tensor([9]), None, None, None, None, None, False)
-    y, u, _ = ops.lora_linear_fwd(poisoned, torch.zeros_like(w).fill_(0), *args)
+    drop = dict(dropout_p=0.5, seed=torch.tensor([9]))
+    y, u, _ = ops.lora_linear_fwd(*forward(poisoned, torch.zeros_like(w), a, b, **drop))
     assert torch.isfinite(u).all()
-    assert torch.equal(u, ops.lora_linear_fwd(x, w, *args)[1])
+    assert torch.equal(u, ops.lora_linear_fwd(*forward(x, w, a, b, **drop))[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -104,32 +105,12 @@ def test_same_inputs_same_bits_and_thread_counts(backend, dtype):
         pytest.skip("the branch is the same under every base product, the vendor's bf16 product is slow on some CPUs")
     x, w, a, b = tensors(dtype, M=130, K=515, N=260, R=7)
     dy = torch.randn(130, 260).to(dtype)
-    seed = torch.tensor([4])
+    options = dict(scaling=1.5, dropout_p=0.3, seed=torch.tensor([4]))
 
     def run():
-        _, u, _ = ops.lora_linear_fwd(x, w, a, b, None, 1.5, 0.3, seed, None, None, None, None, None, False)
-        out = ops.lora_linear_bwd_adapter(
-            dy,
-            x,
-            u,
-            None,
-            a,
-            b,
-            1.5,
-            0.3,
-            seed,
-            None,
-            None,
-            None,
-            True,
-            True,
-            True,
-            False,
-            False,
-            False,
-            False,
-        )
-        return [u, *out]
+        _, u, _ = ops.lora_linear_fwd(*forward(x, w, a, b, **options))
+        *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, None, w, a, b, ("x", "A", "B", "bias"), **options))
+        return [u, *grads, *vectors]
 
     threads = torch.get_num_threads()
     first = run()
@@ -148,7 +129,7 @@ def test_branch_bits_of_a_row_do_not_depend_on_the_batch(backend):
     x, w, a, b = tensors(M=300, K=700, N=40, R=9)
 
     def u(rows):
-        return ops.lora_linear_fwd(rows, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, False)[1]
+        return ops.lora_linear_fwd(*forward(rows, w, a, b))[1]
 
     whole = u(x)
     for start, stop in [(0, 1), (5, 6), (17, 80), (100, 300)]:
@@ -160,44 +141,25 @@ def test_opcheck(dtype, backend):
     if backend[0] == "cpu" and dtype == torch.float64:
         pytest.skip("fp64 belongs to the reference")
     x, w, a, b = tensors(dtype)
-    seed, (M, K, N, R) = torch.tensor([2]), (6, 20, 9, 3)
+    M, K, N, R = 6, 20, 9, 3
     v = {n: torch.randn(n, dtype=dtype) for n in (K, N, R)}
+    vectors = dict(d=v[R], p_b=v[K], p_d=v[K], g_b=v[N], g_d=v[N], bias=v[N], dropout_p=0.4, seed=torch.tensor([2]))
     dy, u = torch.randn(M, N, dtype=dtype), torch.randn(M, R, dtype=dtype)
-    for p, s, (d, k, n) in [(0.0, None, (None,) * 3), (0.4, seed, (v[R], v[K], v[N]))]:
-        full = d is not None
-        torch.library.opcheck(ops.lora_linear_fwd, (x, w, a, b, n, 1.5, p, s, d, k, k, n, n, full))
-        torch.library.opcheck(
-            ops.lora_linear_bwd_adapter,
-            (
-                dy,
-                x,
-                u,
-                dy if full else None,
-                a,
-                b,
-                1.5,
-                p,
-                s,
-                d,
-                k,
-                n,
-                True,
-                True,
-                full,
-                full,
-                full,
-                full,
-                full,
-            ),
-        )
-        torch.library.opcheck(ops.lora_linear_bwd_input, (dy, u, x if full else None, w, a, p, s, k, k, n, full))
+    for options in ({}, vectors):
+        full = bool(options)
+        torch.library.opcheck(ops.lora_linear_fwd, forward(x, w, a, b, scaling=1.5, save_base=full, **options))
+        options.pop("bias", None)
+        h, needs = (dy.clone(), Needs._fields) if full else (None, ("x", "A", "B"))
+        torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs, scaling=1.5, **options))
 
 
 def test_outputs_do_not_alias_inputs_or_each_other(backend):
     x, w, a, b = tensors()
-    outs = list(ops.lora_linear_fwd(x, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, True))
+    outs = list(ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True)))
     dy = torch.randn(6, 9)
-    outs += ops.lora_linear_bwd_adapter(dy, x, outs[1], outs[2], a, b, 1.0, 0.0, None, None, None, None, *[True] * 7)
+    *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, outs[1], outs[2], w, a, b, Needs._fields))
+    outs += [*grads, *vectors]
+    assert all(t.numel() for t in outs)
     ins = [x, w, a, b, dy]
     pointers = [t.untyped_storage().data_ptr() for t in (*outs, *ins)]
     assert len(set(pointers)) == len(pointers)
@@ -205,7 +167,7 @@ def test_outputs_do_not_alias_inputs_or_each_other(backend):
 
 def test_choice_falls_through_and_names_reasons(monkeypatch):
     x, w, a, b = tensors(torch.float64)
-    problem = _describe_fwd(x, w, a, b, None, 1.0, 0.0, None, None, None, None, None, None, False)
+    problem = OPS["lora_linear_fwd"].describe(forward(x, w, a, b))
     name, declined = choose(problem)
     assert name == "reference" and "cpu" in declined and "float64" in str(problem)
     monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
@@ -217,8 +179,13 @@ def test_choice_falls_through_and_names_reasons(monkeypatch):
 
 
 def test_fake_and_meta_agree_with_real():
-    x, w, a, b = tensors()
-    args = (None, 1.0, 0.0, None, None, None, None, None, None, True)
-    real = ops.lora_linear_fwd(x, w, a, b, *args)
-    meta = ops.lora_linear_fwd(*(t.to("meta") for t in (x, w, a, b)), *args)
-    assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in meta]
+    t = [*tensors(), torch.randn(6, 9), torch.randn(6, 3)]
+
+    def run(x, w, a, b, dy, u):
+        outs = ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True))
+        for needs in (("x", "A", "B"), Needs._fields):
+            *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, dy, w, a, b, needs))
+            outs += (*grads, *vectors)
+        return [(t.shape, t.dtype, t.stride()) for t in outs]
+
+    assert run(*t) == run(*(v.to("meta") for v in t))

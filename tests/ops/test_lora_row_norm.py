@@ -8,8 +8,11 @@ import torch
 import peftkern.ops.lora_row_norm as op
 from peftkern.testing.accuracy import FACTOR, ulp
 
-norm = torch.ops.peftkern.lora_row_norm
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def norm(weight, lora_A, lora_B, scaling):
+    return torch.ops.peftkern.lora_row_norm([weight], "dense", lora_A, lora_B, scaling)
 
 
 def operands(N, K, R, dtype=F32, adapter=F32, size=0.05, seed=0):
@@ -72,7 +75,7 @@ def test_rows_go_in_parts(monkeypatch):
 
 def test_opcheck_and_compile():
     t = operands(6, 10, 2, BF16)
-    torch.library.opcheck(norm.default, (*t, 0.5))
+    torch.library.opcheck(torch.ops.peftkern.lora_row_norm.default, ([t[0]], "dense", *t[1:], 0.5))
     compiled = torch.compile(lambda *a: 1 / norm(*a, 0.5), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*t), 1 / norm(*t, 0.5))
 

@@ -12,12 +12,13 @@ from peftkern.backends.cuda import OPS
 from peftkern.backends.cuda import lora_linear as cuda_lora
 from peftkern.backends.cuda import multi_lora_linear as cuda_multi
 from peftkern.backends.cuda import native as cuda_native
-from peftkern.ops.dropout_mask import dropout_mask_ref
-from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
-from peftkern.ops.lora_row_norm import lora_row_norm_ref
-from peftkern.ops.multi_lora_linear import multi_lora_linear_fwd_ref, multi_lora_linear_route_ref
-from peftkern.ops.sgmv import sgmv_add_ref
+from peftkern.ops.dropout_mask import Mask, dropout_mask_ref
+from peftkern.ops.lora_linear import lora_linear_bwd_ref, lora_linear_fwd_ref
+from peftkern.ops.lora_row_norm import RowNorm, lora_row_norm_ref
+from peftkern.ops.multi_lora_linear import MultiForward, Route, multi_lora_linear_fwd_ref, multi_lora_linear_route_ref
+from peftkern.ops.sgmv import Add, sgmv_add_ref
 from peftkern.problem import Problem
+from peftkern.testing.arguments import backward, base, forward
 from peftkern.verify.static import cuda_launches
 
 
@@ -38,7 +39,7 @@ def device(request, sim, monkeypatch):
 
 def test_dropout_mask(device):
     seed = torch.tensor([-5])
-    assert torch.equal(OPS["dropout_mask"](seed, 5, 43, 0.3), dropout_mask_ref(seed, 5, 43, 0.3))
+    assert torch.equal(OPS["dropout_mask"](Mask(seed, 5, 43, 0.3)), dropout_mask_ref(seed, 5, 43, 0.3))
 
 
 def test_addresses_are_written_once(device):
@@ -67,9 +68,9 @@ def batch(dtype, ids, ranks=(8, 3), max_rank=8):
         A, B = torch.randn(rank, 24, generator=gen), torch.randn(40, rank, generator=gen)
         bank.add(str(name), A, B, scaling=0.5 * name)
     state = bank.snapshot()
-    order, starts = multi_lora_linear_route_ref(bank.ids(ids), state.table, state.mask)
+    order, starts = multi_lora_linear_route_ref(Route(bank.ids(ids), state.table, state.mask))
     x = torch.randn(len(ids), 24, generator=gen).to(dtype)
-    return x, (state.weights, state.table, state.scaling, state.max_rank, order, starts)
+    return x, (list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,8 +78,8 @@ def test_sgmv_add(device, dtype):
     x, rest = batch(dtype, ["1", None, "0", "1", "0"])
     out = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = out.clone()
-    sgmv_add_ref(expected, x, *rest)
-    OPS["sgmv_add"](out, x, *rest)
+    sgmv_add_ref(Add(expected, x, *rest))
+    OPS["sgmv_add"](Add(out, x, *rest))
     torch.testing.assert_close(out, expected)
 
 
@@ -115,9 +116,9 @@ def test_many_adapters(device, bias_dtype):
     gen = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 24, generator=gen).to(x.dtype)
     bias = None if bias_dtype is None else torch.randn(40, generator=gen).to(bias_dtype)
-    args = x, weight, 40, bias, *rest, None, None
-    y, u = OPS["multi_lora_linear_fwd"](*args)
-    expected_y, expected_u = multi_lora_linear_fwd_ref(*args)
+    c = MultiForward(x, *base(weight), 40, bias, *rest, None, None)
+    y, u = OPS["multi_lora_linear_fwd"](c)
+    expected_y, expected_u = multi_lora_linear_fwd_ref(c)
     torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=4e-2)
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-5)
     assert (u[1] == 0).all() and (u[0, 3:] == 0).all() and (u[4, :24] != 0).all()
@@ -131,8 +132,21 @@ def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
         assert (got.double() - expected).abs().max() <= unit * expected.abs().max()
 
 
-def double(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+def double(value):
+    """Arguments of an op with its tensors in fp64."""
+    if isinstance(value, (list, tuple)):
+        parts = map(double, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else list(parts)
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def check_gradients(c) -> None:
+    """Of lora_linear, those that are needed; the others come back empty."""
+    *got, vectors = OPS["lora_linear_bwd"](c)
+    *expected, expected_vectors = lora_linear_bwd_ref(double(c))
+    dtypes = (c.dy.dtype, c.lora_A.dtype, c.lora_B.dtype, *[torch.float32] * 6)
+    for ours, right, dtype in zip([*got, *vectors], [*expected, *expected_vectors], dtypes, strict=True):
+        close(ours, right, dtype)
 
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -169,44 +183,33 @@ def layer(M, N, K, R, dtype, wide, drop, scales, bias):
     return t
 
 
+NEEDS = ("x", "A", "B", "bias", "d"), ("A", "B", "bias", "d"), ("B", "bias"), ("x", "B"), ("A",), ("x",), ("d",), ()
+
+
 @pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_adapter_gradients(device, case):
+def test_gradients(device, case):
     t = layer(*case)
     M, _, _, R = case[:4]
     u = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
-    for needs in ((True,) * 4, (False, True, True, False), (True, False, False, False), (False,) * 4):
-        args = (
-            t["dy"], t["x"] if needs[0] else None, u, None, t["A"], t["B"], -1.5, t["p"], t["seed"], t["d"], t["p_d"],
-            t["g_d"], *needs, False, False, False,
-        )  # fmt: skip
-        got = OPS["lora_linear_bwd_adapter"](*args)
-        for ours, expected in zip(got, lora_linear_bwd_adapter_ref(*double(args)), strict=True):
-            close(ours, expected, ours.dtype)
+    for needs in NEEDS:
+        check_gradients(backward(
+            t["dy"], t["x"] if "A" in needs else None, u, None, t["weight"], t["A"], t["B"], needs, scaling=-1.5,
+            dropout_p=t["p"], seed=t["seed"], d=t["d"], p_b=t["p_b"], p_d=t["p_d"], g_d=t["g_d"],
+        ))  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_forward(device, case):
     t = layer(*case)
-    args = (
-        t["x"], t["weight"], t["A"], t["B"], t["bias"], -1.5, t["p"], t["seed"], t["d"], None, t["p_d"], t["g_b"],
-        t["g_d"], False,
+    c = forward(
+        t["x"], t["weight"], t["A"], t["B"], bias=t["bias"], scaling=-1.5, dropout_p=t["p"], seed=t["seed"], d=t["d"],
+        p_d=t["p_d"], g_b=t["g_b"], g_d=t["g_d"],
     )  # fmt: skip
-    y, u, h = OPS["lora_linear_fwd"](*args)
-    expected = lora_linear_fwd_ref(*double(args))
+    y, u, h = OPS["lora_linear_fwd"](c)
+    expected = lora_linear_fwd_ref(double(c))
     close(y, expected[0], t["x"].dtype)
     close(u, expected[1], torch.float32)
     assert h.numel() == 0
-
-
-@pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_input_gradient(device, case):
-    t = layer(*case)
-    M, _, _, R = case[:4]
-    du = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
-    args = t["dy"], du, None, t["weight"], t["A"], t["p"], t["seed"], t["p_b"], t["p_d"], None, False
-    dx, dbase_in = OPS["lora_linear_bwd_input"](*args)
-    close(dx, lora_linear_bwd_input_ref(*double(args))[0], t["x"].dtype)
-    assert dbase_in.numel() == 0
 
 
 @pytest.mark.parametrize("layout", ["transposed", "padded", "misaligned"])
@@ -221,22 +224,17 @@ def test_any_layout(device, layout):
 
     t = layer(37, 40, 48, 8, torch.bfloat16, True, True, False, False)
     x, weight, A, B, dy = (lay_out(t[name]) for name in ("x", "weight", "A", "B", "dy"))
-    args = x, weight, A, B, None, 2.0, t["p"], t["seed"], *[None] * 5, False
-    y, u, _ = OPS["lora_linear_fwd"](*args)
-    expected = lora_linear_fwd_ref(*double(args))
+    numbers = dict(scaling=2.0, dropout_p=t["p"], seed=t["seed"])
+    c = forward(x, weight, A, B, **numbers)
+    y, u, _ = OPS["lora_linear_fwd"](c)
+    expected = lora_linear_fwd_ref(double(c))
     close(y, expected[0], y.dtype)
     close(u, expected[1], u.dtype)
-    args = dy, u, None, weight, A, t["p"], t["seed"], None, None, None, False
-    close(OPS["lora_linear_bwd_input"](*args)[0], lora_linear_bwd_input_ref(*double(args))[0], y.dtype)
-    args = dy, x, u, None, A, B, 2.0, t["p"], t["seed"], None, None, None, *[True] * 3, *[False] * 4
-    for ours, right in zip(
-        OPS["lora_linear_bwd_adapter"](*args), lora_linear_bwd_adapter_ref(*double(args)), strict=True
-    ):
-        close(ours, right, ours.dtype)
+    check_gradients(backward(dy, x, u, None, weight, A, B, ("x", "A", "B", "bias"), **numbers))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 def test_row_norm(device, case):
     t = layer(*case)
-    args = t["weight"], t["A"], t["B"], -1.5
-    close(OPS["lora_row_norm"](*args), lora_row_norm_ref(*double(args)), torch.float32)
+    c = RowNorm([t["weight"]], "dense", t["A"], t["B"], -1.5)
+    close(OPS["lora_row_norm"](c), lora_row_norm_ref(double(c)), torch.float32)

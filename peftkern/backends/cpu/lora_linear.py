@@ -36,14 +36,15 @@ def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
     native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
+    dx = need.x or need.p_b
+    x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None
     args = (
-        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p,
-        c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
+        way.now, torch.get_num_threads(), c.dy, x, c.u, h, _weight(c) if dx else None, c.lora_A, c.lora_B, c.scaling,
+        c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
-    kind = call.kind_of(c, way) if need.x or need.p_b else "vendor"
+    kind = call.kind_of(c, way) if dx else "vendor"
     dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)
-    empty = c.u.new_empty(0)
-    dbias, *vectors = (empty if t is None else t for t in sums)
+    dbias, *vectors = (c.u.new_empty(0) if t is None else t for t in sums)
     dx, dA, dB = (like.new_empty(0) if t is None else t for t, like in ((dx, c.dy), (dA, c.lora_A), (dB, c.lora_B)))
     return dx, dA, dB, dbias, vectors
 

@@ -40,20 +40,20 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return None
 
 
-def _shrink(x: Tensor, p: Tensor, *, scale=None, rank_scale=None, alpha=1.0, drop=native.NO_DROPOUT) -> Tensor:
-    """fp32 (M, R): rank_scale * alpha * (drop(x) * scale) p^T, p (R, C)."""
+def _shrink(x: Tensor, p: Tensor, *, scale=None, d=None, alpha=1.0, drop=native.NO_DROPOUT) -> Tensor:
+    """fp32 (M, R): d * alpha * (drop(x) * scale) p^T, p (R, C)."""
     (M, C), R = x.shape, p.shape[0]
     out = torch.empty((M, R), dtype=torch.float32, device=x.device)
     partial = floats(native._C.cuda_lora_shrink_partials(M, C, R, native.CODES[x.dtype]), x)
     native._C.cuda_lora_shrink(
-        matrix(x), matrix(p), pointer(scale), pointer(rank_scale), alpha, drop, M, C, R, pointer(out), pointer(partial),
+        matrix(x), matrix(p), pointer(scale), pointer(d), alpha, drop, M, C, R, pointer(out), pointer(partial),
         native.stream(x),
     )  # fmt: skip
     return out
 
 
 class _Linear(NamedTuple):
-    """out = base_scale * (x w^T) + scaling * low_scale * ((rank_scale * v) b^T) + bias, w (N, K) or a transposed view.
+    """out = base_scale * (x w^T) + scaling * low_scale * ((d * v) b^T) + bias, w (N, K) or a transposed view.
 
     With ``a`` v is made of x: (drop(x) * in_scale) a^T; without, dropout acts on the low-rank term.
     """
@@ -66,7 +66,7 @@ class _Linear(NamedTuple):
     scaling: float = 1.0
     drop: tuple = native.NO_DROPOUT
     in_scale: Tensor | None = None
-    rank_scale: Tensor | None = None
+    d: Tensor | None = None
     base_scale: Tensor | None = None
     low_scale: Tensor | None = None
     bias: Tensor | None = None
@@ -84,7 +84,7 @@ def _linear(t: _Linear) -> tuple[Tensor, Tensor]:
         counters = None if a is None else native.counters(native._C.cuda_lora_linear_counters(M), x)
         return native._C.cuda_lora_linear(
             hopper, matrix(x), matrix(w), by_row, matrix(out), M, N, K, R, pointer(v), matrix(a), matrix(t.b), t.scaling,
-            pointer(t.rank_scale), pointer(t.base_scale), pointer(t.low_scale), pointer(t.bias),
+            pointer(t.d), pointer(t.base_scale), pointer(t.low_scale), pointer(t.bias),
             native.CODES[x.dtype if t.bias is None else t.bias.dtype], drop, pointer(counters), device.multiprocessors,
             native.stream(x),
         )  # fmt: skip
@@ -106,7 +106,7 @@ def lora_linear_fwd(c):
     with native.on_device(c.x):
         y, u = _linear(_Linear(
             rows(c.x), c.base[0], c.lora_B, a=c.lora_A, scaling=c.scaling, drop=dropout(c.dropout_p, c.seed),
-            in_scale=vector(s.p_d), rank_scale=vector(s.d), base_scale=vector(s.g_b), low_scale=vector(s.g_d),
+            in_scale=vector(s.p_d), d=vector(s.d), base_scale=vector(s.g_b), low_scale=vector(s.g_d),
             bias=None if c.bias is None else c.bias.contiguous(),
         ))  # fmt: skip
     return y, u, c.x.new_empty(0)
@@ -114,7 +114,7 @@ def lora_linear_fwd(c):
 
 class _Grad(NamedTuple):
     """One pass over t (M, C): grad (R, C) = alpha v_scale * (v^T drop(t)) * column_scale, colsum (C) = sum_i t[i], and
-    down (M, R) = rank_scale * down_alpha * (t * column_scale) p^T."""
+    down (M, R) = d * down_alpha * (t * column_scale) p^T."""
 
     t: Tensor
     v: Tensor | None
@@ -124,7 +124,7 @@ class _Grad(NamedTuple):
     v_scale: Tensor | None = None
     column_scale: Tensor | None = None
     p: Tensor | None = None
-    rank_scale: Tensor | None = None
+    d: Tensor | None = None
     down_alpha: float = 1.0
     colsum: bool = False
 
@@ -142,7 +142,7 @@ def _grad(g: _Grad) -> tuple[Tensor | None, Tensor | None]:
         return down, sums
     args = (
         matrix(t), g.drop, M, C, R, pointer(g.v), pointer(g.v_scale), g.alpha, pointer(g.column_scale), matrix(g.grad),
-        matrix(g.p), pointer(g.rank_scale), g.down_alpha, pointer(down), pointer(sums),
+        matrix(g.p), pointer(g.d), g.down_alpha, pointer(down), pointer(sums),
     )  # fmt: skip
     partial = floats(native._C.cuda_lora_grad_partials(*args), t)
     native._C.cuda_lora_grad(*args, pointer(partial), native.device(t).overlaps, native.stream(t))
@@ -151,32 +151,33 @@ def _grad(g: _Grad) -> tuple[Tensor | None, Tensor | None]:
 
 def lora_linear_bwd(c):
     """(dx, dA, dB, dbias, vectors' gradients), see ``peftkern.ops.lora_linear``."""
-    empty, need, s, drop = c.u.new_empty(0), c.need, c.at, dropout(c.dropout_p, c.seed)
-    rank_scale, p_d, g_d = vector(s.d), vector(s.p_d), vector(s.g_d)
+    need, s, drop = c.need, c.at, dropout(c.dropout_p, c.seed)
+    d, p_d, g_d = vector(s.d), vector(s.p_d), vector(s.g_d)
     # d's own gradient needs what du is before d.
-    d = None if need.d else rank_scale
+    scale_du = None if need.d else d
     dA, dB = (t.new_empty(t.shape if n else 0) for t, n in ((c.lora_A, need.A), (c.lora_B, need.B)))
-    dx, dbias, dd, du = c.dy.new_empty(0), empty, empty, None
+    dx, dbias, dd, du = c.dy.new_empty(0), None, None, None
     with native.on_device(c.dy):
         dy, p = rows(c.dy), c.lora_B.t()
         if need.B or need.bias:
             du, dbias = _grad(_Grad(
-                dy, c.u if need.B else None, dB.t() if need.B else None, alpha=c.scaling, v_scale=rank_scale,
-                column_scale=g_d, p=p if p.shape[0] <= _FUSED_DOWN_RANK else None, rank_scale=d,
+                dy, c.u if need.B else None, dB.t() if need.B else None, alpha=c.scaling, v_scale=d,
+                column_scale=g_d, p=p if p.shape[0] <= _FUSED_DOWN_RANK else None, d=scale_du,
                 down_alpha=c.scaling, colsum=need.bias,
             ))  # fmt: skip
         if du is None and (need.x or need.A or need.d):
-            du = _shrink(dy, p, scale=g_d, rank_scale=d, alpha=c.scaling)
+            du = _shrink(dy, p, scale=g_d, d=scale_du, alpha=c.scaling)
         if need.d:
             dd = (du * c.u).sum(0)
-            du = du if rank_scale is None else du * rank_scale
+            du = du if d is None else du * d
         if need.A:
             _grad(_Grad(rows(c.x), du, dA, drop=drop, column_scale=p_d))
         if need.x:
             dx, _ = _linear(_Linear(
                 dy, c.base[0].t(), c.lora_A.t(), rows(du), drop=drop, base_scale=vector(s.p_b), low_scale=p_d
             ))  # fmt: skip
-    return dx, dA, dB, dbias if need.bias else empty, [dd, empty, empty, empty, empty]
+    sums = (c.u.new_empty(0) if t is None else t for t in (dbias, dd, None, None, None, None))
+    return dx, dA, dB, next(sums), list(sums)
 
 
 def lora_row_norm(c):

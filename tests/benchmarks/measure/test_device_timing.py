@@ -112,7 +112,7 @@ def test_a_graph_is_replayed_until_the_sample_is_long_enough():
     assert clock.captured == 1 and one.no_graph is None
     one.once()
     assert one.seconds["fwd"] == pytest.approx([5e-6])
-    replay, times = one._replays["fwd"]
+    replay, times = one.replays["fwd"]
     assert times * one.steps["fwd"] * 5e-6 >= device_timing.SAMPLE_SECONDS
 
 

@@ -8,6 +8,8 @@ import torch
 
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
+from peftkern.testing.arguments import backward
+from peftkern.testing.arguments import forward as arguments
 
 ops = torch.ops.peftkern
 
@@ -49,8 +51,20 @@ MASK = torch.from_numpy(philox_mask(SEED, M, K, P))
 def forward(x, A, B=None, p=P, weight=None):
     B = torch.zeros(8, A.shape[0]) if B is None else B
     weight = torch.zeros(B.shape[0], x.shape[1], dtype=x.dtype) if weight is None else weight
+    return ops.lora_linear_fwd(*arguments(x, weight, A, B, dropout_p=p, seed=torch.tensor([SEED]) if p else None))
+
+
+def gradients(dy, x, u, A, B, needs=("A", "B", "bias"), p=P, weight=None, **vectors):
+    """(dx, dA, dB, dbias, those of the vectors) with a zero base unless there is a ``weight``."""
+    weight = torch.zeros(B.shape[0], A.shape[1], dtype=dy.dtype) if weight is None else weight
     seed = torch.tensor([SEED]) if p else None
-    return ops.lora_linear_fwd(x, weight, A, B, None, 1.0, p, seed, None, None, None, None, None, False)
+    return ops.lora_linear_bwd(*backward(dy, x, u, None, weight, A, B, needs, dropout_p=p, seed=seed, **vectors))
+
+
+def input_gradient(A, **vectors):
+    """dx of a du of ones."""
+    dy, B = torch.ones(M, 1), torch.ones(1, A.shape[0])
+    return gradients(dy, None, torch.zeros(M, A.shape[0]), A, B, ("x",), **vectors)[0]
 
 
 def check_kept(value: torch.Tensor) -> None:
@@ -72,25 +86,15 @@ def test_bits_of_dx(block, base, scaled):
     config = LaunchConfig(*block, 16, 16)
     p_b = torch.ones(K) if scaled else None
     with configs.override(base=base, gemm=config, epilogue=config):
-        dx, _ = ops.lora_linear_bwd_input(
-            torch.zeros(M, 8), torch.ones(M, 1), None, torch.zeros(8, K), torch.ones(1, K), P, torch.tensor([SEED]),
-            p_b, None, None, False,
-        )  # fmt: skip
+        dx = input_gradient(torch.ones(1, K), p_b=p_b)
     check_kept(dx)
-
-
-def adapter_grad(dy, x, u, A, B, p=P, need=True):
-    seed = torch.tensor([SEED]) if p else None
-    return ops.lora_linear_bwd_adapter(
-        dy, x, u, None, A, B, 1.0, p, seed, None, None, None, need, need, need, False, False, False, False
-    )
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 128)])
 def test_bits_of_dA(block):
     with configs.override(adapter_grad=LaunchConfig(*block, 0, 64)):
         # du = dy B with B the identity, so row t of dA is the dropped row t of x.
-        dA = adapter_grad(torch.eye(M), torch.ones(M, K), torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
+        dA = gradients(torch.eye(M), torch.ones(M, K), torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
     check_kept(dA)
 
 
@@ -101,12 +105,9 @@ def test_dropped_elements_contribute_exactly_nothing():
         with configs.override(base=base):
             u = forward(x, torch.eye(K), weight=weight)[1]
             check_kept(u)
-            dA = adapter_grad(torch.eye(M), x, torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
+            dA = gradients(torch.eye(M), x, torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
             check_kept(dA)
-            A = torch.full((1, K), float("inf"))
-            dx, _ = ops.lora_linear_bwd_input(
-                torch.zeros(M, 8), torch.ones(M, 1), None, weight, A, P, torch.tensor([SEED]), None, None, None, False
-            )
+            dx = input_gradient(torch.full((1, K), float("inf")))
             assert torch.equal(torch.isinf(dx), MASK) and (dx[~MASK] == 0).all()
 
 
@@ -114,17 +115,37 @@ def random(*shape, seed=0, dtype=torch.float16):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("rank, p, gradients", [(8, P, True), (8, 0.0, False), (40, 0.0, True), (70, P, False)])
-def test_a_rows_branch_does_not_depend_on_the_other_rows(rank, p, gradients):
+def du_of(dy, u, A, B, p):
+    """du, as the gradient of A shows it of an x that is the identity: beside those of B and the bias."""
+    rows = dy.shape[0]
+    x = torch.zeros(rows, A.shape[1], dtype=dy.dtype)
+    x.fill_diagonal_(1)
+    dA = gradients(dy, x, u, A, B, p=p)[1].t()[:rows]
+    return dA[torch.from_numpy(philox_mask(SEED, rows, K, p)).diagonal()] if p else dA
+
+
+def du_alone(dy, u, B):
+    """du, as dx shows it where A is the identity and there is no base."""
+    return gradients(dy, None, u, torch.eye(B.shape[1]), B, ("x",), 0.0)[0]
+
+
+@pytest.mark.parametrize("rank, p, alone", [(8, P, False), (8, 0.0, True), (40, 0.0, False), (70, P, True)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_rows_branch_does_not_depend_on_the_other_rows(rank, p, alone, dtype):
     # Two tiles of rows, three blocks of columns of x and, above 32, chunks of ranks; du beside the gradients and alone.
-    x, A, B = random(70, 120), random(rank, 120, seed=1, dtype=torch.float32), random(72, rank, seed=2).float()
-    dy = random(70, 72, seed=3)
-    whole_u = forward(x, A, B, p)[1]
-    whole_du = adapter_grad(dy, x, whole_u, A, B, p, gradients)[0]
-    for rows in (1, 5, 64, 67):
+    x, A, B = random(70, 120, dtype=dtype), random(rank, 120, seed=1).float(), random(72, rank, seed=2).float()
+    dy = random(70, 72, seed=3, dtype=dtype)
+
+    def run(rows):
         u = forward(x[:rows], A, B, p)[1]
+        return u, du_alone(dy[:rows], u, B) if alone else du_of(dy[:rows], u, A, B, p)
+
+    whole_u, whole_du = run(70)
+    assert whole_du.abs().sum() > 0
+    for rows in (1, 5, 64, 67):
+        u, du = run(rows)
         assert torch.equal(u, whole_u[:rows])
-        assert torch.equal(adapter_grad(dy[:rows], x[:rows], u, A, B, p, gradients)[0], whole_du[:rows])
+        assert torch.equal(du, whole_du[: len(du)])
 
 
 def test_the_number_of_programs_does_not_change_bits():
@@ -139,9 +160,8 @@ def test_the_number_of_programs_does_not_change_bits():
 def test_equal_calls_give_equal_bits():
     x, A, B = random(90, 120), random(10, 120, seed=1), random(60, 10, seed=2)
     w, dy = random(60, 120, seed=4), random(90, 60, seed=3)
-    once, again = (
-        (*forward(x, A, B, weight=w), *adapter_grad(dy, x, random(90, 10, dtype=torch.float32), A, B)) for _ in "ab"
-    )
+    u, needs = random(90, 10, dtype=torch.float32), ("x", "A", "B", "bias")
+    once, again = ((*forward(x, A, B, weight=w), *gradients(dy, x, u, A, B, needs, weight=w)[:4]) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 

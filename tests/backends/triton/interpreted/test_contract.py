@@ -11,11 +11,13 @@ import torch
 from peftkern.backends import triton as backend
 from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch import tuned
+from peftkern.equation import Needs, Scales
 from peftkern.kernels import configs, launch
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.operand import rows_of
-from peftkern.ops.lora_linear import lora_linear_bwd_adapter_ref, lora_linear_bwd_input_ref, lora_linear_fwd_ref
+from peftkern.ops.lora_linear import lora_linear_bwd_ref, lora_linear_fwd_ref
 from peftkern.problem import Problem
+from peftkern.testing.arguments import backward, forward
 
 ops = torch.ops.peftkern
 
@@ -26,35 +28,56 @@ def normal(*shape):
 
 M, K, N, R = 21, 40, 33, 5
 X, W, A, B, DY = normal(M, K), normal(N, K), normal(R, K), normal(N, R), normal(M, N)
-U, H, DU = normal(M, R), normal(M, N) + 1, normal(M, R) - 1
+U, H = normal(M, R), normal(M, N) + 1
 SEED = torch.tensor([3])
+NUMBERS = dict(scaling=1.5, dropout_p=0.25, seed=SEED)
+ALL = Needs._fields
 
 
 def assert_same(ours, reference):
-    for a, b in zip(ours, reference, strict=True):
+    for a, b in zip(flat(ours), flat(reference), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def flat(outs):
+    return [t for out in outs for t in (out if isinstance(out, list) else [out])]
+
+
+def assert_forward(c):
+    assert_same(ops.lora_linear_fwd(*c), lora_linear_fwd_ref(c))
+
+
+def assert_backward(c):
+    assert_same(ops.lora_linear_bwd(*c), lora_linear_bwd_ref(c))
+
+
+def vectors(sizes=(R, K, K, N, N)):
+    return dict(zip(Scales._fields, map(normal, sizes), strict=True))
 
 
 @pytest.mark.parametrize(
     "needs", list(itertools.product([False, True], repeat=7)), ids=lambda n: "".join("01"[v] for v in n)
 )
-def test_every_subset_of_adapter_gradients(needs):
-    need_A, _, _, _, need_delta_in, need_base_out, _ = needs
-    x = X if need_A or need_delta_in else None
-    h = H if need_base_out else None
-    args = (DY, x, U, h, A, B, 1.5, 0.25, SEED, normal(R), normal(K), normal(N), *needs)
-    assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
+def test_every_subset_of_gradients(needs):
+    """Of the branch; with p_b's and x's, which share the base product, each alone and both together."""
+    names = [name for name, need in zip(("A", "B", "bias", "d", "p_d", "g_b", "g_d"), needs, strict=True) if need]
+    scales = dict(d=normal(R), p_d=normal(K), g_d=normal(N))
+    for more in ((), ("x",), ("p_b",), ("x", "p_b"))[:: 1 if sum(needs) in (0, 1, 6, 7) else 3]:
+        asked = {*names, *more}
+        x = X if asked & {"A", "p_d", "p_b"} else None
+        h = H if "g_b" in asked else None
+        assert_backward(backward(DY, x, U, h, W, A, B, asked, **NUMBERS, **scales))
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
 @pytest.mark.parametrize("save", [False, True])
 def test_forward_and_input_gradient(base, save):
     with configs.override(base=base):
-        args = (X, W, A, B, normal(N), 1.5, 0.25, SEED, None, None, None, None, None, save)
-        assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
-        args = (DY, DU, X if save else None, W, A, 0.25, SEED, None, None, None, save)
-        assert_same(ops.lora_linear_bwd_input(*args), lora_linear_bwd_input_ref(*args))
+        assert_forward(forward(X, W, A, B, bias=normal(N), save_base=save, **NUMBERS))
+        assert_backward(
+            backward(DY, X if save else None, U, None, W, A, B, ("x", "p_b") if save else ("x",), **NUMBERS)
+        )
 
 
 def strided(t: torch.Tensor, kind: str) -> torch.Tensor:
@@ -70,17 +93,13 @@ def strided(t: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["transposed", "expanded", "steps"])
 @pytest.mark.parametrize("base", ["fused", "epilogue"])
 def test_any_strides(kind, base):
-    x, w, a, b, dy, u, h, du = (strided(t, kind) for t in (X, W, A, B, DY, U, H, DU))
+    x, w, a, b, dy, u, h = (strided(t, kind) for t in (X, W, A, B, DY, U, H))
     vector = torch.full((2 * R,), float("nan"))
     vector[::2] = normal(R)
     d = vector[::2]
     with configs.override(base=base):
-        args = (x, w, a, b, None, 1.5, 0.25, SEED, d, None, None, None, None, True)
-        assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
-        args = (dy, x, u, h, a, b, 1.5, 0.25, SEED, d, None, None, *[True] * 7)
-        assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
-        args = (dy, du, x, w, a, 0.25, SEED, None, None, None, True)
-        assert_same(ops.lora_linear_bwd_input(*args), lora_linear_bwd_input_ref(*args))
+        assert_forward(forward(x, w, a, b, save_base=True, d=d, **NUMBERS))
+        assert_backward(backward(dy, x, u, h, w, a, b, ALL, d=d, **NUMBERS))
 
 
 @pytest.mark.parametrize("empty", ["M", "K", "N", "R", "MN", "KR", "MKNR"])
@@ -89,15 +108,12 @@ def test_any_strides(kind, base):
 def test_empty_sizes(empty, base, options):
     m, k, n, r = (0 if name in empty else size for name, size in dict(M=M, K=K, N=N, R=R).items())
     x, w, a, b, dy = X[:m, :k], W[:n, :k], A[:r, :k], B[:n, :r], DY[:m, :n]
-    u, h, du = U[:m, :r], H[:m, :n], DU[:m, :r]
-    d, p_b, p_d, g_b, g_d = (normal(size) if options else None for size in (r, k, k, n, n))
+    u, h = U[:m, :r], H[:m, :n]
+    scales = vectors((r, k, k, n, n)) if options else {}
+    needs = ALL if options else [name for name in ALL if name not in ("p_b", "g_b")]
     with configs.override(base=base):
-        args = (x, w, a, b, normal(n), 1.5, 0.25, SEED, d, p_b, p_d, g_b, g_d, options)
-        assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
-        args = (dy, x, u, h if options else None, a, b, 1.5, 0.25, SEED, d, p_d, g_d, *[True] * 5, options, True)
-        assert_same(ops.lora_linear_bwd_adapter(*args), lora_linear_bwd_adapter_ref(*args))
-        args = (dy, du, x if options else None, w, a, 0.25, SEED, p_b, p_d, g_b, options)
-        assert_same(ops.lora_linear_bwd_input(*args), lora_linear_bwd_input_ref(*args))
+        assert_forward(forward(x, w, a, b, bias=normal(n), save_base=options, **scales, **NUMBERS))
+        assert_backward(backward(dy, x, u, h if options else None, w, a, b, needs, **scales, **NUMBERS))
 
 
 def test_rows_far_apart_are_copied():
@@ -109,8 +125,8 @@ def test_rows_far_apart_are_copied():
 
 def test_arguments_are_left_alone():
     before = [t.clone() for t in (X, W, A, B, DY, U, H)]
-    ops.lora_linear_fwd(X, W, A, B, normal(N), 1.5, 0.25, SEED, None, None, None, None, None, False)
-    ops.lora_linear_bwd_adapter(DY, X, U, H, A, B, 1.5, 0.25, SEED, None, None, None, *[True] * 7)
+    ops.lora_linear_fwd(*forward(X, W, A, B, bias=normal(N), **NUMBERS))
+    ops.lora_linear_bwd(*backward(DY, X, U, H, W, A, B, ALL, **NUMBERS))
     assert all(torch.equal(a, b) for a, b in zip(before, (X, W, A, B, DY, U, H)))
 
 
@@ -119,7 +135,7 @@ def test_an_invalid_configuration_is_refused_before_anything_runs():
         configs.override(base="fused", gemm=LaunchConfig(48, 64, 32)),
         pytest.raises(ValueError, match="powers of two"),
     ):
-        ops.lora_linear_fwd(X, W, A, B, None, 1.0, 0.0, None, None, None, None, None, None, False)
+        ops.lora_linear_fwd(*forward(X, W, A, B))
     with pytest.raises(ValueError, match="base is 'mine'"), configs.override(base="mine"):
         pass
     with pytest.raises(ValueError, match="nothing called gem"), configs.override(gem=1):
@@ -147,6 +163,8 @@ def test_declines():
     assert "float64" in backend.decline(problem(dtype=torch.float64))
     assert "2^31" in backend.decline(problem(M=2**31))
     assert "cuda" in backend.decline(problem(device="cuda"))
+    for op in ("lora_linear_fwd", "lora_linear_bwd", "multi_lora_linear_fwd", "multi_lora_linear_bwd"):
+        assert "identity" in backend.decline(problem(op=op, flags=frozenset({"identity"})))
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue"])
@@ -158,12 +176,12 @@ def test_what_was_measured_decides(base, monkeypatch):
     monkeypatch.setattr(tuned, "entry", lambda problem: entry)
     monkeypatch.setattr(launch, "submit", lambda one: launches.append(one) or submit(one))
     dispatch.forget()
-    args = (X, W, A, B, None, 1.5, 0.0, None, None, None, None, None, None, False)
+    given = forward(X, W, A, B, scaling=1.5)
     try:
         for forced in (None, "fused" if base == "epilogue" else "epilogue"):
             with configs.override(**{"base": forced} if forced else {}):
                 launches.clear()
-                assert_same(ops.lora_linear_fwd(*args), lora_linear_fwd_ref(*args))
+                assert_forward(given)
                 last = launches[-1].constants
                 assert last["GEMM"] == ((forced or base) == "fused")
                 if base == "fused" and forced is None:

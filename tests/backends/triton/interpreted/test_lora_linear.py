@@ -11,8 +11,9 @@ from peftkern import lora_linear
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.testing.accuracy import check
-from peftkern.testing.problems import VECTORS, LoRALinearProblem, random_problem
+from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
+VECTORS = tuple(vectors())
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

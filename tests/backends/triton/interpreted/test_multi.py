@@ -15,6 +15,7 @@ from peftkern.kernels.multi import tiles as multi_tiles
 from peftkern.kernels.multi.configs import BASES
 from peftkern.ops import multi_lora_linear as op
 from peftkern.testing.accuracy import check
+from peftkern.testing.arguments import base as base_of
 from peftkern.testing.multi_problems import MIXES, random_multi_problem
 
 ops = torch.ops.peftkern
@@ -127,26 +128,32 @@ def test_each_op_on_each_layout(layout, drop, dtypes):
         ids, R = adapters.ids(M), adapters.max_rank
         x, dy, bias = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype), torch.randn(N)
         route, table = adapters.route(ids), adapters.table
+        W = torch.randn(N, K).to(dtype) if layout == "list" else None
         y, u = ops.multi_lora_linear_fwd(
-            x, None, N, bias, adapters.weights, table, adapters.scaling, R, *route, p, seed
+            x, *base_of(W), N, bias, adapters.weights, table, adapters.scaling, R, *route, p, seed
         )
         garbage = torch.where(torch.arange(R) < table[ids.clamp(min=0), 1][:, None], u, NAN)
         need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
-        du, dbias, grads = ops.multi_lora_linear_bwd_adapter(
-            dy, x, garbage, adapters.weights, table, adapters.scaling, *route, p, seed, need, True
+        rest = *route, p, seed, True, True, need
+        dx, dbias, grads = ops.multi_lora_linear_bwd(
+            dy, x, garbage, *base_of(W), K, adapters.weights, table, adapters.scaling, *rest
         )
-        dx = ops.multi_lora_linear_bwd_input(dy, du, None, K, adapters.weights, table, *route, p, seed)
         want, size = [], []
         for out, f in ((want, lambda t: t.double()), (size, lambda t: t.double().abs())):
-            weights, s = adapters.exact(out is size), adapters.scaling.double()
-            out += op.multi_lora_linear_fwd_ref(f(x), None, N, f(bias), weights, table, s, R, *route, p, seed)
-            args = f(dy), f(x), f(u), weights, table, s
-            out += op.multi_lora_linear_bwd_adapter_ref(*args, *route, p, seed, need, True)
-            out.append(op.multi_lora_linear_bwd_input_ref(f(dy), f(du), None, K, weights, table, *route, p, seed))
-        for name, got, a, b in zip(("y", "u", "du", "dbias"), (y, u, du, dbias), want, size):
+            weights, s, exact = (
+                adapters.exact(out is size),
+                adapters.scaling.double(),
+                base_of(None if W is None else f(W)),
+            )
+            out += op.multi_lora_linear_fwd_ref(
+                op.MultiForward(f(x), *exact, N, f(bias), weights, table, s, R, *route, p, seed)
+            )
+            out += op.multi_lora_linear_bwd_ref(
+                op.MultiBackward(f(dy), f(x), f(u), *exact, K, weights, table, s, *rest)
+            )
+        for name, got, a, b in zip(("y", "u", "dx", "dbias"), (y, u, dx, dbias), want, size):
             close(got, a, b, name)
-        close(dx, want[-1], size[-1], "dx")
-        assert not u[ids < 0].any() and not du[ids < 0].any()
+        assert not u[ids < 0].any() and (W is not None or not dx[ids < 0].any())
         for i, (got, a, b) in enumerate(zip(grads, want[4], size[4], strict=True)):
             assert got.dtype == adapters.weights[i].dtype
             close(got, a, b, f"gradient {i}")
@@ -182,16 +189,15 @@ def test_empty_sizes(empty):
     x, W, dy, scaling = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N), torch.ones(len(ranks))
     assert_same = torch.testing.assert_close
     for weight in (W, None):
-        args = x, weight, N, torch.randn(N), weights, table, scaling, max(ranks, default=0), *route, None, None
-        y, u = ops.multi_lora_linear_fwd(*args)
-        assert_same((y, u), op.multi_lora_linear_fwd_ref(*args))
-        args = dy, x, u, weights, table, scaling, *route, None, None, [True] * len(weights), True
-        found = ops.multi_lora_linear_bwd_adapter(*args)
-        expected = op.multi_lora_linear_bwd_adapter_ref(*args)
-        assert_same(found[:2], expected[:2])
-        assert_same(found[2], expected[2])
-        args = dy, found[0], weight, K, weights, table, *route, None, None
-        assert_same(ops.multi_lora_linear_bwd_input(*args), op.multi_lora_linear_bwd_input_ref(*args))
+        base = base_of(weight)
+        c = op.MultiForward(
+            x, *base, N, torch.randn(N), weights, table, scaling, max(ranks, default=0), *route, None, None
+        )
+        y, u = ops.multi_lora_linear_fwd(*c)
+        assert_same((y, u), op.multi_lora_linear_fwd_ref(c))
+        need = [True] * len(weights)
+        c = op.MultiBackward(dy, x, u, *base, K, weights, table, scaling, *route, None, None, True, True, need)
+        assert_same(list(ops.multi_lora_linear_bwd(*c)), list(op.multi_lora_linear_bwd_ref(c)))
 
 
 @pytest.mark.parametrize("transposed", (False, True))
@@ -205,10 +211,10 @@ def test_add_in_place_leaves_other_rows_and_gaps_alone(layout, transposed):
     route = adapters.route(ids)
     ops.sgmv_add(out, x, adapters.weights, adapters.table, adapters.scaling, 9, *route)
     delta, size = (
-        op.multi_lora_linear_fwd_ref(
-            f(x.double()), None, N, None, adapters.exact(i > 0), adapters.table, adapters.scaling.double(), 9, *route,
-            None, None,
-        )[0]
+        op.multi_lora_linear_fwd_ref(op.MultiForward(
+            f(x.double()), *base_of(None), N, None, adapters.exact(i > 0), adapters.table, adapters.scaling.double(), 9,
+            *route, None, None,
+        ))[0]
         for i, f in enumerate((lambda t: t, torch.abs))
     )  # fmt: skip
     close(out, before[:, :N].double() + delta, size + before[:, :N].double().abs(), "out")
@@ -226,11 +232,11 @@ def test_rows_with_an_invalid_id_are_nan_where_nothing_can_be_raised(base):
     order = place.sort(stable=True).indices.int()
     starts = torch.tensor([0, *(int((place <= i).sum()) for i in range(4))], dtype=torch.int32)
     with configs.override(multi_base=base):
-        args = adapters.weights, adapters.table
-        y, u = ops.multi_lora_linear_fwd(x, W, N, None, *args, adapters.scaling, 9, order, starts, None, None)
-        dx = ops.multi_lora_linear_bwd_input(y, u, W, K, *args, order, starts, None, None)
+        args, route, none = (adapters.weights, adapters.table, adapters.scaling), (order, starts), [False] * 4
+        y, u = ops.multi_lora_linear_fwd(x, *base_of(W), N, None, *args, 9, *route, None, None)
+        dx, _, _ = ops.multi_lora_linear_bwd(y, None, u, *base_of(W), K, *args, *route, None, None, True, False, none)
         out = torch.zeros(M, N)
-        ops.sgmv_add(out, x, *args, adapters.scaling, 9, order, starts)
+        ops.sgmv_add(out, x, *args, 9, *route)
     for t in (y, dx, out):
         assert t[bad].isnan().all() and not t[~bad].isnan().any()
     assert not u[bad].any()
@@ -241,7 +247,7 @@ def test_a_tensor_that_came_later_makes_its_rows_nan():
     adapters = Adapters((4, 9), 32, 48, torch.float32, "list")
     ids, x = torch.tensor([0, 1, -1, 0]), torch.randn(4, 32)
     args = adapters.weights[:2], adapters.table, adapters.scaling, 9, *adapters.route(ids), None, None
-    y, u = ops.multi_lora_linear_fwd(x, None, 48, None, *args)
+    y, u = ops.multi_lora_linear_fwd(x, *base_of(None), 48, None, *args)
     assert torch.equal(y.isnan().any(1), ids == 1) and torch.equal(y.isnan().all(1), ids == 1) and not u[1].any()
 
 
@@ -254,14 +260,17 @@ def test_dropped_elements_contribute_exactly_nothing():
     ids = adapters.ids(M, 0.0)
     route, probabilities = adapters.route(ids), torch.full((2,), p, dtype=torch.float64)
     x = torch.ones(M, K).masked_fill(~keep, NAN)
-    args = adapters.weights, adapters.table
-    rest = *route, probabilities, SEED
-    _, u = ops.multi_lora_linear_fwd(x, None, N, None, *args, adapters.scaling, K, *rest)
+    args, rest = (adapters.weights, adapters.table, torch.ones(2)), (*route, probabilities, SEED)
+    _, u = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, *args, K, *rest)
     value = torch.where(keep, torch.tensor(1.0 / (1.0 - p)), 0.0)
     assert torch.equal(u, value)
-    for A in adapters.weights[::2]:
+    # du is of ones.
+    for A, B in zip(adapters.weights[::2], adapters.weights[1::2], strict=True):
         A.fill_(float("inf"))
-    dx = ops.multi_lora_linear_bwd_input(torch.zeros(M, N), torch.ones(M, K), None, K, *args, *rest)
+        B.zero_()[0] = 1
+    dy, none = torch.zeros(M, N), [False] * 4
+    dy[:, 0] = 1
+    dx, _, _ = ops.multi_lora_linear_bwd(dy, None, u, *base_of(None), K, *args, *rest, True, False, none)
     assert torch.equal(dx.isinf(), keep) and not dx[~keep].any()
 
 
@@ -275,11 +284,13 @@ def test_offsets_beyond_32_bits():
     table = torch.tensor([[0, R, 0, at, K, 0, at + R * K, R, 1, 0]])
     x, ids, scaling = torch.randn(3, K).half(), torch.zeros(3, dtype=torch.int64), torch.ones(1)
     route = ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    y, u = ops.multi_lora_linear_fwd(x, None, N, None, [pool], table, scaling, R, *route, None, None)
+    y, u = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, [pool], table, scaling, R, *route, None, None)
     torch.testing.assert_close(u, x.float() @ A.float().t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.float(), u @ B.float().t(), rtol=2e-3, atol=2e-3)
-    dx = ops.multi_lora_linear_bwd_input(y, u, None, K, [pool], table, *route, None, None)
-    torch.testing.assert_close(dx.float(), u @ A.float(), rtol=2e-3, atol=2e-3)
+    dx, _, _ = ops.multi_lora_linear_bwd(
+        y, None, u, *base_of(None), K, [pool], table, scaling, *route, None, None, True, False, [False]
+    )
+    torch.testing.assert_close(dx.float(), y.float() @ B.float() @ A.float(), rtol=2e-3, atol=2e-2)
 
 
 def test_route_of_a_bank_with_generations():
@@ -289,7 +300,7 @@ def test_route_of_a_bank_with_generations():
     ids = torch.cat([taken[torch.randint(len(taken), (300,))], torch.full((30,), -1)])[torch.randperm(330)]
     for t in (ids, ids.int()):
         order, starts = ops.multi_lora_linear_route(t, table, 63)
-        expected = op.multi_lora_linear_route_ref(t, table, 63)
+        expected = op.multi_lora_linear_route_ref(op.Route(t, table, 63))
         assert torch.equal(order, expected[0]) and torch.equal(starts, expected[1])
         assert order.dtype == starts.dtype == torch.int32
     for bad in (0, 1 + 128, -2, 41, 2**31 - 1, 2**40):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from peftkern.kernels import configs
 from peftkern.kernels.multi.configs import BASES
+from peftkern.testing.arguments import backward, forward
+from peftkern.testing.arguments import base as base_of
 
 ops = torch.ops.peftkern
 NAN = float("nan")
@@ -44,19 +46,18 @@ class Rows:
         self.table, self.scaling = torch.tensor(rows), torch.tensor([0.5, 1.0, 1.5, 2.0, 0.7])
 
     def run(self, x: Tensor, dy: Tensor, ids: Tensor, weights: list[Tensor], base: bool) -> tuple[Tensor, ...]:
-        """(y, u, dx) of a batch; without the base product du too, and what sgmv makes of the batch."""
-        weight, R = self.weight if base else None, max(RANKS)
+        """(y, u, dx) of a batch; without the base product what sgmv makes of the batch too."""
         route = ops.multi_lora_linear_route(ids, self.table, EVERY_ID)
-        y, u = ops.multi_lora_linear_fwd(x, weight, N, None, weights, self.table, self.scaling, R, *route, None, None)
-        if base:
-            return y, u, ops.multi_lora_linear_bwd_input(dy, u, weight, K, weights, self.table, *route, None, None)
-        du, _, _ = ops.multi_lora_linear_bwd_adapter(
-            dy, None, u, weights, self.table, self.scaling, *route, None, None, [False] * len(weights), False
+        weight, args, R = base_of(self.weight if base else None), (weights, self.table, self.scaling), max(RANKS)
+        y, u = ops.multi_lora_linear_fwd(x, *weight, N, None, *args, R, *route, None, None)
+        dx, _, _ = ops.multi_lora_linear_bwd(
+            dy, None, u, *weight, K, *args, *route, None, None, True, False, [False] * len(weights)
         )
-        dx = ops.multi_lora_linear_bwd_input(dy, du, None, K, weights, self.table, *route, None, None)
+        if base:
+            return y, u, dx
         out = torch.zeros_like(y)
-        ops.sgmv_add(out, x, weights, self.table, self.scaling, R, *route)
-        return y, u, du, dx, out
+        ops.sgmv_add(out, x, *args, R, *route)
+        return y, u, dx, out
 
     def compositions(self, count: int):
         """(rows of ours, their places, x, dy, ids, weights) of random batches in which the other rows are anything."""
@@ -121,7 +122,17 @@ def test_the_other_adapters_do_not_change_bits(others):
         route = ops.multi_lora_linear_route(torch.tensor([0, -1, 0, 0, 0, -1, 0, 0, 0]), table, EVERY_ID)
         results.append(
             ops.multi_lora_linear_fwd(
-                x, None, 40, None, weights, table, torch.ones(len(table)), int(table[:, 1].max()), *route, None, None
+                x,
+                *base_of(None),
+                40,
+                None,
+                weights,
+                table,
+                torch.ones(len(table)),
+                int(table[:, 1].max()),
+                *route,
+                None,
+                None,
             )
         )
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1][:, :6])
@@ -134,9 +145,9 @@ def test_equal_calls_give_equal_gradients():
     u = normal(30, max(RANKS), seed=1, dtype=torch.float32)
     with configs.override(multi_ranges=(2, 16), multi_grad=configs.LaunchConfig(16, 64, 0, 16)):
         once, again = (
-            ops.multi_lora_linear_bwd_adapter(
-                rows.dy, rows.x, u, rows.weights, rows.table, rows.scaling, *route, p, torch.tensor([7]),
-                [True] * len(rows.weights), True,
+            ops.multi_lora_linear_bwd(
+                rows.dy, rows.x, u, *base_of(rows.weight), K, rows.weights, rows.table, rows.scaling, *route, p,
+                torch.tensor([7]), True, True, [True] * len(rows.weights),
             )
             for _ in "ab"
         )  # fmt: skip
@@ -156,14 +167,22 @@ def test_rows_without_an_adapter_have_the_bits_of_lora_linear(monkeypatch, base,
     none, alone = (torch.empty(0, K), torch.empty(N, 0)), dict(base=owner) if owner else {}
     route = ops.multi_lora_linear_route(ids, rows.table, EVERY_ID)
     with configs.override(**alone, **(dict(multi_base=base) if base else {})):
-        y, u = ops.multi_lora_linear_fwd(
-            x, rows.weight, N, bias, rows.weights, rows.table, rows.scaling, 40, *route, None, None
+        args = rows.weights, rows.table, rows.scaling
+        y, u = ops.multi_lora_linear_fwd(x, *base_of(rows.weight), N, bias, *args, 40, *route, None, None)
+        expected, v, _ = ops.lora_linear_fwd(*forward(x, rows.weight, *none, bias=bias))
+        dx, _, _ = ops.multi_lora_linear_bwd(
+            rows.dy,
+            None,
+            u,
+            *base_of(rows.weight),
+            K,
+            *args,
+            *route,
+            None,
+            None,
+            True,
+            False,
+            [False] * len(rows.weights),
         )
-        expected, _, _ = ops.lora_linear_fwd(
-            x, rows.weight, *none, bias, 1.0, 0.0, None, None, None, None, None, None, False
-        )
-        dx = ops.multi_lora_linear_bwd_input(rows.dy, u, rows.weight, K, rows.weights, rows.table, *route, None, None)
-        back, _ = ops.lora_linear_bwd_input(
-            rows.dy, torch.empty(30, 0), None, rows.weight, none[0], 0.0, None, None, None, None, False
-        )
+        back = ops.lora_linear_bwd(*backward(rows.dy, None, v, None, rows.weight, *none, ("x",)))[0]
     assert torch.equal(y, expected) and torch.equal(dx, back) and not u.any()
