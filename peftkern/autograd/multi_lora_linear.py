@@ -70,8 +70,8 @@ class Batch(NamedTuple):
             if done is not None:
                 return done
         y, u = _fwd(
-            rows_of(x, x.dtype), _cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights), state.table,
-            state.scaling, state.max_rank, order, starts, dropout_p, seed,
+            rows_of(x, x.dtype), _cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights),
+            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
         y = as_shape(y, x)
         return (y, u) if want_u else y
