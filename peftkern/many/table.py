@@ -75,7 +75,10 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
         check_number(f"adapters[{i}] scaling", scaling)
         N = weights[1].shape[0] if weights else B.shape[0]
         if A.shape[1] != x.shape[-1]:
-            raise ValueError(f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}")
+            raise ValueError(
+                f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}:"
+                f" x has shape {tuple(x.shape)}"
+            )
         if B.shape != (N, A.shape[0]):
             raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
         weights += (A, B)
