@@ -50,8 +50,8 @@ HEIGHT = {
 }
 # Third-party packages beside torch and numpy, and the only layers that may import them.
 THIRD_PARTY = {
-    "peft": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
-    "transformers": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
+    "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
+    "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "triton": (
         "peftkern.kernels",
         "peftkern.backends.triton",

@@ -18,9 +18,9 @@ from peftkern.kernels import configs
 from peftkern.ops.lora_row_norm import RowNorm
 from peftkern.ops.multi_lora_linear import MultiForward
 from peftkern.ops.sgmv import Add
+from peftkern.problem import DTYPES
 from peftkern.testing import arguments as given
 
-from ..core.case import DTYPES
 from .plan import COMPOSITION, DROPOUT_P, Candidate, Job
 
 SCALING = 2.0

@@ -26,9 +26,9 @@ from peftkern.backends.cpu import base_plan as cpu_base_plan
 from peftkern.backends.cpu import base_table as cpu_base_table
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.dispatch import tuned
+from peftkern.problem import DTYPES
 
 from ..core import machine
-from ..core.case import DTYPES
 from ..measure.timing import quiet
 from .file import meta, write
 

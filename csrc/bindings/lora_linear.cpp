@@ -1,8 +1,6 @@
 // lora_linear's passes as one call each: tensors in, tensors out. An entry returns None for a call that is
 // not ordinary or that nobody has looked at yet; Python then takes its careful way, and leaves its choice
-// with
-// ..._learn. Everything that memory safety rests on is checked here at every call, so a choice cannot be
-// stale.
+// with the entry's _learn. All that memory safety rests on is checked here at every call: no choice is stale.
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
 #include "bindings/plans.h"

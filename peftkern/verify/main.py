@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from peftkern.benchmarks.core.case import DTYPES, short
+from peftkern.problem import DTYPES, short
 from peftkern.screen import Cell, Console, Table
 
 from .problem_sets import SETS, set_of

@@ -11,6 +11,7 @@ import torch
 import peftkern
 from peftkern.benchmarks.tune.plan import jobs
 from peftkern.dispatch import registry as dispatch
+from peftkern.problem import DTYPES
 from peftkern.testing.accuracy import _row, check
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
@@ -18,7 +19,6 @@ from peftkern.verify import main as verify
 
 # Problems of each op and dtype. Triton compiles anew for most of them.
 COUNTS = {"cuda": 8, "reference": 3, "triton": 5, "auto": 1}
-DTYPES = ("bf16", "fp16", "fp32")
 # What the CUDA kernels leave to others: most of the problems that have it would only be declined.
 ELSEWHERE = {"base_in_scale", "base_out_scale"}
 
@@ -80,7 +80,7 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
     M, K, N, R = sizes
     if name == "triton" and sizes not in COMPILED:
         pytest.skip("its random problems cover more, and each size is compiled anew")
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     problem = LoRALinearProblem(
         seed=M + R, M=M, K=K, N=N, R=R, dtype=kind, adapter_dtype=torch.float32 if adapters == "fp32" else kind,
         scaling=2.0, dropout_p=dropout, options=("bias",) if M % 2 else (),
@@ -109,7 +109,7 @@ def test_the_cuda_kernels_take_what_users_train():
 @pytest.mark.parametrize("N, K, R", [(4096, 4096, 16), (333, 520, 8), (1, 1, 1), (1000, 1111, 65)])
 def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
     """Of W + s B A, judged as everything: by the error of the same in fp32."""
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     make = torch.Generator("cuda").manual_seed(K)
     small = torch.float32 if adapters == "fp32" else kind
     W, A, B = (
@@ -154,7 +154,7 @@ BRANCHES = [
 def test_branch_in_place(backend, dtype, sizes, adapters, record_property):
     """sgmv into an output, as decoding calls it: with a bank, some rows without an adapter."""
     M, count, K, N, ranks = sizes
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     small = torch.float32 if adapters == "fp32" else kind
     got, exact, eager = branch(M, count, K, N, ranks, kind, small, "cuda", backend)
     if isinstance(got, str):

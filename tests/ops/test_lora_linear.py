@@ -153,6 +153,30 @@ def test_opcheck(dtype, backend):
         torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs, scaling=1.5, **options))
 
 
+def negative(t):
+    """The values of ``t`` in memory that holds their negatives."""
+    view = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert view.is_neg() and torch.equal(view, t)
+    return view
+
+
+def test_views_that_negate(backend):
+    x, w, a, b = tensors()
+    g = torch.Generator().manual_seed(1)
+    dy, u, h, bias = (torch.randn(*s, generator=g) for s in ((6, 9), (6, 3), (6, 9), (9,)))
+    d, p_b, p_d, g_b, g_d = (torch.randn(n, generator=g) for n in (3, 20, 20, 9, 9))
+    scales = dict(d=d, p_b=p_b, p_d=p_d, g_b=g_b, g_d=g_d)
+    t = dict(x=x, weight=w, lora_A=a, lora_B=b, bias=bias, **scales)
+    expected = ops.lora_linear_fwd(*forward(**t))
+    for name in t:
+        torch.testing.assert_close(ops.lora_linear_fwd(*forward(**t | {name: negative(t[name])})), expected)
+    t = dict(dy=dy, x=x, u=u, h=h, weight=w, lora_A=a, lora_B=b, **scales)
+    expected = ops.lora_linear_bwd(*backward(**t, needs=Needs._fields))
+    for name in t:
+        found = ops.lora_linear_bwd(*backward(**t | {name: negative(t[name])}, needs=Needs._fields))
+        torch.testing.assert_close(found, expected)
+
+
 def test_outputs_do_not_alias_inputs_or_each_other(backend):
     x, w, a, b = tensors()
     outs = list(ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True)))

@@ -10,10 +10,9 @@ looked at yet: the caller then checks and chooses with care, and hands its choic
 ``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
 are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of d, p_b, p_d, g_b and
-g_d (equation.py). needs: bit i stands for the gradient i of x, A, B, bias, d, p_b, p_d, g_b, g_d; what no needed one reads may
-be None. Gradients come in that order, None where not needed: dx like dy, dA and dB in the adapters' dtype, the others in
-fp32.
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
+equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
+come in the same order, None where not needed: dx like dy, dA and dB in the adapters' dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations
@@ -69,16 +68,20 @@ def kind_of(c, way) -> str:
 
 
 def copied(value):
-    """A tensor as an ordinary one of its own; anything else as it is."""
-    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+    """A tensor as an ordinary one of its own, likewise those of a tuple; anything else as it is."""
+    if isinstance(value, Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tuple(map(copied, value)) if type(value) is tuple else value
 
 
 def answered(entry, learn, args: tuple, *kind: str):
     """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is.
 
-    A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
+    What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
     """
-    for given in (args, tuple(map(copied, args))):
+    for careful in (False, True):
+        given = copied(args) if careful else args
         done = entry(*given)
         if done is None and learn(*given, *kind):
             done = entry(*given)
