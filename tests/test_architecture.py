@@ -42,7 +42,6 @@ HEIGHT = {
     "peftkern.backends": 3,
     "peftkern.kernels": 2,
     "peftkern._C": 2,
-    "peftkern.watch": 3,
     "peftkern.bases": 2,
     "peftkern.equation": 2,
     "peftkern.checks": 1,
@@ -88,7 +87,7 @@ PUBLIC = {
     "peftkern.nn.lora.LoRALinear.__init__",
 }
 # Not yet brought in line with these two rules. Each entry is to go, none is to come.
-PARAMETERS_LATER = ("peftkern.autograd", "peftkern.backends", "peftkern.kernels", "peftkern.ops")
+PARAMETERS_LATER = ("peftkern.backends",)
 PRIVATE_LATER = (
     "kernels/tl", "peftkern/autograd", "peftkern/ops", "scripts", "tests/autograd", "tests/backends", "tests/demo",
     "tests/dispatch", "tests/gpu", "tests/integrations", "tests/many", "tests/ops", "tests/sim",
@@ -267,7 +266,9 @@ def test_functions_have_few_parameters():
 
 
 def private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in ("_", "_C")
+    # Of a NamedTuple and of os.environ these are public.
+    public = ("_", "_C", "_asdict", "_data", "_fields", "_make", "_replace")
+    return name.startswith("_") and not name.startswith("__") and name not in public
 
 
 def private_names(path: Path) -> tuple[set[str], set[str]]:
