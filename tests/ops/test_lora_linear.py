@@ -111,7 +111,9 @@ def test_same_inputs_same_bits_and_thread_counts(backend, dtype):
 
     def run():
         _, u, _ = ops.lora_linear_fwd(*forward(x, w, a, b, **options))
-        *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, None, w, a, b, ("x", "A", "B", "bias"), **options))
+        *grads, vectors = ops.lora_linear_bwd(
+            *backward(dy, x, u, None, w, a, b, needs=("x", "A", "B", "bias"), **options)
+        )
         return [u, *grads, *vectors]
 
     threads = torch.get_num_threads()
@@ -152,7 +154,7 @@ def test_opcheck(dtype, backend):
         torch.library.opcheck(ops.lora_linear_fwd, forward(x, w, a, b, scaling=1.5, save_base=full, **options))
         options.pop("bias", None)
         h, needs = (dy.clone(), Needs._fields) if full else (None, ("x", "A", "B"))
-        torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs, scaling=1.5, **options))
+        torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs=needs, scaling=1.5, **options))
 
 
 def negative(t):
@@ -183,7 +185,7 @@ def test_outputs_do_not_alias_inputs_or_each_other(backend):
     x, w, a, b = tensors()
     outs = list(ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True)))
     dy = torch.randn(6, 9)
-    *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, outs[1], outs[2], w, a, b, Needs._fields))
+    *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, outs[1], outs[2], w, a, b, needs=Needs._fields))
     outs += [*grads, *vectors]
     assert all(t.numel() for t in outs)
     ins = [x, w, a, b, dy]
@@ -210,7 +212,7 @@ def test_fake_and_meta_agree_with_real():
     def run(x, w, a, b, dy, u):
         outs = ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True))
         for needs in (("x", "A", "B"), Needs._fields):
-            *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, dy, w, a, b, needs))
+            *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, dy, w, a, b, needs=needs))
             outs += (*grads, *vectors)
         return [(t.shape, t.dtype, t.stride()) for t in outs]
 

@@ -194,7 +194,7 @@ def test_gradients(device, case):
     u = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
     for needs in NEEDS:
         check_gradients(backward(
-            t["dy"], t["x"] if "A" in needs else None, u, None, t["weight"], t["A"], t["B"], needs, scaling=-1.5,
+            t["dy"], t["x"] if "A" in needs else None, u, None, t["weight"], t["A"], t["B"], needs=needs, scaling=-1.5,
             dropout_p=t["p"], seed=t["seed"], d=t["d"], p_b=t["p_b"], p_d=t["p_d"], g_d=t["g_d"],
         ))  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_any_layout(device, layout):
     expected = lora_linear_fwd_ref(double(c))
     close(y, expected[0], y.dtype)
     close(u, expected[1], u.dtype)
-    check_gradients(backward(dy, x, u, None, weight, A, B, ("x", "A", "B", "bias"), **numbers))
+    check_gradients(backward(dy, x, u, None, weight, A, B, needs=("x", "A", "B", "bias"), **numbers))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

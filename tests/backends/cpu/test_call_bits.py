@@ -105,7 +105,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     got = call.forward(*args)
     pairs = [(got[0], y), (got[1], u)] + ([(got[2], h)] if save else [])
 
-    c = backward(dy, x, u, h if save else None, weight, A, B, needs, **numbers, **scales._asdict())
+    c = backward(dy, x, u, h if save else None, weight, A, B, needs=needs, **numbers, **scales._asdict())
     bits = sum(1 << i for i, need in enumerate(c.needs) if need)
     args = (
         None, threads, dy, x, u, c.h, weight, A, B, *numbers.values(), tuple(scales), bits, problem.K, problem.R, A.dtype,

@@ -59,7 +59,7 @@ def gradients(dy, x, u, A, B, needs=("A", "B", "bias"), p=P, weight=None, **vect
     """(dx, dA, dB, dbias, those of the vectors) with a zero base unless there is a ``weight``."""
     weight = torch.zeros(B.shape[0], A.shape[1], dtype=dy.dtype) if weight is None else weight
     seed = torch.tensor([SEED]) if p else None
-    return ops.lora_linear_bwd(*backward(dy, x, u, None, weight, A, B, needs, dropout_p=p, seed=seed, **vectors))
+    return ops.lora_linear_bwd(*backward(dy, x, u, None, weight, A, B, needs=needs, dropout_p=p, seed=seed, **vectors))
 
 
 def input_gradient(A, **vectors):

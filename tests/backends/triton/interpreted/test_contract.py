@@ -68,7 +68,7 @@ def test_every_subset_of_gradients(needs):
         asked = {*names, *more}
         x = X if asked & {"A", "p_d", "p_b"} else None
         h = H if "g_b" in asked else None
-        assert_backward(backward(DY, x, U, h, W, A, B, asked, **NUMBERS, **scales))
+        assert_backward(backward(DY, x, U, h, W, A, B, needs=asked, **NUMBERS, **scales))
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
@@ -77,7 +77,7 @@ def test_forward_and_input_gradient(base, save):
     with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(X, W, A, B, bias=normal(N), save_base=save, **NUMBERS))
         assert_backward(
-            backward(DY, X if save else None, U, None, W, A, B, ("x", "p_b") if save else ("x",), **NUMBERS)
+            backward(DY, X if save else None, U, None, W, A, B, needs=("x", "p_b") if save else ("x",), **NUMBERS)
         )
 
 
@@ -100,7 +100,7 @@ def test_any_strides(kind, base):
     d = vector[::2]
     with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(x, w, a, b, save_base=True, d=d, **NUMBERS))
-        assert_backward(backward(dy, x, u, h, w, a, b, ALL, d=d, **NUMBERS))
+        assert_backward(backward(dy, x, u, h, w, a, b, needs=ALL, d=d, **NUMBERS))
 
 
 @pytest.mark.parametrize("empty", ["M", "K", "N", "R", "MN", "KR", "MKNR"])
@@ -114,7 +114,7 @@ def test_empty_sizes(empty, base, options):
     needs = ALL if options else [name for name in ALL if name not in ("p_b", "g_b")]
     with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(x, w, a, b, bias=normal(n), save_base=options, **scales, **NUMBERS))
-        assert_backward(backward(dy, x, u, h if options else None, w, a, b, needs, **scales, **NUMBERS))
+        assert_backward(backward(dy, x, u, h if options else None, w, a, b, needs=needs, **scales, **NUMBERS))
 
 
 def test_rows_far_apart_are_copied():
@@ -127,7 +127,7 @@ def test_rows_far_apart_are_copied():
 def test_arguments_are_left_alone():
     before = [t.clone() for t in (X, W, A, B, DY, U, H)]
     ops.lora_linear_fwd(*forward(X, W, A, B, bias=normal(N), **NUMBERS))
-    ops.lora_linear_bwd(*backward(DY, X, U, H, W, A, B, ALL, **NUMBERS))
+    ops.lora_linear_bwd(*backward(DY, X, U, H, W, A, B, needs=ALL, **NUMBERS))
     assert all(torch.equal(a, b) for a, b in zip(before, (X, W, A, B, DY, U, H)))
 
 
