@@ -10,13 +10,14 @@ import torch
 from peftkern import lora_linear
 from peftkern.backends import triton
 from peftkern.bases.base import IDENTITY
-from peftkern.dispatch.registry import load
+from peftkern.dispatch.choose import load
 from peftkern.problem import Problem
+from peftkern.settings import Settings
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
-CPU_REASON = load("cpu").unavailable()
+CPU_REASON = load("cpu").unavailable(Settings())
 NO_CPU = pytest.mark.skipif(CPU_REASON is not None, reason=f"no native build: {CPU_REASON}")
 HALF = (torch.bfloat16, torch.float16)
 
