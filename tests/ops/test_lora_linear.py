@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.dispatch.registry import OPS, choose, load
+from peftkern.dispatch.choose import choose, load
+from peftkern.dispatch.registry import OPS
 from peftkern.equation import Needs
+from peftkern.settings import current
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import random_problem
 
 ops = torch.ops.peftkern
-CPU_REASON = load("cpu").unavailable()
+CPU_REASON = load("cpu").unavailable(current())
 BACKENDS = [
     pytest.param(("reference", "auto"), id="reference"),
     *(
@@ -194,8 +196,8 @@ def test_outputs_do_not_alias_inputs_or_each_other(backend):
 def test_choice_falls_through_and_names_reasons(monkeypatch):
     x, w, a, b = tensors(torch.float64)
     problem = OPS["lora_linear_fwd"].describe(forward(x, w, a, b))
-    name, declined = choose(problem)
-    assert name == "reference" and "cpu" in declined and "float64" in str(problem)
+    choice = choose(problem, current())
+    assert choice.backend == "reference" and "cpu" in choice.declined and "float64" in str(problem)
     monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="PEFTKERN_BACKEND=cpu cannot take"):
         lora_linear(x, w, a, b)

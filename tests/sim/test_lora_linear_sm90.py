@@ -37,7 +37,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         ("x", Matrix), ("w", Matrix), ("w_by_row", ctypes.c_bool), ("out", Matrix),
         *((name, ctypes.c_int64) for name in "MNKR"), ("v", ctypes.c_void_p), ("a", Matrix), ("b", Matrix),
-        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
+        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int),
+        ("dropout", Dropout),
         ("counters", ctypes.c_void_p), ("multiprocessors", ctypes.c_int), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
