@@ -61,8 +61,8 @@ class CpuWay(NamedTuple):
     """How the CPU back end computes a call (dispatch/cpu_base.py).
 
     ``now``: the settings of the call, under which native calls remember it. ``kind``: who computes the base product,
-    empty for an op without one;
-    ``strided``: who does where W is adjacent along neither dimension, which a problem does not tell.
+    empty for an op without one; ``strided``: who does where W is adjacent along neither dimension, which a problem
+    does not tell.
     """
 
     now: Settings = Settings()

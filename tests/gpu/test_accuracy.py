@@ -10,8 +10,9 @@ import torch
 
 import peftkern
 from peftkern.benchmarks.tune.plan import jobs
-from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch.choose import Declined, choose
 from peftkern.problem import DTYPES
+from peftkern.settings import current
 from peftkern.testing.accuracy import _row, check
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
@@ -86,7 +87,6 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
         scaling=2.0, dropout_p=dropout, options=("bias",) if M % 2 else (),
     )  # fmt: skip
     with target.active():
-        dispatch.forget()
         results = check(problem, "cuda")
     head = dict(backend=name, problem=f"{M}x{K}x{N} R={R} dropout={dropout:g}", dtype=dtype, adapters=adapters)
     _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
@@ -100,8 +100,8 @@ def test_the_cuda_kernels_take_what_users_train():
     major, minor = torch.cuda.get_device_capability()
     with target.active():
         for job in jobs("lora_linear", ranks=(16, 64)):
-            name, declined = dispatch.choose(job.problem(major * 10 + minor))
-            assert name == "cuda", f"{job}: {declined}"
+            choice = choose(job.problem(major * 10 + minor), current())
+            assert choice.backend == "cuda", f"{job}: {choice.declined}"
 
 
 @pytest.mark.parametrize("adapters", ["fp32", "same"])
@@ -129,14 +129,13 @@ def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
 
 def taker_is_another(backend: str, run) -> str | None:
     """Why a call of ``run`` was not taken by ``backend``, or None."""
-    dispatch.forget()
-    with verify.takers() as taken:
+    with verify.Takers() as mode:
         try:
             run()
-        except dispatch.Declined as error:
+        except Declined as error:
             return str(error).rpartition("]: ")[2]
-    _, name, declined = taken[-1]
-    return None if name == backend else f"{name} took it{declined}"
+    last = mode.taken[-1]
+    return None if last.backend == backend else f"{last.backend} took it; {last.declined}"
 
 
 # M rows, adapters, K, N, ranks.

@@ -3,12 +3,13 @@
 //
 // A Format has 4-byte packed elements `Element` that stand for kTerms terms of the inner dimension each;
 // kTileRows x kTileCols of the output per tile; kRowsInL2, how many packed rows of a leave room there; kRow
-// elements of room for a packed row of a; pack_row and pack_tile as in pack.h; and tiles[r - 1], which
-// computes a tile of r rows.
+// elements of room for a packed row of a; pack_row as in pack.h; and tiles[r - 1], which computes a tile of
+// r rows. Tiles of W come packed from its loader B, see operand/dense.h.
 #pragma once
 
-#include "cpu/base/pack.h"
 #include "cpu/common/thread.h"
+#include "cpu/operand/tile.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
@@ -34,12 +35,12 @@ static void compute(int rows, int cols, int depth, const typename F::Element* a,
 }
 
 // out[row0 .. +rows, col0 .. +cols], by one thread: nothing is shared, so there is nothing to wait for.
-template <class F, class T>
-static void block(const BaseArgs& g, int64_t row0, int64_t rows, int64_t col0, int64_t cols, float* scratch) {
+template <class F, class B>
+static void block(const BaseArgs& g, const B& w, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
+                  float* scratch) {
   using Element = typename F::Element;
   static_assert(sizeof(Element) == sizeof(float) && F::kRow <= kBaseRow, "scratch is counted in floats");
-  const T* a = static_cast<const T*>(g.a) + row0 * g.a_row;
-  const T* w = static_cast<const T*>(g.w) + col0 * g.w_out;
+  const auto* a = static_cast<const typename B::Activation*>(g.a) + row0 * g.a_row;
   Element* packed_a = reinterpret_cast<Element*>(scratch);
   Element* packed_b = packed_a + rows * F::kRow;
   float* out = g.out + row0 * g.ld + col0;
@@ -59,8 +60,8 @@ static void block(const BaseArgs& g, int64_t row0, int64_t rows, int64_t col0, i
     for (int64_t j0 = 0; j0 < cols; j0 += span) {
       const int64_t j1 = smaller(cols, j0 + span);
       for (int64_t j = j0; j < j1; j += kTileCols)
-        F::pack_tile(w + j * g.w_out + k0 * g.w_in, g.w_out, g.w_in,
-                     static_cast<int>(smaller(kTileCols, cols - j)), terms, packed_b + (j - j0) * kColumn);
+        w.pack(col0 + j, k0, static_cast<int>(smaller(kTileCols, cols - j)), terms,
+               packed_b + (j - j0) * kColumn);
       for (int64_t group = 0; group < rows; group += group_rows)
         for (int64_t j = j0; j < j1; j += kTileCols)
           for (int64_t i = group; i < smaller(rows, group + group_rows); i += tile_rows)
@@ -71,8 +72,9 @@ static void block(const BaseArgs& g, int64_t row0, int64_t rows, int64_t col0, i
   }
 }
 
-template <class F, class T>
+template <class F, class B>
 static void run_blocks(const BaseArgs& g) {
+  const B w(g);
   const int64_t down = (g.rows + g.block_rows - 1) / g.block_rows;
   const int64_t across = (g.cols + g.block_cols - 1) / g.block_cols;
   const int64_t room = base_gemm_scratch(g.block_rows, g.block_cols);
@@ -81,8 +83,8 @@ static void run_blocks(const BaseArgs& g) {
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < down * across; ++b) {
       const int64_t row = b % down * g.block_rows, col = b / down * g.block_cols;
-      block<F, T>(g, row, smaller(g.block_rows, g.rows - row), col, smaller(g.block_cols, g.cols - col),
-                  g.scratch + thread_number() * room);
+      block<F>(g, w, row, smaller(g.block_rows, g.rows - row), col, smaller(g.block_cols, g.cols - col),
+               g.scratch + thread_number() * room);
     }
   });
 }

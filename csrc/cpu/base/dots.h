@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cpu/base/pack.h"
-#include "cpu/base/pairs.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
@@ -51,15 +51,16 @@ PEFTKERN_INLINE v4 sum_lanes(vf a, vf b, vf c, vf d) {
 }
 
 // acc[i][j] += a_i . w_j over a pair.
-template <class T, int ROWS, int COLS>
-PEFTKERN_INLINE void dot_pair(vf (&acc)[ROWS][COLS], const float* a, int64_t lda, const T* w, int64_t ldw) {
+template <class B, int ROWS, int COLS>
+PEFTKERN_INLINE void dot_pair(vf (&acc)[ROWS][COLS], const float* a, int64_t lda, typename B::Cursor w,
+                              int64_t ldw) {
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     // Loading W once for both halves would need COLS registers more than there are.
-    asm("" : "+r"(w));
+    B::forget(w);
     vf b[COLS];
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; ++j) b[j] = half ? second_of(w + j * ldw) : first_of(w + j * ldw);
+    for (int j = 0; j < COLS; ++j) b[j] = half ? B::second(w + j * ldw) : B::first(w + j * ldw);
 #pragma GCC unroll 5
     for (int i = 0; i < ROWS; ++i) {
       const vf x = load(a + i * lda + half * W);
@@ -72,10 +73,10 @@ PEFTKERN_INLINE void dot_pair(vf (&acc)[ROWS][COLS], const float* a, int64_t lda
 // out[i, j] (+)= a_i . w_j over n elements, whole steps. `ahead` elements further on in W lies what is read
 // next; 0: it is in cache already. Nothing else is in this function, or the compiler spills accumulators in
 // its loop.
-template <class T, int ROWS, int COLS>
-void dots(const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n, int64_t ahead, float* out,
-          int64_t ld, bool first) {
-  constexpr int kStep = kLineOrPair<T>;
+template <class B, int ROWS, int COLS>
+void dots(const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t n, int64_t ahead,
+          float* out, int64_t ld, bool first) {
+  constexpr int kStep = B::kLine;
   vf acc[ROWS][COLS];
 #pragma GCC unroll 5
   for (int i = 0; i < ROWS; ++i)
@@ -84,10 +85,10 @@ void dots(const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n, int64
   for (int64_t k = 0; k < n; k += kStep) {
     if (ahead != 0)
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; ++j) ask_for<kStep, 3>(w + j * ldw + k + ahead);
+      for (int j = 0; j < COLS; ++j) B::template ask<kStep, 3>(w + j * ldw + k + ahead);
 #pragma GCC unroll 4
     for (int part = 0; part < kStep; part += kPair)
-      dot_pair<T, ROWS, COLS>(acc, a + k + part, lda, w + k + part, ldw);
+      dot_pair<B, ROWS, COLS>(acc, a + k + part, lda, w + k + part, ldw);
   }
 #pragma GCC unroll 5
   for (int i = 0; i < ROWS; ++i) {
@@ -105,13 +106,13 @@ void dots(const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n, int64
 }
 
 // The same for n < kLineOrPair, any number of rows and columns.
-template <class T>
-void dots_rest(int64_t rows, int64_t cols, const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n,
-               float* out, int64_t ld, bool first) {
+template <class B>
+void dots_rest(int64_t rows, int64_t cols, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw,
+               int64_t n, float* out, int64_t ld, bool first) {
   for (int64_t j = 0; j < cols; ++j)
     for (int64_t k = 0; k < n; k += kPair) {
-      const Part<T> part(w + j * ldw + k, smaller(kPair, n - k));
-      const vf b0 = first_of(part.of), b1 = second_of(part.of);
+      const typename B::Part part(w + j * ldw + k, smaller(kPair, n - k));
+      const vf b0 = B::first(part.at()), b1 = B::second(part.at());
       for (int64_t i = 0; i < rows; ++i) {
         const float* x = a + i * lda + k;
         const float sum = sum_lanes(fma(load(x + W), b1, load(x) * b0), zero(), zero(), zero())[0];
@@ -121,23 +122,23 @@ void dots_rest(int64_t rows, int64_t cols, const float* a, int64_t lda, const T*
     }
 }
 
-template <class T>
-using DotFunction = void (*)(const float*, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t,
-                             bool);
+template <class B>
+using DotFunction = void (*)(const float*, int64_t, typename B::Cursor, int64_t, int64_t, int64_t, float*,
+                             int64_t, bool);
 
 // Any n, and any number of rows, spread evenly over tiles of at most kDotRows: 6 are 3 + 3.
-template <class T, int COLS>
-void dot_rows(int64_t rows, const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n, int64_t ahead,
-              float* out, int64_t ld, bool first) {
-  static constexpr DotFunction<T> kDots[] = {
-      dots<T, 1, COLS>, dots<T, 2, COLS>, dots<T, 3, COLS>, dots<T, 4, COLS>,
+template <class B, int COLS>
+void dot_rows(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t n,
+              int64_t ahead, float* out, int64_t ld, bool first) {
+  static constexpr DotFunction<B> kDots[] = {
+      dots<B, 1, COLS>, dots<B, 2, COLS>, dots<B, 3, COLS>, dots<B, 4, COLS>,
 #if defined(__AVX512F__)
-      dots<T, 5, COLS>,
+      dots<B, 5, COLS>,
 #endif
   };
   const int64_t tiles = (rows + kDotRows - 1) / kDotRows;
   for (int64_t k = 0; k < n; k += kDotChain) {
-    const int64_t chain = smaller(kDotChain, n - k), whole = chain / kLineOrPair<T> * kLineOrPair<T>;
+    const int64_t chain = smaller(kDotChain, n - k), whole = chain / B::kLine * B::kLine;
     if (whole > 0)
       for (int64_t t = 0, i = 0; t < tiles; ++t) {
         const int64_t next = rows * (t + 1) / tiles;
@@ -146,17 +147,17 @@ void dot_rows(int64_t rows, const float* a, int64_t lda, const T* w, int64_t ldw
         i = next;
       }
     if (whole < chain)
-      dots_rest(rows, COLS, a + k + whole, lda, w + k + whole, ldw, chain - whole, out, ld,
-                first && k + whole == 0);
+      dots_rest<B>(rows, COLS, a + k + whole, lda, w + k + whole, ldw, chain - whole, out, ld,
+                   first && k + whole == 0);
   }
 }
 
 // A few columns more or less.
-template <class T>
-void dot_block(int64_t rows, int64_t cols, const float* a, int64_t lda, const T* w, int64_t ldw, int64_t n,
-               int64_t ahead, float* out, int64_t ld, bool first) {
-  if (cols == kDotCols) return dot_rows<T, kDotCols>(rows, a, lda, w, ldw, n, ahead, out, ld, first);
-  for (int64_t j = 0; j < cols; ++j) dot_rows<T, 1>(rows, a, lda, w + j * ldw, ldw, n, 0, out + j, ld, first);
+template <class B>
+void dot_block(int64_t rows, int64_t cols, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw,
+               int64_t n, int64_t ahead, float* out, int64_t ld, bool first) {
+  if (cols == kDotCols) return dot_rows<B, kDotCols>(rows, a, lda, w, ldw, n, ahead, out, ld, first);
+  for (int64_t j = 0; j < cols; ++j) dot_rows<B, 1>(rows, a, lda, w + j * ldw, ldw, n, 0, out + j, ld, first);
 }
 
 // Terms of the inner dimension that are visited at a time; a multiple of kDotChain. Few rows leave room in
@@ -171,27 +172,25 @@ PEFTKERN_INLINE int64_t dot_place(int64_t rows, int64_t inner, int64_t i, int64_
   return k * rows + i * *row_floats;
 }
 
-template <class T>
+template <class B>
 void pack_dot_row(const BaseArgs& g, int64_t i) {
   for (int64_t k = 0; k < g.inner; k += dot_depth(g.rows)) {
     const int64_t n = smaller(dot_depth(g.rows), g.inner - k);
     int64_t room;
     float* to = g.scratch + dot_place(g.rows, g.inner, i, k, &room);
-    pack_row(static_cast<const T*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, n,
+    pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, n,
              g.scale ? g.scale + k : nullptr, to);
     for (int64_t c = n; c < room; ++c) to[c] = 0.0f;
-    for (int64_t c = 0; c < room; c += kPair) to_pair<T>(to + c);
+    for (int64_t c = 0; c < room; c += kPair) B::to_pair(to + c);
   }
 }
 
 // By all threads of a parallel region, after every row was packed.
-template <class T>
-void dot_products(const BaseArgs& g) {
-  const T* w = static_cast<const T*>(g.w);
+template <class B>
+void dot_products(const BaseArgs& g, const B& w) {
   const int64_t depth = dot_depth(g.rows), deep = (g.inner + depth - 1) / depth;
   const int64_t groups = (g.cols + kDotCols - 1) / kDotCols, parts = (g.rows + kDotGroup - 1) / kDotGroup;
-  const int64_t visit = kDotCols * smaller(depth, g.inner) * sizeof(T),
-                early = (kDotAhead + visit - 1) / visit;
+  const int64_t visit = kDotCols * B::bytes(smaller(depth, g.inner)), early = (kDotAhead + visit - 1) / visit;
   // Guided: a thread's runs follow one another, so that what it asks for is what it visits.
 #pragma omp for schedule(guided)
   for (int64_t begin = 0; begin < groups; begin += kDotRun) {
@@ -207,9 +206,9 @@ void dot_products(const BaseArgs& g) {
           const int64_t next = later < deep * size ? later % size : later - deep * size + size;
           later = later < deep * size ? later / size : 0;
           const int64_t j = (begin + group) * kDotCols, n = smaller(depth, g.inner - k);
-          const int64_t ahead = (next - group) * kDotCols * g.w_out + later * depth - k;
-          dot_block(rows, smaller(kDotCols, g.cols - j), a, lda, w + j * g.w_out + k, g.w_out, n,
-                    p == 0 ? ahead : 0, g.out + row * g.ld + j, g.ld, k == 0);
+          const int64_t ahead = (next - group) * kDotCols * w.out + later * depth - k;
+          dot_block<B>(rows, smaller(kDotCols, g.cols - j), a, lda, w.at(j, k), w.out, n, p == 0 ? ahead : 0,
+                       g.out + row * g.ld + j, g.ld, k == 0);
         }
       }
   }

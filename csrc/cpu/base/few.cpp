@@ -3,25 +3,28 @@
 #include "cpu/base/dots.h"
 #include "cpu/base/strips.h"
 #include "cpu/common/thread.h"
+#include "cpu/operand/dense.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-template <class T>
+template <class B>
 void run(const BaseArgs& g) {
+  const B w(g);
   const bool dots = g.w_in == 1;
   const int64_t lda = (g.inner + W - 1) / W * W + W;  // of a packed row, for strips
   parallel(g.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.rows; ++i)
       if (dots)
-        pack_dot_row<T>(g, i);
+        pack_dot_row<B>(g, i);
       else
-        pack_row(static_cast<const T*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale, g.scratch + i * lda);
+        pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale,
+                 g.scratch + i * lda);
     if (dots)
-      dot_products<T>(g);
+      dot_products(g, w);
     else
-      add_strips<T>(g, g.scratch, lda);
+      add_strips(g, w, g.scratch, lda);
   });
 }
 
@@ -30,11 +33,11 @@ void run(const BaseArgs& g) {
 void base_few(const BaseArgs& args) {
   switch (args.dtype) {
     case DType::f32:
-      return run<float>(args);
+      return run<Dense<float>>(args);
     case DType::bf16:
-      return run<bf16>(args);
+      return run<Dense<bf16>>(args);
     case DType::f16:
-      return run<f16>(args);
+      return run<Dense<f16>>(args);
   }
 }
 

@@ -5,6 +5,8 @@
 // order. It depends on the inner dimension alone, so a row has the same bits in any batch, with any number of
 // threads.
 #include "cpu/base/blocks.h"
+#include "cpu/base/pack.h"
+#include "cpu/operand/dense.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
@@ -66,10 +68,6 @@ struct Fp32 {
   static void pack_row(const T* from, int64_t step, int64_t n, const float* scale, float* to) {
     PEFTKERN_LEVEL::pack_row(from, step, n, scale, to);
   }
-  template <class T>
-  static void pack_tile(const T* from, int64_t col, int64_t step, int cols, int depth, float* to) {
-    PEFTKERN_LEVEL::pack_tile(from, col, step, cols, depth, to);
-  }
 };
 
 }  // namespace
@@ -77,11 +75,11 @@ struct Fp32 {
 void base_gemm(const BaseArgs& args) {
   switch (args.dtype) {
     case DType::f32:
-      return run_blocks<Fp32, float>(args);
+      return run_blocks<Fp32, Dense<float>>(args);
     case DType::bf16:
-      return run_blocks<Fp32, bf16>(args);
+      return run_blocks<Fp32, Dense<bf16>>(args);
     case DType::f16:
-      return run_blocks<Fp32, f16>(args);
+      return run_blocks<Fp32, Dense<f16>>(args);
   }
 }
 

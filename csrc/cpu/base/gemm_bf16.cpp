@@ -5,14 +5,13 @@
 // An element's sum is a chain over at most kBaseBlock terms, the chains added in order: as in base_gemm.cpp,
 // a row's bits depend on the inner dimension alone. Terms below the normal range of bf16 count as zero.
 #include "cpu/base/blocks.h"
+#include "cpu/operand/dense.h"
 
 #if defined(__AVX512BF16__)
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-// Columns of B are read in short pieces, many at a time, which defeats the hardware's guesses. Terms ahead.
-constexpr int kAhead = 96;
 constexpr int kPairRow = kBaseBlock / 2 + 16;
 
 PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
@@ -45,17 +44,6 @@ void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t l
   }
 }
 
-PEFTKERN_INLINE uint32_t pair(const bf16* p, int64_t step, bool whole) {
-  const uint32_t low = p[0].bits;
-  return whole ? low | static_cast<uint32_t>(p[step].bits) << 16 : low;
-}
-
-// n bf16 values in a vector of 32, the rest zero.
-PEFTKERN_INLINE __m512i load_bf16(const bf16* p, int n) {
-  const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
-  return _mm512_maskz_loadu_epi16(mask, p);
-}
-
 struct Pairs {
   using Element = uint32_t;
   static constexpr int64_t kRowsInL2 = 1024;
@@ -74,52 +62,12 @@ struct Pairs {
       _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
     }
   }
-
-  static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int n, uint32_t* to) {
-    if (col == 1) {
-      alignas(64) uint16_t low[32], high[32];
-      for (int i = 0; i < 32; ++i) {
-        low[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 32);
-        high[i] = static_cast<uint16_t>(16 + i / 2 + (i % 2) * 32);
-      }
-      const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
-      for (int k = 0; k < n; k += 2, to += kTileCols) {
-        const __m512i even = load_bf16(from + k * step, cols);
-        const __m512i odd = k + 1 < n ? load_bf16(from + (k + 1) * step, cols) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, first, odd));
-        _mm512_storeu_si512(to + W, _mm512_permutex2var_epi16(even, second, odd));
-      }
-      return;
-    }
-    if (step == 1) {
-      for (int k = 0; k < n; k += 32) {
-        const int left = n - k, pairs = static_cast<int>(smaller(16, (left + 1) / 2));
-        for (int half = 0; half < kTileCols; half += W) {
-          vf r[W];
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) {
-            const __m512i v =
-                half + i < cols ? load_bf16(from + (half + i) * col + k, left) : _mm512_setzero_si512();
-            __builtin_prefetch(from + (half + i) * col + k + kAhead);
-            r[i] = _mm512_castsi512_ps(v);
-          }
-          transpose(r);
-          for (int i = 0; i < pairs; ++i)
-            store(reinterpret_cast<float*>(to) + (k / 2 + i) * kTileCols + half, r[i]);
-        }
-      }
-      return;
-    }
-    for (int k = 0; k < n; k += 2)
-      for (int c = 0; c < kTileCols; ++c)
-        to[k / 2 * kTileCols + c] = c < cols ? pair(from + c * col + k * step, step, k + 1 < n) : 0;
-  }
 };
 
 }  // namespace
 
 void base_gemm_bf16(const BaseArgs& args) {
-  run_blocks<Pairs, bf16>(args);
+  run_blocks<Pairs, Dense<bf16>>(args);
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

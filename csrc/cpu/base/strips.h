@@ -2,8 +2,8 @@
 // sums, one pass over W. An element has the bits that base_gemm gives it.
 #pragma once
 
-#include "cpu/base/pack.h"
-#include "cpu/base/pairs.h"
+#include "cpu/operand/tile.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
@@ -21,14 +21,14 @@ constexpr int64_t kStripAlign = 64;
 constexpr int64_t kStripBytes = 2048;
 
 // sums[i][0..kPair) += sum over STEPS rows of W of a[i][.] * w[.][0..kPair); sums in the order of a pair.
-template <class T, int STEPS>
-PEFTKERN_INLINE void add_rows(int64_t rows, const float* a, int64_t lda, const T* w, int64_t ldw, float* sums,
-                              int64_t ld) {
+template <class B, int STEPS>
+PEFTKERN_INLINE void add_rows(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw,
+                              float* sums, int64_t ld) {
   vf b[STEPS][2];
 #pragma GCC unroll 8
   for (int s = 0; s < STEPS; ++s) {
-    b[s][0] = first_of(w + s * ldw);
-    b[s][1] = second_of(w + s * ldw);
+    b[s][0] = B::first(w + s * ldw);
+    b[s][1] = B::second(w + s * ldw);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* o = sums + i * ld;
@@ -46,33 +46,33 @@ PEFTKERN_INLINE void add_rows(int64_t rows, const float* a, int64_t lda, const T
 
 // The same for `cols` columns. What follows below in W is asked for, but only after what lies here was read:
 // rows a power of two apart share a set of the cache, which has no room for both.
-template <class T, int STEPS>
-void add_strip(int64_t rows, const float* a, int64_t lda, const T* w, int64_t ldw, int64_t cols, float* sums,
-               int64_t ld) {
-  constexpr int kLine = kLineOrPair<T>;
+template <class B, int STEPS>
+void add_strip(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t cols,
+               float* sums, int64_t ld) {
+  constexpr int kLine = B::kLine;
   int64_t c = 0;
   for (; c + kLine <= cols; c += kLine) {
 #pragma GCC unroll 4
     for (int part = 0; part < kLine; part += kPair)
-      add_rows<T, STEPS>(rows, a, lda, w + c + part, ldw, sums + c + part, ld);
+      add_rows<B, STEPS>(rows, a, lda, w + c + part, ldw, sums + c + part, ld);
 #pragma GCC unroll 8
-    for (int s = 0; s < STEPS; ++s) ask_for<kLine, 3>(w + (STEPS + s) * ldw + c);
+    for (int s = 0; s < STEPS; ++s) B::template ask<kLine, 3>(w + (STEPS + s) * ldw + c);
   }
   for (; c < cols; c += kPair)
     for (int s = 0; s < STEPS; ++s) {
-      const Part<T> part(w + s * ldw + c, smaller(kPair, cols - c));
-      add_rows<T, 1>(rows, a + s, lda, part.of, 0, sums + c, ld);
+      const typename B::Part part(w + s * ldw + c, smaller(kPair, cols - c));
+      add_rows<B, 1>(rows, a + s, lda, part.at(), 0, sums + c, ld);
     }
 }
 
 // out[i, 0..cols) (+)= sums[i]
-template <class T>
+template <class B>
 void add_to_out(int64_t rows, int64_t cols, const float* sums, int64_t width, float* out, int64_t ld,
                 bool first) {
   for (int64_t i = 0; i < rows; ++i, sums += width, out += ld)
     for (int64_t c = 0; c < cols; c += kPair) {
       vf v[2] = {load(sums + c), load(sums + c + W)};
-      from_pair<T>(v[0], v[1]);
+      B::from_pair(v[0], v[1]);
       for (int half = 0; half < 2; ++half) {
         float* to = out + c + half * W;
         const int64_t left = cols - c - half * W;
@@ -85,26 +85,27 @@ void add_to_out(int64_t rows, int64_t cols, const float* sums, int64_t width, fl
 }
 
 // out[:, col .. col + cols); cols <= width, the room of a row of sums.
-template <class T, int STEPS>
-void strip(const BaseArgs& g, const float* a, int64_t lda, int64_t col, int64_t cols, int64_t width) {
+template <class B, int STEPS>
+void strip(const BaseArgs& g, const B& base, const float* a, int64_t lda, int64_t col, int64_t cols,
+           int64_t width) {
   alignas(64) float sums[kStripFloats];
-  const T* w = static_cast<const T*>(g.w) + col;
+  const typename B::Cursor w = base.at(col, 0);
   for (int64_t k0 = 0; k0 < g.inner; k0 += kBaseChain) {
     const int64_t end = smaller(g.inner, k0 + kBaseChain);
     for (int64_t i = 0; i < g.rows * width; i += W) store(sums + i, zero());
     int64_t k = k0;
     for (; k + STEPS <= end; k += STEPS)
-      add_strip<T, STEPS>(g.rows, a + k, lda, w + k * g.w_in, g.w_in, cols, sums, width);
-    for (; k < end; ++k) add_strip<T, 1>(g.rows, a + k, lda, w + k * g.w_in, g.w_in, cols, sums, width);
-    add_to_out<T>(g.rows, cols, sums, width, g.out + col, g.ld, k0 == 0);
+      add_strip<B, STEPS>(g.rows, a + k, lda, w + k * base.in, base.in, cols, sums, width);
+    for (; k < end; ++k) add_strip<B, 1>(g.rows, a + k, lda, w + k * base.in, base.in, cols, sums, width);
+    add_to_out<B>(g.rows, cols, sums, width, g.out + col, g.ld, k0 == 0);
   }
 }
 
 // By all threads of a parallel region, after every row of a was packed.
-template <class T>
-void add_strips(const BaseArgs& g, const float* a, int64_t lda) {
+template <class B>
+void add_strips(const BaseArgs& g, const B& base, const float* a, int64_t lda) {
   // Strips all alike, as wide as L1 allows, at least one per thread. Their width does not change any bits.
-  int64_t most = smaller(kStripFloats / g.rows / kStripAlign * kStripAlign, kStripBytes / sizeof(T));
+  int64_t most = smaller(kStripFloats / g.rows / kStripAlign * kStripAlign, B::elements(kStripBytes));
   most = smaller(most, (g.cols / g.threads / kStripAlign + 1) * kStripAlign);
   const int64_t strips = (g.cols + most - 1) / most, share = (g.cols + strips - 1) / strips;
   const int64_t width = (share + kStripAlign - 1) / kStripAlign * kStripAlign;
@@ -113,9 +114,9 @@ void add_strips(const BaseArgs& g, const float* a, int64_t lda) {
     const int64_t col = s * width, cols = smaller(width, g.cols - col);
     if (cols <= 0) continue;
     if (g.rows <= kFewSteps)
-      strip<T, kFewSteps>(g, a, lda, col, cols, width);
+      strip<B, kFewSteps>(g, base, a, lda, col, cols, width);
     else
-      strip<T, kSteps>(g, a, lda, col, cols, width);
+      strip<B, kSteps>(g, base, a, lda, col, cols, width);
   }
 }
 

@@ -58,3 +58,33 @@ else:
         """There is no native call here."""
 
     learn_forward = backward = learn_backward = forward
+
+
+def kind_of(c, way) -> str:
+    """Who computes the base product of an op's arguments, on the way that was chosen for them."""
+    if not c.base:
+        return c.kind
+    return way.kind if 1 in c.base[0].stride() else way.strided
+
+
+def copied(value):
+    """A tensor as an ordinary one of its own, likewise those of a tuple; anything else as it is."""
+    if isinstance(value, Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tuple(map(copied, value)) if type(value) is tuple else value
+
+
+def answered(entry, learn, args: tuple, *kind: str):
+    """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is.
+
+    What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
+    """
+    for careful in (False, True):
+        given = copied(args) if careful else args
+        done = entry(*given)
+        if done is None and learn(*given, *kind):
+            done = entry(*given)
+        if done is not None:
+            return done
+    raise RuntimeError(f"the C++ extension takes no call like this one: {unavailable or 'arguments do not fit'}")

@@ -144,12 +144,10 @@ def input_reason(look: Look, plan: Plan, x: Any) -> str | None:
 
 
 def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
-    layer = look.module
-    reason = type_reason(layer)
-    if reason is not None:
-        return reason
-    look.runs_forward(type(layer))
-    method = method_of(type(layer))
+    cls = type(look.module)
+    method = method_of(cls)
+    if method is None or not look.runs_forward(cls):
+        return type_reason(look.module)
     if mixed is not None and not method.mixed:
         return f"a batch with adapter_names is not covered for {method.name}"
     try:
