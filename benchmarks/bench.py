@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from peftkern.problem import DTYPES
 from peftkern.screen import Console
 
 from .core import gpu, machine, populations
 from .core.bench import Bench
-from .core.case import DTYPES, PASSES, Case
+from .core.case import PASSES, Case
 from .core.presets import PRESET_DTYPES, Choice
 from .core.result import write
 from .measure import interference

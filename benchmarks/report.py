@@ -20,7 +20,7 @@ from pathlib import Path
 from . import generate
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
-from .tables import markdown, performance
+from .tables import markdown, performance, summary
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -34,8 +34,9 @@ VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() fo
 
 def load(folder: Path = RESULTS) -> list[dict]:
     """Results of the benchmark in file-name order (other JSON files are left out)."""
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return [r for r in found if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})]
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    found = {stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})}
+    return [r | {"header": r["header"] | {"file": stem}} for stem, r in found.items()]
 
 
 def tables(op: str, results: list[dict]) -> str:
@@ -48,6 +49,10 @@ def part(name: str, results: list[dict]) -> str:
     kind, _, name = name.partition(":")
     if kind == "calculated":
         return performance.CALCULATED[name]() + "\n"
+    if name == "summary":
+        return "\n".join(summary.gains({r["header"]["file"]: r for r in results}))
+    if name == "coverage":
+        return "\n".join(summary.coverage())
     if name not in VIEWS:
         return tables(name, results)
     op, view = VIEWS[name]

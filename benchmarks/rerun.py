@@ -10,9 +10,10 @@ import json
 import statistics
 from pathlib import Path
 
+from peftkern.problem import DTYPES
 from peftkern.screen import Console
 
-from .core.case import DTYPES, Case
+from .core.case import Case
 from .core.result import write
 from .judge.figures import ADDMM, KEY, OURS
 from .judge.lora_linear import RERUN_ABOVE, against_addmm

@@ -1,4 +1,5 @@
-"""``peftkern doctor``: versions, processor, back ends that work or why they do not, and what runs the base product.
+"""``peftkern doctor``: versions, processor, back ends that work or why they do not, and what runs the base product;
+with ``--op`` who computes one call of it, and why.
 
 Everything is asked of the modules that decide, so what is printed is what a call will do. No package besides torch is
 needed; none is imported to learn its version.
@@ -20,7 +21,9 @@ import torch
 
 from . import settings
 from ._version import __version__
-from .dispatch import registry as dispatch
+from .dispatch import explain
+from .dispatch.choose import BACKENDS, load
+from .problem import Problem, device_arch
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 # Instruction sets that decide which product is fast.
@@ -28,6 +31,7 @@ FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
     "amx_fp16",
 )  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 OTHER_VARIABLES = (
     "OMP_NUM_THREADS", "OMP_PROC_BIND", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES", "TORCH_LOGS",
@@ -102,9 +106,9 @@ def build() -> dict:
 def backends() -> dict[str, dict]:
     """For each back end: ``usable`` and, if not, ``reason``."""
     found: dict[str, dict] = {"reference": {"usable": True, "reason": None}}
-    for name in dispatch.BACKENDS:
+    for name in BACKENDS:
         try:
-            reason = dispatch.load(name).unavailable()
+            reason = load(name).unavailable(settings.current())
         except ImportError as error:
             reason = f"cannot be imported: {error}"
         found[name] = {"usable": reason is None, "reason": reason}
@@ -113,21 +117,41 @@ def backends() -> dict[str, dict]:
 
 def base_products() -> dict[str, dict[str, str]]:
     """Who computes the frozen product on this CPU, {dtype: {pass: words}}; empty where the CPU back end can't run."""
-    plan = _base_plan()
-    return plan.describe() if plan else {}
+    return {} if backends()["cpu"]["reason"] else explain.base_products(settings.current())
 
 
 def base_table() -> str | None:
     """The table of measured base products of this CPU model, or that there is none; None where the CPU back end can't run."""
-    plan = _base_plan()
-    return plan.measured() if plan else None
+    return None if backends()["cpu"]["reason"] else explain.base_table(settings.current())
 
 
-def _base_plan():
-    if backends()["cpu"]["reason"]:
-        return None
-    importlib.import_module("peftkern.backends.cpu.native").use_isa()
-    return importlib.import_module("peftkern.backends.cpu.base_plan")
+def decisions(args: argparse.Namespace) -> list[dict]:
+    """Who computes the passes of the call that the arguments describe, and why."""
+    device = torch.device(args.device)
+    try:
+        arch = device_arch(device.type, device.index)
+    except (AssertionError, RuntimeError):  # no such device here
+        arch = "unknown"
+    dtype = DTYPES[args.dtype]
+    flags = {"dropout"} if args.dropout else set()
+    flags |= {"base"} if args.op.startswith("multi_") else set()
+    call = Problem(
+        args.op, device.type, arch, dtype, DTYPES[args.adapter_dtype] if args.adapter_dtype else dtype, args.M, args.N,
+        args.K, args.R, frozenset(flags),
+    )  # fmt: skip
+    return [{"problem": str(p)} | explain.decision(p, settings.current()) for p in explain.passes(call)]
+
+
+def decisions_text(found: list[dict]) -> str:
+    """The decisions as readable lines."""
+    lines = []
+    for each in found:
+        lines += [each["problem"], f"  computed by  {each['backend'] or 'nobody'}: {each['why']}"]
+        lines += [f"  declined     {name}: {why}" for name, why in each["declined"].items()]
+        if each.get("base_product"):
+            blocks = f", {each['blocks']}" if each["blocks"] else ""
+            lines.append(f"  base product {each['base_product']}{blocks}")
+    return "\n".join(lines)
 
 
 def settings_in_use() -> dict[str, str]:
@@ -206,10 +230,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 0: a report is no verdict."""
     parser = argparse.ArgumentParser(prog="peftkern doctor", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to the terminal")
+    parser.add_argument(
+        "--op", choices=sorted(explain.functions()), help="say instead who computes a call of this, and why"
+    )
+    for size, words in (("M", "rows"), ("K", "in_features"), ("N", "out_features"), ("R", "rank")):
+        parser.add_argument(f"--{size}", type=int, default=16 if size == "R" else 4096, help=words)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--adapter-dtype", choices=DTYPES, help="default: that of the activation")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dropout", action="store_true", help="a training call with dropout")
     args = parser.parse_args(argv)
-    found = report()
+    found = decisions(args) if args.op else report()
     if args.json is None:
-        print(text(found))
+        print(decisions_text(found) if args.op else text(found))
     elif args.json == "-":
         json.dump(found, sys.stdout, indent=2)
         print()

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from .checks import FLOATING, accumulate_dtype, check_fits
 
 
 class Place(NamedTuple):
@@ -91,19 +92,25 @@ def names(symbol: str) -> str:
     return " times ".join(c.name for c in COEFFICIENTS if c.symbol == symbol) or symbol
 
 
-def fold(values: Mapping[str, Tensor | None], dtype: torch.dtype) -> Scales:
-    """Coefficients by name as one vector a place; those that share one are multiplied in ``dtype``.
+def fold(values: Mapping[str, Tensor | None], like: Tensor) -> Scales:
+    """Coefficients by name as one vector a place; those that share one are multiplied in fp32 (fp64 for fp64 ``like``).
 
-    Raises TypeError for a name that no row has.
+    Raises TypeError for a name that no row has, ValueError for vectors that share a place and do not fit each other.
     """
     rows = {c.name: c.symbol for c in COEFFICIENTS}
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if name not in rows:
             raise TypeError(f"{name} is no coefficient; there are {', '.join(rows)}")
-        if value is not None:
-            symbol = rows[name]
-            found[symbol] = value if symbol not in found else found[symbol].to(dtype) * value.to(dtype)
+        if value is None:
+            continue
+        other = found.get(rows[name])
+        if other is not None:
+            # A product would broadcast.
+            check_fits(name, value, other.shape, f"({place(rows[name]).axis},)", other.device, FLOATING)
+            dtype = accumulate_dtype(like.dtype)
+            value = other.to(dtype) * value.to(dtype)
+        found[rows[name]] = value
     return Scales(**found)
 
 

@@ -10,6 +10,15 @@ import torch
 
 from .settings import Settings
 
+# The words for dtypes in tables, results and on command lines.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+def short(dtype: torch.dtype | None) -> str | None:
+    """``torch.bfloat16`` as ``bf16``; None of a dtype without a word."""
+    return _WORDS.get(dtype)
+
 
 @functools.cache
 def device_arch(device_type: str, index: int | None) -> str:
@@ -26,7 +35,7 @@ def device_arch(device_type: str, index: int | None) -> str:
 class Problem:
     """One call of an op. Sizes: M rows, K in_features, N out_features, R rank (0 where an op has no such size).
 
-    ``flags`` names the optional parts that are present (``bias``, ``dropout``, ``rank_scale``, ...).
+    ``flags`` names the optional parts that are present (``bias``, ``dropout``, a vector by its symbol, ...).
     """
 
     op: str
@@ -52,8 +61,8 @@ class CpuWay(NamedTuple):
     """How the CPU back end computes a call (dispatch/cpu_base.py).
 
     ``now``: the settings of the call, under which native calls remember it. ``kind``: who computes the base product,
-    empty for an op without one;
-    ``strided``: who does where W is adjacent along neither dimension, which a problem does not tell.
+    empty for an op without one; ``strided``: who does where W is adjacent along neither dimension, which a problem
+    does not tell.
     """
 
     now: Settings = Settings()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,10 +84,11 @@ _lock = threading.Lock()
 # The words and changes that were seen last, and what they mean.
 _last: tuple[tuple, tuple, Settings] | None = None
 _known: dict[Settings, Settings] = {}
+_followers: list[Callable[[Settings], None]] = []
 
 
 def current() -> Settings:
-    """The settings of now: the same object for as long as nothing changes, another one after every change.
+    """The settings of now. Equal ones are one object, so that what is kept under them may be found by identity.
 
     Raises ValueError for a word that a variable does not know.
     """
@@ -97,9 +98,17 @@ def current() -> Settings:
         now = Settings(*(_parse(name, allowed) for name, allowed in _VARIABLES.items()))
         for change in changes:
             now = now._replace(**change)
-        # Equal settings are one object, so that a key may compare identities.
-        last = _last = words, changes, _known.setdefault(now, now)
+        now = _known.setdefault(now, now)
+        for follower in _followers:
+            follower(now)
+        last = _last = words, changes, now
     return last[2]
+
+
+def follow(follower: Callable[[Settings], None]) -> None:
+    """Call ``follower`` with the settings of now and after every change: for what C++ has once per process."""
+    _followers.append(follower)
+    follower(current())
 
 
 @contextlib.contextmanager

@@ -43,6 +43,9 @@ HEIGHT = {
     "peftkern.kernels": 2,
     "peftkern._C": 2,
     "peftkern.watch": 3,
+    "peftkern.bases": 2,
+    "peftkern.equation": 2,
+    "peftkern.checks": 1,
     "peftkern.problem": 1,
     "peftkern.screen": 1,
     "peftkern.settings": 1,
@@ -50,8 +53,8 @@ HEIGHT = {
 }
 # Third-party packages beside torch and numpy, and the only layers that may import them.
 THIRD_PARTY = {
-    "peft": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
-    "transformers": ("peftkern.integrations", "peftkern.demo", "peftkern.benchmarks"),
+    "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
+    "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "triton": (
         "peftkern.kernels",
         "peftkern.backends.triton",

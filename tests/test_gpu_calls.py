@@ -51,20 +51,19 @@ def test_without_a_device_no_back_end_is_able():
 
 
 def test_using_restores_the_setting(monkeypatch):
-    import os
-
     from peftkern.dispatch import tuned
     from peftkern.problem import Problem
+    from peftkern.settings import current
 
     problem = Problem("x", "cuda", "sm_90", torch.bfloat16, None, 1, 1, 1, 1)
     monkeypatch.delenv("PEFTKERN_BACKEND", raising=False)
     with calls.using("cuda"):
-        assert os.environ["PEFTKERN_BACKEND"] == "auto" and tuned.choice(problem) == "cuda"
-    assert "PEFTKERN_BACKEND" not in os.environ
+        assert current().backend == "auto" and tuned.entry(problem, current()).candidate == "cuda"
+    assert current().backend == "auto" and current().candidate == "measured"
     monkeypatch.setenv("PEFTKERN_BACKEND", "triton")
     with calls.using("reference"):
-        assert os.environ["PEFTKERN_BACKEND"] == "reference"
-    assert os.environ["PEFTKERN_BACKEND"] == "triton"
+        assert current().backend == "reference"
+    assert current().backend == "triton"
 
 
 def test_what_a_sanitizer_runs(capsys):

@@ -145,5 +145,7 @@ def test_installs_and_works_without_a_compiler(distributions, tmp_path):
     said = install(python, distributions[0], cwd=tmp_path, CC="/bin/false", CXX="/bin/false")
     (line,) = (line for line in said.splitlines() if "no C++ compiler" in line)
     assert "install peftkern again with --force-reinstall" in line
-    code = "import peftkern.backends.cpu as cpu; print(cpu.unavailable())"
+    code = (
+        "import peftkern.backends.cpu as cpu; from peftkern.settings import current; print(cpu.unavailable(current()))"
+    )
     assert run(python, "-c", FORWARD + code, cwd=tmp_path).splitlines()[-1] not in ("", "None")

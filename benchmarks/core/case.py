@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.problem import short
+
 PASSES = ("fwd", "fwd_bwd")
 BASE, FP32_BASE = "base", "base_fp32"
 # Beside these two, what a block is compared with, where a bench has it: peftkern's own base product, and a large copy.
 OWN_BASE, COPY = "base_own", "copy"
 REFERENCES = (BASE, FP32_BASE, OWN_BASE, COPY)
-
-
-def short(dtype: torch.dtype | None) -> str | None:
-    """``torch.bfloat16`` as the word used in rows and on the command line, ``bf16``."""
-    return None if dtype is None else DTYPE_NAMES[dtype]
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import subprocess
 
 import torch
 
-from .case import DTYPE_NAMES
+from peftkern.problem import short
 
 # What nvidia-smi is asked, and what the header calls it. Clocks in MHz, power in W, temperature in degrees C.
 QUERIES = {
@@ -107,7 +107,7 @@ def product_rates(clock, dtypes, device: str = "cuda", products=PRODUCTS) -> dic
         for M, K, N in products:
             x, w = (torch.randn(rows, K, device=device).to(dtype) for rows in (M, N))
             rates.append(_best(clock, lambda x=x, w=w: x @ w.t(), 2.0 * M * K * N))
-        found[DTYPE_NAMES[dtype]] = max(rates)
+        found[short(dtype)] = max(rates)
     return found
 
 

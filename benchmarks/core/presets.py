@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .case import DTYPES, Case
+from peftkern.problem import DTYPES
+
+from .case import Case
 
 # dtypes of the activations, where they are not asked for.
 PRESET_DTYPES = {"quick": ("fp32", "bf16"), "full": ("fp32", "bf16"), "gpu": ("bf16",)}

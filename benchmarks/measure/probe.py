@@ -17,8 +17,10 @@ import time
 
 import torch
 
+from peftkern.problem import short
+
 from ..core.bench import Bench
-from ..core.case import FP32_BASE, Case, short
+from ..core.case import FP32_BASE, Case
 from .timing import timed_step
 
 # How much slower than fp32 is hopeless.

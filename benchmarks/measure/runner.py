@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
+from peftkern.problem import short
+
 from ..core.bench import Bench
-from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Case, Floor, Provider, short
+from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Case, Floor, Provider
 from ..core.floor import bytes_bound_fraction, floor_ratio
 from . import launches
 from .device_timing import Clock, DeviceEntry

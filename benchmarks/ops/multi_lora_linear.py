@@ -21,8 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftkern
+from peftkern import settings
 from peftkern.backends.cpu import base as cpu_base
 from peftkern.backends.cpu import native as cpu_native
+from peftkern.dispatch.cpu_base import choose_kind, this_cpu
+from peftkern.dispatch.cpu_table import Product
+from peftkern.problem import CpuWay
 
 from ..core.bench import Bench, View
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
@@ -116,14 +120,18 @@ class _OwnBase(torch.autograd.Function):
 
 
 def _own_product(a: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    cpu_native.use_isa()
-    out = torch.empty((a.shape[0], weight.shape[0 if transpose else 1]), dtype=a.dtype)
+    now, M, D = settings.current(), a.shape[0], weight.shape[0 if transpose else 1]
+    cpu_native.use_isa(now.cpu_isa)
+    product = Product(a.dtype, transpose, M, D, a.shape[1])
+    kind, _ = choose_kind(product, this_cpu(now.cpu_isa, now.tables), now)
+    way = CpuWay(now, kind, kind)
+    out = torch.empty((M, D), dtype=a.dtype)
 
     def finish(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:
         if block is not None:
             out[r0:r1, c0:c1].copy_(block)
 
-    cpu_base.base_product(a, weight, transpose=transpose, in_scale=None, out=out, epilogue=finish)
+    cpu_base.base_product(a, weight, transpose=transpose, in_scale=None, out=out, epilogue=finish, way=way)
     return out
 
 

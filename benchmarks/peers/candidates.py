@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from peftkern.dispatch import registry as dispatch
-from peftkern.dispatch import tuned
+from peftkern.dispatch.choose import load
 from peftkern.problem import Problem, device_arch
+from peftkern.settings import current, using
 
 from ..core.case import Case
 
@@ -48,32 +47,11 @@ MULTI = (Candidate("cuda", "CUDA", "cuda", only=False), Candidate("triton", "Tri
 @contextlib.contextmanager
 def active(candidate: Candidate) -> Iterator[None]:
     """The candidate's settings in force inside."""
-    before = os.environ.get("PEFTKERN_BACKEND")
-    os.environ["PEFTKERN_BACKEND"] = candidate.backend if candidate.only else "auto"
-    try:
-        with _override(candidate) if candidate.only else _measured(candidate):
-            yield
-    finally:
-        if before is None:
-            del os.environ["PEFTKERN_BACKEND"]
-        else:
-            os.environ["PEFTKERN_BACKEND"] = before
-
-
-@contextlib.contextmanager
-def _measured(candidate: Candidate) -> Iterator[None]:
-    try:
-        with tuned.forced(candidate.backend):
-            dispatch.forget()
-            yield
-    finally:
-        dispatch.forget()
-
-
-def _override(candidate: Candidate):
-    if candidate.base is None:
-        return contextlib.nullcontext()
-    return importlib.import_module("peftkern.kernels.configs").override(base=candidate.base)
+    changes = {"backend": candidate.backend} if candidate.only else {"backend": "auto", "candidate": candidate.backend}
+    if candidate.base is not None:
+        changes["triton_fixed"] = importlib.import_module("peftkern.kernels.configs").fixed(base=candidate.base)
+    with using(**changes):
+        yield
 
 
 def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str | None]:
@@ -87,8 +65,8 @@ def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str
 
 
 def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
-    back_end = dispatch.load(candidate.backend)
-    why = back_end.unavailable()
+    back_end = load(candidate.backend)
+    why = back_end.unavailable(current())
     if why is not None:
         return why
     lacking = [op for op in ops if op not in back_end.OPS]
@@ -103,7 +81,7 @@ def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
             problem = Problem(
                 op, case.device, arch, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, flags
             )  # fmt: skip
-            why = back_end.decline(problem)
+            why = back_end.decline(problem, current())
             if why is not None:
                 return f"back end {candidate.backend}: {why}"
     return None

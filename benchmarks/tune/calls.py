@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from peftkern.dispatch import registry as dispatch
-from peftkern.dispatch import tuned
+from peftkern.dispatch.choose import load
 from peftkern.kernels import configs
 from peftkern.ops.lora_row_norm import RowNorm
 from peftkern.ops.multi_lora_linear import MultiForward
 from peftkern.ops.sgmv import Add
+from peftkern.problem import DTYPES, TritonWay
+from peftkern.settings import current
 from peftkern.testing import arguments as given
 
-from ..core.case import DTYPES
 from .plan import COMPOSITION, DROPOUT_P, Candidate, Job
 
 SCALING = 2.0
@@ -91,24 +92,20 @@ def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[
         return functools.partial(_composition, inputs), None
     if candidate.name == "reference":
         return lambda i: dispatch.OPS[job.op].reference(arguments[i]), None
-    module = dispatch.load("cuda" if candidate.name == "cuda" else "triton")
-    reason = module.unavailable()
+    module, now = load("cuda" if candidate.name == "cuda" else "triton"), current()
+    reason = module.unavailable(now)
     if reason is None and job.op not in module.OPS:
         reason = f"has no kernel for {job.op}"
     if reason is None:
-        with tuned.forced(candidate.name):
-            reason = module.decline(job.problem(arch))
+        reason = module.decline(job.problem(arch), now)
     if reason is not None:
         return None, reason
     function = module.OPS[job.op]
-    overrides = {"base": candidate.name} if candidate.name in configs.BASES else {}
-    overrides |= {"gemm": candidate.config} if candidate.config else {}
-
-    def call(i: int) -> object:
-        with configs.override(**overrides):
-            return function(arguments[i])
-
-    return call, None
+    if candidate.name != "cuda":
+        fixed = {"base": candidate.name} if candidate.name in configs.BASES else {}
+        fixed |= {"gemm": candidate.config} if candidate.config else {}
+        function = functools.partial(function, way=TritonWay(fixed=configs.fixed(**fixed)))
+    return lambda i: function(arguments[i]), None
 
 
 def _composition(inputs: Inputs, i: int) -> object:

@@ -1,6 +1,6 @@
 """``peftkern bench --tune --device cpu``: whose base product is faster on this CPU model, the vendor's or one of ours.
 
-Writes the table that peftkern/backends/cpu_base_table.py reads. Kinds of product take turns within a run; with few rows
+Writes the table that peftkern/dispatch/cpu_table.py reads. Kinds of product take turns within a run; with few rows
 copies of W take turns as well, since a layer's W comes from memory in a model. What is timed is the product with a branch of
 rank 16 added in its epilogue, as a layer calls it. Shapes come in order of importance, fp32 first, and what does not fit
 into ``--seconds`` is left out and counted. Run it on an idle machine: a busy one favours whoever needs less memory.
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu import base as cpu_base
-from peftkern.backends.cpu import base_plan as cpu_base_plan
-from peftkern.backends.cpu import base_table as cpu_base_table
 from peftkern.backends.cpu import native as cpu_native
-from peftkern.dispatch import tuned
+from peftkern.dispatch import cpu_table, tuned
+from peftkern.problem import DTYPES, CpuWay
+from peftkern.settings import current
 
 from ..core import machine
-from ..core.case import DTYPES
 from ..measure.timing import quiet
 from .file import meta, write
 
@@ -80,14 +79,14 @@ def planned(dtypes: Sequence[str]) -> list[Job]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 where the C++ kernels were not built or the CPU can't be told, or if nothing was measured."""
     args = parser().parse_args(argv)
-    if cpu_native._C is None or not cpu_base_plan.model().vendor:
+    if cpu_native._C is None or not cpu_native.model()[0]:
         print("bench --tune: no C++ kernels, or a CPU that does not say which model it is", file=sys.stderr)
         return 1
-    cpu_native.use_isa()
+    cpu_native.use_isa(current().cpu_isa)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"this machine is busy (load {load:.1f}): the table will be poor", file=sys.stderr)
-    file = args.json or tuned.FOLDER / cpu_base_table.file_name(cpu_base_plan.model())
+    file = args.json or tuned.FOLDER / cpu_table.file_name(cpu_table.CpuModel(*cpu_native.model()))
     work, rows, started = planned(args.dtype), [], time.perf_counter()
     with torch.no_grad(), quiet():
         for done, job in enumerate(work):
@@ -104,17 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(rows: list[dict], planned: int, load: float, started: float) -> dict:
     """The content of the file."""
-    cpu = cpu_base_plan.model()
+    cpu = cpu_table.CpuModel(*cpu_native.model())
     head = meta(
         started,
         cpu={"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model, cpu.model]},
-        level=cpu_base_plan.level()._asdict(),
+        level=cpu_native.level()._asdict(),
         threads=torch.get_num_threads(),
         load=round(load, 2),
         planned=planned,
         measured=len(rows),
     )
-    return {"schema": cpu_base_table.SCHEMA, "meta": head, "rows": rows}
+    return {"schema": cpu_table.SCHEMA, "meta": head, "rows": rows}
 
 
 def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
@@ -159,7 +158,7 @@ def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Cal
         def call(turn: int, kind: str = kind) -> None:
             cpu_base.base_product(
                 a, weights[turn % len(weights)], transpose=job.which == "forward", in_scale=None, out=out,
-                epilogue=epilogue, kind=kind,
+                epilogue=epilogue, way=CpuWay(kind=kind, strided=kind),
             )  # fmt: skip
 
         yield kind, call

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from peftkern.kernels.configs import LaunchConfig, rank_block
-from peftkern.problem import Problem
-
-from ..core.case import DTYPES
+from peftkern.problem import DTYPES, Problem
 
 COMPOSITION = "composition"
 DROPOUT_P = 0.1

@@ -46,7 +46,7 @@ inline int check_threads(int threads) {
 void bind_base(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_lora_linear(pybind11::module_& m);
-void bind_multi(pybind11::module_& m);
+void bind_multi_lora_linear(pybind11::module_& m);
 void bind_unchanged(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 

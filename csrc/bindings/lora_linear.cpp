@@ -1,8 +1,7 @@
 // lora_linear's passes as one call each: tensors in, tensors out. An entry returns None for a call that is
 // not ordinary or that nobody has looked at yet; Python then takes its careful way, and leaves its choice
-// with
-// ..._learn. Everything that memory safety rests on is checked here at every call, so a choice cannot be
-// stale.
+// with the entry's _learn. All that memory safety rests on is checked here at every call: no choice is stale.
+#include "bindings/arguments.h"
 #include "bindings/checks.h"
 #include "bindings/plans.h"
 #include "bindings/results.h"
@@ -16,27 +15,7 @@ namespace {
 using tensors::read_matrix;
 using tensors::read_vector;
 
-Plans plans;
-
 // --- reading arguments; false: not ours ---
-
-bool read_double(PyObject* object, double& out) {
-  out = PyFloat_AsDouble(object);
-  if (out == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  return true;
-}
-
-bool read_int(PyObject* object, int64_t& out) {
-  out = PyLong_AsLongLong(object);
-  if (out == -1 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    return false;
-  }
-  return true;
-}
 
 // Scaling and dropout.
 bool read_numbers(PyObject* scaling, PyObject* dropout_p, PyObject* seed, cpu::LoraLinear& g) {
@@ -44,10 +23,7 @@ bool read_numbers(PyObject* scaling, PyObject* dropout_p, PyObject* seed, cpu::L
   if (!read_double(scaling, s) || !read_double(dropout_p, p) || !(p >= 0.0 && p < 1.0)) return false;
   g.scaling = static_cast<float>(s);
   if (p == 0.0) return true;
-  tensors::View view;
-  if (!tensors::read(seed, view) || view.kind != tensors::kInt || view.bits != 64 || view.elements() != 1)
-    return false;
-  g.dropout.seed = *static_cast<const uint64_t*>(view.data);
+  if (!read_seed(seed, g.dropout.seed)) return false;
   g.dropout.threshold = static_cast<uint32_t>(p * 4294967296.0);
   g.kept_scale = static_cast<float>(1.0 / (1.0 - p));
   return true;
@@ -63,17 +39,6 @@ bool read_scales(PyObject* scales, cpu::LoraLinear& g) {
     if (!read_vector(PyTuple_GET_ITEM(scales, i), *out[i], sizes[i])) return false;
   }
   return true;
-}
-
-// A matrix that may be absent, of known sizes.
-bool read_sized(PyObject* object, ConstMatrix& out, int64_t rows, int64_t cols) {
-  int64_t found_rows = rows, found_cols = cols;
-  return (object == Py_None || read_matrix(object, out, found_rows, found_cols)) && found_rows == rows &&
-         found_cols == cols;
-}
-
-bool fits(DType dtype, DType activation) {
-  return dtype == DType::f32 || dtype == activation;
 }
 
 bool scales_fit(const cpu::LoraLinear& g, DType activation) {
@@ -96,49 +61,9 @@ PlanKey key_of(PyObject* settings, int64_t pass, const cpu::LoraLinear& g, DType
   return key;
 }
 
-// The kind of that name, if it can compute this product at all; else a Python error and false.
-bool read_kind(PyObject* word, const cpu::LoraLinear& g, bool identity, DType dtype, bool scaled,
-               cpu::BaseKind& out) {
-  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "few", "identity"};
-  const char* text = PyUnicode_AsUTF8(word);
-  if (text == nullptr) return false;
-  for (int i = 0; i < 5; ++i) {
-    if (std::string(text) != kWords[i]) continue;
-    out = static_cast<cpu::BaseKind>(i);
-    const bool unit = g.weight.row == 1 || g.weight.col == 1;
-    if ((out == cpu::BaseKind::identity) != identity) break;
-    if (out == cpu::BaseKind::few && (g.M > cpu::kBaseFewRows || !unit)) break;
-    if (out == cpu::BaseKind::bf16 && (dtype != DType::bf16 || scaled || !cpu::base_gemm_bf16_usable()))
-      break;
-    return true;
-  }
-  PyErr_Format(PyExc_ValueError, "the base product cannot be computed by %s", text);
-  return false;
-}
-
-// Runs the kernels without the GIL. False with a Python error.
-template <class Args>
-bool run(void (*pass)(const Args&), const Args& args) {
-  std::string error;
-  PyThreadState* thread = PyEval_SaveThread();
-  try {
-    pass(args);
-  } catch (const std::exception& e) {
-    error = e.what();
-  }
-  PyEval_RestoreThread(thread);
-  if (!error.empty()) PyErr_SetString(PyExc_RuntimeError, error.c_str());
-  return error.empty();
-}
-
-// The vendor's product, where torch's libraries do not export it: Python fills `out` in advance.
-bool prepare_product(cpu::LoraLinear& g, PyObject* a, PyObject* weight, bool transpose, PyObject* scales,
-                     PyObject* out) {
-  g.vendor = tensors::product();
-  if (g.kind != cpu::BaseKind::vendor || g.vendor != nullptr) return true;
-  PyObject* scale = scales == Py_None ? Py_None : PyTuple_GET_ITEM(scales, transpose ? 1 : 3);
-  g.kind = cpu::BaseKind::given;
-  return tensors::multiply_in_python(a, weight, transpose, scale, out);
+// The scale of the operand of a base product, for Python.
+PyObject* scale_of(PyObject* scales, bool transpose) {
+  return scales == Py_None ? Py_None : PyTuple_GET_ITEM(scales, transpose ? 1 : 3);
 }
 
 // --- forward ---
@@ -169,9 +94,8 @@ struct ForwardCall {
 
 bool read_forward(PyObject* const* a, Py_ssize_t count, ForwardCall& call) {
   cpu::LoraLinearForward& g = call.g;
-  int64_t threads, rank_of_B = 0;
-  if (count < kFCount || !read_int(a[kFThreads], threads) || threads < 1 || threads > 1 << 16) return false;
-  g.threads = static_cast<int>(threads);
+  int64_t rank_of_B = 0;
+  if (count < kFCount || !read_threads(a[kFThreads], g.threads)) return false;
   if (!tensors::read_rows(a[kFX], g.x, g.M, g.K, call.x)) return false;
   if (!read_matrix(a[kFB], g.B, g.N, rank_of_B)) return false;
   g.R = rank_of_B;
@@ -187,7 +111,7 @@ bool read_forward(PyObject* const* a, Py_ssize_t count, ForwardCall& call) {
     return false;
   call.want_u = a[kFWantU] == Py_True, call.want_h = a[kFWantH] == Py_True;
   const int64_t present = 2 * identity + (g.bias.data != nullptr);
-  call.key = key_of(a[kFSettings], 0, g, dtype, g.A.dtype, present);
+  call.key = key_of(a[kFSettings], PlanKey::kLoraForward, g, dtype, g.A.dtype, present);
   return true;
 }
 
@@ -205,17 +129,20 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
                     make_matrix(results, call.want_h, g.M, g.N, g.x.dtype, g.h);
   if (!made) return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
   g.u = static_cast<float*>(u.data);
-  if (!prepare_product(g, a[kFX], a[kFBase], true, a[kFScales], results.at(call.want_h ? 2 : 0)))
+  PyObject* product = results.at(call.want_h ? 2 : 0);
+  if (!prepare_product(g.kind, g.vendor, a[kFX], a[kFBase], true, scale_of(a[kFScales], true), product))
     return nullptr;
-  if (!run(cpu::lora_linear_forward, g)) return nullptr;
+  if (!run([&] { cpu::lora_linear_forward(g); })) return nullptr;
   return call.want_u || call.want_h ? results.tuple() : results.take(0);
 }
 
 PyObject* forward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
   ForwardCall call;
   if (count != kFCount + 1 || !read_forward(a, count, call)) Py_RETURN_FALSE;
+  const cpu::LoraLinear& g = call.g;
   cpu::BaseKind kind;
-  if (!read_kind(a[kFCount], call.g, a[kFBase] == Py_None, call.g.x.dtype, call.g.p_b.data != nullptr, kind))
+  if (!read_kind(a[kFCount], g.M, g.x.dtype, a[kFBase] == Py_None ? nullptr : &g.weight,
+                 g.p_b.data != nullptr, kind))
     return nullptr;
   plans.keep(call.key, kind);
   Py_RETURN_TRUE;
@@ -276,9 +203,8 @@ bool complete(PyObject* const* a, const BackwardCall& call) {
 
 bool read_backward(PyObject* const* a, Py_ssize_t count, BackwardCall& call) {
   cpu::LoraLinearBackward& g = call.g;
-  int64_t threads, M, K;
-  if (count < kBCount || !read_int(a[kBThreads], threads) || threads < 1 || threads > 1 << 16) return false;
-  g.threads = static_cast<int>(threads);
+  int64_t M, K;
+  if (count < kBCount || !read_threads(a[kBThreads], g.threads)) return false;
   if (!tensors::read_rows(a[kBDy], g.dy, g.M, g.N, call.dy)) return false;
   if (!read_int(a[kBNeeds], call.needs) || !read_int(a[kBK], g.K) || !read_int(a[kBR], g.R) || g.K < 0 ||
       g.R < 0)
@@ -289,17 +215,11 @@ bool read_backward(PyObject* const* a, Py_ssize_t count, BackwardCall& call) {
   if (a[kBX] != Py_None &&
       (!tensors::read_rows(a[kBX], g.x, M, K, x) || M != g.M || K != g.K || g.x.dtype != dtype))
     return false;
-  ConstMatrix u;
   g.A.dtype = g.B.dtype = call.adapter, g.weight.dtype = g.h.dtype = dtype;
-  if (!read_sized(a[kBU], u, g.M, g.R) || !read_sized(a[kBH], g.h, g.M, g.N) ||
+  if (!read_floats(a[kBU], g.u, g.M, g.R) || !read_sized(a[kBH], g.h, g.M, g.N) ||
       !read_sized(a[kBBase], g.weight, g.N, g.K) || !read_sized(a[kBA], g.A, g.R, g.K) ||
       !read_sized(a[kBB], g.B, g.N, g.R))
     return false;
-  // u is ours, so it is contiguous.
-  if (u.dtype != DType::f32 ||
-      (u.data != nullptr && g.M * g.R > 0 && (u.col != 1 || (g.M > 1 && u.row != g.R))))
-    return false;
-  g.u = static_cast<const float*>(u.data);
   if (g.weight.dtype != dtype || g.h.dtype != dtype || g.A.dtype != call.adapter ||
       g.B.dtype != call.adapter || !fits(call.adapter, dtype))
     return false;
@@ -308,7 +228,7 @@ bool read_backward(PyObject* const* a, Py_ssize_t count, BackwardCall& call) {
   if (!read_numbers(a[kBScaling], a[kBP], a[kBSeed], g) || !read_scales(a[kBScales], g) ||
       !scales_fit(g, dtype))
     return false;
-  call.key = key_of(a[kBSettings], 1, g, dtype, call.adapter, 2 * call.needs + identity);
+  call.key = key_of(a[kBSettings], PlanKey::kLoraBackward, g, dtype, call.adapter, 2 * call.needs + identity);
   return true;
 }
 
@@ -331,8 +251,10 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
                     make_floats(results, call.need(kNeedBaseOut), g.N, g.dg_b) &&
                     make_floats(results, call.need(kNeedDeltaOut), g.N, g.dg_d);
   if (!made) return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
-  if (dx && !prepare_product(g, a[kBDy], a[kBBase], false, a[kBScales], results.at(0))) return nullptr;
-  if (!run(cpu::lora_linear_backward, g)) return nullptr;
+  if (dx && !prepare_product(g.kind, g.vendor, a[kBDy], a[kBBase], false, scale_of(a[kBScales], false),
+                             results.at(0)))
+    return nullptr;
+  if (!run([&] { cpu::lora_linear_backward(g); })) return nullptr;
   if (!call.need(kNeedX)) results.drop(0);
   return results.tuple();
 }
@@ -340,23 +262,14 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
 PyObject* backward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
   BackwardCall call;
   if (count != kBCount + 1 || !read_backward(a, count, call)) Py_RETURN_FALSE;
+  const cpu::LoraLinearBackward& g = call.g;
   const bool dx = call.need(kNeedX | kNeedBaseIn);
   cpu::BaseKind kind = cpu::BaseKind::vendor;
-  if (dx &&
-      !read_kind(a[kBCount], call.g, a[kBBase] == Py_None, call.g.dy.dtype, call.g.g_b.data != nullptr, kind))
+  if (dx && !read_kind(a[kBCount], g.M, g.dy.dtype, a[kBBase] == Py_None ? nullptr : &g.weight,
+                       g.g_b.data != nullptr, kind))
     return nullptr;
   plans.keep(call.key, kind);
   Py_RETURN_TRUE;
-}
-
-PyObject* forget(PyObject*, PyObject*) {
-  plans.clear();
-  Py_RETURN_NONE;
-}
-
-template <class F>
-PyCFunction fast(F function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
 }
 
 PyMethodDef methods[] = {
@@ -374,7 +287,6 @@ PyMethodDef methods[] = {
      "(dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d), one for each bit of needs; None as above."},
     {"lora_linear_backward_learn", fast(backward_learn), METH_FASTCALL,
      "(what lora_linear_backward takes, kind) -> whether calls like this one are taken from now on."},
-    {"lora_linear_forget", forget, METH_NOARGS, "Forgets what was learnt."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -2,6 +2,7 @@
 // Python has checked shapes and dtypes; sizes and null pointers are checked here once more, since a slip
 // would write to foreign memory. The GIL is released while a kernel runs.
 #include "bindings/checks.h"
+#include "bindings/plans.h"
 #include "peftkern/cpu.h"
 
 namespace py = pybind11;
@@ -21,7 +22,8 @@ PYBIND11_MODULE(_C, m) {
   bind_base(m);
   bind_lora(m);
   bind_lora_linear(m);
-  bind_multi(m);
+  bind_multi_lora_linear(m);
+  m.def("forget_plans", [] { plans.clear(); }, "Forget what ..._learn was told.");
   bind_unchanged(m);
 #ifdef PEFTKERN_HAVE_CUDA
   m.attr("cuda_built") = true;

@@ -14,6 +14,7 @@ namespace peftkern {
 
 // Everything that a choice may depend on. `settings` is an object of Python's, compared by identity.
 struct PlanKey {
+  enum Pass { kLoraForward, kLoraBackward, kMultiForward, kMultiBackward, kSgmvAdd };
   enum Fact { kPass, kThreads, kDType, kAdapterDType, kPresent, kStrides, kM, kN, kK, kR, kFacts };
   PyObject* settings = nullptr;
   std::array<int64_t, kFacts> facts{};
@@ -55,5 +56,8 @@ class Plans {
   };
   std::unordered_map<PlanKey, Plan, Hash> plans_;
 };
+
+// Of all passes.
+inline Plans plans;
 
 }  // namespace peftkern

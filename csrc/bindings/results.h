@@ -25,6 +25,8 @@ class Results {
     made_[count_] = tensors::empty(shape, dims, dtype, data);
     return made_[count_++] != nullptr;
   }
+  // What was made elsewhere.
+  void add(PyObject* made) { made_[count_++] = made; }
   // Nothing in its place.
   void skip() { made_[count_++] = nullptr; }
 

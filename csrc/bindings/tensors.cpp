@@ -149,6 +149,16 @@ bool View::dtype(DType& out) const {
   return true;
 }
 
+bool View::contiguous() const {
+  int64_t step = 1;
+  bool adjacent = true;
+  for (int i = dims - 1; i >= 0; --i) {
+    adjacent = adjacent && (shape[i] == 1 || strides[i] == step);
+    step *= shape[i];
+  }
+  return adjacent || step == 0;
+}
+
 bool read(PyObject* object, View& out) {
   if (state.api == nullptr || (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter))
     return false;

@@ -20,6 +20,8 @@ struct View {
   int64_t elements() const;
   // False if this is not one of the dtypes that the kernels take.
   bool dtype(DType& out) const;
+  // Whether its elements are adjacent, in order.
+  bool contiguous() const;
 };
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 

@@ -15,7 +15,7 @@ namespace {
 
 enum class Kind { kSame, kEqual, kEmpty, kAbsent, kLast, kItems, kObject, kKeep, kAt, kCall };
 
-// Pointers are borrowed from the pattern, a tuple that its owner keeps.
+// Pointers are borrowed from the pattern, whose tuples and copies of whose dicts the owner keeps.
 struct Node {
   Kind kind;
   PyObject* value = nullptr;      // what is compared with; the type, the other object, the function
@@ -24,18 +24,27 @@ struct Node {
   std::vector<std::pair<PyObject*, Node>> fields, attributes;  // those of a single part have no key
 };
 
-Node compile(PyObject* pattern, Py_ssize_t* slots);
+// What the patterns of one check have in common.
+struct Owner {
+  py::list dicts;
+  Py_ssize_t slots = 0;
+};
 
-std::vector<std::pair<PyObject*, Node>> compile_fields(PyObject* fields, Py_ssize_t* slots) {
-  if (!PyDict_Check(fields)) throw py::type_error("a pattern's fields must be a dict");
+Node compile(PyObject* pattern, Owner& owner);
+
+std::vector<std::pair<PyObject*, Node>> compile_fields(PyObject* given, Owner& owner) {
+  if (!PyDict_Check(given)) throw py::type_error("a pattern's fields must be a dict");
+  py::object fields = py::reinterpret_steal<py::object>(PyDict_Copy(given));
+  if (!fields) throw py::error_already_set();
+  owner.dicts.append(fields);
   std::vector<std::pair<PyObject*, Node>> found;
   PyObject *key, *part;
-  for (Py_ssize_t at = 0; PyDict_Next(fields, &at, &key, &part);)
-    found.emplace_back(key, compile(part, slots));
+  for (Py_ssize_t at = 0; PyDict_Next(fields.ptr(), &at, &key, &part);)
+    found.emplace_back(key, compile(part, owner));
   return found;
 }
 
-Node compile(PyObject* pattern, Py_ssize_t* slots) {
+Node compile(PyObject* pattern, Owner& owner) {
   static constexpr std::pair<const char*, int> kSizes[] = {
       {"same", 2},  {"equal", 2},  {"empty", 1}, {"absent", 1}, {"last", 2},
       {"items", 2}, {"object", 4}, {"keep", 3},  {"at", 3},     {"call", 4}};
@@ -49,17 +58,18 @@ Node compile(PyObject* pattern, Py_ssize_t* slots) {
       throw py::type_error(std::string("a pattern of the wrong size: ") + name);
     Node node{static_cast<Kind>(kind)};
     auto part = [&](int i) { return PyTuple_GET_ITEM(pattern, i); };
-    auto inner = [&](int i) { node.fields.emplace_back(nullptr, compile(part(i), slots)); };
+    auto inner = [&](int i) { node.fields.emplace_back(nullptr, compile(part(i), owner)); };
     if (node.kind != Kind::kEmpty && node.kind != Kind::kAbsent) node.value = part(1);
-    if (node.kind == Kind::kItems) node.fields = compile_fields(part(1), slots);
+    if (node.kind == Kind::kItems) node.fields = compile_fields(part(1), owner);
     if (node.kind == Kind::kObject) {
       if (!PyType_Check(node.value)) throw py::type_error("a pattern's type must be a type");
-      node.fields = compile_fields(part(2), slots), node.attributes = compile_fields(part(3), slots);
+      node.fields = compile_fields(part(2), owner), node.attributes = compile_fields(part(3), owner);
     }
     if (node.kind == Kind::kKeep) {
-      node.slot = PyLong_AsSsize_t(node.value);
-      if (node.slot < 0) throw py::error_already_set();
-      *slots = std::max(*slots, node.slot + 1);
+      node.slot = PyLong_Check(node.value) ? PyLong_AsSsize_t(node.value) : -1;
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if (node.slot < 0) throw py::type_error("a pattern's slot must be an index");
+      owner.slots = std::max(owner.slots, node.slot + 1);
     }
     if (node.kind == Kind::kKeep || node.kind == Kind::kAt) inner(2);
     if (node.kind == Kind::kCall) {
@@ -143,7 +153,7 @@ bool matches(const Node& node, PyObject* now, PyObject* kept) {
 
 struct Unchanged {
   PyObject_HEAD;
-  PyObject* patterns;  // a tuple
+  PyObject* owned;  // what the nodes point into: the patterns, and copies of their dicts
   std::vector<Node>* nodes;
   Py_ssize_t slots;
 };
@@ -155,13 +165,13 @@ Unchanged* of(PyObject* self) {
 PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
   try {
     auto nodes = std::make_unique<std::vector<Node>>();
-    Py_ssize_t slots = 0;
+    Owner owner;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i)
-      nodes->push_back(compile(PyTuple_GET_ITEM(args, i), &slots));
+      nodes->push_back(compile(PyTuple_GET_ITEM(args, i), owner));
+    py::tuple owned = py::make_tuple(py::reinterpret_borrow<py::object>(args), owner.dicts);
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
-    Py_INCREF(args);
-    of(self)->patterns = args, of(self)->nodes = nodes.release(), of(self)->slots = slots;
+    of(self)->owned = owned.release().ptr(), of(self)->nodes = nodes.release(), of(self)->slots = owner.slots;
     return self;
   } catch (py::error_already_set& error) {
     error.restore();
@@ -195,13 +205,13 @@ PyObject* match(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
-  Py_VISIT(of(self)->patterns);
+  Py_VISIT(of(self)->owned);
   return 0;
 }
 
 int clear(PyObject* self) {
   if (of(self)->nodes != nullptr) of(self)->nodes->clear();
-  Py_CLEAR(of(self)->patterns);
+  Py_CLEAR(of(self)->owned);
   return 0;
 }
 

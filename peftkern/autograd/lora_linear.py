@@ -19,7 +19,7 @@ from ..bases.base import Base, base_of, kind_of
 from ..checks import accumulate_dtype, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
-from ..equation import NO_SCALES, Needs, Scales, fold
+from ..equation import NO_SCALES, Needs, Scales, fold, names
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
@@ -85,6 +85,21 @@ def _reads(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[bool, ..
 
 
 @functools.cache
+def _names(scaled: bool, drops: bool) -> tuple[str, ...]:
+    """The same as arguments, for messages."""
+    return (
+        "x",
+        "lora_A",
+        "lora_B",
+        "u",
+        "h",
+        *(map(names, Scales._fields) if scaled else ()),
+        *["seed"] * drops,
+        "weight",
+    )
+
+
+@functools.cache
 def _bits(needs: tuple[bool, ...], scaled: bool) -> int:
     """``needs`` as the native entry takes them: a bit each, in the order of equation.Needs."""
     return sum(1 << i for i, need in enumerate(needs[:4] + (needs[5:10] if scaled else ())) if need)
@@ -116,16 +131,8 @@ class LoRALinearFunction(torch.autograd.Function):
             raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True")
         call, (shape, x_dtype), (rank, adapter_dtype) = ctx.call, ctx.x, ctx.adapter
         now, kind, scaling, dropout_p, dtype, scaled = call
-        names = (
-            "x",
-            "lora_A",
-            "lora_B",
-            "u",
-            "h",
-            *(Scales._fields if scaled else ()),
-            "seed" if dropout_p else "weight",
-        )
-        saved, needs = read_saved(ctx, "lora_linear", names, lambda needs: _reads(needs, scaled, dropout_p > 0.0))
+        drops = dropout_p > 0.0
+        saved, needs = read_saved(ctx, "lora_linear", _names(scaled, drops), lambda needs: _reads(needs, scaled, drops))
         x, lora_A, lora_B, u, h, *rest = saved
         scales, seed, base = call.split(tuple(rest))
         grads = None
@@ -241,7 +248,7 @@ def lora_linear_with(
     if now is None or not plain or coefficients:
         _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
     scaling, dropout_p, seed = options
-    scales = None if coefficients is None else tuple(fold(coefficients, accumulate_dtype(x.dtype)))
+    scales = None if coefficients is None else tuple(fold(coefficients, x))
     if now is None and torch._C._get_tracing_state() is not None:
         return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
     if type(scaling) is not float:

@@ -14,14 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.cpu import multi_call as native
 from ..bases.base import Base, base_of, kind_of
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
+from ..dispatch.watch import nobody_watches
 from ..many.bank import AdapterBank
 from ..many.route import route
 from ..many.table import AdapterTable, probabilities, table_of
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
+from ..settings import Settings, current
 from .saved import kept_input, read_saved
 from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 
@@ -41,24 +44,46 @@ def _reads(needs: tuple[bool, ...], base: int) -> tuple[bool, ...]:
 
 
 class Batch(NamedTuple):
-    """What a pass takes besides x, dy and weights: which row takes which adapter, and how."""
+    """What a pass takes besides x, dy and weights: which row takes which adapter, and how.
 
-    base: str
+    ``now``: the settings, None if somebody watches which ops are called. ``kind``: of the base. ``autocast``: what x and the
+    base are cast to, None if they are not.
+    """
+
+    now: Settings | None
+    kind: str
     state: AdapterTable
     order: Tensor
     starts: Tensor
     dropout_p: Tensor | None
     seed: Tensor | None
-    dtype: torch.dtype
+    autocast: torch.dtype | None
 
-    def forward(self, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, weights: Sequence[Tensor]):
-        """(y, u) of x (..., K), already in ``dtype``."""
-        state, tensors = self.state, kind_of(self.base).cast(base, self.dtype) if base else []
+    def forward(self, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, weights: Sequence[Tensor], want_u: bool):
+        """(y, u) of an x (..., K) that was cast; y alone unless u is wanted."""
+        now, kind, state, order, starts, dropout_p, seed, autocast = self
+        if now is not None:
+            done = native.forward(
+                now, torch.get_num_threads(), x, kind, base[0] if base else None, bias, state.native(), order, starts,
+                dropout_p, seed, want_u,
+            )  # fmt: skip
+            if done is not None:
+                return done
         y, u = _fwd(
-            rows_of(x, self.dtype), tensors, self.base, state.out_features, bias, weights, state.table, state.scaling,
-            state.max_rank, self.order, self.starts, self.dropout_p, self.seed,
+            rows_of(x, x.dtype), _cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights),
+            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
-        return as_shape(y, x), u
+        y = as_shape(y, x)
+        return (y, u) if want_u else y
+
+
+def _cast_base(kind: str, base: Sequence[Tensor], autocast: torch.dtype | None) -> list[Tensor]:
+    return list(base) if autocast is None or not base else kind_of(kind).cast(base, autocast)
+
+
+def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
+    # As a table of whole matrices counts on: the data of a parameter may have been exchanged since it was made.
+    return [w.contiguous() for w in weights]
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
@@ -67,8 +92,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, batch, bases, *tensors):
         base, weights, state = tensors[:bases], tensors[bases:], batch.state
-        given = cast(x, batch.dtype)
-        y, u = batch.forward(given, base, bias, list(weights))
+        given = x if batch.autocast is None else cast(x, batch.autocast)
+        y, u = batch.forward(given, base, bias, weights, True)
         saved = (x, u, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
             read = _reads(ctx.needs_input_grad, bases)
@@ -76,7 +101,8 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:], strict=True)])
         ctx.save_for_backward(*saved)
         # Held, so that the memory of a bank's removed adapters is not used again before backward.
-        ctx.state, ctx.base, ctx.bases, ctx.dtype = state, batch.base, bases, batch.dtype
+        ctx.state, ctx.kind, ctx.autocast, ctx.now = state, batch.kind, batch.autocast, batch.now
+        ctx.bases, ctx.dtype = bases, given.dtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return y
 
@@ -84,22 +110,32 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
-        bases, state = ctx.bases, ctx.state
+        bases, state, kind, grads = ctx.bases, ctx.state, ctx.kind, None
         saved, needs = read_saved(ctx, "multi_lora_linear", _SAVED, lambda needs: _reads(needs, bases))
         x, u, table, scaling, order, starts, dropout_p, seed, *tensors = saved
-        need_x, need_bias, need = needs[0], needs[1], list(needs[4 + bases :])
-        dy = rows_of(dy, dy.dtype)
-        if u is None:
-            u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
-        base = kind_of(ctx.base).cast(tensors[:bases], ctx.dtype) if bases and need_x else []
+        need_x, need_bias, need = needs[0], needs[1], needs[4 + bases :]
+        base = tensors[:bases]
         # Of a matrix that no gradient reads an op uses the shape alone.
         weights = [known if w is None else w for w, known in zip(tensors[bases:], state.weights, strict=True)]
-        dx, dbias, grads = _bwd(
-            dy, None if x is None else rows_of(x, ctx.dtype), u, base, ctx.base, state.in_features, weights, table, scaling,
-            order, starts, dropout_p, seed, need_x, need_bias, need,
-        )  # fmt: skip
+        if ctx.now is not None and nobody_watches():
+            grads = native.backward(
+                current(), torch.get_num_threads(), dy, x, u, kind, base[0] if base else None,
+                state.native() if state.fixed else state.given(weights), order, starts, dropout_p, seed, need_x, need_bias,
+                need,
+            )  # fmt: skip
+        if grads is None:
+            dy = rows_of(dy, dy.dtype)
+            x = None if x is None else rows_of(x, ctx.dtype)
+            if u is None:
+                u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
+            base = _cast_base(kind, base, ctx.autocast) if need_x else []
+            dx, dbias, grads = _bwd(
+                dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
+                need_x, need_bias, list(need),
+            )  # fmt: skip
+            grads = dx, dbias, [g if n else None for g, n in zip(grads, need, strict=True)]
+        dx, dbias, grads = grads
         dx = cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
-        grads = [g if n else None for g, n in zip(grads, need, strict=True)]
         return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * bases, *grads
 
 
@@ -132,15 +168,12 @@ def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) 
 def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
     weights = batch.state.weights
     # A trace records the op itself, which has no gradient.
-    grad = torch.is_grad_enabled() and torch._C._get_tracing_state() is None
-    if grad and any(t is not None and t.requires_grad for t in (x, bias, *weights)):
-        return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
-    return batch.forward(cast(x, batch.dtype), base.tensors, bias, _list(weights))[0]
-
-
-def _list(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    # A compiler takes no other list than a plain one.
-    return list(weights) if torch.compiler.is_compiling() else weights
+    if torch.is_grad_enabled() and (batch.now is not None or torch._C._get_tracing_state() is None):
+        for t in (x, bias, *weights):
+            if t is not None and t.requires_grad:
+                return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
+    given = x if batch.autocast is None else cast(x, batch.autocast)
+    return batch.forward(given, base.tensors, bias, weights, False)
 
 
 def _check_x(x) -> None:
@@ -188,26 +221,25 @@ def multi_lora_linear(
     ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
     no_transforms("multi_lora_linear")
-    base = base_of(weight)
+    base, now = base_of(weight), current() if nobody_watches() else None
     _check_x(x)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in base.tensors):
-        raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
-    if bias is not None:
-        check_tensor("bias", bias)
+    if torch.is_grad_enabled():
+        for t in base.tensors:
+            if t.requires_grad:
+                raise ValueError(
+                    "weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)"
+                )
     autocast = autocast_dtype(x)
     dtype = autocast or x.dtype
-    given = base.tensors if autocast is None else kind_of(base.kind).cast(base.tensors, dtype)
-    N, _ = kind_of(base.kind).check(given, x if autocast is None else x.new_empty(0, dtype=dtype), x.shape[-1], None)
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (N,) with N = {N}")
-    if bias is not None and bias.dtype not in (dtype, torch.float32):
-        bias = bias.to(dtype)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.dtype not in (dtype, torch.float32):
+            bias = bias.to(dtype)
     state = _state(adapters, x, dtype)
-    if N != state.out_features:
-        raise ValueError(f"weight has {N} out_features, expected N = {state.out_features} as the adapters have")
-    p = _probabilities(dropout_p, training, state.table.shape[0], x.device)
+    p = None if dropout_p == 0.0 else _probabilities(dropout_p, training, state.table.shape[0], x.device)
     seed = seed_tensor(seed, x.device) if p is not None else None
-    return _call(x, base, bias, Batch(base.kind, state, *route(adapter_ids, x, state), p, seed, dtype))
+    # Whether base and bias fit the rest is checked by the op.
+    return _call(x, base, bias, Batch(now, base.kind, state, *route(adapter_ids, x, state), p, seed, autocast))
 
 
 def sgmv(
@@ -228,11 +260,13 @@ def sgmv(
     """
     no_transforms("sgmv")
     _check_x(x)
-    dtype = x.dtype if out is not None else autocast_dtype(x) or x.dtype
+    now = current() if nobody_watches() else None
+    autocast = None if out is not None else autocast_dtype(x)
+    dtype = autocast or x.dtype
     state = _state(adapters, x, dtype)
     order, starts = route(adapter_ids, x, state)
     if out is None:
-        return _call(x, _BRANCH, None, Batch(NO_BASE, state, order, starts, None, None, dtype))
+        return _call(x, _BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, autocast))
     check_tensor("out", out)
     shape = (*x.shape[:-1], state.out_features)
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != x.device:
@@ -241,8 +275,9 @@ def sgmv(
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights)):
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
-    rows = out.view(-1, state.out_features) if out.dim() != 2 else out
-    _add(rows, rows_of(x, dtype), _list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    if now is None or native.add(now, torch.get_num_threads(), out, x, state.native(), order, starts) is None:
+        rows, weights = out.view(-1, state.out_features) if out.dim() != 2 else out, _contiguous(state.weights)
+        _add(rows, rows_of(x, dtype), weights, state.table, state.scaling, state.max_rank, order, starts)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # so that whoever saved it for a gradient notices
     return out

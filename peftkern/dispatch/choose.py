@@ -96,7 +96,7 @@ def _way(name: str, problem: Problem, now: Settings) -> tuple[CpuWay | TritonWay
 def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
     product = cpu_base.product_of(problem)
     if product is None:
-        return CpuWay(now), "the C++ kernels take it, there is no base product"
+        return CpuWay(now), "the C++ kernels, there is no base product"
     on = cpu_base.this_cpu(now.cpu_isa, now.tables)
     kind, why = cpu_base.choose_kind(product, on, now)
     strided, _ = cpu_base.choose_kind(product._replace(unit_stride=False), on, now)

@@ -41,19 +41,24 @@ class Cpu(NamedTuple):
     few: int = 64
 
 
-@functools.cache
-def this_cpu(isa: str, folder: str) -> Cpu:
-    """This CPU, held to an instruction set (value of PEFTKERN_CPU_ISA), with its table in ``folder``."""
+def this_model(isa: str) -> tuple[tables.CpuModel, tables.Level]:
+    """Which CPU this is, and the levels with an instruction set (value of PEFTKERN_CPU_ISA) in use."""
     from ..backends.cpu import native
 
-    native.use_isa(isa)
-    level = native.level()
-    found = native.features()
+    return tables.CpuModel(*native.model()), tables.Level(*native.facts(isa)[0])
+
+
+@functools.cache
+def this_cpu(isa: str, folder: str) -> Cpu:
+    """This CPU, held to an instruction set, with its table in ``folder``."""
+    from ..backends.cpu import native
+
+    model, level = this_model(isa)
+    _, found = native.facts(isa)
     if level.isa != "avx512" or level.torch_isa != "AVX512":
         found &= {"x86", "intel", "bf16_kernel"}
-    table = tables.of_model(tables.CpuModel(*native.model()), folder)
-    applies = table is not None and tables.applies(table, tables.Level(*level))
-    return Cpu(level.isa, found, table if applies else None, native.FEW_ROWS)
+    table = tables.of_model(model, folder)
+    return Cpu(level.isa, found, table if table is not None and tables.applies(table, level) else None, native.FEW_ROWS)
 
 
 def product_of(problem: Problem) -> Product | None:
@@ -61,9 +66,14 @@ def product_of(problem: Problem) -> Product | None:
     forward = problem.op in ("lora_linear_fwd", "multi_lora_linear_fwd")
     if not forward and problem.op not in ("lora_linear_bwd", "multi_lora_linear_bwd"):
         return None
+    flags = problem.flags
+    if "identity" in flags or not (forward or flags & {"need_x", "need_p_b"}):
+        return None
+    if problem.op.startswith("multi_") and "base" not in flags:
+        return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
     scale = "p_b" if forward else "g_b"
-    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in problem.flags)
+    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags)
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .tuned import DTYPES, slug
+from ..problem import DTYPES
+from .tuned import slug
 
 SCHEMA = 1
 KINDS = ("vendor", "few", "panels", "bf16")
@@ -72,7 +73,6 @@ class Table:
             raise ValueError(f"{name}: schema {data.get('schema')!r}, expected {SCHEMA}")
         self.name, self.meta = name, data["meta"]
         self.rows: dict[tuple[torch.dtype, bool], list[Row]] = {}
-        dtypes = {word: dtype for dtype, word in DTYPES.items()}
         for row in data["rows"]:
             times, counts = row["us"], row["M"]
             if not set(times) <= set(KINDS) or any(len(t) != len(counts) for t in times.values()):
@@ -80,7 +80,7 @@ class Table:
             if list(counts) != sorted(set(counts)) or not counts or row["pass"] not in ("forward", "dx"):
                 raise ValueError(f"{name}: expected rising M, and forward or dx for the pass: {row}")
             order = tuple(_order({kind: t[i] for kind, t in times.items()}) for i in range(len(counts)))
-            rows = self.rows.setdefault((dtypes[row["dtype"]], row["pass"] == "forward"), [])
+            rows = self.rows.setdefault((DTYPES[row["dtype"]], row["pass"] == "forward"), [])
             rows.append(Row(row["D"], row["C"], tuple(counts), order))
 
 

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..problem import Problem
+from ..problem import Problem, short
 from ..settings import CANDIDATES, Settings
 
 # Where tables are packaged, and a tuner writes them.
 FOLDER = Path(Settings().tables)
 SCHEMA = 1
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Rows are measured without the other options, which cost the candidates differently.
 _OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "need_bias", "need_weights"})
 
@@ -91,7 +90,7 @@ def lookup(rows: dict[Key, dict[int, Entry]], problem: Problem) -> Entry | None:
     """The entry of the same sizes and dtypes whose number of rows is nearest, at most a factor of two away."""
     if not problem.flags <= _OPTIONS:
         return None
-    dtype, adapter = DTYPES.get(problem.dtype), DTYPES.get(problem.adapter_dtype)
+    dtype, adapter = short(problem.dtype), short(problem.adapter_dtype)
     key = Key(problem.op, dtype, adapter, "dropout" in problem.flags, problem.N, problem.K, problem.R)
     here, near = bucket(problem.M), rows.get(key, {})
     if here == 0 or not near:

@@ -293,5 +293,5 @@ class AdapterBank:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
         return AdapterTable(
             self._chunks.tensors, self._table.detach(), self._scaling, self._slots - 1, rank, self.in_features,
-            self.out_features, (self.max_adapters, self._present),
+            self.out_features, (self.max_adapters, self._present), True,
         )  # fmt: skip

@@ -27,13 +27,15 @@ def route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
         raise TypeError(f"adapter_ids must be a tensor, got {type(adapter_ids).__name__}")
     if adapter_ids.device != x.device:
         raise ValueError(f"adapter_ids is on {adapter_ids.device}, expected {x.device} like x")
-    rows = x.shape[:-1].numel()
+    rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
     # A graph that is being recorded makes its own: a known one would be a constant of it.
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     keeps = not recorded and not adapter_ids.is_inference()
     known = _known.get(id(adapter_ids)) if keeps else None
-    if known is not None and known[0]() is adapter_ids and known[1:4] == (adapter_ids._version, state.slots, rows):
-        return known[4], known[5]
+    if known is not None:
+        ref, version, slots, known_rows, order, starts = known
+        if ref() is adapter_ids and version == adapter_ids._version and known_rows == rows and slots == state.slots:
+            return order, starts
     order, starts = _route(_per_row(adapter_ids, x, rows), state.table, state.mask)
     if keeps:
         key = id(adapter_ids)

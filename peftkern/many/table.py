@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..backends.cpu import multi_call
 from ..checks import accumulate_dtype, check_number, check_tensor
 
 INT32_MASK = 2**31 - 1
 
 
+@dataclass(slots=True, eq=False)
 class AdapterTable:
     """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``: as in the op.
 
     ``max_rank`` is the widest rank that a row can meet. ``slots``: equal for tables whose slots answer to the same ids,
-    so that layers can share the route of a batch. A bank leaves what ``weights`` and ``table`` show as it is for as long
-    as the tensor ``table`` lives: a compiled call, or one that waits for its backward, holds that and not this object.
+    so that layers can share the route of a batch. ``fixed``: the memory of ``weights`` never moves, as a bank's, which
+    leaves what ``weights`` and ``table`` show as it is for as long as the tensor ``table`` lives: a compiled call, or one
+    that waits for its backward, holds that and not this object.
     """
 
-    __slots__ = (
-        "__weakref__", "in_features", "mask", "max_rank", "out_features", "scaling", "slots", "table", "weights",
-    )  # fmt: skip
+    weights: list[Tensor]
+    table: Tensor
+    scaling: Tensor
+    mask: int
+    max_rank: int
+    in_features: int
+    out_features: int
+    slots: Hashable
+    fixed: bool = False
+    _given: object = None
 
-    def __init__(
-        self, weights: list[Tensor], table: Tensor, scaling: Tensor, mask: int, max_rank: int,
-        in_features: int, out_features: int, slots: Hashable,
-    ):  # fmt: skip
-        self.weights, self.table, self.scaling = weights, table, scaling
-        self.mask, self.max_rank = mask, max_rank
-        self.in_features, self.out_features, self.slots = in_features, out_features, slots
+    def native(self) -> object:
+        """The adapters as native calls take them (backends/cpu/multi_call.py)."""
+        if self._given is None:
+            self._given = self.given(self.weights)
+        return self._given
+
+    def given(self, weights: Sequence[Tensor]) -> object:
+        """The same for ``weights`` in the place of these; False where there is no native call."""
+        return multi_call.adapters(
+            weights, self.table, self.scaling, self.max_rank, self.in_features, self.out_features, self.fixed
+        ) or False  # fmt: skip
 
 
 def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
@@ -60,7 +75,10 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
         check_number(f"adapters[{i}] scaling", scaling)
         N = weights[1].shape[0] if weights else B.shape[0]
         if A.shape[1] != x.shape[-1]:
-            raise ValueError(f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}")
+            raise ValueError(
+                f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}:"
+                f" x has shape {tuple(x.shape)}"
+            )
         if B.shape != (N, A.shape[0]):
             raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
         weights += (A, B)

@@ -1,6 +1,6 @@
-"""The methods that this package serves. Each module beside ``registry`` and ``tuner`` holds one."""
+"""The methods that this package serves. ``registry`` says what an entry is; ``linear`` and ``tuner`` are what entries share."""
 
-from . import lora
+from . import linear, lora
 from .registry import METHODS, Branch, Method, Plan, loaded, method_of, register
 
-__all__ = ["METHODS", "Branch", "Method", "Plan", "loaded", "lora", "method_of", "register"]
+__all__ = ["METHODS", "Branch", "Method", "Plan", "linear", "loaded", "lora", "method_of", "register"]

@@ -104,6 +104,29 @@ def run(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     return result.to(y.dtype)
 
 
+def examples(in_features: int, out_features: int) -> dict[str, nn.Module]:
+    """PEFT models of one layer."""
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    def model(linear: nn.Module, *more: dict, **options) -> nn.Module:
+        options = {"target_modules": ["0"], "r": 4, "lora_alpha": 6, "init_lora_weights": False, **options}
+        model = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(**options))
+        for name, changed in enumerate(more):
+            model.add_adapter(str(name), peft.LoraConfig(**{**options, **changed}))
+        model.base_model.set_adapter(list(model.peft_config))
+        return model
+
+    K, N = in_features, out_features
+    return {
+        "linear": model(nn.Linear(K, N)),
+        "no bias, rsLoRA": model(nn.Linear(K, N, bias=False), use_rslora=True),
+        "lora_bias": model(nn.Linear(K, N), lora_bias=True),
+        "Conv1D": model(Conv1D(N, K), fan_in_fan_out=True),
+        "two adapters": model(nn.Linear(K, N), {"r": 7, "lora_alpha": 3}),
+    }
+
+
 LORA = register(
     Method(
         name="LoRA",
@@ -112,6 +135,7 @@ LORA = register(
         layer="peft.tuners.lora.layer.Linear",
         plan=plan,
         run=run,
+        examples=examples,
         op="lora_linear",
         mixed=True,
         saves="x if lora_A trains, and (M, R) in fp32",

@@ -53,6 +53,8 @@ class Method:
         plan: the look at such a layer, and the adapters of a mixed batch or None -> what it computes. It reads through the
             look alone, and raises ``NotCovered`` with the reason where the library's own code has to run.
         run: (layer, plan, x) -> y.
+        examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
+            that are not zero and without dropout. The parity test compares them with the library's own code.
         op: the op that ``run`` calls. mixed: whether rows of a batch may have adapters of their own.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``.
@@ -65,6 +67,7 @@ class Method:
     layer: str
     plan: Callable[[Look, Iterable[str] | None], Plan]
     run: Callable[[nn.Module, Plan, Tensor], Tensor]
+    examples: Callable[[int, int], Mapping[str, nn.Module]]
     op: str
     saves: str
     merges: str
@@ -94,3 +97,8 @@ def method_of(cls: type) -> Method | None:
     """The method whose layer is exactly this class: a subclass may compute anything."""
     method = METHODS.get(f"{cls.__module__}.{cls.__qualname__}")
     return method if method is not None and loaded(method.layer) is cls else None
+
+
+def checkpoint_types() -> list[str]:
+    """The ``peft_type`` of the adapters that rows of a batch may have each their own of."""
+    return [method.peft_type for method in METHODS.values() if method.mixed and method.peft_type is not None]

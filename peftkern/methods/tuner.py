@@ -30,10 +30,10 @@ def base(look: Look) -> tuple[Tensor, Tensor | None]:
     part = look.part("base_layer")
     if part is None:
         raise NotCovered("it has no base_layer")
-    conv1d = loaded("transformers.pytorch_utils.Conv1D")
-    transposed = type(part.module) is conv1d
-    part.require(conv1d if transposed else nn.Linear, "base_layer")
-    weight, bias = part.tensor("weight", frozen=True), part.tensor("bias", frozen=True)
+    cls = type(part.module)
+    transposed = cls is not nn.Linear and cls is loaded("transformers.pytorch_utils.Conv1D")
+    part.require(cls if transposed else nn.Linear, "base_layer")
+    weight, bias = part.tensor("weight", frozen=True), part.tensor("bias")
     if type(weight) not in PLAIN_TENSORS or not plain_or_none(bias):
         raise NotCovered(f"the base weight is a {type(weight).__name__}, not a plain tensor")
     weight = part.without_gradient("weight", weight)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from ..bases.base import Base, base_of
@@ -25,10 +23,11 @@ def forward(x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, **
 
 def backward(
     dy: Tensor, x: Tensor | None, u: Tensor, h: Tensor | None, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor,
-    needs: Iterable[str] = ("x", "A", "B"), **options,
+    **options,
 ) -> Backward:  # fmt: skip
-    """``needs``: names of equation.Needs; ``options``: as in ``forward``."""
-    given, need = base_of(weight), [name in needs for name in Needs._fields]
+    """``options``: as in ``forward``, and ``needs``: names of equation.Needs, by default those of x, A and B."""
+    given, names = base_of(weight), options.pop("needs", ("x", "A", "B"))
+    need = [name in names for name in Needs._fields]
     return Backward(dy, x, u, h, list(given.tensors), given.kind, lora_A, lora_B, needs=need, **_filled(options))
 
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import math
 import os
 import sys
@@ -28,9 +27,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern.benchmarks.core.case import DTYPES, short
+from peftkern.problem import DTYPES, short
 from peftkern.screen import Cell, Console, Table
+from peftkern.settings import current, using
 
 from .problem_sets import SETS, set_of
 from .static import audit
@@ -57,18 +58,11 @@ class Target:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The settings in force inside."""
-        from peftkern.dispatch import registry as dispatch
-        from peftkern.dispatch import tuned
-
         before = {k: os.environ.get(k) for k in self.environment}
         os.environ.update(self.environment)
         try:
-            if self.preferred is None:
+            with using(candidate=self.preferred) if self.preferred else contextlib.nullcontext():
                 yield
-            else:
-                with tuned.forced(self.preferred):
-                    yield
-                dispatch.forget()
         finally:
             for k, v in before.items():
                 os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
@@ -76,6 +70,7 @@ class Target:
     def reason(self) -> str | None:
         """Why this target can't run its op here."""
         import peftkern  # noqa: F401  (registers the ops)
+        from peftkern.dispatch import choose
         from peftkern.dispatch import registry as dispatch
 
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -87,8 +82,8 @@ class Target:
             return "triton was imported without TRITON_INTERPRET=1; set it in the environment"
         with self.active():
             try:
-                back_end = dispatch.load(self.preferred or name)
-                why = back_end.unavailable()
+                back_end = choose.load(self.preferred or name)
+                why = back_end.unavailable(current())
             except ImportError as error:
                 return str(error)
         parts = [p for p in dispatch.OPS if p.startswith(self.op) or (self.op, p) == ("multi_lora_linear", "sgmv_add")]
@@ -248,17 +243,18 @@ def _run(work: Sequence[tuple[Target, str]], console) -> list[dict]:
 def check_one(target: Target, name: str) -> list[dict]:
     """The rows of one problem on one target, whose settings must be active. An exception is a row that fails; one row
     whose output is DECLINED says why the back end does not take the problem."""
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch.choose import Declined
     from peftkern.testing.accuracy import check
 
     problem = problem_of(target, name)
     head = dict(backend=target.name, problem=name, dtype=short(problem.dtype), adapters=short(problem.adapter_dtype))
     try:
-        with takers() if target.preferred else contextlib.nullcontext([]) as taken:
+        with Takers() if target.preferred else contextlib.nullcontext(Takers()) as mode:
             results = check(problem, target.device)
-        if target.preferred and not any(name == target.preferred for _, name, _ in taken):
-            raise dispatch.Declined(taken[0][2].removeprefix("; ") if taken else "no op was called")
-    except dispatch.Declined as error:
+        if target.preferred and not any(choice.backend == target.preferred for choice in mode.taken):
+            declined = mode.taken[0].declined.items() if mode.taken else [(target.preferred, "no op was called")]
+            raise Declined("; ".join(f"{name}: {why}" for name, why in declined))
+    except Declined as error:
         return [head | dict(output=DECLINED, ratio=None, ok=True, error=str(error).rpartition("]: ")[2])]
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
@@ -269,27 +265,21 @@ def check_one(target: Target, name: str) -> list[dict]:
     ]
 
 
-@contextlib.contextmanager
-def takers() -> Iterator[list[tuple]]:
-    """Which back end took each op inside: (problem, name, who declined and why)."""
-    from peftkern.dispatch import registry as dispatch
+class Takers(TorchDispatchMode):
+    """Who takes the ops inside: ``taken`` holds a ``Choice`` for each of ours that is called, backward included."""
 
-    taken: list[tuple] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list = []
 
-    class Keep(logging.Handler):
-        def emit(self, record):
-            if len(record.args or ()) == 3:
-                taken.append(record.args)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from peftkern.dispatch import choose, registry
 
-    handler, level = Keep(), dispatch.log.level
-    dispatch.forget()
-    dispatch.log.addHandler(handler)
-    dispatch.log.setLevel(logging.DEBUG)
-    try:
-        yield taken
-    finally:
-        dispatch.log.removeHandler(handler)
-        dispatch.log.setLevel(level)
+        namespace, _, name = func.name().partition("::")
+        if namespace == "peftkern":
+            op = registry.OPS[name]
+            self.taken.append(choose.choose(op.describe(op.arguments(*args)), current()))
+        return func(*args, **kwargs or {})
 
 
 def problem_of(target: Target, name: str):

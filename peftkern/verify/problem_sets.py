@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftkern.benchmarks.core.case import DTYPES
+from peftkern.problem import DTYPES
 
 # Every SPECIAL_EVERY-th problem of a dtype is of one of the kinds, in turn.
 SPECIAL_EVERY = 12

@@ -7,7 +7,7 @@ as the layer matches it, the plan would come out the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,20 +46,12 @@ def only_aligns(module: nn.Module, cls: type) -> bool:
     )
 
 
-class Slot(NamedTuple):
-    """A tensor that was read, and where. ``frozen``: whether it requires a gradient was read too."""
-
-    fields: dict[str, Pattern]
-    name: str
-    tensor: Tensor | None
-    frozen: bool
-
-
 class Record:
     """What the looks at one layer have in common.
 
     Attributes:
-        slots: the tensors that were read, in order. transposed: id of a transposed view -> the tensor that was read.
+        slots: of each tensor that was read the fields that it goes into, its name, itself, and whether it was asked for as
+            frozen. transposed: id of a transposed view -> the tensor that was read.
         whole: False once something was read that a pattern cannot tell.
     """
 
@@ -67,7 +59,7 @@ class Record:
 
     def __init__(self, read: Callable[[nn.Module, str], Any], trains: Callable[[nn.Module, str, Tensor], bool]):
         self.read, self.trains = read, trains
-        self.slots: list[Slot] = []
+        self.slots: list[tuple[dict[str, Pattern], str, Tensor | None, bool]] = []
         self.transposed: dict[int, Tensor] = {}
         self.whole = True
 
@@ -158,7 +150,7 @@ class Look:
         record, own = self.record, self._own["_parameters"]
         t = record.read(self.module, name)
         if name in own and own[name] is t and (t is None or type(t) in PLAIN_TENSORS):
-            record.slots.append(Slot(self._inside("_parameters"), name, t, frozen))
+            record.slots.append((self._inside("_parameters"), name, t, frozen))
         else:
             record.whole = False
         return t

@@ -10,9 +10,9 @@ from itertools import zip_longest
 from typing import Any
 
 try:
-    from .._C import Unchanged as _Native
+    from .._C import Unchanged
 except ImportError:
-    _Native = None
+    Unchanged = None  # the check in Python costs more than a careful look: nothing is worth keeping
 
 Pattern = tuple
 _MISSING = object()
@@ -103,7 +103,7 @@ def _matches(pattern: Pattern, now: Any, kept: dict[int, Any]) -> bool:
 
 
 class PythonUnchanged:
-    """The check in Python, for an install without the native code."""
+    """``Unchanged`` in Python: the definition, which tests hold the native check to."""
 
     def __init__(self, *patterns: Pattern):
         self._patterns = patterns
@@ -123,6 +123,3 @@ class PythonUnchanged:
             # What cannot be looked at is not as it was: who looks with care will say why.
             return None
         return tuple(kept.get(slot) for slot in range(len(kept)))
-
-
-Unchanged = _Native or PythonUnchanged

@@ -155,6 +155,26 @@ def test_a_parameter_that_changes_is_named(layer):
     assert "PEFTKERN_SAVE_INPUT" not in str(caught.value) and getattr(layer, "name", "") in str(caught.value)
 
 
+VECTORS = dict(rank_scale=R, base_in_scale=K, delta_in_scale=K, base_out_scale=N, delta_out_scale=N)
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["LoRA", "vectors"])
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "seed", *VECTORS])
+def test_any_tensor_that_changes_is_named(name, scaled, drops):
+    W, A, B, *_ = _parameters()
+    t = dict(weight=W, lora_A=A, lora_B=B, seed=torch.tensor([3]))
+    t |= {v: nn.Parameter(torch.randn(size)) for v, size in VECTORS.items()} if scaled else {}
+    if name not in t or (name == "seed" and not drops):
+        return
+    x = torch.randn(2, K, requires_grad=True)
+    y = lora_linear(x, **t, dropout_p=0.5 * drops, training=True)
+    with torch.no_grad():
+        t[name].mul_(2)
+    with pytest.raises(RuntimeError, match=f"lora_linear: {name} was changed in place"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("x_trains", [False, True])
 def test_parameters_step_one_after_the_other(layer, x_trains):
     x = torch.randn(B, T, K, requires_grad=x_trains)

@@ -10,6 +10,7 @@ import torch
 
 from peftkern.dispatch import tuned
 from peftkern.problem import Problem
+from peftkern.settings import Settings
 
 FAKE = "Imaginary GPU X-1 (80 GB)"
 
@@ -24,17 +25,21 @@ def row(M=8192, choice="fused", **changes):
 
 
 @pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """``packaged(rows)`` is the table of the device FAKE."""
+def packaged(tmp_path):
+    """``packaged(rows, **settings)``: settings with a table of the device FAKE in force."""
 
-    def write(rows):
-        (tmp_path / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
-        tuned.table.cache_clear()
+    def write(rows, **settings):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
+        return Settings(tables=str(folder), gpu=FAKE)._replace(**settings)
 
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    tuned.table.cache_clear()
-    yield write
-    tuned.table.cache_clear()
+    return write
+
+
+def choice(problem, now):
+    found = tuned.entry(problem, now)
+    return found and found.candidate
 
 
 def test_file_names():
@@ -50,24 +55,24 @@ def test_buckets_are_the_nearest_powers_of_two():
         assert ratios[tuned.bucket(m)] == min(ratios.values())
 
 
-def test_without_a_table_there_is_no_choice(packaged):
-    assert tuned.choice(problem(), FAKE) is None and tuned.entry(problem(), FAKE) is None
+def test_without_a_table_there_is_no_choice(tmp_path):
+    assert tuned.entry(problem(), Settings(tables=str(tmp_path), gpu=FAKE)) is None
 
 
 def test_the_nearest_row_decides(packaged):
-    packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused", config={"block_m": 128})])
+    now = packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused", config={"block_m": 128})])
     expected = {
         255: "epilogue", 512: "epilogue", 1000: "epilogue", 1100: "cuda", 2048: "cuda", 4000: "cuda", 4200: "fused",
         8192: "fused", 16384: "fused",
     }  # fmt: skip
-    assert {m: tuned.choice(problem(m), FAKE) for m in expected} == expected
-    assert tuned.entry(problem(), FAKE).config == {"block_m": 128}
-    assert tuned.entry(problem(2048), FAKE).config is None
-    packaged([row(0, "cuda", op="lora_row_norm", dropout=False)])
-    assert tuned.choice(problem(0, op="lora_row_norm", flags=()), FAKE) == "cuda"
-    packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused")])
+    assert {m: choice(problem(m), now) for m in expected} == expected
+    assert tuned.entry(problem(), now).config == {"block_m": 128}
+    assert tuned.entry(problem(2048), now).config is None
+    now = packaged([row(0, "cuda", op="lora_row_norm", dropout=False)])
+    assert choice(problem(0, op="lora_row_norm", flags=()), now) == "cuda"
+    now = packaged([row(512, "epilogue"), row(2048, "cuda"), row(8192, "fused")])
     # More than a factor of two from any row, or no rows at all.
-    assert [tuned.choice(problem(m), FAKE) for m in (0, 1, 128, 40_000)] == [None] * 4
+    assert [choice(problem(m), now) for m in (0, 1, 128, 40_000)] == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -79,33 +84,29 @@ def test_the_nearest_row_decides(packaged):
     ],
 )  # fmt: skip
 def test_all_else_must_agree(packaged, other):
-    packaged([row()])
-    assert {tuned.choice(problem(flags=f), FAKE) for f in (("dropout",), ("dropout", "bias"))} == {"fused"}
-    assert tuned.choice(other, FAKE) is None
+    now = packaged([row()])
+    assert {choice(problem(flags=f), now) for f in (("dropout",), ("dropout", "bias"))} == {"fused"}
+    assert choice(other, now) is None
 
 
-def test_batch_invariance_knows_no_choice(packaged, monkeypatch):
-    packaged([row()])
-    monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
-    assert tuned.choice(problem(), FAKE) is None
+def test_batch_invariance_knows_no_choice(packaged):
+    assert choice(problem(), packaged([row()], batch_invariant=True)) is None
 
 
 def test_no_choice_for_other_devices(packaged):
-    packaged([row()])
-    assert tuned.choice(dataclasses.replace(problem(), device="cpu")) is None
-    assert tuned.choice(problem(), "Another GPU") is None
+    now = packaged([row()])
+    assert choice(problem(), now) == "fused" and choice(problem(), now._replace(gpu="Another GPU")) is None
+    assert choice(dataclasses.replace(problem(), device="cpu"), now._replace(gpu="")) is None
 
 
-def test_forced(packaged):
-    packaged([row()])
-    with tuned.forced("cuda"):
-        assert tuned.choice(problem(R=3)) == "cuda"
-        with tuned.forced(None):
-            assert tuned.choice(problem(), FAKE) is None
-        assert tuned.choice(problem(), FAKE) == "cuda"
-    assert tuned.choice(problem(), FAKE) == "fused"
-    with pytest.raises(ValueError, match="candidate"), tuned.forced("magic"):
-        pass
+def test_a_candidate_that_is_named_is_the_fastest(packaged):
+    now = packaged([row()])
+    assert (
+        choice(problem(R=3), now._replace(candidate="cuda"))
+        == choice(problem(), now._replace(candidate="cuda"))
+        == "cuda"
+    )
+    assert choice(problem(), now._replace(candidate="none")) is None
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,8 @@ def test_forced(packaged):
     [([row(choice="magic")], "magic"), ([row(8192), row(8000)], "two rows")],
 )
 def test_tables_that_make_no_sense(packaged, rows, match):
-    packaged(rows)
     with pytest.raises(ValueError, match=match):
-        tuned.choice(problem(), FAKE)
+        tuned.entry(problem(), packaged(rows))
     with pytest.raises(ValueError, match="schema"):
         tuned.parse({"schema": 99, "rows": []}, "x.json")
 
@@ -131,15 +131,3 @@ def test_packaged_tables():
             best = min(r["eligible"], key=times.get)
             assert best.split()[0] == r["choice"], r
             assert "addmm" not in r["eligible"] or times[best] <= times["addmm"], r
-
-
-def test_the_cuda_back_end_asks(packaged, monkeypatch):
-    from peftkern.backends import cuda
-
-    monkeypatch.setattr(tuned, "_device_name", lambda index: FAKE)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    packaged([row(choice="cuda"), row(2048, "epilogue")])
-    assert cuda.decline(problem()) is None
-    assert "no measurement" in cuda.decline(problem(2048)) and "no measurement" in cuda.decline(problem(R=8))
-    monkeypatch.setenv("PEFTKERN_BACKEND", "cuda")
-    assert cuda.decline(problem(R=8)) is None

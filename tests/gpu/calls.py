@@ -6,7 +6,6 @@ On a CPU they run too, through the reference: tests/test_gpu_calls.py sees to it
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern.dispatch import registry as dispatch
-from peftkern.dispatch import tuned
+from peftkern import settings
+from peftkern.dispatch import choose
 
 M, N, K, R = 96, 264, 200, 16
 COUNT = 6
@@ -25,15 +24,8 @@ COUNT = 6
 @contextlib.contextmanager
 def using(backend: str) -> Iterator[None]:
     """``cuda``: its kernels take all that they can, others the rest. Other names: that back end takes every call."""
-    before = os.environ.get("PEFTKERN_BACKEND")
-    os.environ["PEFTKERN_BACKEND"] = "auto" if backend == "cuda" else backend
-    dispatch.forget()
-    try:
-        with tuned.forced("cuda") if backend == "cuda" else contextlib.nullcontext():
-            yield
-    finally:
-        os.environ.pop("PEFTKERN_BACKEND") if before is None else os.environ.update(PEFTKERN_BACKEND=before)
-        dispatch.forget()
+    with settings.using(backend="auto", candidate="cuda") if backend == "cuda" else settings.using(backend=backend):
+        yield
 
 
 @dataclass
@@ -168,8 +160,8 @@ def unable(call: Call, backend: str) -> str | None:
     """Why ``backend`` has no kernel for a part of the call, so that a test of it would test another."""
     if backend == "reference":
         return None
-    module = dispatch.load(backend)
-    reason = module.unavailable()
+    module = choose.load(backend)
+    reason = module.unavailable(settings.current())
     missing = [op for op in call.ops if op not in module.OPS]
     if backend == "cuda":  # others may take a part
         missing = missing if len(missing) == len(call.ops) else []

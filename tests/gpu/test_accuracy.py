@@ -10,7 +10,9 @@ import torch
 
 import peftkern
 from peftkern.benchmarks.tune.plan import jobs
-from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch.choose import Declined, choose
+from peftkern.problem import DTYPES
+from peftkern.settings import current
 from peftkern.testing.accuracy import _row, check
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
@@ -18,7 +20,6 @@ from peftkern.verify import main as verify
 
 # Problems of each op and dtype. Triton compiles anew for most of them.
 COUNTS = {"cuda": 8, "reference": 3, "triton": 5, "auto": 1}
-DTYPES = ("bf16", "fp16", "fp32")
 # What the CUDA kernels leave to others: most of the problems that have it would only be declined.
 ELSEWHERE = {"base_in_scale", "base_out_scale"}
 
@@ -80,13 +81,12 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
     M, K, N, R = sizes
     if name == "triton" and sizes not in COMPILED:
         pytest.skip("its random problems cover more, and each size is compiled anew")
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     problem = LoRALinearProblem(
         seed=M + R, M=M, K=K, N=N, R=R, dtype=kind, adapter_dtype=torch.float32 if adapters == "fp32" else kind,
         scaling=2.0, dropout_p=dropout, options=("bias",) if M % 2 else (),
     )  # fmt: skip
     with target.active():
-        dispatch.forget()
         results = check(problem, "cuda")
     head = dict(backend=name, problem=f"{M}x{K}x{N} R={R} dropout={dropout:g}", dtype=dtype, adapters=adapters)
     _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
@@ -100,8 +100,8 @@ def test_the_cuda_kernels_take_what_users_train():
     major, minor = torch.cuda.get_device_capability()
     with target.active():
         for job in jobs("lora_linear", ranks=(16, 64)):
-            name, declined = dispatch.choose(job.problem(major * 10 + minor))
-            assert name == "cuda", f"{job}: {declined}"
+            choice = choose(job.problem(major * 10 + minor), current())
+            assert choice.backend == "cuda", f"{job}: {choice.declined}"
 
 
 @pytest.mark.parametrize("adapters", ["fp32", "same"])
@@ -109,7 +109,7 @@ def test_the_cuda_kernels_take_what_users_train():
 @pytest.mark.parametrize("N, K, R", [(4096, 4096, 16), (333, 520, 8), (1, 1, 1), (1000, 1111, 65)])
 def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
     """Of W + s B A, judged as everything: by the error of the same in fp32."""
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     make = torch.Generator("cuda").manual_seed(K)
     small = torch.float32 if adapters == "fp32" else kind
     W, A, B = (
@@ -129,14 +129,13 @@ def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
 
 def taker_is_another(backend: str, run) -> str | None:
     """Why a call of ``run`` was not taken by ``backend``, or None."""
-    dispatch.forget()
-    with verify.takers() as taken:
+    with verify.Takers() as mode:
         try:
             run()
-        except dispatch.Declined as error:
+        except Declined as error:
             return str(error).rpartition("]: ")[2]
-    _, name, declined = taken[-1]
-    return None if name == backend else f"{name} took it{declined}"
+    last = mode.taken[-1]
+    return None if last.backend == backend else f"{last.backend} took it; {last.declined}"
 
 
 # M rows, adapters, K, N, ranks.
@@ -154,7 +153,7 @@ BRANCHES = [
 def test_branch_in_place(backend, dtype, sizes, adapters, record_property):
     """sgmv into an output, as decoding calls it: with a bank, some rows without an adapter."""
     M, count, K, N, ranks = sizes
-    kind = verify.DTYPES[dtype]
+    kind = DTYPES[dtype]
     small = torch.float32 if adapters == "fp32" else kind
     got, exact, eager = branch(M, count, K, N, ranks, kind, small, "cuda", backend)
     if isinstance(got, str):

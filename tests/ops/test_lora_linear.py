@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.dispatch.registry import OPS, choose, load
+from peftkern.dispatch.choose import choose, load
+from peftkern.dispatch.registry import OPS
 from peftkern.equation import Needs
+from peftkern.settings import current
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import random_problem
 
 ops = torch.ops.peftkern
-CPU_REASON = load("cpu").unavailable()
+CPU_REASON = load("cpu").unavailable(current())
 BACKENDS = [
     pytest.param(("reference", "auto"), id="reference"),
     *(
@@ -109,7 +111,9 @@ def test_same_inputs_same_bits_and_thread_counts(backend, dtype):
 
     def run():
         _, u, _ = ops.lora_linear_fwd(*forward(x, w, a, b, **options))
-        *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, None, w, a, b, ("x", "A", "B", "bias"), **options))
+        *grads, vectors = ops.lora_linear_bwd(
+            *backward(dy, x, u, None, w, a, b, needs=("x", "A", "B", "bias"), **options)
+        )
         return [u, *grads, *vectors]
 
     threads = torch.get_num_threads()
@@ -150,14 +154,38 @@ def test_opcheck(dtype, backend):
         torch.library.opcheck(ops.lora_linear_fwd, forward(x, w, a, b, scaling=1.5, save_base=full, **options))
         options.pop("bias", None)
         h, needs = (dy.clone(), Needs._fields) if full else (None, ("x", "A", "B"))
-        torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs, scaling=1.5, **options))
+        torch.library.opcheck(ops.lora_linear_bwd, backward(dy, x, u, h, w, a, b, needs=needs, scaling=1.5, **options))
+
+
+def negative(t):
+    """The values of ``t`` in memory that holds their negatives."""
+    view = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert view.is_neg() and torch.equal(view, t)
+    return view
+
+
+def test_views_that_negate(backend):
+    x, w, a, b = tensors()
+    g = torch.Generator().manual_seed(1)
+    dy, u, h, bias = (torch.randn(*s, generator=g) for s in ((6, 9), (6, 3), (6, 9), (9,)))
+    d, p_b, p_d, g_b, g_d = (torch.randn(n, generator=g) for n in (3, 20, 20, 9, 9))
+    scales = dict(d=d, p_b=p_b, p_d=p_d, g_b=g_b, g_d=g_d)
+    t = dict(x=x, weight=w, lora_A=a, lora_B=b, bias=bias, **scales)
+    expected = ops.lora_linear_fwd(*forward(**t))
+    for name in t:
+        torch.testing.assert_close(ops.lora_linear_fwd(*forward(**t | {name: negative(t[name])})), expected)
+    t = dict(dy=dy, x=x, u=u, h=h, weight=w, lora_A=a, lora_B=b, **scales)
+    expected = ops.lora_linear_bwd(*backward(**t, needs=Needs._fields))
+    for name in t:
+        found = ops.lora_linear_bwd(*backward(**t | {name: negative(t[name])}, needs=Needs._fields))
+        torch.testing.assert_close(found, expected)
 
 
 def test_outputs_do_not_alias_inputs_or_each_other(backend):
     x, w, a, b = tensors()
     outs = list(ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True)))
     dy = torch.randn(6, 9)
-    *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, outs[1], outs[2], w, a, b, Needs._fields))
+    *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, outs[1], outs[2], w, a, b, needs=Needs._fields))
     outs += [*grads, *vectors]
     assert all(t.numel() for t in outs)
     ins = [x, w, a, b, dy]
@@ -168,8 +196,8 @@ def test_outputs_do_not_alias_inputs_or_each_other(backend):
 def test_choice_falls_through_and_names_reasons(monkeypatch):
     x, w, a, b = tensors(torch.float64)
     problem = OPS["lora_linear_fwd"].describe(forward(x, w, a, b))
-    name, declined = choose(problem)
-    assert name == "reference" and "cpu" in declined and "float64" in str(problem)
+    choice = choose(problem, current())
+    assert choice.backend == "reference" and "cpu" in choice.declined and "float64" in str(problem)
     monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="PEFTKERN_BACKEND=cpu cannot take"):
         lora_linear(x, w, a, b)
@@ -184,7 +212,7 @@ def test_fake_and_meta_agree_with_real():
     def run(x, w, a, b, dy, u):
         outs = ops.lora_linear_fwd(*forward(x, w, a, b, save_base=True))
         for needs in (("x", "A", "B"), Needs._fields):
-            *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, dy, w, a, b, needs))
+            *grads, vectors = ops.lora_linear_bwd(*backward(dy, x, u, dy, w, a, b, needs=needs))
             outs += (*grads, *vectors)
         return [(t.shape, t.dtype, t.stride()) for t in outs]
 

@@ -65,12 +65,11 @@ def test_reference_equals_one_lora_linear_per_adapter(p, monkeypatch):
     probabilities, seed = (None, None) if p is None else (torch.tensor(p, dtype=torch.float64), torch.tensor([9]))
     bias = torch.randn(N, dtype=torch.float64)
     route = ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    y, u = ops.multi_lora_linear_fwd(x, W, N, bias, weights, table, scaling, 7, *route, probabilities, seed)
+    y, u = ops.multi_lora_linear_fwd(x, [W], "dense", N, bias, weights, table, scaling, 7, *route, probabilities, seed)
     dy = torch.randn(M, N, dtype=torch.float64)
-    du, dbias, grads = ops.multi_lora_linear_bwd_adapter(
-        dy, x, u, weights, table, scaling, *route, probabilities, seed, [True] * len(weights), True
-    )
-    dx = ops.multi_lora_linear_bwd_input(dy, du, W, K, weights, table, *route, probabilities, seed)
+    dx, dbias, grads = ops.multi_lora_linear_bwd(
+        dy, x, u, [W], "dense", K, weights, table, scaling, *route, probabilities, seed, True, True, [True] * len(weights)
+    )  # fmt: skip
     torch.testing.assert_close(dbias, dy.sum(0))
     for slot in range(-1, len(scaling)):
         # The whole batch through one adapter: the bits of a row's dropout depend on its place.
@@ -88,14 +87,14 @@ def test_reference_equals_one_lora_linear_per_adapter(p, monkeypatch):
         if slot >= 0:
             torch.testing.assert_close(grads[2 * slot], A.grad)
             torch.testing.assert_close(grads[2 * slot + 1], B.grad)
-            assert not u[mine][:, A.shape[0] :].any() and not du[mine][:, A.shape[0] :].any()
+            assert not u[mine][:, A.shape[0] :].any()
     assert not grads[-1].any() and not grads[-2].any(), "the last adapter has no rows"
 
 
 def test_weights_may_lie_anywhere_in_shared_tensors():
     x, W, weights, table, scaling, ids = problem()
     (N, K), route = W.shape, ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    expected = ops.multi_lora_linear_fwd(x, W, N, None, weights, table, scaling, 7, *route, None, None)
+    expected = ops.multi_lora_linear_fwd(x, [W], "dense", N, None, weights, table, scaling, 7, *route, None, None)
     # One tensor of NaN with A in rows of 32 columns and B transposed, in rows of 16.
     pool, rows, at = torch.full((4000,), float("nan"), dtype=x.dtype), [], 5
     for slot, (A, B) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
@@ -104,7 +103,9 @@ def test_weights_may_lie_anywhere_in_shared_tensors():
         pool[at + 32 * R : at + 48 * R].view(R, 16)[:, :N] = B.t()
         rows.append([slot, R, 0, at, 32, 0, at + 32 * R, 1, 16, 0])
         at += 48 * R + 3
-    found = ops.multi_lora_linear_fwd(x, W, N, None, [pool], torch.tensor(rows), scaling, 7, *route, None, None)
+    found = ops.multi_lora_linear_fwd(
+        x, [W], "dense", N, None, [pool], torch.tensor(rows), scaling, 7, *route, None, None
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -114,28 +115,26 @@ def test_opcheck():
     p = torch.full((4,), 0.25, dtype=torch.float64)
     torch.library.opcheck(ops.multi_lora_linear_route.default, (ids, table, EVERY_ID))
     order, starts = ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    args = (x, W, N, torch.zeros(N), weights, table, scaling, 7, order, starts, p, seed)
+    args = (x, [W], "dense", N, torch.zeros(N), weights, table, scaling, 7, order, starts, p, seed)
     torch.library.opcheck(ops.multi_lora_linear_fwd.default, args)
     y, u = ops.multi_lora_linear_fwd(*args)
     need = [True, False] * 4
-    args = (torch.ones_like(y), x, u, weights, table, scaling, order, starts, p, seed, need, True)
-    torch.library.opcheck(ops.multi_lora_linear_bwd_adapter.default, args)
-    du, _, _ = ops.multi_lora_linear_bwd_adapter(*args)
-    args = (torch.ones_like(y), du, W, K, weights, table, order, starts, p, seed)
-    torch.library.opcheck(ops.multi_lora_linear_bwd_input.default, args)
+    rest = ([W], "dense", K, weights, table, scaling, order, starts, p, seed)
+    for wanted in ((True, True, need), (False, False, [False] * 8)):
+        torch.library.opcheck(ops.multi_lora_linear_bwd.default, (torch.ones_like(y), x, u, *rest, *wanted))
 
 
 def test_bad_arguments_are_named():
     x, W, weights, table, scaling, ids = problem()
     N, (order, starts) = W.shape[0], ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    good = dict(x=x, weight=W, out_features=N, bias=None, weights=weights, table=table, scaling=scaling, max_rank=7,
+    good = dict(x=x, base=[W], kind="dense", out_features=N, bias=None, weights=weights, table=table, scaling=scaling, max_rank=7,
                 order=order, starts=starts, dropout_p=None, seed=None)  # fmt: skip
     bad = dict(
-        x=x[0], weight=W[:-1], bias=torch.zeros(N + 1), weights=[*weights[:-1], weights[-1].float()],
+        x=x[0], base=[W[:-1]], kind="sparse", bias=torch.zeros(N + 1), weights=[*weights[:-1], weights[-1].float()],
         table=table[:, :-1], scaling=scaling[:-1], order=order.long(), starts=starts[:-1],
         dropout_p=torch.zeros(3, dtype=torch.float64),
     )  # fmt: skip
     for name, value in bad.items():
-        with pytest.raises((ValueError, TypeError), match=name):
+        with pytest.raises((ValueError, TypeError), match={"base": "weight"}.get(name, name)):
             ops.multi_lora_linear_fwd(*(good | {name: value}).values())
     assert len(COLUMNS) == table.shape[1]

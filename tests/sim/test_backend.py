@@ -18,6 +18,7 @@ from peftkern.ops.lora_row_norm import RowNorm, lora_row_norm_ref
 from peftkern.ops.multi_lora_linear import MultiForward, Route, multi_lora_linear_fwd_ref, multi_lora_linear_route_ref
 from peftkern.ops.sgmv import Add, sgmv_add_ref
 from peftkern.problem import Problem
+from peftkern.settings import current
 from peftkern.testing.arguments import backward, base, forward
 from peftkern.verify.static import cuda_launches
 
@@ -93,7 +94,7 @@ def test_more_ranks_than_a_block_has_memory_for(sim, monkeypatch, arch, dtype, m
     monkeypatch.setattr(cuda_native, "_C", sim.module)
     for rank, taken in ((1, True), (512, True), (513, True), (most, True), (most + 1, False), (2**31, False)):
         problem = Problem("sgmv_add", "cuda", arch, dtype, dtype, 6, 40, 24, rank, frozenset())
-        reason = cuda_multi.decline(problem)
+        reason = cuda_multi.decline(problem, current())
         assert reason is None if taken else "more shared memory than a block has" in reason
 
 
@@ -111,7 +112,7 @@ def test_many_adapters(device, bias_dtype):
         problem = Problem(
             "multi_lora_linear_fwd", "cuda", "sm_80", x.dtype, x.dtype, 6, 40, 24, 64, frozenset({"base"})
         )
-        assert "sm_90" in cuda_multi.decline(problem)
+        assert "sm_90" in cuda_multi.decline(problem, current())
         return
     gen = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 24, generator=gen).to(x.dtype)
@@ -193,7 +194,7 @@ def test_gradients(device, case):
     u = torch.randn(M, R, generator=torch.Generator().manual_seed(R))
     for needs in NEEDS:
         check_gradients(backward(
-            t["dy"], t["x"] if "A" in needs else None, u, None, t["weight"], t["A"], t["B"], needs, scaling=-1.5,
+            t["dy"], t["x"] if "A" in needs else None, u, None, t["weight"], t["A"], t["B"], needs=needs, scaling=-1.5,
             dropout_p=t["p"], seed=t["seed"], d=t["d"], p_b=t["p_b"], p_d=t["p_d"], g_d=t["g_d"],
         ))  # fmt: skip
 
@@ -230,7 +231,7 @@ def test_any_layout(device, layout):
     expected = lora_linear_fwd_ref(double(c))
     close(y, expected[0], y.dtype)
     close(u, expected[1], u.dtype)
-    check_gradients(backward(dy, x, u, None, weight, A, B, ("x", "A", "B", "bias"), **numbers))
+    check_gradients(backward(dy, x, u, None, weight, A, B, needs=("x", "A", "B", "bias"), **numbers))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

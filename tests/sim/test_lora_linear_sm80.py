@@ -72,9 +72,7 @@ class Problem:
         self.v = randn(M, R)
         self.b = padded(R if self.transposed else N, N if self.transposed else R, self.pad, self.adapter)
         self.b[:, : N if self.transposed else R] = self.size * randn(*((R, N) if self.transposed else (N, R)))
-        self.d, self.g_b, self.g_d = (
-            (randn(R), randn(N), randn(N)) if self.scaled else (None, None, None)
-        )
+        self.d, self.g_b, self.g_d = (randn(R), randn(N), randn(N)) if self.scaled else (None, None, None)
         self.bias_values = None if self.bias is None else randn(N).to(self.bias)
         self.key = torch.tensor([-(2**50) + 3 * self.seed])
         self.scaling = 1.5

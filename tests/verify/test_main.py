@@ -94,13 +94,13 @@ def test_without_a_gpu_its_back_ends_say_so(capsys):
 
 
 def test_declined_problems_are_counted(small, monkeypatch, tmp_path, capsys):
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch.choose import Declined
 
     right = accuracy.run_ours
 
     def picky(problem, *args):
         if problem.dtype == torch.float32:
-            raise dispatch.Declined("PEFTKERN_BACKEND=x cannot take op[cpu: a=1]: no kernel for fp32")
+            raise Declined("PEFTKERN_BACKEND=x cannot take op[cpu: a=1]: no kernel for fp32")
         return right(problem, *args)
 
     monkeypatch.setattr(accuracy, "run_ours", picky)
@@ -117,30 +117,31 @@ def test_declined_problems_are_counted(small, monkeypatch, tmp_path, capsys):
 def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
     """Rows count for a preferred back end only if it took a part of the problem."""
     import dataclasses
+    import functools
+    import types
 
-    from peftkern.backends import cpu
-    from peftkern.dispatch import registry as dispatch
-    from peftkern.dispatch import tuned
+    from peftkern.dispatch import choose, registry
+    from peftkern.problem import CpuWay
+    from peftkern.settings import using
 
     target = verify.targets(["cuda"], None, device="cuda")[0]
     assert target.preferred == "cuda" and target.environment["PEFTKERN_BACKEND"] == "auto"
-    # The CPU back end stands for it, and asks for the choice as the CUDA one does.
-    target = dataclasses.replace(target, device="cpu", preferred="cuda")
-    whole = cpu.decline
-    monkeypatch.setattr(cpu, "NAME", "cuda")
-    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda",))
-    monkeypatch.setattr(dispatch, "load", lambda name: cpu)
-    monkeypatch.setattr(cpu, "decline", lambda p: "not chosen" if tuned.choice(p) != "cuda" else whole(p))
-    dispatch.forget()
-    with target.active():
+    # The CPU back end stands for it, with a part of the op.
+    target, cpu = dataclasses.replace(target, device="cpu", preferred="cuda"), choose.load("cpu")
+    ops = {
+        "lora_linear_fwd": functools.partial(cpu.OPS["lora_linear_fwd"], way=CpuWay(kind="vendor", strided="vendor"))
+    }
+    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, decline=cpu.decline)
+    monkeypatch.setitem(choose.ORDER, "cpu", ("cuda",))
+    for module in (choose, registry):
+        monkeypatch.setattr(module, "load", lambda name: named)
+    with using(gpu="a test's"), target.active():
         rows = verify.check_one(target, "fp32:7")
     assert rows and all(r["output"] != verify.DECLINED and r["ok"] for r in rows)
-    monkeypatch.setattr(cpu, "decline", lambda p: "too odd")
-    with target.active():
+    named.decline = lambda problem, now: "too odd"
+    with using(gpu="another test's"), target.active():
         (row,) = verify.check_one(target, "fp32:7")
     assert row["output"] == verify.DECLINED and "too odd" in row["error"]
-    monkeypatch.undo()
-    dispatch.forget()
 
 
 def test_strides_survive_a_move():

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cpu/common/scratch.h"
+#include "cpu/common/views.h"
 #include "peftkern/cpu_multi.h"
 
 namespace peftkern::cpu {
@@ -11,8 +13,13 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-int64_t element_size(DType dtype) {
-  return dtype == DType::f32 ? 4 : 2;
+// Whether the elements (r, c) of a panel (R, C) that begins at `offset` lie in memory.
+bool inside(const MultiMemory& memory, int64_t offset, int64_t R, int64_t row, int64_t C, int64_t col) {
+  if (offset < 0 || row < 0 || col < 0) return false;
+  int64_t down, right, last;
+  const bool huge = __builtin_mul_overflow(R - 1, row, &down) || __builtin_mul_overflow(C - 1, col, &right) ||
+                    __builtin_add_overflow(down, right, &last) || __builtin_add_overflow(last, offset, &last);
+  return !huge && last < memory.elements;
 }
 
 void check_rows(const int32_t* rows, int64_t count, int64_t M) {
@@ -23,14 +30,14 @@ void check_rows(const int32_t* rows, int64_t count, int64_t M) {
 
 }  // namespace
 
-MultiBatch::MultiBatch(std::vector<uintptr_t> addresses, DType type, const int64_t* table, int64_t slots,
-                       const int32_t* order, const int32_t* starts, int64_t rows, int64_t rank,
-                       const float* scaling, const double* dropout_p, uint64_t dropout_seed)
-    : weights(std::move(addresses)), dtype(type), M(rows), max_rank(rank), seed(dropout_seed) {
-  require(starts[0] == 0 && starts[slots + 1] == M, "starts must cover all rows; each needs a valid adapter");
+MultiBatch::MultiBatch(const MultiAdapters& a, const int32_t* order, const int32_t* starts, int64_t rows,
+                       const double* dropout_p, uint64_t dropout_seed)
+    : adapters(a), M(rows), seed(dropout_seed) {
+  require(starts[0] == 0 && starts[a.slots + 1] == M,
+          "starts must cover all rows; each needs a valid adapter");
   // Slots without rows are passed over: a decoder's batch has few rows, a bank may have a hundred thousand
   // slots.
-  const int32_t *next = starts, *last = starts + slots + 2;
+  const int32_t *next = starts, *last = starts + a.slots + 2;
   for (int64_t begin = 0, end; begin < M; begin = end) {
     next = std::upper_bound(next, last, begin);
     require(next != starts && next != last && next[-1] == begin && *next <= M, "starts must not descend");
@@ -40,21 +47,24 @@ MultiBatch::MultiBatch(std::vector<uintptr_t> addresses, DType type, const int64
     g.rows = order + begin, g.count = end - begin;
     g.scaling = g.keep_scale = 1.0f;
     check_rows(g.rows, g.count, M);
-    if (slot < slots) {
-      const int64_t* t = table + slot * kMultiColumns;
+    if (slot < a.slots) {
+      const int64_t* t = a.table + slot * kMultiColumns;
       g.R = t[kRank], g.padded = t[kPadded] != 0;
-      require(g.R >= 0 && g.R <= max_rank, "table: a rank is not in [0, max_rank]");
-      const int64_t strides[2][2] = {{t[kARow], 1}, {t[kBR], t[kBN]}};
+      require(g.R >= 0 && g.R <= a.max_rank, "table: a rank is not in [0, max_rank]");
+      const int64_t strides[2][2] = {{t[kARow], 1}, {t[kBR], t[kBN]}}, columns[2] = {a.K, a.N};
       for (int side = 0; side < 2 && g.R > 0; ++side) {
+        const auto [row, col] = strides[side];
         const int64_t tensor = t[side == 0 ? kATensor : kBTensor],
                       offset = t[side == 0 ? kAOffset : kBOffset];
-        require(tensor >= 0 && tensor < static_cast<int64_t>(weights.size()) && offset >= 0,
+        const int64_t C = g.padded ? padded(columns[side]) : columns[side];
+        require(tensor >= 0 && tensor < static_cast<int64_t>(a.weights.size()) &&
+                    (C == 0 || inside(a.weights[tensor], offset, g.R, row, C, col)),
                 "table: an adapter lies outside of weights");
         g.tensor[side] = static_cast<int>(tensor), g.offset[side] = offset;
-        g.panel[side] = {reinterpret_cast<const void*>(weights[tensor] + offset * element_size(dtype)), dtype,
-                         strides[side][0], strides[side][1]};
+        const auto* data = static_cast<const char*>(a.weights[tensor].data);
+        if (C > 0) g.panel[side] = {data + offset * element_size(a.dtype), a.dtype, row, col};
       }
-      if (scaling != nullptr) g.scaling = scaling[slot];
+      g.scaling = a.scaling[slot];
       if (dropout_p != nullptr) {
         const double p = dropout_p[slot];
         require(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1)");

@@ -1,6 +1,7 @@
 // Launchers of multi_lora_linear: which pieces of work a batch is cut into.
 #include "cpu/common/dispatch.h"
-#include "cpu/common/scratch.h"
+#include "cpu/common/kept_scratch.h"
+#include "cpu/common/views.h"
 #include "cpu/multi/tasks.h"
 #include "peftkern/cpu_multi.h"
 
@@ -50,8 +51,7 @@ class Reduction {
     task_.threads = args.threads;
     task_.scratch_floats = largest_rank(batch) * kReduceFloatsPerRank + kFewRows * few_row(args.C);
     task_.scratch_floats = round_up(task_.scratch_floats, 16);
-    scratch_ = allocate(task_.scratch_floats * args.threads);
-    task_.scratch = scratch_.get();
+    task_.scratch = scratch_.take(task_.scratch_floats * args.threads);
     segments_.reserve(batch.groups.size());
     for (const MultiGroup& g : batch.groups) segments_.push_back(segment(g));
   }
@@ -77,11 +77,10 @@ class Reduction {
     const int64_t floats = s.R * Cpad_;
     s.part_rows = round_up(divide_up(s.count, part_count(s.count, kPartRows, floats)), kTileRowsMultiple);
     if (args_.grads != nullptr && floats > 0) {
-      const uintptr_t address = (*args_.grads)[g.tensor[side]];
-      const int64_t size = batch_.dtype == DType::f32 ? 4 : 2;
-      if (address != 0) {
-        s.grad = {reinterpret_cast<void*>(address + g.offset[side] * size), batch_.dtype, s.p.row, s.p.col};
-      }
+      const Matrix whole{(*args_.grads)[g.tensor[side]], batch_.adapters.dtype, s.p.row, s.p.col};
+      if (whole.data != nullptr)
+        s.grad = {static_cast<char*>(whole.data) + g.offset[side] * element_size(whole.dtype), whole.dtype,
+                  whole.row, whole.col};
     }
     return s;
   }
@@ -144,8 +143,9 @@ class Reduction {
 
   void flush() {
     if (!units_.empty()) {
-      const auto room = allocate(sums_ + colsums_ * Cpad_);
-      task_.sums = room.get(), task_.colsums = room.get() + sums_, task_.colsum_count = colsums_;
+      KeptScratch scratch;
+      task_.sums = scratch.take(sums_ + colsums_ * Cpad_), task_.colsums = task_.sums + sums_;
+      task_.colsum_count = colsums_;
       task_.units = units_.data(), task_.count = static_cast<int64_t>(units_.size());
       task_.finish = finish_.data(), task_.finish_count = static_cast<int64_t>(finish_.size());
       multi_reduce_run(task_);
@@ -158,7 +158,7 @@ class Reduction {
   const MultiReduceArgs& args_;
   const int64_t Cpad_;
   MultiReduceTask task_{};
-  std::unique_ptr<float, Free> scratch_;
+  KeptScratch scratch_;
   std::vector<MultiSegment> segments_;
   std::vector<MultiUnit> units_, finish_;
   int64_t sums_ = 0, colsums_ = 0;  // floats and rows in use
@@ -207,8 +207,8 @@ void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
   task.bias = args.bias != nullptr ? args.bias + args.col0 : nullptr;
   task.scratch_floats = round_up(largest_rank(batch) * kExpandFloatsPerRank, 16);
   task.threads = args.threads;
-  const auto scratch = allocate(task.scratch_floats * args.threads);
-  task.scratch = scratch.get();
+  KeptScratch scratch;
+  task.scratch = scratch.take(task.scratch_floats * args.threads);
   multi_expand_run(task);
 }
 

@@ -38,23 +38,37 @@ struct MultiGroup {
   uint32_t threshold;
 };
 
+// A tensor of weights: its elements, which are adjacent.
+struct MultiMemory {
+  const void* data;
+  int64_t elements;
+};
+
+// The adapters of a layer.
+struct MultiAdapters {
+  std::vector<MultiMemory> weights;
+  DType dtype = DType::f32;
+  const int64_t* table = nullptr;  // slots x kMultiColumns
+  int64_t slots = 0;
+  const float* scaling = nullptr;  // (slots)
+  int64_t K = 0, N = 0, max_rank = 0;
+};
+
 // What the arrays of a call say. Throws std::invalid_argument if following them would leave memory.
 struct MultiBatch {
-  // weights: first addresses; table: slots x kMultiColumns; order: M rows; starts: slots + 3 (see the op).
-  // scaling, dropout_p (one per slot) may be null. `order` must outlive the batch.
-  MultiBatch(std::vector<uintptr_t> weights, DType dtype, const int64_t* table, int64_t slots,
-             const int32_t* order, const int32_t* starts, int64_t M, int64_t max_rank, const float* scaling,
+  // order: M rows; starts: slots + 3 (see the op); dropout_p: (slots) or null. Adapters and `order` must
+  // outlive the batch.
+  MultiBatch(const MultiAdapters& adapters, const int32_t* order, const int32_t* starts, int64_t M,
              const double* dropout_p, uint64_t seed);
 
-  std::vector<uintptr_t> weights;
-  DType dtype;
-  int64_t M, max_rank;
+  const MultiAdapters& adapters;
+  int64_t M;
   uint64_t seed;
   std::vector<MultiGroup> groups;  // those with rows; rows without an adapter last
 };
 
 // in (M x C, any strides). dot, if given, is written whole: M x ld, zero right of a row's rank. v (M x ld)
-// and grads (an address per tensor of weights, 0 = not wanted) go together; groups' gradients are written,
+// and grads (an address per tensor of weights, null = not wanted) go together; groups' gradients are written,
 // nothing else of the tensors.
 struct MultiReduceArgs {
   Side side;
@@ -63,7 +77,7 @@ struct MultiReduceArgs {
   float* dot;
   const float* v;
   int64_t ld;
-  const std::vector<uintptr_t>* grads;
+  const std::vector<void*>* grads;
   float* colsum;  // (C) or null; without dropout
   int threads;
 };

@@ -52,7 +52,6 @@ def base_product(
     a (M, C) any strides; weight (N, K) any strides; in_scale (C,) or None, fp32 or a.dtype; out (M, D) contiguous, in
     a.dtype, contents ignored. C, D = K, N if ``transpose`` (forward) else N, K. All three matrices have one dtype of
     float32, bfloat16, float16. Nothing is called if out is empty; with C == 0 the product is zero.
-    ``native.use_isa`` must have been called.
     """
     M, D = out.shape
     C = a.shape[1]

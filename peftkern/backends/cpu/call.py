@@ -10,10 +10,9 @@ looked at yet: the caller then checks and chooses with care, and hands its choic
 ``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
 are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple of d, p_b, p_d, g_b and
-g_d (equation.py). needs: bit i stands for the gradient i of x, A, B, bias, d, p_b, p_d, g_b, g_d; what no needed one reads may
-be None. Gradients come in that order, None where not needed: dx like dy, dA and dB in the adapters' dtype, the others in
-fp32.
+settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
+equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
+come in the same order, None where not needed: dx like dy, dA and dB in the adapters' dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations
@@ -59,3 +58,33 @@ else:
         """There is no native call here."""
 
     learn_forward = backward = learn_backward = forward
+
+
+def kind_of(c, way) -> str:
+    """Who computes the base product of an op's arguments, on the way that was chosen for them."""
+    if not c.base:
+        return c.kind
+    return way.kind if 1 in c.base[0].stride() else way.strided
+
+
+def copied(value):
+    """A tensor as an ordinary one of its own, likewise those of a tuple; anything else as it is."""
+    if isinstance(value, Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tuple(map(copied, value)) if type(value) is tuple else value
+
+
+def answered(entry, learn, args: tuple, *kind: str):
+    """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is.
+
+    What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
+    """
+    for careful in (False, True):
+        given = copied(args) if careful else args
+        done = entry(*given)
+        if done is None and learn(*given, *kind):
+            done = entry(*given)
+        if done is not None:
+            return done
+    raise RuntimeError(f"the C++ extension takes no call like this one: {unavailable or 'arguments do not fit'}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import call, native
+from . import call
 
 
 def _weight(c) -> Tensor | None:
@@ -21,42 +21,18 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
 
-def _plain(args: tuple) -> tuple:
-    # A matrix whose rows are no constant step apart, or that is no plain tensor, is copied: rare, and never wrong.
-    return tuple(a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args)
-
-
-def _kind(c, way) -> str:
-    if c.kind == "identity":
-        return "identity"
-    return way.kind if 1 in c.base[0].stride() else way.strided
-
-
-def _run(entry, learn, args: tuple, kind: str):
-    """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is."""
-    for given in (args, _plain(args)):
-        done = entry(*given)
-        if done is None and learn(*given, kind):
-            done = entry(*given)
-        if done is not None:
-            return done
-    raise RuntimeError(f"the C++ extension takes no call like this one: {call.unavailable or 'arguments do not fit'}")
-
-
 def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     args = (
         way.now, torch.get_num_threads(), c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = _run(call.forward, call.learn_forward, args, _kind(c, way))
+    y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
 
 
 def lora_linear_bwd(c, way):
     """(dx, dA, dB, dbias, vectors' gradients); see peftkern.ops.lora_linear."""
-    native.use_isa(way.now.cpu_isa)
     need, (R, K) = c.need, c.lora_A.shape
     dx = need.x or need.p_b
     x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None
@@ -64,8 +40,8 @@ def lora_linear_bwd(c, way):
         way.now, torch.get_num_threads(), c.dy, x, c.u, h, _weight(c) if dx else None, c.lora_A, c.lora_B, c.scaling,
         c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
-    kind = _kind(c, way) if dx else "vendor"
-    dx, dA, dB, *sums = _run(call.backward, call.learn_backward, args, kind)
+    kind = call.kind_of(c, way) if dx else "vendor"
+    dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)
     dbias, *vectors = (c.u.new_empty(0) if t is None else t for t in sums)
     dx, dA, dB = (like.new_empty(0) if t is None else t for t, like in ((dx, c.dy), (dA, c.lora_A), (dB, c.lora_B)))
     return dx, dA, dB, dbias, vectors

@@ -1,4 +1,4 @@
-"""multi_lora_linear on CPU: the base product with, for every row, the branch of that row's adapter around it.
+"""multi_lora_linear on CPU: one native call a pass (csrc/cpu/multi/linear.h), with the base product by whoever is fastest.
 
 A batch is cut into segments, the rows of one adapter, which are read and written in place through the route. Forward:
 one pass over x gives u; the base product's epilogue adds branch and bias to each block it completes. Backward: one
@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native
-from .base import base_product
-from .native import _C, CODES, pointer, threads, vector
+from . import call, multi_call
+from .native import _C
 
 
 def multi_lora_linear_route(c, way):
@@ -32,115 +31,61 @@ def multi_lora_linear_route(c, way):
     return order, starts
 
 
-class _Batch:
-    """What all kernels of a call share, and the tensors that its addresses point into."""
+def _memory(w: Tensor) -> Tensor:
+    # The elements of a dense tensor as they lie: offsets of a table count these.
+    w = w.resolve_neg()
+    return w if w.is_contiguous() else w.as_strided((w.numel(),), (1,))
 
-    __slots__ = ("M", "held", "max_rank", "native")
 
-    def __init__(self, c, max_rank: int):
-        table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
-        dropout_p = None if c.dropout_p is None else c.dropout_p.contiguous()
-        weights = c.weights
-        self.M, self.max_rank, self.held = order.shape[0], max_rank, (weights, table, order, starts, scaling, dropout_p)
-        self.native = _C.MultiBatch(
-            [w.data_ptr() for w in weights], CODES[weights[0].dtype] if weights else 0, table.data_ptr(),
-            table.shape[0], order.data_ptr(), starts.data_ptr(), self.M, max_rank, scaling.data_ptr(), pointer(dropout_p),
-            0 if dropout_p is None else int(c.seed.item()) & (2**64 - 1),
-        )  # fmt: skip
+def _adapters(c, max_rank: int, K: int, N: int):
+    weights, table, scaling = [_memory(w) for w in c.weights], c.table.contiguous(), c.scaling.contiguous()
+    return multi_call.adapters(weights, table, scaling, max_rank, K, N, False)
 
-    def reduce(
-        self, side_b: bool, t: Tensor, *, dot: Tensor | None = None, v: Tensor | None = None, grads=(),
-        colsum: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """One pass over t (M, C): ``dot`` (M, max_rank) gets each row's products with its adapter's panel; ``grads``
-        (addresses per tensor of weights, 0 for none) the sums of ``v^T t`` over each adapter's rows; ``colsum`` (C) the
-        sum of all rows."""
-        M, C = t.shape
-        _C.multi_reduce(
-            self.native, side_b, t.data_ptr(), CODES[t.dtype], *t.stride(), C, pointer(dot), pointer(v), grads,
-            pointer(colsum), threads(M * C * max(self.max_rank, 1)),
-        )  # fmt: skip
 
-    def expand(self, side_b: bool, out: Tensor, src: Tensor | None, v: Tensor, row0=0, col0=0, bias=None) -> None:
-        """``out = round(src + each row's v times its panel + bias)`` for the block of rows and columns at (row0, col0)."""
-        m, c = out.shape
-        _C.multi_expand(
-            self.native, side_b, out.data_ptr(), CODES[out.dtype], out.stride(0),
-            pointer(src), 0 if src is None else CODES[src.dtype], 0 if src is None else src.stride(0),
-            row0, m, col0, c, v.data_ptr(), pointer(bias), threads(m * c * max(self.max_rank, 1)),
-        )  # fmt: skip
-
-    def onto_base(self, side_b: bool, a: Tensor, c, out: Tensor, v: Tensor, way, bias=None) -> None:
-        """``out`` (M, D) = the base of ``a`` (zero without one) + branch + bias."""
-        if out.numel() == 0:
-            return
-        if not c.base:
-            self.expand(side_b, out, a.contiguous() if c.kind == "identity" else None, v, bias=bias)
-            return
-
-        def epilogue(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:
-            part = out[r0:r1, c0:c1]
-            self.expand(side_b, part, part if block is None else block, v, r0, c0, bias)
-
-        base_product(a, c.base[0], transpose=side_b, in_scale=None, out=out, epilogue=epilogue, way=way)
+def _weight(c) -> Tensor | None:
+    return c.base[0] if c.base else None
 
 
 def multi_lora_linear_fwd(c, way):
     """(y, u); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.now.cpu_isa)
-    y = torch.empty((c.x.shape[0], c.out_features), dtype=c.x.dtype)
-    if c.kind == "none" and c.bias is None and c.dropout_p is None:
-        return y, _branch(y, c, add=False)
-    batch = _Batch(c, c.max_rank)
-    u = torch.empty((batch.M, c.max_rank), dtype=torch.float32)
-    batch.reduce(False, c.x, dot=u)
-    batch.onto_base(True, c.x, c, y, u, way, vector(c.bias))
-    return y, u
-
-
-def sgmv_add(c, way):
-    """Adds the branch to ``out``; see peftkern.ops.sgmv."""
-    native.use_isa(way.now.cpu_isa)
-    out = c.out
-    if out.stride(1) == 1 and (out.stride(0) >= out.shape[1] or out.shape[0] == 1):
-        _branch(out, c, add=True)
-    else:
-        copy = out.contiguous()
-        _branch(copy, c, add=True)
-        out.copy_(copy)
-
-
-def _branch(out: Tensor, c, *, add: bool) -> Tensor:
-    # u; out = the branch, or plus it.
-    x, weights, max_rank = c.x, c.weights, c.max_rank
-    table, order, starts, scaling = (t.contiguous() for t in (c.table, c.order, c.starts, c.scaling))
-    (M, K), N = x.shape, out.shape[1]
-    u = torch.empty((M, max_rank), dtype=torch.float32)
-    _C.multi_branch(
-        [w.data_ptr() for w in weights], CODES[weights[0].dtype] if weights else 0, table.data_ptr(), table.shape[0],
-        order.data_ptr(), starts.data_ptr(), M, max_rank, scaling.data_ptr(), x.data_ptr(), CODES[x.dtype],
-        *x.stride(), K, u.data_ptr(), out.data_ptr(), out.stride(0), N, add, threads(M * min(K, N) * max(max_rank, 1)),
+    given = _adapters(c, c.max_rank, c.x.shape[1], c.out_features)
+    args = (
+        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True
     )  # fmt: skip
-    return u
+    return call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
 
 
 def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
-    native.use_isa(way.now.cpu_isa)
-    batch = _Batch(c, c.u.shape[1])
-    # Zero where no row's adapter lies.
-    grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
-    addresses = [g.data_ptr() if n else 0 for g, n in zip(grads, c.need, strict=True)] if any(c.need) else ()
-    du = torch.empty_like(c.u, memory_format=torch.contiguous_format)
-    dbias = torch.empty(c.dy.shape[1] if c.need_bias else 0, dtype=torch.float32)
-    colsum = dbias if c.need_bias else None
-    batch.reduce(True, c.dy, dot=du, v=c.u.contiguous(), grads=addresses, colsum=colsum)
-    if addresses and c.x is not None:
-        batch.reduce(False, c.x, v=du, grads=addresses)
-    dx = torch.empty((batch.M, c.in_features) if c.need_x else 0, dtype=c.dy.dtype)
-    if c.need_x:
-        batch.onto_base(False, c.dy, c, dx, du, way)
-    return dx, dbias, grads
+    given = _adapters(c, c.u.shape[1], c.in_features, c.dy.shape[1])
+    args = (
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, _weight(c), given, c.order, c.starts, c.dropout_p, c.seed,
+        c.need_x, c.need_bias, tuple(c.need),
+    )  # fmt: skip
+    dx, dbias, grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))
+    grads = [
+        w.new_empty(0) if g is None else g if w.is_contiguous() else g.as_strided(w.shape, w.stride())
+        for g, w in zip(grads, c.weights, strict=True)
+    ]
+    return c.dy.new_empty(0) if dx is None else dx, c.u.new_empty(0) if dbias is None else dbias, grads
+
+
+def _add(c, way) -> bool:
+    given = _adapters(c, c.max_rank, c.x.shape[1], c.out.shape[1])
+    args = way.now, torch.get_num_threads(), c.out, c.x, given, c.order, c.starts
+    return bool(multi_call.add(*args) or (multi_call.learn_add(*args) and multi_call.add(*args)))
+
+
+def sgmv_add(c, way):
+    """Adds the branch to ``out``; see peftkern.ops.sgmv."""
+    if _add(c, way):
+        return
+    copy = c._replace(
+        out=call.copied(c.out), x=call.copied(c.x), order=call.copied(c.order), starts=call.copied(c.starts)
+    )
+    if not _add(copy, way):
+        raise RuntimeError("the C++ extension takes no call like this one: arguments do not fit")
+    c.out.copy_(copy.out)
 
 
 OPS = {

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import settings
 from ...problem import CpuWay
 
 try:
@@ -56,7 +57,7 @@ class Level(NamedTuple):
 
 
 def level() -> Level:
-    """What else than the model decides how fast this CPU is."""
+    """What is in use now."""
     return Level(_C.isa(), torch.backends.cpu.get_cpu_capability(), torch.backends.mkl.is_available())
 
 
@@ -65,21 +66,23 @@ def model() -> tuple[str, int, int]:
     return tuple(_C.cpu_model())
 
 
-def features() -> frozenset[str]:
-    """What decides which product is fast, at the level in use; ``bf16_kernel``: there is ours for bf16."""
-    return frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
-
-
-# What was asked for last, and the level that came of it.
-_isa: tuple[str, str] | None = None
+def facts(isa: str) -> tuple[Level, frozenset[str]]:
+    """(level, features that decide which product is fast) with ``isa`` in use; ``bf16_kernel``: there is ours for bf16."""
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        return level(), frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
+    finally:
+        _C.set_isa(before)
 
 
 def use_isa(wanted: str) -> None:
     """Bring the kernels to an instruction set, a value of ``PEFTKERN_CPU_ISA``."""
-    global _isa
-    if _isa != (wanted, _C.isa()):
-        _C.set_isa(wanted)
-        _isa = wanted, _C.isa()
+    _C.set_isa(wanted)
+
+
+if _C is not None:
+    settings.follow(lambda now: use_isa(now.cpu_isa))
 
 
 def threads(work: int) -> int:
@@ -192,7 +195,6 @@ def column_dot(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
 def dropout_mask(c, way: CpuWay) -> Tensor:
     """The keep bits of a seed as bool (M, K); see peftkern.ops.dropout_mask."""
     seed, M, K, p = c
-    use_isa(way.now.cpu_isa)
     out = torch.empty((M, K), dtype=torch.bool)
     if out.numel():
         drop = int(seed.item()) & (2**64 - 1)

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ...methods.registry import checkpoint_types
 from .weights import refuse
 
 CONFIG = "adapter_config.json"
@@ -67,8 +68,8 @@ def check_config(config: dict[str, Any], file: Path, prefix: str = "") -> dict[s
         return refuse(file, prefix + key, reason)
 
     config = {**DEFAULTS, **config}
-    if config.get("peft_type") != "LORA":
-        raise wrong("peft_type", f"is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("peft_type") not in (types := checkpoint_types()):
+        raise wrong("peft_type", f"is {config.get('peft_type')!r}, expected {' or '.join(map(repr, types))}")
     if config.get("bias", "none") != "none":
         raise wrong("bias", f"is {config['bias']!r}: adapters that change biases are not served")
     if config.get("init_lora_weights", True) not in _INIT:

@@ -92,12 +92,11 @@ def process_reason() -> str | None:
     return None
 
 
-# What process_reason looks at, outside of a graph.
+# What process_reason looks at, outside of a graph. While torch.jit traces, no input looks as before: its sizes are tensors.
 PROCESS = (
     at(vars(_nn_module), items(dict.fromkeys(_GLOBAL_HOOKS, EMPTY))),
     *(at(cls, instance(type, {}, {"forward": same(forward)})) for cls, forward in _BYPASSED.items()),
     at(vars(torch.compiler), items({"_is_compiling_flag": same(False)})),
-    call(torch._C._get_tracing_state, (), same(None)),
     call(torch._C._functorch.maybe_current_level, (), same(None)),
     at(vars(forward_ad), items({"_current_level": equal(-1)})),
 )
@@ -145,12 +144,10 @@ def input_reason(look: Look, plan: Plan, x: Any) -> str | None:
 
 
 def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
-    layer = look.module
-    reason = type_reason(layer)
-    if reason is not None:
-        return reason
-    look.runs_forward(type(layer))
-    method = method_of(type(layer))
+    cls = type(look.module)
+    method = method_of(cls)
+    if method is None or not look.runs_forward(cls):
+        return type_reason(look.module)
     if mixed is not None and not method.mixed:
         return f"a batch with adapter_names is not covered for {method.name}"
     try:

@@ -73,8 +73,10 @@ class Kept:
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
     """The plan that was made by this look at a layer and for this input, to be kept, or None if a pattern cannot say
     when it holds. ``process``: patterns of what is the same for all layers."""
+    if Unchanged is None:
+        return None
     record = look.record
-    tensors = [slot.tensor for slot in record.slots]
+    tensors = [t for _, _, t, _ in record.slots]
     slots = {id(t): i for i, t in enumerate(tensors) if t is not None}
     if not record.whole or len(slots) < sum(t is not None for t in tensors):
         return None  # a tensor in two places may be two later

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ...dispatch.choose import ORDER, Declined, choose, load
+from ...dispatch.explain import passes
 from ...methods.registry import Plan
 from ...problem import Problem, device_arch
 from ...settings import current
@@ -111,25 +112,19 @@ def backend_of(plan: Plan) -> str:
 
     What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
     """
-    now, (weight, bias, branches) = current(), plan
+    weight, bias, branches = plan
     device, (N, K) = weight.device, weight.shape
-    arch = device_arch(device.type, device.index)
     R = sum(b.lora_A.shape[0] for b in branches)
-    dropout = {"dropout"} if any(b.dropout_p for b in branches) else set()
-
-    def taker(part: str, flags: set[str]) -> str:
-        adapter = branches[0].lora_A.dtype
-        problem = Problem(
-            f"lora_linear_{part}", device.type, arch, weight.dtype, adapter, _ROWS, N, K, R, frozenset(flags | dropout)
-        )
-        return choose(problem, now).backend
-
+    options = {"bias": bias is not None, "dropout": any(b.dropout_p for b in branches)}
+    call = Problem(
+        "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, branches[0].lora_A.dtype,
+        _ROWS, N, K, R, frozenset(name for name, present in options.items() if present),
+    )  # fmt: skip
     try:
-        forward = taker("fwd", set() if bias is None else {"bias"})
-        backward = {taker("bwd_adapter", {"need_A", "need_B"}), taker("bwd_input", set())} - {forward}
+        forward, *rest = (choose(problem, current()).backend for problem in passes(call))
     except Declined as error:
         return f"none ({error})"
-    return ", backward ".join([forward, *sorted(backward)])
+    return ", backward ".join([forward, *sorted(set(rest) - {forward})])
 
 
 def only_reference(device: str) -> str | None:

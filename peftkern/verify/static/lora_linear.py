@@ -112,14 +112,14 @@ def capture(case: Case) -> list[launch.Launch]:
     x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
     A, B = empty(R, K, dtype=case.adapter_dtype), empty(N, R, dtype=case.adapter_dtype)
     u, bias = empty(M, R, dtype=torch.float32), empty(N)
-    seed, settings, full = empty(1, dtype=torch.int64), Settings(case.arch), case.everything
+    seed, full = empty(1, dtype=torch.int64), case.everything
+    settings = Settings(case.arch, fixed=configs.fixed(base=case.base))
     drop, scales = Dropout(case.p, seed), Scales(vector(R), vector(K), vector(K), vector(N), vector(N))
     needs = Needs(True, True, True, full, full, full, full, full, full)
     h = dy if full else None
     with captured() as taken:
-        with configs.override(base=case.base):
-            forward(Forward(x, weight, A, B, bias, 2.0, drop, scales, full), settings)
-            backward(Backward(dy, x, u, h, weight, A, B, 2.0, drop, scales, needs), settings)
+        forward(Forward(x, weight, A, B, bias, 2.0, drop, scales, full), settings)
+        backward(Backward(dy, x, u, h, weight, A, B, 2.0, drop, scales, needs), settings)
         dropout_mask(seed, M, K, 0.1)
     return taken
 

@@ -103,11 +103,12 @@ def capture(case: Case) -> list[launch.Launch]:
                                                      empty(N, R, dtype=case.adapter_dtype))]  # fmt: skip
     table = empty(slots, 10, dtype=torch.int64)
     scaling, p, seed = empty(slots, dtype=torch.float32), empty(slots, dtype=torch.float64), empty(1, dtype=torch.int64)
-    with captured() as taken, configs.override(multi_base=case.base):
+    settings = Settings(case.arch, fixed=configs.fixed(multi_base=case.base))
+    with captured() as taken:
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)
         given = multi_lora_linear.Adapters(weights, table, scaling, R, order, starts, *drop)
-        batch = multi_lora_linear.batch(given, x, Settings(case.arch))
+        batch = multi_lora_linear.batch(given, x, settings)
         _, u = multi_lora_linear.forward(batch, x, multi_lora_linear.Onto(N, weight), bias)
         need = [not case.bank] * len(weights)
         du, _, _ = multi_lora_linear.backward_adapter(batch, dy, x, u, weights, need, True)

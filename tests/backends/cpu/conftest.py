@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def _numpy_keep(seed: int, rows: range, cols: range, p: float) -> np.ndarray:
 def level(request, monkeypatch):
     """The C++ level in force; ``auto`` again afterwards."""
     monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
-    cpu_native.use_isa()
+    cpu_native.use_isa(request.param)
     assert cpu_native._C.isa() == request.param
     yield request.param
     cpu_native._C.set_isa("auto")
@@ -116,7 +118,7 @@ class _Calls:
 def calls():
     """Native calls that nobody has looked at yet."""
     yield _Calls()
-    cpu_native._C.lora_linear_forget()
+    cpu_native._C.forget_plans()
 
 
 @pytest.fixture(params=[True, False], ids=["exports", "python"])
@@ -124,4 +126,38 @@ def exports(request):
     """With and without what torch's libraries export; without, results lie in memory that torch.empty has poisoned."""
     assert call.set_up(exports=request.param) is None
     yield request.param
+    call.set_up()
+
+
+class _GuardedResults:
+    """Memory for what native calls return: every piece full of NaN, with NaN around it."""
+
+    def __init__(self):
+        self._blocks: list[tuple[Tensor, Tensor]] = []
+
+    def empty(self, size: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        """What torch.empty is to native calls."""
+        count = math.prod(size)
+        block = torch.full((64 + count + 64,), float("nan"), dtype=dtype)
+        out = block[64 : 64 + count].view(size)
+        self._blocks.append((block, out))
+        return out
+
+    def check(self) -> int:
+        """How many results there were. All of each was written, and nothing around it."""
+        for block, out in self._blocks:
+            assert not out.isnan().any(), "an element was not written"
+            around = torch.cat([block[:64], block[64 + out.numel() :]])
+            assert around.isnan().all(), "memory outside of the result was written"
+        return len(self._blocks)
+
+
+@pytest.fixture
+def guarded_results(monkeypatch):
+    """Native calls return memory that notices what is written around it, until the test ends."""
+    results = _GuardedResults()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", results.empty)
+        assert call.set_up(exports=False) is None
+    yield results
     call.set_up()

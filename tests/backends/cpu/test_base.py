@@ -13,6 +13,10 @@ from torch import Tensor
 from peftkern.backends.cpu import base as cpu_base
 from peftkern.backends.cpu import base_plan as cpu_base_plan
 from peftkern.backends.cpu import native as cpu_native
+from peftkern.dispatch.cpu_base import Cpu, choose_kind, this_cpu
+from peftkern.dispatch.cpu_table import Product
+from peftkern.problem import CpuWay
+from peftkern.settings import Settings
 
 pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
 
@@ -33,19 +37,24 @@ def levels() -> list[str]:
 def level(request, monkeypatch):
     """The C++ level in force; ``auto`` again afterwards."""
     monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
-    cpu_native.use_isa()
+    cpu_native.use_isa(request.param)
     yield request.param
     cpu_native._C.set_isa("auto")
 
 
-def force(monkeypatch, kind: str) -> None:
-    """Make every product take ``kind`` where that can take it at all."""
-    monkeypatch.delenv("PEFTKERN_BATCH_INVARIANT", raising=False)
-    monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor" if kind == "vendor" else "panels")
-    monkeypatch.setattr(cpu_base_plan, "few_rows", lambda dtype, transpose, on: 64 if kind == "few" else 0)
+def way(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, scaled: bool) -> CpuWay:
+    """What a call is told under these settings, or if a kind is named that is to be taken where it can be."""
+    (N, K), M = weight.shape, a.shape[0]
+    product = Product(a.dtype, transpose, M, *((N, K) if transpose else (K, N)), scaled=scaled)
+    now = Settings(cpu_kind=now) if isinstance(now, str) else now
+    isa = cpu_native.level().isa
+    kinds = (
+        choose_kind(product._replace(unit_stride=unit), this_cpu(isa, now.tables), now)[0] for unit in (True, False)
+    )
+    return CpuWay(now, *kinds)
 
 
-def product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> Tensor:
+def product(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> Tensor:
     """The product through ``base_product``; checks that the blocks cover the output exactly once."""
     D = weight.shape[0] if transpose else weight.shape[1]
     out = torch.full((a.shape[0], D), float("nan"), dtype=a.dtype)
@@ -58,7 +67,8 @@ def product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None 
             assert panel.shape == (r1 - r0, c1 - c0) and panel.dtype == torch.float32 and panel.stride(1) == 1
             out[r0:r1, c0:c1] = panel
 
-    cpu_base.base_product(a, weight, transpose=transpose, in_scale=in_scale, out=out, epilogue=epilogue)
+    told = way(now, a, weight, transpose, in_scale is not None)
+    cpu_base.base_product(a, weight, transpose=transpose, in_scale=in_scale, out=out, epilogue=epilogue, way=told)
     assert bool((seen == 1).all())
     return out
 
@@ -98,57 +108,52 @@ def assert_accurate(out: Tensor, a: Tensor, weight: Tensor, transpose: bool, in_
 @pytest.mark.parametrize("transpose", (True, False), ids=("forward", "dx"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ("vendor", "panels", "few"))
-def test_product_is_accurate(kind, dtype, transpose, level, monkeypatch):
-    force(monkeypatch, kind)
+def test_product_is_accurate(kind, dtype, transpose, level):
     for M, K, N in SIZES:
         if kind == "vendor" and M * K * N > 100_000 and dtype != torch.float32:
             continue  # see the module's docstring
         if kind == "few" and M > 64:
             continue
         a, w = operands(M, K, N, dtype, transpose)
-        assert_accurate(product(a, w, transpose), a, w, transpose)
+        assert_accurate(product(kind, a, w, transpose), a, w, transpose)
 
 
 @pytest.mark.parametrize("layout", ("columns", "gaps", "row stride"))
 @pytest.mark.parametrize("kind", ("vendor", "panels", "few"))
-def test_any_strides_and_input_scale(kind, layout, level, monkeypatch):
-    force(monkeypatch, kind)
+def test_any_strides_and_input_scale(kind, layout, level):
     for dtype in DTYPES:
         for transpose in (True, False):
             for scale_dtype in (torch.float32, dtype):
                 a, w = operands(19, 45, 39, dtype, transpose, layout)
                 scale = torch.rand(a.shape[1], dtype=torch.float32).to(scale_dtype)
-                assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
+                assert_accurate(product(kind, a, w, transpose, scale), a, w, transpose, scale)
 
 
 @pytest.mark.parametrize("kind", ("panels", "few"))
-def test_long_sums_stay_as_accurate_as_torch(kind, level, monkeypatch):
-    force(monkeypatch, kind)
+def test_long_sums_stay_as_accurate_as_torch(kind, level):
     for transpose in (True, False):
         for C in (700, 5000):
             a, w = operands(8, C if transpose else 64, 64 if transpose else C, torch.float32, transpose)
             exact = a.double() @ (w.double().t() if transpose else w.double())
             theirs = a @ (w.t() if transpose else w)
-            error = [(o.double() - exact).square().mean().sqrt() for o in (product(a, w, transpose), theirs)]
+            error = [(o.double() - exact).square().mean().sqrt() for o in (product(kind, a, w, transpose), theirs)]
             assert error[0] <= 1.3 * error[1]
 
 
-def test_empty_and_expanded_operands(monkeypatch):
-    cpu_native.use_isa()
+def test_empty_and_expanded_operands():
+    cpu_native.use_isa("auto")
     for kind in ("vendor", "panels", "few"):
-        force(monkeypatch, kind)
         for dtype in DTYPES:
-            assert product(torch.empty(0, 5, dtype=dtype), torch.randn(3, 5).to(dtype), True).shape == (0, 3)
-            zero = product(torch.empty(4, 0, dtype=dtype), torch.empty(3, 0, dtype=dtype), True)
+            assert product(kind, torch.empty(0, 5, dtype=dtype), torch.randn(3, 5).to(dtype), True).shape == (0, 3)
+            zero = product(kind, torch.empty(4, 0, dtype=dtype), torch.empty(3, 0, dtype=dtype), True)
             assert torch.equal(zero, torch.zeros(4, 3, dtype=dtype))
             # What y.sum().backward() sends.
             ones, w = torch.ones((), dtype=dtype).expand(9, 33), torch.randn(33, 20).to(dtype)
-            assert_accurate(product(ones, w, False), ones, w, False)
+            assert_accurate(product(kind, ones, w, False), ones, w, False)
 
 
-def test_several_panels(level, monkeypatch):
+def test_several_panels(level):
     """Panels smaller than the output, in both directions, with and without an input scale."""
-    force(monkeypatch, "panels")
     M, D, C = 1100, 2000, 40
     plan = cpu_base_plan.blocks("panels", M, D, C, torch.get_num_threads())
     assert plan.rows < M and plan.cols < D
@@ -156,86 +161,80 @@ def test_several_panels(level, monkeypatch):
         for transpose in (True, False):
             a, w = operands(M, C if transpose else D, D if transpose else C, dtype, transpose)
             scale = torch.rand(C)
-            assert_accurate(product(a, w, transpose), a, w, transpose)
-            assert_accurate(product(a, w, transpose, scale), a, w, transpose, scale)
+            assert_accurate(product("panels", a, w, transpose), a, w, transpose)
+            assert_accurate(product("panels", a, w, transpose, scale), a, w, transpose, scale)
 
 
-def test_non_finite_values_stay_where_they_belong(level, monkeypatch):
+def test_non_finite_values_stay_where_they_belong(level):
     for kind in ("panels", "few"):
-        force(monkeypatch, kind)
         for dtype in DTYPES:
             for transpose in (True, False):
                 a, w = operands(9, 70, 50, dtype, transpose)
-                clean = product(a, w, transpose)
+                clean = product(kind, a, w, transpose)
                 a[3, 7] = float("nan")
-                dirty = product(a, w, transpose)
+                dirty = product(kind, a, w, transpose)
                 assert bool(dirty[3].isnan().all())
                 rest = [i for i in range(9) if i != 3]
                 assert torch.equal(dirty[rest], clean[rest])
 
 
 @pytest.mark.parametrize("transpose", (True, False), ids=("forward", "dx"))
-def test_few_rows_have_their_bits_in_any_batch(transpose, level, monkeypatch):
+def test_few_rows_have_their_bits_in_any_batch(transpose, level):
     """Every number of rows up to 20 (all sizes of tiles), over several blocks and chains of the inner dimension."""
-    force(monkeypatch, "few")
     for dtype in DTYPES:
         a, w = operands(64, 2500 if transpose else 70, 70 if transpose else 2500, dtype, transpose)
-        whole = product(a, w, transpose)
+        whole = product("few", a, w, transpose)
         assert_accurate(whole, a, w, transpose)
         for M in range(1, 20):
-            assert torch.equal(product(a[-M:], w, transpose), whole[-M:])
+            assert torch.equal(product("few", a[-M:], w, transpose), whole[-M:])
 
 
 @pytest.mark.parametrize("C", (15, 16, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 1055, 2047, 2049, 3105))
-def test_few_rows_of_any_length(C, level, monkeypatch):
+def test_few_rows_of_any_length(C, level):
     """Lengths on both sides of a vector, a pair, a cache line, a chain, a block; columns on both sides of a group."""
-    force(monkeypatch, "few")
     for dtype in DTYPES:
         for transpose in (True, False):
             for D in (1, 3, 12, 49, 65):
                 a, w = operands(3, C if transpose else D, D if transpose else C, dtype, transpose)
-                assert_accurate(product(a, w, transpose), a, w, transpose)
+                assert_accurate(product("few", a, w, transpose), a, w, transpose)
 
 
 @pytest.mark.parametrize("kind", ("panels", "few"))
-def test_threads_do_not_change_bits(kind, level, monkeypatch):
-    force(monkeypatch, kind)
+def test_threads_do_not_change_bits(kind, level):
     for dtype in DTYPES:
         for transpose in (True, False):
             a, w = operands(61, 301, 203, dtype, transpose)
             results = []
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                results.append(product(a, w, transpose))
+                results.append(product(kind, a, w, transpose))
             assert torch.equal(*results)
 
 
-def test_batch_invariant_rows(level, monkeypatch):
+def test_batch_invariant_rows(level):
     """With PEFTKERN_BATCH_INVARIANT=1 a row has its bits in 50 random batches, whatever else is set."""
-    monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
     generator = torch.Generator().manual_seed(3)
     for dtype in DTYPES:
         for transpose in (True, False):
             a, w = operands(150, 269, 131, dtype, transpose)
-            whole = product(a, w, transpose)
+            whole = product(Settings(batch_invariant=True), a, w, transpose)
             for trial in range(50):
-                monkeypatch.setenv("PEFTKERN_CPU_BASE", ("auto", "vendor", "panels")[trial % 3])
+                now = Settings(cpu_base=("auto", "vendor", "panels")[trial % 3], batch_invariant=True)
                 size = int(torch.randint(1, 140, (), generator=generator)) if trial % 2 else 1 + trial // 8
                 rows = torch.randperm(150, generator=generator)[:size]
-                assert torch.equal(product(a[rows], w, transpose), whole[rows])
+                assert torch.equal(product(now, a[rows], w, transpose), whole[rows])
 
 
-def test_input_gradient_of_few_rows_has_the_bits_of_panels(level, monkeypatch):
+def test_input_gradient_of_few_rows_has_the_bits_of_panels(level):
     for dtype in DTYPES:
         a, w = operands(11, 95, 700, dtype, False)
         results = []
         for kind in ("panels", "few"):
-            force(monkeypatch, kind)
-            results.append(product(a, w, False))
+            results.append(product(kind, a, w, False))
         assert torch.equal(*results)
 
 
-def test_half_precision_is_rounded_once(level, monkeypatch):
+def test_half_precision_is_rounded_once(level):
     """1 + 2^-9 - 1 in bf16 is lost if the product is rounded before the epilogue adds to it."""
     seen = []
 
@@ -243,11 +242,11 @@ def test_half_precision_is_rounded_once(level, monkeypatch):
         seen.append(panel - 1.0)
 
     for kind, M in (("panels", 70), ("few", 3)):
-        force(monkeypatch, kind)
         a = torch.ones(M, 2, dtype=torch.bfloat16)
         w = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16)
         out = torch.empty(M, 1, dtype=torch.bfloat16)
-        cpu_base.base_product(a, w, transpose=True, in_scale=None, out=out, epilogue=epilogue)
+        told = way(kind, a, w, True, False)
+        cpu_base.base_product(a, w, transpose=True, in_scale=None, out=out, epilogue=epilogue, way=told)
     assert len(seen) == 2
     assert all(bool((part == 2.0**-9).all()) for part in seen)
 
@@ -265,28 +264,27 @@ def test_scratch_is_bounded_for_any_layer():
 
 
 def test_scratch_bytes_are_what_the_plan_says(monkeypatch):
-    cpu_native.use_isa()
-    force(monkeypatch, "panels")
+    cpu_native.use_isa("auto")
     monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
     a, w = operands(130, 64, 2100, torch.bfloat16, True)
-    product(a, w, True)
+    product("panels", a, w, True)
     plan = cpu_base_plan.blocks("panels", 130, 2100, 64, torch.get_num_threads())
     assert 4 * cpu_base._scratch.buffer.numel() == plan.bytes
 
 
 def test_scratch_survives_inference_mode(monkeypatch):
-    cpu_native.use_isa()
-    force(monkeypatch, "panels")
+    cpu_native.use_isa("auto")
     monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
     a, w = operands(5, 33, 40, torch.float32, True)
     with torch.inference_mode():
-        first = product(a, w, True)
-    assert torch.equal(product(a, w, True), first)
+        first = product("panels", a, w, True)
+    assert torch.equal(product("panels", a, w, True), first)
 
 
 def choice(dtype, M, features, isa="avx512", setting="auto", invariant=False, unit_stride=True) -> str:
-    on = cpu_base_plan.Cpu(isa, frozenset(features))
-    return cpu_base_plan.choose(dtype, True, M, 4096, 4096, unit_stride, on, setting, invariant)
+    product = Product(dtype, True, M, 4096, 4096, unit_stride)
+    now = Settings(cpu_base=setting, batch_invariant=invariant)
+    return choose_kind(product, Cpu(isa, frozenset(features)), now)[0]
 
 
 def test_choice_follows_features_and_settings():
@@ -312,15 +310,12 @@ def test_choice_follows_features_and_settings():
     assert choice(bf16, 4, set(), isa="plain") == "vendor"
 
 
-def test_features_honour_the_instruction_set_setting(monkeypatch):
-    monkeypatch.setenv("PEFTKERN_CPU_ISA", "plain")
-    cpu_native.use_isa()
-    try:
-        assert cpu_base_plan.cpu().features <= {"x86", "intel"}
-        assert set(cpu_base_plan.describe()) == {"float32", "bfloat16", "float16"}
-    finally:
-        monkeypatch.delenv("PEFTKERN_CPU_ISA")
-        cpu_native.use_isa()
+def test_features_honour_the_instruction_set_setting():
+    cpu_native.use_isa("auto")
+    before = cpu_native.level()
+    plain = this_cpu.__wrapped__("plain", "")
+    assert plain.isa == "plain" and plain.features <= {"x86", "intel"}
+    assert cpu_native.level() == before  # asking changes nothing
 
 
 def test_native_entry_refuses_bad_arguments():

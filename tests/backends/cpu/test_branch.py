@@ -12,6 +12,7 @@ from torch import Tensor
 from peftkern.backends import cpu
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.problem import Problem
+from peftkern.settings import Settings
 
 pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
 
@@ -242,7 +243,7 @@ def test_bindings_reject_what_would_touch_foreign_memory():
 
 def test_backend_states_its_limits(monkeypatch):
     problem = Problem("lora_linear_fwd", "cpu", "AVX2", torch.float64, torch.float64, 1, 1, 1, 1)
-    assert "float64" in cpu.decline(problem)
-    assert cpu.unavailable() is None
+    assert "float64" in cpu.decline(problem, Settings())
+    assert cpu.unavailable(Settings()) is None
     monkeypatch.setattr(cpu_native, "_C", None)
-    assert "C++" in cpu.unavailable()
+    assert "C++" in cpu.unavailable(Settings())

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import base_plan, call, native
-from peftkern.backends.cpu.lora_linear import lora_linear_bwd_adapter, lora_linear_bwd_input, lora_linear_fwd
+from peftkern.backends.cpu import call, native
+from peftkern.backends.cpu.base import base_product
+from peftkern.backends.cpu.native import Dropout, column_dot, expand, panel, reduce, scale_copy, vector
+from peftkern.equation import Scales
+from peftkern.ops.lora_linear import Backward, Forward
+from peftkern.problem import CpuWay
+from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import DROPOUT_SEED, LoRALinearProblem, random_problem
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
@@ -19,35 +24,96 @@ def rows(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def forward_steps(c: Forward, way: CpuWay) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, u, h): one pass over x, then the base product, whose blocks get the branch as they are completed."""
+    drop, s = Dropout.of(c.dropout_p, c.seed), c.at
+    (M, _), N = c.x.shape, c.base[0].shape[0]
+    u, y, h = floats(M, c.lora_A.shape[0]), c.x.new_empty((M, N)), c.x.new_empty((M, N))
+    reduce(c.x, dropout=drop, p=panel(c.lora_A, col_scale=vector(s.p_d)), out=u, alpha_dot=drop.scale)
+    p = panel(c.lora_B.t(), alpha=c.scaling, row_scale=vector(s.d), col_scale=vector(s.g_d))
+
+    def epilogue(r0, r1, c0, c1, block):
+        block = h[r0:r1, c0:c1] if block is None else block
+        h[r0:r1, c0:c1] = block
+        expand(
+            y[r0:r1, c0:c1], src=block, v=u, p=p, row0=r0, col0=c0, base_scale=vector(s.g_b), bias=vector(c.bias)
+        )  # fmt: skip
+
+    base_product(c.x, c.base[0], transpose=True, in_scale=s.p_b, out=h, epilogue=epilogue, way=way)
+    return y, u, h
+
+
+def backward_steps(c: Backward, way: CpuWay) -> tuple[Tensor, ...]:
+    """(dx, dA, dB, dbias, those of the vectors), all of them: passes over dy, x and W."""
+    drop, s = Dropout.of(c.dropout_p, c.seed), c.at
+    (M, N), (R, K) = c.dy.shape, c.lora_A.shape
+    d, p_d, g_d = vector(s.d), vector(s.p_d), vector(s.g_d)
+    du, G, dbias, dd = floats(M, R), floats(R, N), floats(N), floats(R)
+    # d goes into the panel, unless its gradient needs what du is before.
+    p = panel(c.lora_B.t(), alpha=c.scaling, row_scale=None if c.need.d else d, col_scale=g_d)
+    if R * N <= 1 << 20:
+        reduce(c.dy, p=p, out=du, v=c.u, g=G, colsum=dbias)
+    else:
+        reduce(c.dy, p=p, out=du)
+        reduce(c.dy, v=c.u, g=G, colsum=dbias)
+    if c.need.d:
+        column_dot(du, c.u, dd)
+        du = du if d is None else du * d
+    dA, dB = torch.empty_like(c.lora_A), torch.empty_like(c.lora_B)
+    if dB.numel():
+        scale_copy(G, dB.t(), alpha=c.scaling, row_scale=d, col_scale=g_d)
+    G, dg_d, dg_b = G if d is None else G * d[:, None], floats(N), floats(N)
+    column_dot(G, c.lora_B.t(), dg_d)
+    if c.need.g_b:
+        column_dot(c.dy, c.h, dg_b)
+    GA, dp_d = floats(R, K), floats(K)
+    reduce(c.x, dropout=drop, v=du, g=GA, alpha_outer=drop.scale)
+    column_dot(GA, c.lora_A, dp_d)
+    if dA.numel():
+        scale_copy(GA, dA, col_scale=p_d)
+    dx, dp_b, p = c.dy.new_empty((M, K)), torch.zeros(K), panel(c.lora_A, col_scale=p_d)
+
+    def epilogue(r0, r1, c0, c1, block):
+        out = dx[r0:r1, c0:c1]
+        block = out if block is None else block
+        column_dot(block, c.x[r0:r1, c0:c1], dp_b[c0:c1], accumulate=True)
+        expand(
+            out, src=block, v=du, p=p, alpha=drop.scale, dropout=drop, row0=r0, col0=c0, base_scale=vector(s.p_b)
+        )  # fmt: skip
+
+    base_product(c.dy, c.base[0], transpose=False, in_scale=s.g_b, out=dx, epilogue=epilogue, way=way)
+    return dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d * c.scaling
+
+
 def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> None:
     t = problem.tensors()
     x, dy, weight, A, B, bias = rows(t["x"]), rows(t["dy"]), t["weight"], t["lora_A"], t["lora_B"], t.get("bias")
-    d, p_b, p_d, g_b, g_d = scales = tuple(t.get(name) for name in SCALES)
+    scales = Scales(*(t.get(name) for name in SCALES))
     seed = torch.tensor([DROPOUT_SEED]) if problem.dropout_p else None
-    numbers = problem.scaling, problem.dropout_p, seed
-    needs = [bias is not None, *(s is not None for s in scales)]
-    need_bias, need_d, need_p_b, need_p_d, need_g_b, need_g_d = needs
+    numbers = dict(scaling=problem.scaling, dropout_p=problem.dropout_p, seed=seed)
+    names = [name for name, vector in (("bias", bias), *scales._asdict().items()) if vector is not None]
+    needs, save = ("x", "A", "B", *names), scales.g_b is not None
 
-    y, u, h = lora_linear_fwd(x, weight, A, B, bias, *numbers, *scales, need_g_b)
-    forward = (None, threads, x, weight, A, B, bias, *numbers, scales, True, need_g_b)
-    assert call.learn_forward(*forward, kind)
-    got = call.forward(*forward)
-    pairs = [(got[0], y), (got[1], u)] + ([(got[2], h)] if need_g_b else [])
+    c = forward(x, weight, A, B, bias=bias, save_base=save, **numbers, **scales._asdict())
+    y, u, h = forward_steps(c, CpuWay(kind, kind))
+    args = (None, threads, x, weight, A, B, bias, *numbers.values(), tuple(scales), True, save)
+    assert call.learn_forward(*args, kind)
+    got = call.forward(*args)
+    pairs = [(got[0], y), (got[1], u)] + ([(got[2], h)] if save else [])
 
-    du, *adapter = lora_linear_bwd_adapter(
-        dy, x, u, h, A, B, *numbers, d, p_d, g_d, True, True, need_bias, need_d, need_p_d, need_g_b, need_g_d
-    )
-    dx, dbase_in = lora_linear_bwd_input(dy, du, x, weight, A, problem.dropout_p, seed, p_b, p_d, g_b, need_p_b)
-    dA, dB, dbias, drank, ddelta_in, dbase_out, ddelta_out = adapter
-    bits = sum(1 << i for i, need in enumerate((True, True, True, *needs)) if need)
-    backward = (
-        None, threads, dy, x, u, h if need_g_b else None, weight, A, B, *numbers, scales, bits, problem.K, problem.R,
-        A.dtype,
+    c = backward(dy, x, u, h if save else None, weight, A, B, needs=needs, **numbers, **scales._asdict())
+    bits = sum(1 << i for i, need in enumerate(c.needs) if need)
+    args = (
+        None, threads, dy, x, u, c.h, weight, A, B, *numbers.values(), tuple(scales), bits, problem.K, problem.R, A.dtype,
     )  # fmt: skip
-    assert call.learn_backward(*backward, kind)
-    pairs += zip(
-        call.backward(*backward), (dx, dA, dB, dbias, drank, dbase_in, ddelta_in, dbase_out, ddelta_out), strict=True
-    )
+    assert call.learn_backward(*args, kind)
+    found = call.backward(*args)
+    assert [g is not None for g in found] == c.needs
+    pairs += zip(found, backward_steps(c, CpuWay(kind, kind)), strict=True)
     for i, (mine, theirs) in enumerate(pairs):
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), (problem, kind, threads, i)
 
@@ -55,7 +121,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
 @pytest.mark.parametrize("kind", ["vendor", "panels", "few", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bits_of_random_problems(monkeypatch, level, kind, dtype, threads):
+def test_bits_of_random_problems(level, kind, dtype, threads):
     if kind == "bf16" and (dtype != torch.bfloat16 or not native._C.base_gemm_bf16_usable()):
         pytest.skip("needs bf16, and a CPU and level with AVX512-BF16")
     torch.set_num_threads(threads)
@@ -66,13 +132,11 @@ def test_bits_of_random_problems(monkeypatch, level, kind, dtype, threads):
         t = problem.tensors()
         if kind == "bf16" and {"base_in_scale", "base_out_scale"} & t.keys():
             continue
-        monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: kind)
         assert_same_bits(problem, kind, threads)
 
 
-def test_bits_of_adapters_too_large_for_one_pass_over_dy(monkeypatch):
+def test_bits_of_adapters_too_large_for_one_pass_over_dy():
     # R N above 2^20: by rows for du, by columns for the gradient of B.
-    monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: "panels")
     options = ("bias", *SCALES)
     problem = LoRALinearProblem(
         5, 40, 30, 4200, 260, torch.float32, torch.float32, scaling=0.5, dropout_p=0.1, options=options
@@ -80,9 +144,8 @@ def test_bits_of_adapters_too_large_for_one_pass_over_dy(monkeypatch):
     assert_same_bits(problem, "panels", torch.get_num_threads())
 
 
-def test_bits_of_a_scaled_product_in_parts(monkeypatch):
+def test_bits_of_a_scaled_product_in_parts():
     # More than 16 MB of scaled input: the vendor gets it in parts.
-    monkeypatch.setattr(base_plan, "choose", lambda *args, **kwargs: "vendor")
     for N in (24, 7):
         problem = LoRALinearProblem(
             6, 5000, 900, N, 4, torch.float32, torch.float32, options=("base_in_scale", "base_out_scale")

@@ -58,9 +58,11 @@ def test_results_are_ordinary_tensors(calls, exports):
     y = calls.known(t)
     assert type(y) is Tensor and not y.requires_grad and not y.is_inference() and y.untyped_storage().resizable()
     assert y._version == 0 and y.is_leaf
-    with torch.inference_mode():
-        assert calls.forward(t).is_inference()
-    with torch.no_grad():
+    for kind in ("vendor", "panels"):
+        calls.learn(t, kind)
+        with torch.inference_mode():
+            assert calls.forward(t).is_inference()
+    with torch.no_grad(), torch.autocast("cpu"):
         assert torch.equal(calls.forward(t), y)
     t["weight"] = torch.nn.Parameter(t["weight"])
     assert torch.equal(calls.known(t), y)

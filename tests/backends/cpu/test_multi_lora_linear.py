@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import lora_linear as cpu_lora
-from peftkern.backends.cpu import multi_lora_linear as cpu_multi
-from peftkern.backends.cpu import native as cpu_native
+from peftkern.backends.cpu import call
 from peftkern.ops import multi_lora_linear as op
 
-pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
+pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
+ops = torch.ops.peftkern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -77,10 +76,32 @@ class Adapters:
         return torch.where(torch.rand(M) < base, -1, ids).to(torch.int32)
 
     def route(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return cpu_multi.multi_lora_linear_route(ids, self.table, 2**31 - 1)
+        return ops.multi_lora_linear_route(ids, self.table, 2**31 - 1)
 
-    def exact(self, absolute: bool) -> list[Tensor]:
-        return [w.double().abs() if absolute else w.double() for w in self.weights]
+    def forward(self, x: Tensor, route, base=(), bias: Tensor | None = None, dropout=(None, None)) -> op.MultiForward:
+        """The arguments of a forward pass, without a base unless one is given."""
+        rows = (self.weights, self.table, self.scaling, self.max_rank)
+        return op.MultiForward(x, list(base), "dense" if base else "none", self.N, bias, *rows, *route, *dropout)
+
+    def backward(self, dy, x, u, route, base=(), dropout=(None, None), need=None, need_bias=True) -> op.MultiBackward:
+        """The arguments of a backward pass that is to give dx, and gradients of all weights unless ``need`` says which."""
+        need = [True] * len(self.weights) if need is None else need
+        rows = (self.weights, self.table, self.scaling)
+        kind = "dense" if base else "none"
+        return op.MultiBackward(dy, x, u, list(base), kind, self.K, *rows, *route, *dropout, True, need_bias, need)
+
+
+def doubled(c, absolute: bool = False):
+    """The arguments in fp64, or their absolute values."""
+
+    def one(value):
+        if isinstance(value, list):
+            return [one(v) for v in value]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.double().abs() if absolute else value.double()
+
+    return type(c)(*map(one, c))
 
 
 def close(got: Tensor, exact: Tensor, magnitude: Tensor, steps: float = 8.0, name: str = "") -> None:
@@ -131,7 +152,8 @@ PROBLEMS = (
 @pytest.mark.parametrize("drop", (False, True))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward(level, guarded, numpy_keep, dtype, layout, drop):
+def test_forward(level, guarded_results, numpy_keep, dtype, layout, drop):
+    results = 0
     for number, (M, K, N, ranks) in enumerate(PROBLEMS):
         adapters = Adapters(ranks, K, N, (torch.float32, dtype)[number % 2], layout)
         p, seed = dropout_of(adapters, drop)
@@ -141,81 +163,46 @@ def test_forward(level, guarded, numpy_keep, dtype, layout, drop):
             keep = kept(adapters, ids, p, numpy_keep)
             exact_x = torch.where(keep, exact_x, 0.0)
             x = make(M, K, dtype, layout).copy_(torch.where(keep, x, torch.tensor(NAN, dtype=dtype)))
-        order, starts = adapters.route(ids)
-        batch = cpu_multi._Batch(
-            adapters.weights, adapters.table, adapters.scaling, order, starts, adapters.max_rank, p, seed
-        )
-        u, y = guarded(M, max(adapters.max_rank, 1)), guarded(M, N, dtype=dtype, row_gap=number % 3)
-        u.out = u.out[:, : adapters.max_rank]
-        batch.reduce(False, x, dot=u.out.contiguous() if adapters.max_rank == 0 else u.out)
-        got_u = u.check() if adapters.max_rank else u.out
-        batch.onto_base(True, x, None, y.out, got_u, bias)
-        want = [
-            op.multi_lora_linear_fwd_ref(
-                t, None, N, b, adapters.exact(i > 0), adapters.table, adapters.scaling.double(), adapters.max_rank,
-                order, starts, p, seed,
-            )
-            for i, (t, b) in enumerate(
-                ((exact_x, bias), (exact_x.abs(), None if bias is None else bias.abs()))
-            )
-        ]  # fmt: skip
-        close(got_u, want[0][1], want[1][1], name="u")
-        close(y.check(), want[0][0], want[1][0], 16, name="y")
+        c = adapters.forward(x, adapters.route(ids), bias=bias, dropout=(p, seed))
+        y, u = ops.multi_lora_linear_fwd(*c)
+        results += 2
+        c = c._replace(x=exact_x)
+        want, size = (op.multi_lora_linear_fwd_ref(doubled(c, absolute)) for absolute in (False, True))
+        close(u, want[1], size[1], name="u")
+        close(y, want[0], size[0], 16, name="y")
+    assert guarded_results.check() >= results
 
 
 @pytest.mark.parametrize("drop", (False, True))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_adapter(level, numpy_keep, dtype, layout, drop):
+def test_backward(level, guarded_results, numpy_keep, dtype, layout, drop):
     for number, (M, K, N, ranks) in enumerate(PROBLEMS):
         # The last slot has no rows.
         adapters = Adapters((*ranks, 3), K, N, (torch.float32, dtype)[number % 2], layout, range(len(ranks)))
-        p, seed = dropout_of(adapters, drop)
+        dropout = dropout_of(adapters, drop)
         ids, x, dy = adapters.ids(M), make(M, K, dtype, layout), make(M, N, dtype, LAYOUTS[number % 3])
-        route = adapters.route(ids)
-        u = torch.randn(M, adapters.max_rank)
         need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
-        rest = (*route, p, seed, need, True)
-        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
-            dy, x, u, adapters.weights, adapters.table, adapters.scaling, *rest
-        )
-        (want, size) = (
-            op.multi_lora_linear_bwd_adapter_ref(
-                f(dy.double()), f(x.double()), f(u.double()), adapters.exact(i > 0), adapters.table,
-                adapters.scaling.double(), *rest,
-            )
-            for i, f in enumerate((lambda t: t, torch.abs))
-        )  # fmt: skip
-        close(du, want[0], size[0], name="du")
+        c = adapters.backward(dy, x, torch.randn(M, adapters.max_rank), adapters.route(ids), dropout=dropout, need=need)
+        dx, dbias, grads = ops.multi_lora_linear_bwd(*c)
+        want, size = (op.multi_lora_linear_bwd_ref(doubled(c, absolute)) for absolute in (False, True))
+        close(dx, want[0], size[0], 16, name="dx")
+        if drop:
+            assert not dx[~kept(adapters, ids, dropout[0], numpy_keep)].any()
         close(dbias, want[1], size[1], name="dbias")
         for i, (got, exact, magnitude) in enumerate(zip(grads, want[2], size[2], strict=True)):
             assert got.dtype == adapters.weights[i].dtype
+            if layout == "pool":  # as a whole it has NaN between the adapters
+                continue
             close(got, exact, magnitude, 24, name=f"grad {i} of {(M, K, N, ranks)}")
+        for slot in range(len(ranks)) if layout == "pool" else ():
+            row = adapters.table[slot].tolist()
+            for matrix, columns in ((op.matrix_A, K), (op.matrix_B, N)):
+                close(*(matrix(g, row, columns) for g in (grads, want[2], size[2])), 24, name=f"grad of slot {slot}")
         if layout == "list":
             assert not grads[-1].any() and not grads[-2].any()
             assert grads[3].numel() == 0 if len(grads) > 3 else True
-
-
-@pytest.mark.parametrize("drop", (False, True))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_input(level, numpy_keep, dtype, layout, drop):
-    for number, (M, K, N, ranks) in enumerate(PROBLEMS):
-        adapters = Adapters(ranks, K, N, (torch.float32, dtype)[number % 2], layout)
-        p, seed = dropout_of(adapters, drop)
-        ids, dy = adapters.ids(M), make(M, N, dtype, layout)
-        du = torch.randn(M, adapters.max_rank)
-        rest = (*adapters.route(ids), p, seed)
-        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, None, K, adapters.weights, adapters.table, *rest)
-        want, size = (
-            op.multi_lora_linear_bwd_input_ref(
-                dy.double(), f(du.double()), None, K, adapters.exact(i > 0), adapters.table, *rest
-            )
-            for i, f in enumerate((lambda t: t, torch.abs))
-        )
-        close(dx, want, size, name="dx")
-        if drop:
-            assert not dx[~kept(adapters, ids, p, numpy_keep)].any()
+    assert guarded_results.check() >= 3 * len(PROBLEMS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,28 +216,24 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
         dy = torch.randn(M, N).to(dtype)
         none = torch.empty(0, K), torch.empty(N, 0)
         for b in (None, bias):
-            base, _, _ = cpu_lora.lora_linear_fwd(
-                x, weight, *none, b, 1.0, 0.0, None, None, None, None, None, None, False
-            )
-            back, _ = cpu_lora.lora_linear_bwd_input(
-                dy, torch.empty(M, 0), None, weight, none[0], 0.0, None, None, None, None, False
-            )
+            rest = (*none, b, 1.0, 0.0, None, [None] * 5, False)
+            base, empty_u, _ = ops.lora_linear_fwd(x, [weight], "dense", *rest)
+            need = [True] + [False] * 8
+            back = ops.lora_linear_bwd(
+                dy, None, empty_u, None, [weight], "dense", *none, 1.0, 0.0, None, [None] * 5, need
+            )[0]
             for share in (1.0, 0.5):
                 ids = adapters.ids(M, share)
-                rows = (adapters.weights, adapters.table)
-                y, u = cpu_multi.multi_lora_linear_fwd(
-                    x, weight, N, b, *rows, adapters.scaling, 20, *adapters.route(ids), None, None
-                )
-                dx = cpu_multi.multi_lora_linear_bwd_input(
-                    dy, torch.randn(M, 20), weight, K, *rows, *adapters.route(ids), None, None
-                )
+                route, need = adapters.route(ids), [False] * len(adapters.weights)
+                y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight], b))
+                dx = ops.multi_lora_linear_bwd(
+                    *adapters.backward(dy, None, torch.randn(M, 20), route, [weight], need=need, need_bias=False)
+                )[0]
                 alone = ids == -1
                 assert torch.equal(y[alone], base[alone]) and torch.equal(dx[alone], back[alone])
                 assert not u[alone].any()
                 if share < 1.0:
-                    branch, _ = cpu_multi.multi_lora_linear_fwd(
-                        x, None, N, None, *rows, adapters.scaling, 20, *adapters.route(ids), None, None
-                    )
+                    branch, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route))
                     exact = base.double() + branch.double()
                     size = (
                         base.double().abs() + branch.double().abs() + (2 * b.double().abs() if b is not None else 0.0)
@@ -268,13 +251,10 @@ def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
 
     def branch(rows: Tensor) -> tuple[Tensor, ...]:
         route = adapters.route(ids[rows])
-        args = adapters.weights, adapters.table
-        y, u = cpu_multi.multi_lora_linear_fwd(x[rows], None, N, None, *args, adapters.scaling, 70, *route, None, None)
-        du, _, _ = cpu_multi.multi_lora_linear_bwd_adapter(
-            dy[rows], None, u, *args, adapters.scaling, *route, None, None, [False] * len(args[0]), False
-        )
-        dx = cpu_multi.multi_lora_linear_bwd_input(dy[rows], du, None, K, *args, *route, None, None)
-        return y, u, du, dx
+        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x[rows], route))
+        none = [False] * len(adapters.weights)
+        dx = ops.multi_lora_linear_bwd(*adapters.backward(dy[rows], None, u, route, need=none, need_bias=False))[0]
+        return y, u, dx
 
     whole = branch(torch.arange(M))
     subsets = [torch.randperm(M)[: int(n)] for n in torch.randint(1, M + 1, (12,))]
@@ -294,15 +274,9 @@ def test_add_in_place(level):
         ids, x = adapters.ids(M), torch.randn(M, K).to(dtype)
         out = make(M, N, dtype, "odd" if transposed else "pool")
         before = out.clone()
-        args = x, adapters.weights, adapters.table, adapters.scaling, 9, *adapters.route(ids)
-        cpu_multi.sgmv_add(out, *args)
-        delta, size = (
-            op.multi_lora_linear_fwd_ref(
-                f(x.double()), None, N, None, adapters.exact(i > 0), *args[2:3], adapters.scaling.double(), *args[4:],
-                None, None,
-            )[0]
-            for i, f in enumerate((lambda t: t, torch.abs))
-        )  # fmt: skip
+        c = adapters.forward(x, adapters.route(ids))
+        ops.sgmv_add(out, x, c.weights, c.table, c.scaling, c.max_rank, c.order, c.starts)
+        delta, size = (op.multi_lora_linear_fwd_ref(doubled(c, absolute))[0] for absolute in (False, True))
         close(out, before.double() + delta, size + before.double().abs())
         assert torch.equal(out[ids == -1], before[ids == -1])
 
@@ -312,15 +286,10 @@ def test_nan_in_adapters_without_rows_reaches_nothing(level):
     for layout in LAYOUTS:
         adapters = Adapters((8, 5, 40, 2), K, N, torch.bfloat16, layout, used=(0, 2))
         ids, x, dy = adapters.ids(M), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
-        route, args = adapters.route(ids), (adapters.weights, adapters.table)
-        weight = torch.randn(N, K).bfloat16()
-        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, N, None, *args, adapters.scaling, 40, *route, None, None)
-        need = [True] * len(adapters.weights)
-        du, _, grads = cpu_multi.multi_lora_linear_bwd_adapter(
-            dy, x, u, *args, adapters.scaling, *route, None, None, need, False
-        )
-        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, weight, K, *args, *route, None, None)
-        for t in (y, u, du, dx, *grads):
+        route, weight = adapters.route(ids), torch.randn(N, K).bfloat16()
+        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight]))
+        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        for t in (y, u, dx, dbias, *grads):
             assert not t.isnan().any()
         for slot in (1, 3):
             assert not op.matrix_A(grads, adapters.table[slot].tolist(), K).any()
@@ -336,47 +305,37 @@ def test_gradients_do_not_depend_on_threads(level):
 
     def run(threads: int, need: list[bool]) -> list[Tensor]:
         torch.set_num_threads(threads)
-        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
-            dy, x, u, adapters.weights, adapters.table, adapters.scaling, *route, None, None, need, True
-        )
-        return [du, dbias, *grads]
+        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, need=need))
+        return [dx, dbias, *grads]
 
     both = [run(n, [True] * 4) for n in (1, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*both))
     assert torch.equal(run(2, [False] * 4)[0], both[0][0])
-    (want, size) = (
-        op.multi_lora_linear_bwd_adapter_ref(
-            f(dy.double()), f(x.double()), f(u.double()), adapters.exact(i > 0), adapters.table,
-            adapters.scaling.double(), *route, None, None, [True] * 4, True,
-        )
-        for i, f in enumerate((lambda t: t, torch.abs))
-    )  # fmt: skip
+    c = adapters.backward(dy, x, u, route)
+    want, size = (op.multi_lora_linear_bwd_ref(doubled(c, absolute)) for absolute in (False, True))
     for got, exact, magnitude in zip(both[0], (*want[:2], *want[2]), (*size[:2], *size[2])):
-        close(got, exact, magnitude)
+        close(got, exact, magnitude, 16)
 
 
 def test_no_rows_and_no_adapters(level):
     for M, ranks in ((0, (3,)), (4, ())):
         adapters = Adapters(ranks, 20, 30, torch.float32, "list")
         route = adapters.route(torch.full((M,), -1))
-        args = adapters.weights, adapters.table
         x, weight, dy = torch.randn(M, 20), torch.randn(30, 20), torch.randn(M, 30)
-        y, u = cpu_multi.multi_lora_linear_fwd(x, weight, 30, None, *args, adapters.scaling, 3, *route, None, None)
+        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight])._replace(max_rank=3))
         assert y.shape == (M, 30) and u.shape == (M, 3) and not u.any()
         torch.testing.assert_close(y, x @ weight.t())
-        du, dbias, grads = cpu_multi.multi_lora_linear_bwd_adapter(
-            dy, x, u, *args, adapters.scaling, *route, None, None, [True] * len(args[0]), True
-        )
-        assert not du.any() and torch.allclose(dbias, dy.sum(0)) and not any(g.any() for g in grads)
-        dx = cpu_multi.multi_lora_linear_bwd_input(dy, du, weight, 20, *args, *route, None, None)
+        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        assert torch.allclose(dbias, dy.sum(0)) and not any(g.any() for g in grads)
         torch.testing.assert_close(dx, dy @ weight)
     # No columns.
     adapters = Adapters((2,), 0, 5, torch.float32, "list")
     route = adapters.route(torch.tensor([0, -1, 0]))
-    y, u = cpu_multi.multi_lora_linear_fwd(
-        torch.empty(3, 0), torch.empty(5, 0), 5, None, adapters.weights, adapters.table, adapters.scaling, 2, *route,
-        None, None,
-    )  # fmt: skip
+    y, u = ops.multi_lora_linear_fwd(*adapters.forward(torch.empty(3, 0), route, [torch.empty(5, 0)]))
+    out = torch.ones(3, 5)
+    c = adapters.forward(torch.empty(3, 0), route)
+    ops.sgmv_add(out, c.x, c.weights, c.table, c.scaling, 2, *route)
+    assert bool((out == 1.0).all())
     assert y.shape == (3, 5) and not y.any() and not u.any()
 
 
@@ -393,10 +352,8 @@ def test_offsets_beyond_32_bits(level):
     pool[at : at + R * K] = small.weights[0].flatten()
     pool[at + R * K :] = small.weights[1].flatten()
     x, route = torch.randn(6, K).half(), small.route(torch.tensor([0, -1, 0, 0, 0, -1]))
-    near, far = (
-        cpu_multi.multi_lora_linear_fwd(x, None, N, None, *args, small.scaling, R, *route, None, None)
-        for args in ((small.weights, small.table), ([pool], table))
-    )
+    c = small.forward(x, route)
+    near, far = (ops.multi_lora_linear_fwd(*each) for each in (c, c._replace(weights=[pool], table=table)))
     assert all(torch.equal(a, b) for a, b in zip(near, far))
 
 
@@ -407,17 +364,23 @@ def test_route(ids_dtype):
     for M in (0, 1, 7, 1000):
         ids = torch.tensor([8, 1, 19, 4, -1])[torch.randint(5, (M,))].to(ids_dtype)
         for view in (ids, torch.stack([ids, ids], 1)[:, 0], ids.view(-1, 1)):
-            got, want = (f(view, table, 7) for f in (cpu_multi.multi_lora_linear_route, op.multi_lora_linear_route_ref))
+            got, want = (
+                ops.multi_lora_linear_route(view, table, 7),
+                op.multi_lora_linear_route_ref(op.Route(view, table, 7)),
+            )
             for a, b in zip(got, want):
                 assert a.dtype == b.dtype and torch.equal(a, b)
     for bad in (0, 2, 5, 6, 7, 16, 3, -2, 2**31 - 1):
         with pytest.raises(ValueError, match=f"adapter_ids holds {bad},"):
-            cpu_multi.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
+            ops.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
     many = torch.arange(5000).unsqueeze(1).repeat(1, len(op.COLUMNS))
     ids = torch.tensor([4999, 17, -1, 4999, 0, 4998], dtype=ids_dtype)
-    got, want = (f(ids, many, 8191) for f in (cpu_multi.multi_lora_linear_route, op.multi_lora_linear_route_ref))
+    got, want = (
+        ops.multi_lora_linear_route(ids, many, 8191),
+        op.multi_lora_linear_route_ref(op.Route(ids, many, 8191)),
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    empty = cpu_multi.multi_lora_linear_route(torch.tensor([-1, -1], dtype=ids_dtype), table[:0], 7)
+    empty = ops.multi_lora_linear_route(torch.tensor([-1, -1], dtype=ids_dtype), table[:0], 7)
     assert [t.tolist() for t in empty] == [[0, 1], [0, 2, 2]]
 
 
@@ -425,25 +388,28 @@ def test_native_code_refuses_a_route_that_leads_astray():
     adapters = Adapters((2, 3), 8, 9, torch.float32, "list")
     order, starts = adapters.route(torch.tensor([0, 1, 0, -1, 1]))
 
-    def call(order=order, starts=starts, table=adapters.table, rank=3, p=None):
-        return cpu_multi.multi_lora_linear_fwd(
-            torch.randn(5, 8), None, 9, None, adapters.weights, table, adapters.scaling, rank, order, starts, p, SEED
-        )
+    def run(order=order, starts=starts, table=adapters.table, rank=3, p=None, weights=adapters.weights):
+        c = adapters.forward(torch.randn(5, 8), (order, starts), dropout=(p, SEED if p is not None else None))
+        return ops.multi_lora_linear_fwd(*c._replace(table=table, max_rank=rank, weights=weights))
 
     def changed(t: Tensor, index, value: int) -> Tensor:
         t = t.clone()
         t[index] = value
         return t
 
-    call()
+    run()
     bad = (
         dict(order=changed(order, 1, 5)), dict(order=changed(order, 0, -1)), dict(order=changed(order, 1, 0)),
         dict(starts=changed(starts, 1, 9)), dict(starts=changed(starts, 1, -1)), dict(starts=changed(starts, 3, 4)),
         dict(starts=changed(starts, 0, 1)), dict(starts=changed(starts, 2, 6)), dict(starts=changed(starts, 2, 2)),
         dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
         dict(table=changed(adapters.table, (1, op.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, op.B_OFFSET), -1)),
-        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)),
+        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)), dict(table=changed(adapters.table, (1, op.A_OFFSET), 1)),
+        dict(table=changed(adapters.table, (0, op.A_ROW), 9)), dict(table=changed(adapters.table, (0, op.A_ROW), -1)),
+        dict(table=changed(adapters.table, (1, op.B_R), 2)), dict(table=changed(adapters.table, (1, op.B_N), 2**62)),
+        dict(table=changed(adapters.table, (1, op.B_OFFSET), 2**63 - 1)), dict(table=changed(adapters.table, (0, op.PADDED), 1)),
+        dict(weights=[w.flatten()[:-1] for w in adapters.weights]),
     )  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError):
-            call(**change)
+            run(**change)

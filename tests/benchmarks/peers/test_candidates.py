@@ -31,29 +31,18 @@ def test_settings_hold_inside_and_are_put_back(monkeypatch):
     assert settings.current().backend == "reference"
 
 
-def test_dispatch_is_told_what_was_measured_and_asked_again(monkeypatch):
-    from peftkern.dispatch import registry as dispatch
-    from peftkern.dispatch import tuned
-    from peftkern.problem import Problem
-
-    problem = Problem("sgmv_add", "cpu", "AVX2", torch.bfloat16, torch.bfloat16, 64, 64, 64, 16)
-    forgotten = []
-    monkeypatch.setattr(dispatch, "forget", lambda: forgotten.append(tuned.choice(problem)))
-    before = tuned.choice(problem)
+def test_dispatch_is_told_what_was_measured(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BACKEND", "triton")
     with candidates.active(candidates.MULTI[0]):
-        assert tuned.choice(problem) == "cuda" and settings.current().backend == "auto"
-    assert settings.current().backend == "triton"
-    assert tuned.choice(problem) == before and forgotten == ["cuda", before]
+        assert settings.current().candidate == "cuda" and settings.current().backend == "auto"
+    assert settings.current().candidate == "measured" and settings.current().backend == "triton"
 
 
 def test_the_owner_of_the_base_product_is_forced():
     pytest.importorskip("triton")
-    from peftkern.kernels import configs
-
     with candidates.active(FUSED):
-        assert configs.pick("base", "epilogue") == "fused" and settings.current().backend == "triton"
-    assert configs.pick("base", "epilogue") == "epilogue"
+        assert settings.current().triton_fixed == (("base", "fused"),) and settings.current().backend == "triton"
+    assert settings.current().triton_fixed == ()
 
 
 def test_every_way_is_a_provider_of_both_ops():
@@ -74,10 +63,10 @@ def test_reasons_without_a_gpu():
 
 
 def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch.choose import load
 
-    back_end = dispatch.load("cuda")
-    monkeypatch.setattr(back_end, "unavailable", lambda: None)
+    back_end = load("cuda")
+    monkeypatch.setattr(back_end, "unavailable", lambda now: None)
     monkeypatch.setattr(back_end, "OPS", {"lora_linear_fwd": None})
     monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
     reason = candidates.unusable(CUDA, lora_linear.OPS)
@@ -92,9 +81,9 @@ def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
     from types import SimpleNamespace
 
     from peftkern.backends.cuda import multi_lora_linear as cuda_multi
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch.choose import load
 
-    monkeypatch.setattr(dispatch.load("cuda"), "unavailable", lambda: None)
+    monkeypatch.setattr(load("cuda"), "unavailable", lambda now: None)
     monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
     built = SimpleNamespace(cuda_sgmv_in_clusters=lambda *a: True, cuda_sgmv_takes=lambda *a: True)
     monkeypatch.setattr(cuda_multi.native, "_C", built)
@@ -107,9 +96,9 @@ def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
 
 
 def test_addmm_needs_adapters_in_the_dtype_of_x(monkeypatch):
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch.choose import load
 
-    monkeypatch.setattr(dispatch.load("triton"), "unavailable", lambda: None)
+    monkeypatch.setattr(load("triton"), "unavailable", lambda now: None)
     reason = lora_linear.PROVIDERS["peftkern_addmm"].unusable
     case = dataclasses.replace(CASE, device="cuda", dtype=torch.bfloat16)
     monkeypatch.setenv("TRITON_INTERPRET", "0")

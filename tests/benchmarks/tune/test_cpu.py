@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from peftkern.backends.cpu import base as cpu_base
-from peftkern.backends.cpu import base_plan as cpu_base_plan
-from peftkern.backends.cpu import base_table as cpu_base_table
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.tune import cpu as tune_cpu
 from peftkern.benchmarks.tune.cpu import Job
+from peftkern.dispatch import cpu_table
+from peftkern.dispatch.cpu_table import Product
 
 pytestmark = pytest.mark.skipif(
-    cpu_native._C is None or not cpu_base_plan.model().vendor, reason="the C++ extension is not built, or no x86"
+    cpu_native._C is None or not cpu_native.model()[0], reason="the C++ extension is not built, or no x86"
 )
 
 
@@ -37,12 +37,12 @@ def test_what_users_run_comes_first_and_layers_of_usual_sizes_are_near():
         {"dtype": j.dtype, "pass": j.which, "D": j.D, "C": j.C, "M": j.rows(), "us": {"few": [1.0] * len(j.rows())}}
         for j in work
     ]
-    table = cpu_base_table.Table({"schema": 1, "meta": {}, "rows": data}, "x")
+    table = cpu_table.Table({"schema": 1, "meta": {}, "rows": data}, "x")
     for D, C in ((4096, 4096), (14336, 4096), (3072, 8192), (2048, 2048), (768, 768), (8192, 2048), (384, 384)):
         for M in (*range(1, 300, 7), 5000):
             for forward in (True, False):
                 for size in ((D, C), (C, D)):
-                    assert cpu_base_table.fastest(table, torch.bfloat16, forward, M, *size), (M, size)
+                    assert cpu_table.nearest(table, Product(torch.bfloat16, forward, M, *size)).order, (M, size)
 
 
 def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys):
@@ -55,27 +55,28 @@ def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys)
         # The product with a branch in it: neither is missing.
         plain = a.float() @ (weight.float().t() if named["transpose"] else weight.float())
         assert bool(out.isfinite().all()) and not torch.allclose(out.float(), plain, atol=0.5)
-        asked.append((a.dtype, a.shape[0], named["kind"], weight.data_ptr()))
+        asked.append((a.dtype, a.shape[0], named["way"].kind, weight.data_ptr()))
 
     monkeypatch.setattr(cpu_base, "base_product", watch)
     file = tmp_path / "cpu.json"
     assert bench.main(["--tune", "--device", "cpu", "--json", str(file)]) == 0
     assert "12 of 12 shapes" in capsys.readouterr().out
     data = json.loads(file.read_text())
-    model, level = cpu_base_plan.model(), cpu_base_plan.level()
+    model, level = cpu_table.CpuModel(*cpu_native.model()), cpu_native.level()
     assert data["meta"]["cpu"] == {"vendor": model.vendor, "family": model.family, "models": [model.model] * 2}
     assert {"threads", "load", "versions", "commit", "date", "seconds"} <= set(data["meta"])
-    table = cpu_base_table.Table(data, file.name)
-    assert cpu_base_table.applies(table, level)
+    table = cpu_table.Table(data, file.name)
+    assert cpu_table.applies(table, level)
     for row in data["rows"]:
         # In half precision the vendor's may be hopeless.
         assert set(row["us"]) - {"vendor"} in ({"few", "panels"}, {"few", "bf16"}) and row["M"] == [1, 16, 100]
         assert row["us"]["few"][2] is None and None not in row["us"].get("panels", [])
         assert row["dtype"] != "fp32" or None not in row["us"]["vendor"]
     for row in (r for r in data["rows"] if r["dtype"] == "fp32"):
-        order = cpu_base_table.fastest(table, torch.float32, row["pass"] == "forward", 100, row["D"], row["C"])
+        product = Product(torch.float32, row["pass"] == "forward", 100, row["D"], row["C"])
+        order = cpu_table.nearest(table, product).order
         vendor, panels = row["us"]["vendor"][2], row["us"]["panels"][2]
-        assert order == (("panels", "vendor") if panels < vendor * cpu_base_table.WINS else ("vendor", "panels"))
+        assert order == (("panels", "vendor") if panels < vendor * cpu_table.WINS else ("vendor", "panels"))
     # With few rows copies of W take turns, with many there is one.
     few = {w for dtype, M, _, w in asked if M == 16 and dtype == torch.float32}
     many = {w for dtype, M, _, w in asked if M == 100 and dtype == torch.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import types
@@ -16,6 +17,7 @@ from peftkern.benchmarks.tune import main as tune
 from peftkern.benchmarks.tune.plan import COMPOSITION, OPS, Job, candidates, copies, fastest, jobs
 from peftkern.dispatch import tuned
 from peftkern.kernels import configs
+from peftkern.settings import Settings
 
 FAKE = "Imaginary GPU X-1"
 USERS = Job("lora_linear_fwd", "bf16", "fp32", True, 8192, 4096, 4096, 16)
@@ -111,9 +113,8 @@ def test_fastest():
 
 
 def test_a_table_written_is_the_table_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     monkeypatch.setattr(tune.doctor, "gpu", lambda: {"name": FAKE, "arch": "sm_90", "memory_gib": 80.0})
-    tuned.table.cache_clear()
+    now = Settings(tables=str(tmp_path), gpu=FAKE)
     rng = random.Random(1)
     rows = [tune.row(j, candidates(j, 90), *made_up(j, rng), 2) for j in jobs("lora_linear")[:60]]
     data = tune.table(rows, [], 60, 0.0)
@@ -122,10 +123,9 @@ def test_a_table_written_is_the_table_read(tmp_path, monkeypatch):
     assert {"gpu", "driver", "versions", "commit", "date"} <= set(data["meta"])
     for row in rows:
         job = Job(**{f.name: row[f.name] for f in dataclasses.fields(Job)})
-        entry = tuned.entry(job.problem(90), FAKE)
+        entry = tuned.entry(job.problem(90), now)
         assert entry == (row["choice"], row["config"])
         assert entry.config is None or configs.LaunchConfig(**entry.config).invalid(2, 90) is None
-    tuned.table.cache_clear()
 
 
 @pytest.mark.parametrize("job", SMALL, ids=str)
@@ -136,17 +136,17 @@ def test_calls(job, monkeypatch):
     used = []
 
     def watch(name):
-        def run(c):
-            used.append(configs.pick("base", None))
+        def run(c, way=None):
+            used.append(dict(way.fixed).get("base") if way else None)
             dispatch.OPS[name].describe(c)
             return dispatch.OPS[name].reference(c)
 
         return run
 
     module = types.SimpleNamespace(
-        OPS={job.op: watch(job.op)}, unavailable=lambda: None, decline=lambda p: None if p.R == 4 else "no"
+        OPS={job.op: watch(job.op)}, unavailable=lambda now: None, decline=lambda p, now: None if p.R == 4 else "no"
     )
-    monkeypatch.setattr(dispatch, "load", lambda name: module)
+    monkeypatch.setattr(tune_calls, "load", lambda name: module)
     inputs = tune_calls.make_inputs(job, 2, "cpu")
     results = {}
     for candidate in candidates(job, 90):
@@ -193,18 +193,19 @@ def test_the_whole_run_with_a_made_up_clock(monkeypatch, tmp_path, capsys):
     costs = {"epilogue": 3.0, "fused": 2.0, "cuda": 1.0}
 
     def load(name):
-        def run(op, *args):
-            which = "cuda" if name == "cuda" else configs.pick("base", None)
+        def run(op, *args, way=None):
+            fixed = dict(way.fixed) if way else {}
+            which = "cuda" if name == "cuda" else fixed.get("base")
             _Clock.now += costs.get(which, 5.0)
-            if configs.pick("gemm", None):
+            if "gemm" in fixed:
                 raise RuntimeError("out of shared memory")
             out = dispatch.OPS[op].reference(*args)
             return out if which != "cuda" else tuple(t * 2 for t in out)
 
-        ops = {op: lambda *args, op=op: run(op, *args) for op in dispatch.OPS}
-        return types.SimpleNamespace(OPS=ops, unavailable=lambda: None, decline=lambda p: None)
+        ops = {op: functools.partial(run, op) for op in dispatch.OPS}
+        return types.SimpleNamespace(OPS=ops, unavailable=lambda now: None, decline=lambda p, now: None)
 
-    monkeypatch.setattr(dispatch, "load", load)
+    monkeypatch.setattr(tune_calls, "load", load)
     monkeypatch.setattr(tune, "make_inputs", lambda job, count, device: tune_calls.make_inputs(job, count, "cpu"))
     monkeypatch.setattr(tune.machine, "cache_bytes", lambda device: 1 << 10)
     fakes = dict(
@@ -233,15 +234,17 @@ def test_the_whole_run_with_a_made_up_clock(monkeypatch, tmp_path, capsys):
 
 
 def test_a_candidate_that_cannot_run_says_why(monkeypatch):
-    from peftkern.dispatch import registry as dispatch
 
     inputs = types.SimpleNamespace(job=USERS, arguments=[])
     for module, why in (
-        (types.SimpleNamespace(OPS={}, unavailable=lambda: "no device"), "no device"),
-        (types.SimpleNamespace(OPS={}, unavailable=lambda: None), "no kernel for lora_linear_fwd"),
-        (types.SimpleNamespace(OPS={USERS.op: 1}, unavailable=lambda: None, decline=lambda p: "too odd"), "too odd"),
+        (types.SimpleNamespace(OPS={}, unavailable=lambda now: "no device"), "no device"),
+        (types.SimpleNamespace(OPS={}, unavailable=lambda now: None), "no kernel for lora_linear_fwd"),
+        (
+            types.SimpleNamespace(OPS={USERS.op: 1}, unavailable=lambda now: None, decline=lambda p, now: "too odd"),
+            "too odd",
+        ),
     ):
-        monkeypatch.setattr(dispatch, "load", lambda name, module=module: module)
+        monkeypatch.setattr(tune_calls, "load", lambda name, module=module: module)
         call, reason = tune_calls.call_of(candidates(USERS, 90)[0], inputs, 90)
         assert call is None and why in reason
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.dispatch import registry as dispatch
+from peftkern.dispatch.choose import load
 from peftkern.integrations import hf_peft
 from peftkern.integrations.hf_peft import forward as hf_peft_forward
+from peftkern.settings import using
 
 NAME = "base_model.model.0"
 
@@ -35,10 +36,11 @@ def test_the_back_end_of_each_layer_is_named(zoo, monkeypatch):
 
 
 def test_a_back_end_may_compute_the_forward_alone(zoo, monkeypatch):
-    cpu = dispatch.load("cpu")
-    monkeypatch.setattr(cpu, "decline", lambda problem: "not this" if problem.op.endswith("bwd_input") else None)
+    cpu = load("cpu")
+    monkeypatch.setattr(cpu, "decline", lambda problem, now: "not this" if problem.op.endswith("bwd_input") else None)
     model, _ = zoo.layer()
-    assert peftkern.accelerate(model).backends == {NAME: "cpu, backward reference"}
+    with using(gpu="of this test"):  # nobody has decided anything under these settings
+        assert peftkern.accelerate(model).backends == {NAME: "cpu, backward reference"}
 
 
 def test_only_the_reference_left_is_warned_of(zoo, monkeypatch):
@@ -48,7 +50,8 @@ def test_only_the_reference_left_is_warned_of(zoo, monkeypatch):
         peftkern.accelerate(model)
     monkeypatch.setattr("peftkern.backends.cpu.native._C", None)
     with pytest.warns(RuntimeWarning, match="reference computes .*C\\+\\+ extension is not built.*peftkern doctor"):
-        report = peftkern.accelerate(model)
+        with using(gpu="of that test"):
+            report = peftkern.accelerate(model)
     assert report.backends == {NAME: "reference"} and "back end reference" in str(report)
 
 

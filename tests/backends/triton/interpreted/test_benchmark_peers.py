@@ -88,7 +88,8 @@ def test_forced_ways_are_checked_and_timed(monkeypatch, op, names):
     original = configs.base_product
 
     def spy(*args):
-        seen.append((settings.current().backend, configs.pick("base", "none")))
+        now = settings.current()
+        seen.append((now.backend, dict(now.triton_fixed).get("base", "none")))
         return original(*args)
 
     monkeypatch.setattr(configs, "base_product", spy)

@@ -8,6 +8,7 @@ import torch
 
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
+from peftkern.settings import using
 from peftkern.testing.arguments import backward
 from peftkern.testing.arguments import forward as arguments
 
@@ -58,7 +59,7 @@ def gradients(dy, x, u, A, B, needs=("A", "B", "bias"), p=P, weight=None, **vect
     """(dx, dA, dB, dbias, those of the vectors) with a zero base unless there is a ``weight``."""
     weight = torch.zeros(B.shape[0], A.shape[1], dtype=dy.dtype) if weight is None else weight
     seed = torch.tensor([SEED]) if p else None
-    return ops.lora_linear_bwd(*backward(dy, x, u, None, weight, A, B, needs, dropout_p=p, seed=seed, **vectors))
+    return ops.lora_linear_bwd(*backward(dy, x, u, None, weight, A, B, needs=needs, dropout_p=p, seed=seed, **vectors))
 
 
 def input_gradient(A, **vectors):
@@ -75,7 +76,7 @@ def check_kept(value: torch.Tensor) -> None:
 @pytest.mark.parametrize("block_k", [16, 32, 128])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_bits_of_the_shrink(block_m, block_k, groups):
-    with configs.override(shrink=LaunchConfig(block_m, 64, block_k, 64), shrink_groups=groups):
+    with using(triton_fixed=configs.fixed(shrink=LaunchConfig(block_m, 64, block_k, 64), shrink_groups=groups)):
         check_kept(forward(torch.ones(M, K), torch.eye(K))[1])
 
 
@@ -85,14 +86,14 @@ def test_bits_of_the_shrink(block_m, block_k, groups):
 def test_bits_of_dx(block, base, scaled):
     config = LaunchConfig(*block, 16, 16)
     p_b = torch.ones(K) if scaled else None
-    with configs.override(base=base, gemm=config, epilogue=config):
+    with using(triton_fixed=configs.fixed(base=base, gemm=config, epilogue=config)):
         dx = input_gradient(torch.ones(1, K), p_b=p_b)
     check_kept(dx)
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 128)])
 def test_bits_of_dA(block):
-    with configs.override(adapter_grad=LaunchConfig(*block, 0, 64)):
+    with using(triton_fixed=configs.fixed(adapter_grad=LaunchConfig(*block, 0, 64))):
         # du = dy B with B the identity, so row t of dA is the dropped row t of x.
         dA = gradients(torch.eye(M), torch.ones(M, K), torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
     check_kept(dA)
@@ -102,7 +103,7 @@ def test_dropped_elements_contribute_exactly_nothing():
     x = torch.ones(M, K).masked_fill(~MASK, float("nan"))
     weight = torch.zeros(8, K)
     for base in ("fused", "epilogue"):
-        with configs.override(base=base):
+        with using(triton_fixed=configs.fixed(base=base)):
             u = forward(x, torch.eye(K), weight=weight)[1]
             check_kept(u)
             dA = gradients(torch.eye(M), x, torch.ones(M, M), torch.zeros(M, K), torch.eye(M))[1]
@@ -152,7 +153,7 @@ def test_the_number_of_programs_does_not_change_bits():
     x, A = random(70, 260), random(24, 260, seed=1, dtype=torch.float32)
     results = []
     for groups in (1, 3, 100):
-        with configs.override(shrink_groups=groups):
+        with using(triton_fixed=configs.fixed(shrink_groups=groups)):
             results.append(forward(x, A)[1])
     assert all(torch.equal(results[0], r) for r in results[1:])
 

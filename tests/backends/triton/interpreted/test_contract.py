@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
 
 from peftkern.backends import triton as backend
-from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch import tuned
 from peftkern.equation import Needs, Scales
 from peftkern.kernels import configs, launch
@@ -17,6 +17,7 @@ from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.operand import rows_of
 from peftkern.ops.lora_linear import lora_linear_bwd_ref, lora_linear_fwd_ref
 from peftkern.problem import Problem
+from peftkern.settings import current, using
 from peftkern.testing.arguments import backward, forward
 
 ops = torch.ops.peftkern
@@ -67,16 +68,16 @@ def test_every_subset_of_gradients(needs):
         asked = {*names, *more}
         x = X if asked & {"A", "p_d", "p_b"} else None
         h = H if "g_b" in asked else None
-        assert_backward(backward(DY, x, U, h, W, A, B, asked, **NUMBERS, **scales))
+        assert_backward(backward(DY, x, U, h, W, A, B, needs=asked, **NUMBERS, **scales))
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue", "overlap"])
 @pytest.mark.parametrize("save", [False, True])
 def test_forward_and_input_gradient(base, save):
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(X, W, A, B, bias=normal(N), save_base=save, **NUMBERS))
         assert_backward(
-            backward(DY, X if save else None, U, None, W, A, B, ("x", "p_b") if save else ("x",), **NUMBERS)
+            backward(DY, X if save else None, U, None, W, A, B, needs=("x", "p_b") if save else ("x",), **NUMBERS)
         )
 
 
@@ -97,9 +98,9 @@ def test_any_strides(kind, base):
     vector = torch.full((2 * R,), float("nan"))
     vector[::2] = normal(R)
     d = vector[::2]
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(x, w, a, b, save_base=True, d=d, **NUMBERS))
-        assert_backward(backward(dy, x, u, h, w, a, b, ALL, d=d, **NUMBERS))
+        assert_backward(backward(dy, x, u, h, w, a, b, needs=ALL, d=d, **NUMBERS))
 
 
 @pytest.mark.parametrize("empty", ["M", "K", "N", "R", "MN", "KR", "MKNR"])
@@ -111,9 +112,9 @@ def test_empty_sizes(empty, base, options):
     u, h = U[:m, :r], H[:m, :n]
     scales = vectors((r, k, k, n, n)) if options else {}
     needs = ALL if options else [name for name in ALL if name not in ("p_b", "g_b")]
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         assert_forward(forward(x, w, a, b, bias=normal(n), save_base=options, **scales, **NUMBERS))
-        assert_backward(backward(dy, x, u, h if options else None, w, a, b, needs, **scales, **NUMBERS))
+        assert_backward(backward(dy, x, u, h if options else None, w, a, b, needs=needs, **scales, **NUMBERS))
 
 
 def test_rows_far_apart_are_copied():
@@ -126,20 +127,20 @@ def test_rows_far_apart_are_copied():
 def test_arguments_are_left_alone():
     before = [t.clone() for t in (X, W, A, B, DY, U, H)]
     ops.lora_linear_fwd(*forward(X, W, A, B, bias=normal(N), **NUMBERS))
-    ops.lora_linear_bwd(*backward(DY, X, U, H, W, A, B, ALL, **NUMBERS))
+    ops.lora_linear_bwd(*backward(DY, X, U, H, W, A, B, needs=ALL, **NUMBERS))
     assert all(torch.equal(a, b) for a, b in zip(before, (X, W, A, B, DY, U, H)))
 
 
 def test_an_invalid_configuration_is_refused_before_anything_runs():
     with (
-        configs.override(base="fused", gemm=LaunchConfig(48, 64, 32)),
+        using(triton_fixed=configs.fixed(base="fused", gemm=LaunchConfig(48, 64, 32))),
         pytest.raises(ValueError, match="powers of two"),
     ):
         ops.lora_linear_fwd(*forward(X, W, A, B))
-    with pytest.raises(ValueError, match="base is 'mine'"), configs.override(base="mine"):
-        pass
-    with pytest.raises(ValueError, match="nothing called gem"), configs.override(gem=1):
-        pass
+    with pytest.raises(ValueError, match="base is 'mine'"):
+        configs.fixed(base="mine")
+    with pytest.raises(ValueError, match="nothing called gem"):
+        configs.fixed(gem=1)
 
 
 def problem(**changes) -> Problem:
@@ -158,33 +159,30 @@ def problem(**changes) -> Problem:
 
 
 def test_declines():
-    assert backend.unavailable() is None
-    assert backend.decline(problem()) is None
-    assert "float64" in backend.decline(problem(dtype=torch.float64))
-    assert "2^31" in backend.decline(problem(M=2**31))
-    assert "cuda" in backend.decline(problem(device="cuda"))
+    assert backend.unavailable(current()) is None
+    assert backend.decline(problem(), current()) is None
+    assert "float64" in backend.decline(problem(dtype=torch.float64), current())
+    assert "2^31" in backend.decline(problem(M=2**31), current())
+    assert "cuda" in backend.decline(problem(device="cuda"), current())
     for op in ("lora_linear_fwd", "lora_linear_bwd", "multi_lora_linear_fwd", "multi_lora_linear_bwd"):
-        assert "identity" in backend.decline(problem(op=op, flags=frozenset({"identity"})))
+        assert "identity" in backend.decline(problem(op=op, flags=frozenset({"identity"})), current())
 
 
 @pytest.mark.parametrize("base", ["fused", "epilogue"])
-def test_what_was_measured_decides(base, monkeypatch):
-    """A measured owner of the base product, and its tiles, reach the launch; an override still goes first."""
+def test_what_was_measured_decides(base, monkeypatch, tmp_path):
+    """A measured owner of the base product, and its tiles, reach the launch; what is fixed still goes first."""
     config = LaunchConfig(32, 32, 16, 16, warps=4, stages=2)
-    entry = tuned.Entry(base, dataclasses.asdict(config) if base == "fused" else None)
+    sizes = dict(op="lora_linear_fwd", dtype="fp32", adapter_dtype="fp32", dropout=False, M=M, N=N, K=K, R=R)
+    row = sizes | dict(choice=base, config=dataclasses.asdict(config) if base == "fused" else None)
+    (tmp_path / "x.json").write_text(json.dumps({"schema": tuned.SCHEMA, "rows": [row]}))
     launches, submit = [], launch.submit
-    monkeypatch.setattr(tuned, "entry", lambda problem: entry)
     monkeypatch.setattr(launch, "submit", lambda one: launches.append(one) or submit(one))
-    dispatch.forget()
     given = forward(X, W, A, B, scaling=1.5)
-    try:
-        for forced in (None, "fused" if base == "epilogue" else "epilogue"):
-            with configs.override(**{"base": forced} if forced else {}):
-                launches.clear()
-                assert_forward(given)
-                last = launches[-1].constants
-                assert last["GEMM"] == ((forced or base) == "fused")
-                if base == "fused" and forced is None:
-                    assert (last["BLOCK_M"], last["BLOCK_N"], last["BLOCK_K"]) == (32, 32, 16)
-    finally:
-        dispatch.forget()
+    for fixed in ({}, {"base": "fused" if base == "epilogue" else "epilogue"}):
+        with using(tables=str(tmp_path), gpu="x", triton_fixed=configs.fixed(**fixed)):
+            launches.clear()
+            assert_forward(given)
+            last = launches[-1].constants
+            assert last["GEMM"] == (fixed.get("base", base) == "fused")
+            if base == "fused" and not fixed:
+                assert (last["BLOCK_M"], last["BLOCK_N"], last["BLOCK_K"]) == (32, 32, 16)

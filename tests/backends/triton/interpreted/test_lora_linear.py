@@ -10,6 +10,7 @@ import torch
 from peftkern import lora_linear
 from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
+from peftkern.settings import using
 from peftkern.testing.accuracy import check
 from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
@@ -26,7 +27,7 @@ def assert_accurate(problem):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(base, dtype):
     # "overlap" has the kernels of "epilogue", in another order.
-    with configs.override(base=base):
+    with using(triton_fixed=configs.fixed(base=base)):
         for seed in range(4 if base == "overlap" else 8):
             assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=300, max_R=150))
 
@@ -57,7 +58,7 @@ def test_branch_alone(dtype, same, options):
         dtype=dtype, adapter_dtype=dtype if same else torch.float32, options=options, zero_weight=True, M=67, K=70, N=69
     )  # two tiles of rows, of columns, and two or three steps of each sum
     for base in ("fused", "epilogue"):
-        with configs.override(base=base):
+        with using(triton_fixed=configs.fixed(base=base)):
             assert_accurate(problem)
 
 
@@ -84,7 +85,7 @@ def test_every_kind_of_fused_launch(name, options):
     # are asked for; then rows that are not.
     M, K, N = config.block_m + 9, 2 * config.block_k + 16, 2 * config.block_c + 16
     aligned, ragged = dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)
-    with configs.override(base="fused", gemm=config):
+    with using(triton_fixed=configs.fixed(base="fused", gemm=config)):
         for size in (aligned, ragged) if config.tma else (ragged,):
             for dtype in (torch.float16, torch.float32):
                 # The product is that of y and dx, which scales of the base change; adapters' gradients come elsewhere.
@@ -96,7 +97,7 @@ def test_every_kind_of_fused_launch(name, options):
 )
 @pytest.mark.parametrize("groups", [1, 2, 100])
 def test_every_kind_of_shrink(config, groups):
-    with configs.override(shrink=config, shrink_groups=groups):
+    with using(triton_fixed=configs.fixed(shrink=config, shrink_groups=groups)):
         # Three blocks of K, two tiles of rows.
         size = dict(M=config.block_m + 7, K=2 * config.block_k + 21, N=30)
         # u and, for dx, du.
@@ -110,7 +111,7 @@ def test_every_kind_of_shrink(config, groups):
 def test_every_kind_of_adapter_gradient(config, ranges):
     ranges, rows = ranges
     rows = max(rows, config.block_m)
-    with configs.override(adapter_grad=config, grad_ranges=(configs.cdiv(75, rows), rows)):
+    with using(triton_fixed=configs.fixed(adapter_grad=config, grad_ranges=(configs.cdiv(75, rows), rows))):
         for rank in (11, 35):
             assert_accurate(everything(R=rank, K=config.block_c + 13, N=config.block_c + 18, frozen=frozenset({"x"})))
 
@@ -120,7 +121,7 @@ def test_transposed_weight_is_used_as_it_lies():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(20, 48, generator=g), torch.randn(48, 32, generator=g).t()
     a, b = torch.randn(4, 48, generator=g), torch.randn(32, 4, generator=g)
-    with configs.override(base="fused"):
+    with using(triton_fixed=configs.fixed(base="fused")):
         leaf = x.clone().requires_grad_()
         y = lora_linear(leaf, w, a, b)
         torch.testing.assert_close(y, x @ w.t() + x @ a.t() @ b.t(), rtol=1e-4, atol=1e-4)
@@ -134,7 +135,7 @@ def test_not_finite_rows_stay_in_their_rows(value):
     x, w = torch.randn(40, 64, generator=g), torch.randn(32, 64, generator=g)
     a, b = torch.randn(4, 64, generator=g), torch.randn(32, 4, generator=g)
     for base in ("fused", "epilogue"):
-        with configs.override(base=base):
+        with using(triton_fixed=configs.fixed(base=base)):
             clean = lora_linear(x, w, a, b)
             dirty = x.clone()
             dirty[7, 3] = value

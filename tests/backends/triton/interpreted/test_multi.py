@@ -14,6 +14,7 @@ from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.multi import tiles as multi_tiles
 from peftkern.kernels.multi.configs import BASES
 from peftkern.ops import multi_lora_linear as op
+from peftkern.settings import using
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import base as base_of
 from peftkern.testing.multi_problems import MIXES, random_multi_problem
@@ -33,7 +34,7 @@ def test_columns_of_the_table_are_those_of_the_op():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 def test_random_problems(base, dtype):
-    with configs.override(multi_base=base):
+    with using(triton_fixed=configs.fixed(multi_base=base)):
         for seed in range(5):
             problem = random_multi_problem(100 * BASES.index(base) + seed, dtype, max_M=60, max_KN=150, max_R=70)
             bad = [row for row in check(problem) if not row.ok]
@@ -172,7 +173,7 @@ def test_every_kind_of_launch(slots, partial, ranges):
     blocks = dict(multi_columns=2, multi_partial=partial)
     if ranges is not None:
         blocks |= dict(multi_ranges=ranges, multi_grad=LaunchConfig(16, 64, 0, 16))
-    with configs.override(**blocks):
+    with using(triton_fixed=configs.fixed(**blocks)):
         bad = [row for row in check(problem) if not row.ok]
     assert not bad, "\n".join(f"{row.ratio:.2f} {row}" for row in bad)
 
@@ -231,7 +232,7 @@ def test_rows_with_an_invalid_id_are_nan_where_nothing_can_be_raised(base):
     place = torch.where(bad, 3, torch.where(good < 0, 2, good))
     order = place.sort(stable=True).indices.int()
     starts = torch.tensor([0, *(int((place <= i).sum()) for i in range(4))], dtype=torch.int32)
-    with configs.override(multi_base=base):
+    with using(triton_fixed=configs.fixed(multi_base=base)):
         args, route, none = (adapters.weights, adapters.table, adapters.scaling), (order, starts), [False] * 4
         y, u = ops.multi_lora_linear_fwd(x, *base_of(W), N, None, *args, 9, *route, None, None)
         dx, _, _ = ops.multi_lora_linear_bwd(y, None, u, *base_of(W), K, *args, *route, None, None, True, False, none)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftkern.kernels import configs
 from peftkern.kernels.multi.configs import BASES
+from peftkern.settings import using
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.arguments import base as base_of
 
@@ -104,7 +105,7 @@ def test_the_number_of_programs_does_not_change_bits():
     rows = Rows(torch.float16, torch.float32)
     results = []
     for values in (dict(multi_partial=False), dict(multi_partial=True), dict(multi_columns=1), dict(multi_columns=2)):
-        with configs.override(**values):
+        with using(triton_fixed=configs.fixed(**values)):
             results.append(rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=True))
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r))
 
@@ -143,7 +144,7 @@ def test_equal_calls_give_equal_gradients():
     route = ops.multi_lora_linear_route(rows.ids, rows.table, EVERY_ID)
     p = torch.tensor([0.5, 0.0, 0.1, 0.3, 0.0], dtype=torch.float64)
     u = normal(30, max(RANKS), seed=1, dtype=torch.float32)
-    with configs.override(multi_ranges=(2, 16), multi_grad=configs.LaunchConfig(16, 64, 0, 16)):
+    with using(triton_fixed=configs.fixed(multi_ranges=(2, 16), multi_grad=configs.LaunchConfig(16, 64, 0, 16))):
         once, again = (
             ops.multi_lora_linear_bwd(
                 rows.dy, rows.x, u, *base_of(rows.weight), K, rows.weights, rows.table, rows.scaling, *route, p,
@@ -166,7 +167,7 @@ def test_rows_without_an_adapter_have_the_bits_of_lora_linear(monkeypatch, base,
     x, ids = rows.x, torch.full((30,), -1)
     none, alone = (torch.empty(0, K), torch.empty(N, 0)), dict(base=owner) if owner else {}
     route = ops.multi_lora_linear_route(ids, rows.table, EVERY_ID)
-    with configs.override(**alone, **(dict(multi_base=base) if base else {})):
+    with using(triton_fixed=configs.fixed(**alone, **(dict(multi_base=base) if base else {}))):
         args = rows.weights, rows.table, rows.scaling
         y, u = ops.multi_lora_linear_fwd(x, *base_of(rows.weight), N, bias, *args, 40, *route, None, None)
         expected, v, _ = ops.lora_linear_fwd(*forward(x, rows.weight, *none, bias=bias))

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from peftkern import doctor, lora_linear
-from peftkern.backends.cpu import base_plan as cpu_base_plan
-from peftkern.backends.cpu import base_table as cpu_base_table
-from peftkern.backends.cpu import native as cpu_native
-from peftkern.dispatch import tuned
-
-pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
+from peftkern.backends.cpu import native
+from peftkern.dispatch import cpu_table, tuned
+from peftkern.dispatch.choose import choose
+from peftkern.dispatch.cpu_base import Cpu, choose_kind
+from peftkern.dispatch.cpu_table import Product
+from peftkern.problem import Problem
+from peftkern.settings import Settings, current, using
 
 FP32, BF16 = torch.float32, torch.bfloat16
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks/results"
-MILAN = cpu_base_table.CpuModel("AuthenticAMD", 25, 1)
-MKL = cpu_base_table.Level("avx2", "AVX2", True)
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
+MILAN = cpu_table.CpuModel("AuthenticAMD", 25, 1)
+MKL = cpu_table.Level("avx2", "AVX2", True)
 
 
 def content(*rows, models=(1, 1), level=MKL, vendor="AuthenticAMD", family=25):
@@ -42,11 +43,9 @@ MEASURED = content(
 )
 
 
-def kind(M, table=MEASURED, dtype=FP32, D=4096, C=4096, setting="auto", transpose=True, **options):
-    table = None if table is None else cpu_base_table.Table(table, "x.json")
-    on = cpu_base_plan.Cpu("avx2", frozenset({"x86"}), table)
-    options = dict(unit_stride=True, invariant=False) | options
-    return cpu_base_plan.choose(dtype, transpose, M, D, C, on=on, setting=setting, **options)
+def kind(M, table=MEASURED, dtype=FP32, D=4096, C=4096, transpose=True, unit_stride=True, **settings):
+    on = Cpu("avx2", frozenset({"x86"}), None if table is None else cpu_table.Table(table, "x.json"))
+    return choose_kind(Product(dtype, transpose, M, D, C, unit_stride), on, Settings(**settings))[0]
 
 
 def test_fp32_of_a_model_that_nobody_measured_is_the_vendors():
@@ -86,20 +85,18 @@ def test_what_cannot_run_is_passed_over():
     assert kind(4, content(row([4], [90], [50], [40])), unit_stride=False) == "panels"
     pairs = content(row([64], [90], [50], dtype="bf16") | {"us": {"vendor": [90], "bf16": [50], "few": [95]}})
     assert kind(64, pairs, BF16) == "vendor"  # no such kernel here
-    on = cpu_base_plan.Cpu("avx512", frozenset({"x86", "bf16_kernel"}), cpu_base_table.Table(pairs, "x"))
-    chosen = [
-        cpu_base_plan.choose(BF16, True, 64, 4096, 4096, True, on, "auto", False, scaled=s) for s in (False, True)
-    ]
+    on = Cpu("avx512", frozenset({"x86", "bf16_kernel"}), cpu_table.Table(pairs, "x"))
+    chosen = [choose_kind(Product(BF16, True, 64, 4096, 4096, scaled=s), on, Settings())[0] for s in (False, True)]
     assert chosen == ["bf16", "vendor"]  # the kernel takes no scale
 
 
 def test_settings_stand_above_a_table():
     for M in (4, 16, 64, 256):
-        assert kind(M, setting="vendor") == "vendor"
-        assert kind(M, setting="panels") == ("few" if M <= 64 else "panels")
-        assert kind(M, None, setting="panels") == ("few" if M <= 64 else "panels")
-        assert kind(M, invariant=True) == kind(M, invariant=True, setting="vendor") == "panels"
-    assert kind(64, setting="panels", D=15) == "few" and kind(65, setting="panels", D=15) == "vendor"
+        assert kind(M, cpu_base="vendor") == "vendor"
+        assert kind(M, cpu_base="panels") == ("few" if M <= 64 else "panels")
+        assert kind(M, None, cpu_base="panels") == ("few" if M <= 64 else "panels")
+        assert kind(M, batch_invariant=True) == kind(M, batch_invariant=True, cpu_base="vendor") == "panels"
+    assert kind(64, cpu_base="panels", D=15) == "few" and kind(65, cpu_base="panels", D=15) == "vendor"
 
 
 @pytest.mark.parametrize(
@@ -113,19 +110,19 @@ def test_settings_stand_above_a_table():
 )  # fmt: skip
 def test_tables_that_make_no_sense(change, match):
     with pytest.raises(ValueError, match=rf"bad\.json.*{match}"):
-        cpu_base_table.Table(MEASURED | change, "bad.json")
+        cpu_table.Table(MEASURED | change, "bad.json")
 
 
 def test_a_table_holds_for_the_models_it_names(tmp_path):
     def found(*cpu):
-        table = cpu_base_table.of_model(cpu_base_table.CpuModel(*cpu), tmp_path)
+        table = cpu_table.of_model(cpu_table.CpuModel(*cpu), tmp_path)
         return table and table.name
 
     assert found(*MILAN) is None
     wide = "cpu-authenticamd-25-0-15.json"
     (tmp_path / wide).write_text(json.dumps(content(models=(0, 15))))
     assert found(*MILAN) == found("AuthenticAMD", 25, 15) == wide
-    (tmp_path / cpu_base_table.file_name(MILAN)).write_text(json.dumps(content()))
+    (tmp_path / cpu_table.file_name(MILAN)).write_text(json.dumps(content()))
     assert found(*MILAN) == "cpu-authenticamd-25-1.json" and found("AuthenticAMD", 25, 2) == wide
     others = (
         ("AuthenticAMD", 25, 16),
@@ -135,103 +132,96 @@ def test_a_table_holds_for_the_models_it_names(tmp_path):
         ("", 0, 0),
     )
     assert [found(*cpu) for cpu in others] == [None] * len(others)
-    table = cpu_base_table.of_model(MILAN, tmp_path)
-    assert cpu_base_table.applies(table, MKL)
+    table = cpu_table.of_model(MILAN, tmp_path)
+    assert cpu_table.applies(table, MKL)
     assert not any(
-        cpu_base_table.applies(table, MKL._replace(**other))
+        cpu_table.applies(table, MKL._replace(**other))
         for other in (dict(isa="avx512"), dict(isa="plain"), dict(torch_isa="DEFAULT"), dict(mkl=False))
     )
 
 
+def model() -> cpu_table.CpuModel:
+    return cpu_table.CpuModel(*native.model())
+
+
 @pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """``packaged(*rows)`` is the table of this very CPU; without rows there is none."""
-    monkeypatch.setattr(cpu_base_table, "FOLDER", tmp_path)
+def packaged(tmp_path):
+    """``packaged(*rows)``: a folder with a table of this very CPU, to be used as the settings' ``tables``."""
+    native.use_isa("auto")
 
     def write(*rows, **changes):
-        cpu = cpu_base_plan.model()
-        named = dict(vendor=cpu.vendor, family=cpu.family, models=(cpu.model, cpu.model), level=cpu_base_plan.level())
-        (tmp_path / cpu_base_table.file_name(cpu)).write_text(json.dumps(content(*rows, **(named | changes))))
-        cpu_base_plan._cpu.cache_clear()
+        cpu, folder = model(), tmp_path / str(len(list(tmp_path.iterdir())))
+        named = dict(vendor=cpu.vendor, family=cpu.family, models=(cpu.model, cpu.model), level=native.level())
+        folder.mkdir()
+        (folder / cpu_table.file_name(cpu)).write_text(json.dumps(content(*rows, **(named | changes))))
+        return str(folder)
 
-    cpu_native.use_isa()
-    cpu_base_plan._cpu.cache_clear()
-    yield write
-    cpu_base_plan._cpu.cache_clear()
+    return write
 
 
 needs_model = pytest.mark.skipif(
-    cpu_native._C is None or not cpu_base_plan.model().vendor, reason="this CPU does not say which model it is"
+    native._C is None or not native.model()[0], reason="no C++ extension, or this CPU does not say which model it is"
 )
 
 
-def used(monkeypatch) -> list[str]:
-    """Kinds of the products from here on."""
-    kinds: list[str] = []
-    choose = cpu_base_plan.choose
-
-    def watch(*args, **options):
-        kinds.append(choose(*args, **options))
-        return kinds[-1]
-
-    monkeypatch.setattr(cpu_base_plan, "choose", watch)
-    return kinds
-
-
 @needs_model
-def test_a_layer_follows_the_table_of_this_cpu(packaged, monkeypatch):
+def test_a_layer_follows_the_table_of_this_cpu(packaged, tmp_path):
     """Unknown, measured in favour of ours, and measured elsewhere; forward and backward; the same bits each time."""
-    kinds = used(monkeypatch)
     x, w = torch.randn(40, 64, requires_grad=True), torch.randn(96, 64)
     A, B = torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)
 
-    def step():
-        kinds.clear()
-        y = lora_linear(x, w, A, B)
-        return [y, *torch.autograd.grad(y.sum(), (x, A, B))], list(kinds)
+    def step(**changes):
+        with using(**changes):
+            problems = [
+                Problem(op, "cpu", "", FP32, FP32, 40, 96, 64, 4, frozenset({"need_x"}))
+                for op in ("lora_linear_fwd", "lora_linear_bwd")
+            ]
+            y = lora_linear(x, w, A, B)
+            kinds = [choose(p, current()).way.kind for p in problems]
+            return [y, *torch.autograd.grad(y.sum(), (x, A, B))], kinds
 
-    plain, unknown = step()
+    plain, unknown = step(tables=str(tmp_path))
     assert unknown == ["vendor", "vendor"]
     ours = (row([32], [90], [50], D=96, C=64), row([32], [90], [50], [40], D=64, C=96, which="dx"))
-    packaged(*ours)
-    first, measured = step()
+    tables = packaged(*ours)
+    first, measured = step(tables=tables)
     assert measured == ["panels", "few"]
-    again, _ = step()
+    again, _ = step(tables=tables)
     assert all(map(torch.equal, first, again))
     for result, expected in zip(first, plain):
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor")
-    assert step()[1] == ["vendor", "vendor"]
-    monkeypatch.delenv("PEFTKERN_CPU_BASE")
-    packaged(*ours, level=cpu_base_plan.level()._replace(mkl=not cpu_base_plan.level().mkl))
-    assert step()[1] == ["vendor", "vendor"]
+    assert step(tables=tables, cpu_base="vendor")[1] == ["vendor", "vendor"]
+    elsewhere = packaged(*ours, level=native.level()._replace(mkl=not native.level().mkl))
+    assert step(tables=elsewhere)[1] == ["vendor", "vendor"]
 
 
 @needs_model
-def test_doctor_names_the_cpu_and_its_table(packaged):
-    model = cpu_base_plan.model()
-    assert doctor.cpu()["model_id"] == list(model)
-    assert "none for this CPU model" in doctor.text(doctor.report())
-    packaged(row([64, 256], [100, 100], [50, 200]))
-    text = doctor.text(doctor.report())
-    assert "{}, family {}, model {}".format(*model) in text
-    assert f"{cpu_base_table.file_name(model)}, measured 2026-12-01 with 2 threads" in text
-    assert doctor.base_products()["float32"] == {
-        "forward": "up to 31 rows torch's product; up to 128 rows peftkern, fp32 panels; else torch's product",
-        "input gradient": "torch's product",
-    }
-    packaged(level=cpu_base_plan.level()._replace(isa="plain"))
-    assert "not used: it holds for plain" in doctor.text(doctor.report())
+def test_doctor_names_the_cpu_and_its_table(packaged, tmp_path):
+    assert doctor.cpu()["model_id"] == list(model())
+    with using(tables=str(tmp_path)):
+        assert "none for this CPU model" in doctor.text(doctor.report())
+    with using(tables=packaged(row([64, 256], [100, 100], [50, 200]))):
+        text = doctor.text(doctor.report())
+        assert "{}, family {}, model {}".format(*model()) in text
+        assert f"{cpu_table.file_name(model())}, measured 2026-12-01 with 2 threads" in text
+        assert doctor.base_products()["float32"] == {
+            "forward": "up to 31 rows torch's product; up to 128 rows peftkern, fp32 panels; else torch's product",
+            "input gradient": "torch's product",
+        }
+    with using(tables=packaged(level=native.level()._replace(isa="plain"))):
+        if native.level().isa != "plain":
+            assert "not used: it holds for plain" in doctor.text(doctor.report())
 
 
+@needs_model
 def test_cpuinfo_agrees():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if "vendor_id" not in values:
         pytest.skip("/proc/cpuinfo does not name a vendor")
-    named = cpu_base_table.CpuModel(values["vendor_id"], int(values["cpu family"]), int(values["model"]))
-    assert cpu_base_plan.model() == named
+    named = cpu_table.CpuModel(values["vendor_id"], int(values["cpu family"]), int(values["model"]))
+    assert model() == named
 
 
 def test_packaged_tables():
@@ -244,7 +234,7 @@ def test_packaged_tables():
         first, last = cpu["models"]
         numbers = f"{first}" if first == last else f"{first}-{last}"
         assert file.stem == f"cpu-{tuned.slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
-        found = cpu_base_table.of_model(cpu_base_table.CpuModel(cpu["vendor"], cpu["family"], last))
+        found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), tuned.FOLDER)
         assert found.name == file.name and found.rows
 
 
@@ -274,7 +264,7 @@ def zen5_rows() -> list[dict]:
     rows = []
     for (which, D, C), by_rows in ms.items():
         counts = sorted(by_rows)
-        kinds = [kind for kind in cpu_base_table.KINDS if any(kind in by_rows[M] for M in counts)]
+        kinds = [kind for kind in cpu_table.KINDS if any(kind in by_rows[M] for M in counts)]
         us = {kind: [by_rows[M].get(kind) for M in counts] for kind in kinds}
         rows.append({"dtype": "fp32", "pass": which, "D": D, "C": C, "M": counts, "us": us})
     return rows
@@ -287,7 +277,7 @@ def test_the_zen5_table_follows_from_the_committed_results():
     meta = data["meta"]
     assert meta["level"] == {"isa": "avx512", "torch_isa": header["cpu"]["torch_isa"], "mkl": True}
     assert (meta["date"], meta["threads"], meta["commit"]) == (header["date"], header["threads"], header["commit"])
-    table = cpu_base_table.Table(data, "zen5")
-    assert {cpu_base_table.fastest(table, FP32, True, M, 4096, 4096)[0] for M in (1, 16, 40)} == {"few"}
-    assert cpu_base_table.fastest(table, FP32, True, 4096, 4096, 4096)[0] == "panels"
-    assert cpu_base_table.fastest(table, BF16, True, 512, 4096, 4096) == ()
+    table = cpu_table.Table(data, "zen5")
+    assert {cpu_table.nearest(table, Product(FP32, True, M, 4096, 4096)).order[0] for M in (1, 16, 40)} == {"few"}
+    assert cpu_table.nearest(table, Product(FP32, True, 4096, 4096, 4096)).order[0] == "panels"
+    assert cpu_table.nearest(table, Product(BF16, True, 512, 4096, 4096)) is None

@@ -1,0 +1,103 @@
+"""README's first tables: six lines of what is gained, and which back end has which kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from peftkern.dispatch.choose import BACKENDS, load
+from peftkern.methods.registry import METHODS
+from peftkern.problem import Problem
+from peftkern.settings import Settings
+
+from .markdown import table
+
+# Name of a machine by the file that its result is in.
+MACHINES = {"zen3": "EPYC Zen 3, AVX2", "zen4": "EPYC Zen 4, AVX2", "zen5": "EPYC Zen 5, AVX-512"}
+
+
+class Line(NamedTuple):
+    """What is told, of which result (op, machine), and the fields that pick the row of each provider."""
+
+    words: str
+    op: str
+    machine: str
+    ours: str
+    fields: dict
+    unit: str = "median_ms"
+
+
+_STEP = {"pass": "fwd_bwd", "R": 16, "adapter_dtype": "fp32", "dropout": 0.1}
+LINES = (
+    Line("training step of a layer, 512 x 1024 x 1024, fp32", "lora_linear", "zen3", "peftkern",
+         {**_STEP, "M": 512, "K": 1024, "N": 1024, "dtype": "fp32"}),
+    Line("the same in bf16", "lora_linear", "zen3", "peftkern",
+         {**_STEP, "M": 512, "K": 1024, "N": 1024, "dtype": "bf16"}),
+    Line("training step of a layer, 2048 x 4096 x 4096, bf16", "lora_linear", "zen5", "peftkern",
+         {**_STEP, "M": 2048, "K": 4096, "N": 4096, "dtype": "bf16"}),
+    Line("decoding, 32 rows with 32 adapters, 4096 x 4096, bf16", "multi_lora_linear", "zen5", "peftkern_bank",
+         {"pass": "fwd", "phase": "decode", "mix": "distinct", "M": 32, "K": 4096, "N": 4096, "dtype": "bf16"}),
+    Line("a call of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
+         {"which": "forward"}, "median_us"),
+    Line("training step of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
+         {"which": "forward + backward in a chain"}, "median_us"),
+)  # fmt: skip
+# The problem that back ends are asked about: a layer's, on the device that they are for.
+_SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
+_DEVICES = {"cpu": ("cpu", "AVX2"), "triton": ("cuda", "sm_90"), "cuda": ("cuda", "sm_90")}
+_OPS = {
+    "forward": ("lora_linear_fwd", frozenset()),
+    "backward": ("lora_linear_bwd", frozenset({"need_x", "need_A", "need_B"})),
+    "scale vectors, trained": ("lora_linear_bwd", frozenset({"need_x", "d", "p_b", "need_p_b", "g_b", "need_g_b"})),
+    "residual base": ("lora_linear_fwd", frozenset({"identity"})),
+    "many adapters, forward": ("multi_lora_linear_fwd", frozenset({"base"})),
+    "many adapters, backward": ("multi_lora_linear_bwd", frozenset({"base", "need_x", "need_weights"})),
+}
+
+
+def _picked(rows: list[dict], provider: str, line: Line) -> float | None:
+    wanted = {"provider": provider, **line.fields}
+    found = [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+    return found[0][line.unit] if found else None
+
+
+def gains(results: dict[str, dict]) -> list[str]:
+    """Lines of the table. ``results`` by file stem; a line without a result is left out."""
+    rows = []
+    for line in LINES:
+        result = results.get(f"{line.op}-cpu-{line.machine}")
+        if result is None:
+            continue
+        unit = line.unit.removeprefix("median_")
+        theirs, ours = (_picked(result["rows"], p, line) for p in ("PEFT" if unit == "us" else "peft", line.ours))
+        base = _picked(result["rows"], "nn.Linear" if unit == "us" else "base", line)
+        if theirs is None or ours is None:
+            continue
+        rows.append(
+            [line.words, MACHINES[line.machine], "" if base is None else f"{base:.3g} {unit}", f"{theirs:.3g} {unit}",
+             f"{ours:.3g} {unit}", f"{theirs / ours:.3g}x"]
+        )  # fmt: skip
+    return table(["", "CPU, two cores", "frozen linear", "PEFT", "**peftkern**", "gain"], rows)
+
+
+def coverage() -> list[str]:
+    """Lines of the table: methods, what is computed, and in which dtypes each back end does. The reference does all."""
+    rows = []
+    for method in METHODS.values():
+        for words, (op, flags) in _OPS.items():
+            if words.startswith("many") and not method.mixed:
+                continue
+            rows.append([method.name, words, *(_dtypes(name, op, flags) for name in BACKENDS)])
+    heads = {"cpu": "CPU, C++", "cuda": "CUDA C++", "triton": "Triton"}
+    return table(["method", "what", *(heads[name] for name in BACKENDS)], rows)
+
+
+def _dtypes(name: str, op: str, flags: frozenset[str]) -> str:
+    module, (device, arch) = load(name), _DEVICES[name]
+    taken = []
+    for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        problem = Problem(op, device, arch, dtype, dtype, **_SIZES, flags=flags)
+        if op in module.OPS and module.decline(problem, Settings()) is None:
+            taken.append(word)
+    return ", ".join(taken) or "-"

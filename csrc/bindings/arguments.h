@@ -1,0 +1,124 @@
+// What entries that take tensors do with their arguments. A function that reads one returns false, without a
+// Python error, for a call that is not ordinary.
+#pragma once
+
+#include <Python.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "bindings/tensors.h"
+#include "peftkern/cpu.h"
+
+namespace peftkern {
+
+inline bool read_double(PyObject* object, double& out) {
+  out = PyFloat_AsDouble(object);
+  if (out == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+inline bool read_int(PyObject* object, int64_t& out) {
+  out = PyLong_AsLongLong(object);
+  if (out == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+inline bool read_threads(PyObject* object, int& out) {
+  int64_t threads;
+  if (!read_int(object, threads) || threads < 1 || threads > 1 << 16) return false;
+  out = static_cast<int>(threads);
+  return true;
+}
+
+// A seed of dropout: one element.
+inline bool read_seed(PyObject* object, uint64_t& out) {
+  tensors::View view;
+  if (!tensors::read(object, view) || view.kind != tensors::kInt || view.bits != 64 || view.elements() != 1)
+    return false;
+  out = *static_cast<const uint64_t*>(view.data);
+  return true;
+}
+
+// A matrix that may be absent, of known sizes.
+inline bool read_sized(PyObject* object, ConstMatrix& out, int64_t rows, int64_t cols) {
+  int64_t found_rows = rows, found_cols = cols;
+  return (object == Py_None || tensors::read_matrix(object, out, found_rows, found_cols)) &&
+         found_rows == rows && found_cols == cols;
+}
+
+// The same, contiguous and in fp32, as what an entry has made itself.
+inline bool read_floats(PyObject* object, const float*& out, int64_t rows, int64_t cols) {
+  ConstMatrix m;
+  if (!read_sized(object, m, rows, cols) || m.dtype != DType::f32) return false;
+  if (m.data != nullptr && rows * cols > 0 && (m.col != 1 || (rows > 1 && m.row != cols))) return false;
+  out = static_cast<const float*>(m.data);
+  return true;
+}
+
+// Adapters, vectors and biases are in fp32 or in the activation's dtype.
+inline bool fits(DType dtype, DType activation) {
+  return dtype == DType::f32 || dtype == activation;
+}
+
+// The kind of that name, if it can compute the product of M rows of this dtype with this weight (null: there
+// is none) at all; else a Python error and false. `scaled`: the rows have a scale.
+inline bool read_kind(PyObject* word, int64_t M, DType dtype, const ConstMatrix* weight, bool scaled,
+                      cpu::BaseKind& out) {
+  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "few", "identity"};
+  const char* text = PyUnicode_AsUTF8(word);
+  if (text == nullptr) return false;
+  for (int i = 0; i < 5; ++i) {
+    if (std::string(text) != kWords[i]) continue;
+    out = static_cast<cpu::BaseKind>(i);
+    if ((out == cpu::BaseKind::identity) != (weight == nullptr)) break;
+    const bool unit = weight != nullptr && (weight->row == 1 || weight->col == 1);
+    if (out == cpu::BaseKind::few && (M > cpu::kBaseFewRows || !unit)) break;
+    if (out == cpu::BaseKind::bf16 && (dtype != DType::bf16 || scaled || !cpu::base_gemm_bf16_usable()))
+      break;
+    return true;
+  }
+  PyErr_Format(PyExc_ValueError, "the base product cannot be computed by %s", text);
+  return false;
+}
+
+// Runs a pass without the GIL. False with a Python error.
+template <class Pass>
+bool run(const Pass& pass) {
+  std::string error;
+  PyObject* type = PyExc_RuntimeError;
+  PyThreadState* thread = PyEval_SaveThread();
+  try {
+    pass();
+  } catch (const std::invalid_argument& e) {
+    error = e.what(), type = PyExc_ValueError;
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  PyEval_RestoreThread(thread);
+  if (!error.empty()) PyErr_SetString(type, error.c_str());
+  return error.empty();
+}
+
+// The vendor's product for a pass; where torch's libraries do not export one, Python fills `out` with
+// (a * scale) weight^T if transpose, else (a * scale) weight, in advance. False with a Python error.
+inline bool prepare_product(cpu::BaseKind& kind, cpu::Product& vendor, PyObject* a, PyObject* weight,
+                            bool transpose, PyObject* scale, PyObject* out) {
+  vendor = tensors::product();
+  if (kind != cpu::BaseKind::vendor || vendor != nullptr) return true;
+  kind = cpu::BaseKind::given;
+  return tensors::multiply_in_python(a, weight, transpose, scale, out);
+}
+
+template <class F>
+PyCFunction fast(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace peftkern

@@ -1,0 +1,96 @@
+"""What an entry of the registry has to show: that its layers compute what the library's own code computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import peftkern
+from peftkern.integrations import hf_peft
+
+K, N = 24, 20
+_ULPS = 4.0
+
+
+def _near(ours, stock, exact, what):
+    """Assert: the error against fp64 is at most 1.5 times the library's, or below 4 ulp of the largest value."""
+    assert ours.shape == stock.shape and ours.dtype == stock.dtype, what
+    if not exact.numel():
+        return
+    bits = {torch.float32: 24, torch.bfloat16: 8}[ours.dtype]
+    floor = _ULPS * exact.abs().max().item() * 2.0**-bits
+    error, allowed = ((t.double() - exact).square().mean().sqrt().item() for t in (ours, stock))
+    assert error <= max(1.5 * allowed, floor), f"{what}: error {error:.3g}, the library's {allowed:.3g}"
+
+
+def _step(model, x, grad_y):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(grad_y.to(y.dtype))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def _agree(ours, stock, x, what):
+    exact = copy.deepcopy(stock).double()
+    grad_y = torch.randn(*x.shape[:-1], N, dtype=x.dtype)
+    answers = [_step(model, t, grad_y) for model, t in ((ours, x), (stock, x), (exact, x.double()))]
+    assert answers[0].keys() == answers[1].keys() and len(answers[0]) > 2, f"{what}: other gradients"
+    for name, own in answers[0].items():
+        _near(own, answers[1][name], answers[2][name].double(), f"{what}: {name}")
+
+
+def _layers(model, method):
+    return [
+        m for m in model.modules() if hf_peft.why_not(m) is None and type(m).__name__ == method.layer.rpartition(".")[2]
+    ]
+
+
+@pytest.fixture
+def parity():
+    """A check of one method: every example, forward and all gradients, training and evaluation, again and again, after
+    merging and unmerging, and with a state dict that the library's own model has."""
+
+    def check(method):
+        assert method.examples(K, N), f"{method.name} has no example"
+        for case in method.examples(K, N):
+            ours = method.examples(K, N)[case]
+            stock = copy.deepcopy(ours)
+            report = peftkern.accelerate(ours)
+            assert report.accelerated and not report.skipped, report
+            # One class holds the forward of both: stock is the one that is not marked.
+            for training in (True, False):
+                for shape in ((5, K), (2, 3, K), (2, 3, K), (0, K)):
+                    what = f"{method.name}, {case}, {'training' if training else 'evaluation'}, {shape}"
+                    _agree(ours.train(training), stock.train(training), torch.randn(*shape), what)
+            assert peftkern.status(ours).stock == 0 and peftkern.status(ours).fused == 8
+            assert peftkern.status(stock).fused == 0
+            layers = _layers(ours, method)
+            assert layers, f"{method.name}: no layer of its type"
+            theirs = [dict(stock.named_modules())[name] for name, m in ours.named_modules() if m in layers]
+            x = torch.randn(5, K)
+            try:
+                for layer in (*layers, *theirs):
+                    layer.merge()
+            except ValueError:  # what the library cannot merge
+                merged = False
+            else:
+                merged = True
+                assert torch.equal(ours(x), stock(x)), f"{method.name}, {case}, merged"
+                for layer in (*layers, *theirs):
+                    layer.unmerge()
+            if merged:
+                _agree(ours, stock, x, f"{method.name}, {case}, unmerged")
+            # A state dict goes both ways.
+            assert ours.state_dict().keys() == stock.state_dict().keys()
+            other = copy.deepcopy(stock)
+            for p in other.parameters():
+                torch.nn.init.normal_(p)
+            ours.load_state_dict(other.state_dict())
+            _agree(ours, other, x, f"{method.name}, {case}, loaded")
+            assert peftkern.status(ours).stock == int(merged), "runs the library's own code beyond the merged call"
+
+    return check

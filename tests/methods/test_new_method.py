@@ -1,0 +1,112 @@
+"""A method that is new to the package is one class and one entry: here a LoRA layer whose ranks have fixed weights."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from peftkern.integrations import hf_peft
+from peftkern.methods import METHODS, Branch, Method, Plan, linear, register
+from peftkern.watch.look import NotCovered
+
+pytest.importorskip("peft", reason="HF PEFT is not installed")
+
+
+class Weighted(nn.Module):
+    """y = W x + bias + B (d * (A x)): what a library might have."""
+
+    def __init__(self, in_features, out_features, rank=4):
+        super().__init__()
+        self.base_layer = nn.Linear(in_features, out_features).requires_grad_(False)
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+        self.weights = nn.Parameter(torch.linspace(0.5, 2.0, rank))
+        self.merged = False
+
+    def delta(self):
+        return (self.up.weight * self.weights) @ self.down.weight
+
+    def merge(self):
+        self.merged = True
+        self.base_layer.weight.data += self.delta()
+
+    def unmerge(self):
+        self.merged = False
+        self.base_layer.weight.data -= self.delta()
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        return y if self.merged else y + self.up(self.down(x) * self.weights)
+
+
+def plan(look, mixed=None):
+    if look.value("merged"):
+        raise NotCovered("its adapter is merged")
+    parts = {name: look.part(name) for name in ("base_layer", "down", "up")}
+    for name, part in parts.items():
+        part.require(nn.Linear, name)
+    base, A, B = (part.tensor("weight", frozen=name == "base_layer") for name, part in parts.items())
+    scales = {"rank_scale": look.tensor("weights")}
+    return Plan(base, parts["base_layer"].tensor("bias"), [Branch("weighted", A, B, None, 1.0, 0.0, scales)])
+
+
+WEIGHTED = Method(
+    name="weighted",
+    taxonomy="reparameterised",
+    family="L",
+    layer=f"{__name__}.Weighted",
+    plan=plan,
+    run=linear.run,
+    examples=lambda K, N: {"linear": nn.Sequential(Weighted(K, N)), "higher rank": nn.Sequential(Weighted(K, N, 30))},
+    op="lora_linear",
+    saves="x, and (M, R) in fp32",
+    merges="W + B diag(d) A",
+    tested={},
+)
+
+
+@pytest.fixture
+def registered():
+    register(WEIGHTED)
+    yield WEIGHTED
+    gc.collect()  # models of the test
+    hf_peft.unpatch()
+    METHODS.pop(WEIGHTED.layer)
+
+
+def test_parity(registered, parity):
+    parity(registered)
+
+
+def test_switch_and_report(registered):
+    model, x = nn.Sequential(Weighted(8, 8)), torch.randn(3, 8)
+    forward = Weighted.forward
+    assert hf_peft.why_not(model[0]) == "it is not accelerated: call accelerate or patch"
+    assert peftkern.accelerate(model).accelerated == ["0"] and Weighted.forward is not forward
+    assert peftkern.accelerate(nn.Sequential(nn.Linear(2, 2))).accelerated == []
+    for _ in range(2):
+        model(x)
+    model[0].merge()
+    model(x)
+    status = peftkern.status(model)
+    assert (status.fused, status.stock, status.reasons) == (2, 1, {"0": "its adapter is merged"})
+    assert "not covered for weighted" in hf_peft.why_not(model[0], x, ["a", "b", "c"])
+    model[0].unmerge()
+    model[0].weights.data.zero_()
+    torch.testing.assert_close(model(x), model[0].base_layer(x))
+    peftkern.restore(model)
+    assert Weighted.forward is forward
+
+
+def test_patch_takes_it_too(registered):
+    hf_peft.patch()
+    model = nn.Sequential(Weighted(8, 8))
+    model(torch.randn(3, 8))
+    model(torch.randn(3, 8))
+    assert peftkern.status(model).fused == 2
+
+
+def test_an_unregistered_layer_is_nobody_s():
+    assert peftkern.accelerate(nn.Sequential(Weighted(8, 8))).accelerated == []

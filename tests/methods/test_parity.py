@@ -1,0 +1,37 @@
+"""Every method of the registry agrees with the library that it stands for."""
+
+import subprocess
+import sys
+
+import pytest
+
+from peftkern.dispatch import registry as dispatch
+from peftkern.methods import METHODS, registry
+
+pytest.importorskip("peft", reason="HF PEFT is not installed")
+
+
+@pytest.mark.parametrize("layer", METHODS)
+def test_parity(parity, layer):
+    parity(METHODS[layer])
+
+
+@pytest.mark.parametrize("layer", METHODS)
+def test_an_entry_is_complete(layer):
+    method = METHODS[layer]
+    assert method.layer == layer and method.taxonomy in ("additive", "selective", "reparameterised", "hybrid")
+    assert method.family in ("L", "L+phi", "B", "R", "S", "P", "M")
+    assert any(name.startswith(method.op) for name in dispatch.OPS), f"{method.name}: no op {method.op}"
+    assert method.name and method.saves and method.merges and method.tested
+
+
+def test_a_layer_has_one_method():
+    entry = next(iter(METHODS.values()))
+    with pytest.raises(ValueError, match=f"{entry.name}'s already"):
+        registry.register(entry)
+
+
+def test_the_registry_imports_no_library():
+    code = "import sys, peftkern.methods; print([m for m in ('peft', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
