@@ -35,7 +35,9 @@ VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() fo
 def load(folder: Path = RESULTS) -> list[dict]:
     """Results of the benchmark in file-name order (other JSON files are left out)."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-    found = {stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})}
+    found = {
+        stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})
+    }
     return [r | {"header": r["header"] | {"file": stem}} for stem, r in found.items()]
 
 
