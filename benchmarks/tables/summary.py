@@ -95,6 +95,8 @@ def coverage() -> list[str]:
 
 def _dtypes(name: str, op: str, flags: frozenset[str]) -> str:
     module, (device, arch) = load(name), _DEVICES[name]
+    if op.startswith("multi"):  # which dtypes only a build with CUDA can tell
+        return "yes" if op in module.OPS else "-"
     taken = []
     for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         problem = Problem(op, device, arch, dtype, dtype, **_SIZES, flags=flags)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
 from ..checks import accumulate_dtype
-from ..watch.look import PLAIN_TENSORS, Look, NotCovered
 from . import tuner
+from .look import PLAIN_TENSORS, Look, NotCovered
 from .registry import Branch, Method, Plan, register
 
 

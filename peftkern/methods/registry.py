@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..watch.look import Look
+from .look import Look
 
 NO_SCALES: Mapping[str, Tensor] = MappingProxyType({})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..watch.look import PLAIN_TENSORS, Look, NotCovered
+from .look import PLAIN_TENSORS, Look, NotCovered
 from .registry import loaded
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import peftkern
 from peftkern.integrations import hf_peft
 from peftkern.methods import METHODS, Branch, Method, Plan, linear, register
-from peftkern.watch.look import NotCovered
+from peftkern.methods.look import NotCovered
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 

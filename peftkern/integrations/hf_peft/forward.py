@@ -21,9 +21,9 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from ...methods.look import read
 from ...methods.registry import METHODS, Method, Plan, loaded
-from ...watch.look import read
-from ...watch.unchanged import EMPTY, at, items, same
+from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import PROCESS, call_plan, look_at_call
 from .kept import keep

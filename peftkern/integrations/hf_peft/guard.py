@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 from transformers.pytorch_utils import Conv1D
 
+from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
 from ...methods.registry import METHODS, Plan, method_of
-from ...watch.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
-from ...watch.unchanged import EMPTY, at, call, equal, instance, items, same
+from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
 from . import fsdp as _fsdp
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,6 +1,6 @@
 """The plan of a layer's last call, for as long as everything that it was made from looks the same.
 
-Nothing of the layer is kept alive by it: a kept plan is a pattern (``watch``) and a form that the layer's tensors of the
+Nothing of the layer is kept alive by it: a kept plan is a pattern (methods/unchanged.py) and a form that the layer's tensors of the
 moment are filled into. Anything that differs takes the careful path, which keeps its plan anew.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...methods.look import Look
 from ...methods.registry import NO_SCALES, Branch, Plan
-from ...watch.look import Look
-from ...watch.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
-from ...watch.unchanged import keep as holds
+from ...methods.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
+from ...methods.unchanged import keep as holds
 
 # What calling a NamedTuple does, without the frame of its own __new__.
 _new = tuple.__new__

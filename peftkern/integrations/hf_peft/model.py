@@ -25,8 +25,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...methods.look import read
 from ...methods.registry import METHODS, Plan, loaded, method_of
-from ...watch.look import read
 from . import forward as _forward
 from . import guard as _guard
 from . import mixed as _mixed

@@ -15,7 +15,7 @@ import peftkern
 from peftkern.integrations import hf_peft
 from peftkern.integrations.hf_peft import forward as hf_peft_forward
 from peftkern.integrations.hf_peft import kept as hf_peft_kept
-from peftkern.watch import unchanged
+from peftkern.methods import unchanged
 
 pytestmark = pytest.mark.skipif(unchanged.Unchanged is None, reason="the native code is not built: no plan is kept")
 

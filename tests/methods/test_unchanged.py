@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from peftkern.watch import unchanged as u
+from peftkern.methods import unchanged as u
 
 NATIVE = pytest.param(
     u.Unchanged,
