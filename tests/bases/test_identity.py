@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.backends import triton
+from peftkern.backends.cuda import lora_linear as cuda_lora
 from peftkern.bases.base import IDENTITY
 from peftkern.dispatch.choose import load
 from peftkern.problem import Problem
@@ -122,8 +122,7 @@ def test_flops_are_those_of_the_branch():
 
 
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd"])
-def test_triton_declines(op, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    problem = Problem(op, "cpu", "", torch.float32, torch.float32, 4, 5, 5, 2, frozenset({"identity"}))
-    assert triton.decline(problem) == "no kernel for the identity base"
-    assert triton.decline(dataclasses.replace(problem, flags=frozenset())) is None
+def test_cuda_declines(op):
+    problem = Problem(op, "cuda", "sm_90", torch.bfloat16, torch.float32, 4, 5, 5, 2, frozenset({"identity"}))
+    assert cuda_lora.decline(problem, Settings()) == "no kernel with identity"
+    assert cuda_lora.decline(dataclasses.replace(problem, flags=frozenset()), Settings()) is None
