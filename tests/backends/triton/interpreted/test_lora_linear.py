@@ -32,6 +32,13 @@ def test_random_problems(base, dtype):
             assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=300, max_R=150))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_problems_on_the_identity(dtype):
+    for seed in range(5):
+        problem = random_problem(3100 + seed, dtype, max_M=100, max_KN=150, max_R=70)
+        assert_accurate(dataclasses.replace(problem, base="identity", N=problem.K))
+
+
 def everything(**changes) -> LoRALinearProblem:
     """Ragged sizes, every optional argument, dropout, all gradients."""
     base = LoRALinearProblem(
