@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import generate
+from . import generate, small
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
 from .tables import markdown, performance, summary
@@ -27,6 +27,11 @@ RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
 MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
+# Of commands of their own.
+OWN_TABLES = {
+    "generate": generate.markdown,
+    **dict.fromkeys(("small_calls", "small_shapes", "small_models"), small.markdown),
+}
 NOTHING = "No result of a GPU is committed yet.\n"
 # What else can be told of the results of an op: its view NAME is marked NAME_OP.
 VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() for view in bench.views}
@@ -35,7 +40,9 @@ VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() fo
 def load(folder: Path = RESULTS) -> list[dict]:
     """Results of the benchmark in file-name order (other JSON files are left out)."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-    found = {stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})}
+    found = {
+        stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})
+    }
     return [r | {"header": r["header"] | {"file": stem}} for stem, r in found.items()]
 
 
@@ -63,7 +70,7 @@ def part(name: str, results: list[dict]) -> str:
 def _machine(result: dict) -> str:
     header, rows = result["header"], result["rows"]
     lines = _heading(header)
-    table = generate.markdown if header["op"] == "generate" else markdown.markdown
+    table = OWN_TABLES.get(header["op"], markdown.markdown)
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         lines += table([r for r in rows if r["dtype"] == dtype], dtype)
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from .core import machine
 from .core.result import write
 from .measure.interference import Meter
 from .measure.timing import copy_bandwidth, quiet
+from .tables.markdown import table
 
 ROWS, SIZE, RANK, CHAIN = 8, 64, 8, 20
 # Of a random shape: rows, and in_features and out_features.
@@ -235,6 +236,33 @@ def models(seconds: float) -> list[dict]:
                  median_us=round(1e6 * found["accelerated"], 1), speed_up=round(speed_up, 3))
         )  # fmt: skip
     return rows
+
+
+def markdown(rows: list[dict], dtype: str) -> list[str]:
+    """Lines for the documents."""
+    if "tried" in rows[0]:
+        return _shapes(rows, dtype)
+    if "speed_up" in rows[0]:
+        lines = table(["", "milliseconds", "over PEFT"], [
+            [r["which"], f"{r['median_us'] / 1e3:.1f}", f"{r['speed_up']:.2f}x"] for r in rows
+        ])  # fmt: skip
+        return [f"{dtype}, small models, accelerated", "", *lines]
+    lines = table(["", "", "microseconds"], [[r["which"], r["provider"], f"{r['median_us']:.1f}"] for r in rows])
+    return [f"{dtype}, {ROWS} x {SIZE} x {SIZE}, rank {RANK}, one thread; a chain has {CHAIN} layers", "", *lines]
+
+
+def _shapes(rows: list[dict], dtype: str) -> list[str]:
+    lines = []
+    for which in dict.fromkeys(r["which"] for r in rows):
+        ratios = sorted(r["speed_up"] for r in rows if r["which"] == which)
+        lines.append(
+            [which, str(len(ratios)), *(f"{x:.2f}x" for x in (ratios[0], statistics.median(ratios), ratios[-1]))]
+        )
+    return [
+        f"{dtype}, random shapes (M 1 to {MOST_ROWS}, K and N {LEAST} to {MOST}), accelerated over PEFT",
+        "",
+        *table(["", "shapes", "least", "median", "most"], lines),
+    ]
 
 
 def summary(what: str, rows: list[dict]) -> str:

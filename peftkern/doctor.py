@@ -23,7 +23,7 @@ from . import settings
 from ._version import __version__
 from .dispatch import explain
 from .dispatch.choose import BACKENDS, load
-from .problem import Problem, device_arch
+from .problem import DTYPES, Problem, device_arch
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 # Instruction sets that decide which product is fast.
@@ -31,7 +31,7 @@ FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
     "amx_fp16",
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+WORDS = {**DTYPES, "fp64": torch.float64}
 OTHER_VARIABLES = (
     "OMP_NUM_THREADS", "OMP_PROC_BIND", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES", "TORCH_LOGS",
@@ -132,11 +132,11 @@ def decisions(args: argparse.Namespace) -> list[dict]:
         arch = device_arch(device.type, device.index)
     except (AssertionError, RuntimeError):  # no such device here
         arch = "unknown"
-    dtype = DTYPES[args.dtype]
+    dtype = WORDS[args.dtype]
     flags = {"dropout"} if args.dropout else set()
     flags |= {"base"} if args.op.startswith("multi_") else set()
     call = Problem(
-        args.op, device.type, arch, dtype, DTYPES[args.adapter_dtype] if args.adapter_dtype else dtype, args.M, args.N,
+        args.op, device.type, arch, dtype, WORDS[args.adapter_dtype] if args.adapter_dtype else dtype, args.M, args.N,
         args.K, args.R, frozenset(flags),
     )  # fmt: skip
     return [{"problem": str(p)} | explain.decision(p, settings.current()) for p in explain.passes(call)]
@@ -235,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for size, words in (("M", "rows"), ("K", "in_features"), ("N", "out_features"), ("R", "rank")):
         parser.add_argument(f"--{size}", type=int, default=16 if size == "R" else 4096, help=words)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--adapter-dtype", choices=DTYPES, help="default: that of the activation")
+    parser.add_argument("--dtype", choices=WORDS, default="fp32")
+    parser.add_argument("--adapter-dtype", choices=WORDS, help="default: that of the activation")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dropout", action="store_true", help="a training call with dropout")
     args = parser.parse_args(argv)

@@ -107,8 +107,9 @@ def current() -> Settings:
 
 def follow(follower: Callable[[Settings], None]) -> None:
     """Call ``follower`` with the settings of now and after every change: for what C++ has once per process."""
+    now = current()
     _followers.append(follower)
-    follower(current())
+    follower(now)
 
 
 @contextlib.contextmanager

@@ -95,12 +95,11 @@ def _finish(
 
 def backward(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """(dx, dA, dB, dbias, gradients of the scales) of ``lora_linear_bwd``; what is not needed is empty."""
-    du, dA, dB, dbias, scales = backward_adapter(c, s)
+    du, dA, dB, dbias, (dd, dp_b, dp_d, dg_b, dg_d) = backward_adapter(c, s)
     dx = None
     if c.needs.x or c.needs.p_b:
-        dx, scales[Scales._fields.index("p_b")] = backward_input(c, du, s)
-    dx = dx if c.needs.x else c.dy.new_empty(0)
-    return dx, dA, dB, dbias, scales
+        dx, dp_b = backward_input(c, du, s)
+    return dx if c.needs.x else c.dy.new_empty(0), dA, dB, dbias, [dd, dp_b, dp_d, dg_b, dg_d]
 
 
 def backward_adapter(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -119,7 +118,8 @@ def backward_adapter(c: Backward, s: Settings) -> tuple[Tensor, Tensor, Tensor, 
         if (need.A or need.p_d) and R > 0 and K > 0:
             _over_x(c, du, dA, sums, s)
     du = c.u.new_empty(0) if du is None else du
-    return du, dA, dB, sums["bias"], [sums[name] for name in Scales._fields]
+    dbias, *scales = sums.values()
+    return du, dA, dB, dbias, scales
 
 
 def backward_input(c: Backward, du: Tensor, s: Settings) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ import torch
 
 from peftkern import dropout_mask, equation, lora_linear
 from peftkern.autograd.lora_linear import Options, lora_linear_with
-from peftkern.dispatch.registry import load
+from peftkern.dispatch.choose import load
+from peftkern.settings import current
 from peftkern.testing.accuracy import check
 from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
-CPU_REASON = load("cpu").unavailable()
+CPU_REASON = load("cpu").unavailable(current())
 NO_CPU = pytest.mark.skipif(CPU_REASON is not None, reason=f"no native build: {CPU_REASON}")
 M, K, N, R = 7, 11, 9, 3
 

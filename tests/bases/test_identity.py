@@ -10,13 +10,14 @@ import torch
 from peftkern import lora_linear
 from peftkern.backends import triton
 from peftkern.bases.base import IDENTITY
-from peftkern.dispatch.registry import load
+from peftkern.dispatch.choose import load
 from peftkern.problem import Problem
+from peftkern.settings import current
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import LoRALinearProblem, random_problem, vectors
 
-CPU_REASON = load("cpu").unavailable()
+CPU_REASON = load("cpu").unavailable(current())
 NO_CPU = pytest.mark.skipif(CPU_REASON is not None, reason=f"no native build: {CPU_REASON}")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -121,8 +122,7 @@ def test_flops_are_those_of_the_branch():
 
 
 @pytest.mark.parametrize("op", ["lora_linear_fwd", "lora_linear_bwd"])
-def test_triton_declines(op, monkeypatch):
+def test_triton_takes_it(op, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     problem = Problem(op, "cpu", "", torch.float32, torch.float32, 4, 5, 5, 2, frozenset({"identity"}))
-    assert triton.decline(problem) == "no kernel for the identity base"
-    assert triton.decline(dataclasses.replace(problem, flags=frozenset())) is None
+    assert triton.decline(problem, current()) is None

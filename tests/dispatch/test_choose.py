@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 
 import peftkern
+from peftkern.backends.cpu import native
 from peftkern.dispatch import registry, tuned
 from peftkern.dispatch.choose import Declined, choose, load
 from peftkern.dispatch.explain import decision, passes
@@ -92,9 +94,10 @@ def test_the_cpu_is_told_its_base_product():
     now = Settings(tables="nowhere", cpu_isa="plain")
     told = {kind: choose(problem(device="cpu", M=4), now._replace(cpu_kind=kind)).way for kind in ("vendor", "few")}
     # A weight of odd strides is not in a problem, so the way says what is done then.
-    assert told == {"vendor": CpuWay("vendor", "vendor"), "few": CpuWay("few", "panels")}
-    adapter = choose(problem("lora_row_norm", device="cpu"), now)
-    assert adapter.way is None and adapter.backend == "cpu"
+    assert {kind: way[1:] for kind, way in told.items()} == {"vendor": ("vendor", "vendor"), "few": ("few", "panels")}
+    assert told["few"].now == now._replace(cpu_kind="few")
+    without = choose(problem("dropout_mask", device="cpu"), now)
+    assert without.way == CpuWay(now) and without.backend == "cpu"
 
 
 @needs_cpu
@@ -110,6 +113,7 @@ def test_it_is_pure(monkeypatch):
         assert [choose.__wrapped__(p, Settings()) for p in asked] == first
 
 
+AB = torch.ones(4, 64), torch.ones(48, 4)
 # Of each field another value, and a call that is computed otherwise under it.
 OTHERS = dict(
     backend="reference", cpu_base="panels", cpu_isa="plain", batch_invariant=True, save_input="copy", triton_interpret=True,
@@ -132,27 +136,33 @@ def test_every_field_is_part_of_the_key():
 )
 def test_a_change_is_seen_at_the_next_call(change, kind, monkeypatch):
     """Of one and the same call, without anything being forgotten; the last result is the first one's, bit for bit."""
-    from peftkern.backends.cpu import base
+    from peftkern.backends.cpu import call as native_call
 
-    told, product = [], base.base_product
-
-    def watch(*args, way, **named):
-        told.append(way.kind)
-        return product(*args, way=way, **named)
-
-    from peftkern.backends.cpu import lora_linear
-
-    monkeypatch.setattr(lora_linear, "base_product", watch)
-    x, w, A, B = torch.randn(5, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
-    with using(tables="nowhere", cpu_isa="auto"):
-        first = peftkern.lora_linear(x, w, A, B)
+    told, learn = [], native_call.learn_forward
+    monkeypatch.setattr(native_call, "learn_forward", lambda *args: told.append(args[-1]) or learn(*args))
+    call = functools.partial(peftkern.lora_linear, torch.randn(5, 64), torch.randn(48, 64), *AB)
+    with using(tables=f"nowhere for {change}", cpu_isa="auto"):
+        first = call()
         with using(**change):
-            peftkern.lora_linear(x, w, A, B)
+            call()
         with using(backend="reference"):
+            call()
+        assert torch.equal(call(), first)
+    expected = kind if kind != "few" or native.level().isa != "plain" else "panels"
+    assert told == ["vendor", expected]  # the last call was known
+
+
+@needs_cpu
+def test_the_instruction_set_follows_every_change():
+    """For calls too that are known natively, and so are not decided again."""
+    x, w, A, B = torch.randn(5, 64), torch.randn(48, 64), torch.randn(4, 64), torch.randn(48, 4)
+    with using(cpu_isa="auto"):
+        first = [peftkern.lora_linear(x, w, A, B) for _ in range(2)][-1]
+        best = native.level().isa
+        with using(cpu_isa="plain"):
             peftkern.lora_linear(x, w, A, B)
-        assert torch.equal(peftkern.lora_linear(x, w, A, B), first)
-    expected = kind if kind != "few" or torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "panels"
-    assert told == ["vendor", expected, "vendor"]
+            assert native.level().isa == "plain"
+        assert torch.equal(peftkern.lora_linear(x, w, A, B), first) and native.level().isa == best
 
 
 def test_passes_are_those_that_the_ops_describe(monkeypatch):

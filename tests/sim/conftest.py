@@ -87,7 +87,7 @@ class Memory:
     """Buffers between guard pages; what lies beside them must be intact in the end."""
 
     def __init__(self, library, at_end: bool):
-        self._library, self._at_end, self._buffers = library, at_end, []
+        self.library, self._at_end, self._buffers = library, at_end, []
 
     def put(self, array: np.ndarray, alignment: int | None = None) -> Buffer:
         """A copy of ``array``. With ``alignment`` its end may be up to that many bytes before the guard page."""
@@ -100,7 +100,7 @@ class Memory:
         """Every byte is 0xff: NaN, or -1."""
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
-        address = self._library.sim_allocate(size, alignment or dtype.itemsize, self._at_end)
+        address = self.library.sim_allocate(size, alignment or dtype.itemsize, self._at_end)
         assert address
         buffer = Buffer(address, size, shape, dtype)
         self._buffers.append(buffer)
@@ -115,7 +115,7 @@ class Memory:
         rows, columns = array.shape
         each, size = array.itemsize, columns * array.itemsize
         alignment = 16 if stride * each % 16 == 0 else each
-        address = self._library.sim_allocate_rows(first, rows, size, stride * each, alignment)
+        address = self.library.sim_allocate_rows(first, rows, size, stride * each, alignment)
         assert address
         buffer = Buffer(address + first * stride * each, (rows - 1) * stride * each + size, -1, array.dtype)
         buffer.address = address
@@ -127,7 +127,7 @@ class Memory:
     def close(self) -> None:
         for buffer in self._buffers:
             buffer.array = None
-        intact = [self._library.sim_release(b.address) for b in self._buffers]
+        intact = [self.library.sim_release(b.address) for b in self._buffers]
         self._buffers = []
         if not all(intact):
             raise Fault("something was written beside a buffer")
@@ -147,23 +147,23 @@ class Simulator:
 
     def __init__(self, path: Path):
         self._path = path
-        self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+        self.library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         loader = importlib.machinery.ExtensionFileLoader("peftkern_sim", str(path))
         # The functions that peftkern._C has for GPUs, on memory of the host.
         self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader("peftkern_sim", loader))
         loader.exec_module(self.module)
-        self._library.sim_allocate.restype = ctypes.c_void_p
-        self._library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
-        self._library.sim_allocate_rows.restype = ctypes.c_void_p
-        self._library.sim_allocate_rows.argtypes = [ctypes.c_size_t] * 5
-        self._library.sim_release.argtypes = [ctypes.c_void_p]
-        self._library.sim_written_before.argtypes = [ctypes.c_void_p]
-        self._library.sim_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 2, *[ctypes.c_uint] * 2]
+        self.library.sim_allocate.restype = ctypes.c_void_p
+        self.library.sim_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+        self.library.sim_allocate_rows.restype = ctypes.c_void_p
+        self.library.sim_allocate_rows.argtypes = [ctypes.c_size_t] * 5
+        self.library.sim_release.argtypes = [ctypes.c_void_p]
+        self.library.sim_written_before.argtypes = [ctypes.c_void_p]
+        self.library.sim_configure.argtypes = [ctypes.c_uint64, *[ctypes.c_int] * 2, *[ctypes.c_uint] * 2]
 
     def launches(self) -> dict[str, dict[str, int]]:
         """By kernel, the most that launches so far have asked for: threads and dynamic shared memory of a block."""
         rows = (ctypes.c_uint64 * (3 * 4096))()
-        count = self._library.sim_launches(rows, 4096)
+        count = self.library.sim_launches(rows, 4096)
         names = cuda_launches.symbols(self._path)
         return {
             names[rows[3 * i]]: {"threads": rows[3 * i + 1], "shared": rows[3 * i + 2]} for i in range(count)
@@ -171,7 +171,7 @@ class Simulator:
 
     @contextlib.contextmanager
     def memory(self, at_end: bool = True):
-        memory = Memory(self._library, at_end)
+        memory = Memory(self.library, at_end)
         try:
             yield memory
         except BaseException:
@@ -182,15 +182,15 @@ class Simulator:
 
     def written_before(self, buffer: Buffer) -> None:
         """The launch before the next one writes ``buffer``: a dependent launch may touch it behind grid_wait alone."""
-        self._library.sim_written_before(buffer.address)
+        self.library.sim_written_before(buffer.address)
 
     def configure(self, seed=0, mode: tuple[int, int] = (PRIORITY, RANDOM), resident: int = 0, last: int = 0) -> None:
         """The schedule of the launches that follow. ``last``: of a larger grid only so many clusters run, the last ones."""
-        self._library.sim_configure(seed, *mode, resident, last)
+        self.library.sim_configure(seed, *mode, resident, last)
 
     def run(self, name: str, *arguments, **how):
         """Calls a launcher with buffers, integers, None or ctypes values; raises Fault if a launch failed."""
-        function = getattr(self._library, name)
+        function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
         values = []
         for a in arguments:

@@ -68,7 +68,7 @@ class Case:
         }
 
     def run(self, sim, at_end=True, **how) -> dict[str, torch.Tensor]:
-        library = sim._library
+        library = sim.library
         library.sim_lora_grad_partials.restype = ctypes.c_int64
         R, C, M = self.R, self.C, self.M
         strides = (1, R + 3) if self.transposed else (C, 1)

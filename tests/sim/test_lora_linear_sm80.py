@@ -123,7 +123,7 @@ class Problem:
                 put(self.g_b), put(self.g_d), put(self.bias_values), put(self.key) if self.p > 0 else 0,
             ]  # fmt: skip
             arguments = [memory.put(np.array(sizes)), memory.put(numbers), memory.put(np.array(tensors, np.uint64))]
-            takes = sim._library.sim_lora_linear_sm80_takes
+            takes = sim.library.sim_lora_linear_sm80_takes
             assert takes(*(ctypes.c_void_p(a.address) for a in arguments))
             sim.run("sim_lora_linear_sm80", *arguments, **how)
             got = torch.from_numpy(results.array[shift:].copy()).view(self.dtype).reshape(out.shape)
@@ -132,7 +132,7 @@ class Problem:
 
 
 def tile_of(sim, problem: Problem) -> int:
-    return sim._library.sim_lora_linear_sm80_tile(
+    return sim.library.sim_lora_linear_sm80_tile(
         ctypes.c_int64(problem.M), ctypes.c_int64(problem.N), ctypes.c_int64(problem.multiprocessors)
     )
 

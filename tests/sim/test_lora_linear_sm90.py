@@ -37,8 +37,8 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         ("x", Matrix), ("w", Matrix), ("w_by_row", ctypes.c_bool), ("out", Matrix),
         *((name, ctypes.c_int64) for name in "MNKR"), ("v", ctypes.c_void_p), ("a", Matrix), ("b", Matrix),
-        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p), ("bias_dtype", ctypes.c_int),
-        ("dropout", Dropout),
+        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p),
+        ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
         ("counters", ctypes.c_void_p), ("multiprocessors", ctypes.c_int), ("stream", ctypes.c_void_p),
     ]  # fmt: skip
 
@@ -151,7 +151,7 @@ class Case:
             if self.makes_v:
                 held_v = memory.empty(off + self.M * self.R, np.float32)
                 args.a = rows(t["a"], self.gap)
-                library = sim._library
+                library = sim.library
                 library.sim_lora_linear_counters.restype = ctypes.c_int64
                 count = library.sim_lora_linear_counters(ctypes.c_int64(self.M))
                 counters = memory.put(np.zeros(count, np.uint32))
@@ -338,6 +338,6 @@ def test_declines_what_it_cannot_take(sim, change):
             made.a = Matrix(more.get("a_address", 64), 0, more.get("a_row", 32), 1)
         return ctypes.byref(made)
 
-    takes = sim._library.sim_lora_linear_sm90_takes
+    takes = sim.library.sim_lora_linear_sm90_takes
     assert takes(args()) == 1 and takes(args(a_row=32)) == 1
     assert takes(args(**change)) == 0

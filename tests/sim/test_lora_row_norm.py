@@ -42,7 +42,7 @@ class Case:
         return (self.w.double() + self.scaling * (self.b.double() @ self.a.double())).norm(dim=1)
 
     def run(self, sim, at_end=True, **how) -> torch.Tensor:
-        library = sim._library
+        library = sim.library
         library.sim_lora_row_norm_partials.restype = ctypes.c_int64
         partials = library.sim_lora_row_norm_partials(*map(ctypes.c_int64, (self.N, self.K, self.R)))
         sizes = [CODES[self.dtype], self.N, self.K, self.R, self.row, CODES[self.adapter]]

@@ -58,7 +58,7 @@ class Problem:
 
     def run(self, sim, at_end=True, shift=0, **how) -> torch.Tensor:
         """``shift``: elements by which the matrices begin off an aligned address."""
-        count = sim._library.sim_lora_shrink_partials
+        count = sim.library.sim_lora_shrink_partials
         count.restype, count.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
         code = CODES[self.x.dtype]
         partials = count(self.M, self.C, self.R, code)
@@ -126,12 +126,12 @@ def test_rows_get_the_same_bits_in_every_batch(sim, dtype, adapter, R):
     """Alone, with a few others through memory, and with many in one kernel."""
     many = Problem(96 * 64, 1100, R, dtype, adapter, p=0.2)
     bits = many.run(sim)
-    assert sim._library.sim_lora_shrink_partials(many.M, many.C, R, CODES[dtype]) == 0
+    assert sim.library.sim_lora_shrink_partials(many.M, many.C, R, CODES[dtype]) == 0
     many.check(bits)
     for rows in (1, 67):
         few = Problem(96 * 64, 1100, R, dtype, adapter, p=0.2)
         few.M, few.x = rows, few.x[:rows]
-        assert sim._library.sim_lora_shrink_partials(few.M, few.C, R, CODES[dtype]) > 0
+        assert sim.library.sim_lora_shrink_partials(few.M, few.C, R, CODES[dtype]) > 0
         assert torch.equal(few.run(sim), bits[:rows])
 
 

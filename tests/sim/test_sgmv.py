@@ -95,7 +95,7 @@ class Batch:
 
         That kernel makes u too, and u is checked here; of two launches the second one makes none, and the same bits.
         """
-        library = sim._library
+        library = sim.library
         library.sim_sgmv_partials.restype = library.sim_sgmv_counters.restype = ctypes.c_int64
         as64 = ctypes.c_int64
         kernel = as64(self.max_rank), CODES[self.dtype], arch

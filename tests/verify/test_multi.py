@@ -120,10 +120,10 @@ def test_the_interpreter_gets_small_problems(monkeypatch):
 def test_a_back_end_without_kernels_is_named_and_left_out(small, monkeypatch, capsys):
     import types
 
-    from peftkern.dispatch import registry as dispatch
+    from peftkern.dispatch import choose
 
-    empty = types.SimpleNamespace(OPS={"multi_lora_linear_fwd": None}, unavailable=lambda: None)
-    monkeypatch.setattr(dispatch, "load", lambda name: empty)
+    empty = types.SimpleNamespace(OPS={"multi_lora_linear_fwd": None}, unavailable=lambda now: None)
+    monkeypatch.setattr(choose, "load", lambda name: empty)
     for target in verify.targets(["cpu"], None, "multi_lora_linear"):
         assert "has no kernel for multi_lora_linear_route" in target.reason()
     assert verify.main(["--op", "multi_lora_linear", "--problems", "1", "--backend", "all"]) == 0

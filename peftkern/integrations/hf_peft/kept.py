@@ -1,7 +1,7 @@
 """The plan of a layer's last call, for as long as everything that it was made from looks the same.
 
-Nothing of the layer is kept alive by it: a kept plan is a pattern (``peftkern/methods/unchanged.py``) and a form that the layer's tensors of the
-moment are filled into. Anything that differs takes the careful path, which keeps its plan anew.
+Nothing of the layer is kept alive by it: a kept plan is a pattern (methods/unchanged.py) and a form that the layer's
+tensors of the moment are filled into. Anything that differs takes the careful path, which keeps its plan anew.
 """
 
 from __future__ import annotations

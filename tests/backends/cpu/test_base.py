@@ -256,7 +256,9 @@ def test_choice_follows_features_and_settings():
     assert choice(bf16, 512, {"x86", "avx512_bf16"}) == "vendor"
     assert choice(fp16, 512, {"x86", "avx512_bf16", "amx_bf16"}) == "panels"
     assert choice(fp16, 512, {"x86", "intel", "amx_fp16"}) == "vendor"
-    assert choice(fp32, 512, {"x86", "intel"}) == choice(fp32, 4, {"x86"}) == "vendor"  # test_base_table.py
+    assert (
+        choice(fp32, 512, {"x86", "intel"}) == choice(fp32, 4, {"x86"}) == "vendor"
+    )  # tests/dispatch/test_cpu_base.py
     assert choice(fp32, 512, {"x86"}, setting="panels") == "panels"
     assert choice(bf16, 4, {"x86", "intel"}, isa="avx2") == "few"
     assert choice(bf16, 4, {"x86", "intel"}, isa="avx2", unit_stride=False) == "panels"

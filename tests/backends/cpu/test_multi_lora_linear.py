@@ -314,7 +314,7 @@ def test_gradients_do_not_depend_on_threads(level):
     c = adapters.backward(dy, x, u, route)
     want, size = (op.multi_lora_linear_bwd_ref(doubled(c, absolute)) for absolute in (False, True))
     for got, exact, magnitude in zip(both[0], (*want[:2], *want[2]), (*size[:2], *size[2])):
-        close(got, exact, magnitude, 16)
+        close(got, exact, magnitude)
 
 
 def test_no_rows_and_no_adapters(level):

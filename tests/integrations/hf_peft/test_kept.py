@@ -69,7 +69,7 @@ def _within(make):
     return case
 
 
-def _data(part, name, change):
+def _other_dtype(part, name, change):
     def do(layer):
         t = getattr(PARTS[part](layer), name)
         t.data = change(t.data)
@@ -92,8 +92,8 @@ CHANGES = {
        for part in PARTS},
     **{f"global {hook}": _global_hook(hook) for hook in GLOBAL},
     **{f"class forward of {cls.__name__}": _patched(cls, "forward", nothing) for cls in (nn.Linear, nn.Dropout, _conv1d())},
-    **{f"dtype of {part}": _data(part, "weight", torch.Tensor.double) for part in ("base", "A", "B")},
-    "dtype of the bias": _data("base", "bias", torch.Tensor.double),
+    **{f"dtype of {part}": _other_dtype(part, "weight", torch.Tensor.double) for part in ("base", "A", "B")},
+    "dtype of the bias": _other_dtype("base", "bias", torch.Tensor.double),
     "base trains": _after(lambda m: m.base_layer.weight.requires_grad_()),
     "no bias any more": _after(lambda m: setattr(m.base_layer, "bias", None)),
     "bias of A": _after(lambda m: setattr(m.lora_A["default"], "bias", nn.Parameter(torch.ones(4)))),
