@@ -21,7 +21,7 @@ import time
 import torch
 
 from peftkern import AdapterBank, multi_lora_linear, sgmv
-from peftkern.backends.cpu import native as cpu_native
+from peftkern.backends.cpu.native import _C, CODES
 from peftkern.many.chunks import Chunks
 
 K, N, READERS, WRITERS = 96, 80, 4, 4
@@ -30,7 +30,9 @@ ROWS, RANK = 400, 32  # enough for a call to be in the kernels most of the time
 
 def overwrite(memory: torch.Tensor, value: float) -> None:
     """Fill fp32 memory with a value, by the extension."""
-    cpu_native.scale_copy(torch.full((1, 1), value).expand(1, memory.numel()), memory.view(1, -1))
+    source, size, fp32 = torch.tensor([value]), memory.numel(), CODES[torch.float32]
+    # One element, read again and again: strides of zero.
+    _C.scale_copy(source.data_ptr(), fp32, 0, 0, memory.data_ptr(), fp32, size, 1, 1, size, 0, 1.0, 0, 0, 1)
 
 
 def overwrite_what_will_be_written() -> None:

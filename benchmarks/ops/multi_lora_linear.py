@@ -21,12 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftkern
-from peftkern import settings
-from peftkern.backends.cpu import base as cpu_base
 from peftkern.backends.cpu import native as cpu_native
-from peftkern.dispatch.cpu_base import choose_kind, this_cpu
-from peftkern.dispatch.cpu_table import Product
-from peftkern.problem import CpuWay
 
 from ..core.bench import Bench, View
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
@@ -105,38 +100,11 @@ def _base(case: Case, data: MultiData) -> Step:
     return _step(case, data, lambda x, weight, i: F.linear(x, weight))
 
 
-class _OwnBase(torch.autograd.Function):
-    """x W^T and dy W by the product that ``lora_linear`` takes on CPU for this problem."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.weight = weight
-        return _own_product(x, weight, True)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _own_product(dy, ctx.weight, False), None
-
-
-def _own_product(a: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    now, M, D = settings.current(), a.shape[0], weight.shape[0 if transpose else 1]
-    cpu_native.use_isa(now.cpu_isa)
-    product = Product(a.dtype, transpose, M, D, a.shape[1])
-    kind, _ = choose_kind(product, this_cpu(now.cpu_isa, now.tables), now)
-    way = CpuWay(now, kind, kind)
-    out = torch.empty((M, D), dtype=a.dtype)
-
-    def finish(r0: int, r1: int, c0: int, c1: int, block: Tensor | None) -> None:
-        if block is not None:
-            out[r0:r1, c0:c1].copy_(block)
-
-    cpu_base.base_product(a, weight, transpose=transpose, in_scale=None, out=out, epilogue=finish, way=way)
-    return out
-
-
 def _own_base(case: Case, data: MultiData) -> Step:
-    return _step(case, data, lambda x, weight, i: _OwnBase.apply(x, weight))
+    # lora_linear at rank 0: its base product and nothing else.
+    (N, K), empty = data.weight[0].shape, data.weight[0].new_empty
+    A, B = empty((0, K)), empty((N, 0))
+    return _step(case, data, lambda x, weight, i: peftkern.lora_linear(x, weight, A, B))
 
 
 def _no_extension() -> str | None:

@@ -1,9 +1,9 @@
 """``peftkern bench --tune --device cpu``: whose base product is faster on this CPU model, the vendor's or one of ours.
 
 Writes the table that peftkern/dispatch/cpu_table.py reads. Kinds of product take turns within a run; with few rows
-copies of W take turns as well, since a layer's W comes from memory in a model. What is timed is the product with a branch of
-rank 16 added in its epilogue, as a layer calls it. Shapes come in order of importance, fp32 first, and what does not fit
-into ``--seconds`` is left out and counted. Run it on an idle machine: a busy one favours whoever needs less memory.
+copies of W take turns as well, since a layer's W comes from memory in a model. What is timed is what a layer runs: the
+native pass of lora_linear at rank 16, with its result's memory. Shapes come in order of importance, fp32 first, and what does
+not fit into ``--seconds`` is left out and counted. Run it on an idle machine: a busy one favours whoever needs less memory.
 """
 
 from __future__ import annotations
@@ -21,28 +21,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import call as cpu_call
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.dispatch import cpu_table, tuned
-from peftkern.problem import DTYPES, CpuWay
-from peftkern.settings import current
+from peftkern.problem import DTYPES
+from peftkern.settings import current, using
 
 from ..core import machine
 from ..measure.timing import quiet
 from .file import meta, write
 
-# (D, C) of the (M, C) x (C, D) product: projections and MLP of an 8B model, those of a 1B model and of an encoder.
-SHAPES = ((4096, 4096), (1024, 1024), (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024), (256, 256))
+# (D, C) of the (M, C) x (C, D) product: square layers; projections and MLP of an 8B model; what is left of a grid of 32
+# to 2048, so that a table speaks for every layer of 16 to 4096.
+SHAPES = (
+    (4096, 4096), (1024, 1024), (256, 256), (2048, 2048), (512, 512), (128, 128), (32, 32),
+    (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024),
+    (2048, 512), (512, 2048), (512, 128), (128, 512), (128, 32), (32, 128),
+    (2048, 128), (128, 2048), (512, 32), (32, 512), (2048, 32), (32, 2048),
+)  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Rows of a product that has more than this many multiply-adds are left out: the next smaller number speaks for them.
 MOST_WORK = 32 << 30
 PASSES = ("forward", "dx")
 RANK = 16
+ONLY_DX = 1  # the first bit of equation.Needs
 # A vendor's half-precision product this many times slower than the best of ours is not timed, and from HOPELESS_ROWS on
 # not tried again with more rows. fp32 is hopeless nowhere.
 HOPELESS, HOPELESS_ROWS = 3.0, 8
-# Seconds and rounds that one number of rows gets.
-BUDGET, FEWEST, MOST = 0.3, 3, 40
+# Seconds and rounds that one number of rows gets: small calls, which differ more from one to the next, many rounds.
+BUDGET, FEWEST, MOST = 0.2, 3, 500
 
 
 class Job(NamedTuple):
@@ -79,8 +86,8 @@ def planned(dtypes: Sequence[str]) -> list[Job]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 where the C++ kernels were not built or the CPU can't be told, or if nothing was measured."""
     args = parser().parse_args(argv)
-    if cpu_native._C is None or not cpu_native.model()[0]:
-        print("bench --tune: no C++ kernels, or a CPU that does not say which model it is", file=sys.stderr)
+    if cpu_call.unavailable or not cpu_native.model()[0]:
+        print(f"bench --tune: {cpu_call.unavailable or 'this CPU does not say which model it is'}", file=sys.stderr)
         return 1
     cpu_native.use_isa(current().cpu_isa)
     load = os.getloadavg()[0]
@@ -136,30 +143,32 @@ def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
                 hopeless = M >= HOPELESS_ROWS
                 del calls["vendor"]
         for kind, median in _medians(calls, first).items():
-            us.setdefault(kind, [None] * len(counts))[i] = round(median * 1e6, 1)
+            us.setdefault(kind, [None] * len(counts))[i] = round(median * 1e6, 2)
     return {"dtype": job.dtype, "pass": job.which, "D": job.D, "C": job.C, "M": list(counts), "us": us}
 
 
 def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """Each kind that can compute the product, as a function of the round."""
-    dtype, few = DTYPES[job.dtype], M <= cpu_native._C.base_few_rows
+    """The native pass by each kind that can compute its product, as a function of the round."""
+    dtype, few = DTYPES[job.dtype], M <= cpu_native.FEW_ROWS
     # Many rows read W from a cache whoever computes.
     weights = weights if few else weights[:1]
-    a, out = torch.randn(M, job.C).to(dtype), torch.empty((M, job.D), dtype=dtype)
-    v, p = torch.randn(M, RANK), cpu_native.panel(torch.randn(RANK, job.D))
+    (N, K), threads, a = weights[0].shape, torch.get_num_threads(), torch.randn(M, job.C).to(dtype)
+    A, B = torch.randn(RANK, K), torch.randn(N, RANK)
 
-    def epilogue(r0, r1, c0, c1, panel):
-        block = out[r0:r1, c0:c1]
-        cpu_native.expand(block, src=block if panel is None else panel, v=v, p=p, row0=r0, col0=c0)
+    def arguments(weight: Tensor) -> tuple:
+        if job.which == "forward":
+            return threads, a, weight, A, B, None, 1.0, 0.0, None, None, False, False
+        return threads, a, None, None, None, weight, A, B, 1.0, 0.0, None, None, ONLY_DX, K, RANK, A.dtype
 
+    ways = {"forward": (cpu_call.forward, cpu_call.learn_forward), "dx": (cpu_call.backward, cpu_call.learn_backward)}
     ours = "bf16" if dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable() else "panels"
     for kind in ("vendor", ours, *(("few",) if few else ())):
+        with using(cpu_kind=kind):
+            now = current()  # under which the native pass remembers who computes
+        given = [(now, *arguments(weight)) for weight in weights]
 
-        def call(turn: int, kind: str = kind) -> None:
-            cpu_base.base_product(
-                a, weights[turn % len(weights)], transpose=job.which == "forward", in_scale=None, out=out,
-                epilogue=epilogue, way=CpuWay(kind=kind, strided=kind),
-            )  # fmt: skip
+        def call(turn: int, given: list[tuple] = given, kind: str = kind) -> None:
+            cpu_call.answered(*ways[job.which], given[turn % len(given)], kind)
 
         yield kind, call
 

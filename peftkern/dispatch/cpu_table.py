@@ -2,8 +2,8 @@
 
 A table is a file of the package, ``tuned/cpu-VENDOR-FAMILY-MODEL.json``, written by ``peftkern bench --tune --device
 cpu``. It speaks for the models that it names and for the instruction sets it was measured at. A row holds microseconds
-for one dtype, pass, D and C, over numbers of rows M: those of the (M, C) x (C, D) product with a branch of rank 16 added
-to it, so that an epilogue's pass over the result is part of the time. Nothing is measured here.
+for one dtype, pass, D and C, over numbers of rows M: those of a native pass of lora_linear, rank 16, with an (M, C) x (C, D)
+product, so that an epilogue's pass over the result is part of the time. Nothing is measured here.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ def _base_product(problem: Problem, choice: Choice) -> dict:
         return {}
     product, kind, blocks = cpu_base.product_of(problem), choice.way.kind, None
     if kind != "vendor" and product.M * product.D * product.C:
-        from ..backends.cpu.base_plan import blocks as plan
+        from ..backends.cpu import native
 
-        found = plan(kind, product.M, product.D, product.C, torch.get_num_threads())
+        found = native.blocks(kind, product.M, product.D, product.C, torch.get_num_threads())
         blocks = f"{found.rows} x {found.cols} of the result at a time, {found.bytes / 1024:.0f} KiB of scratch"
     return {"base_product": KINDS[kind], "blocks": blocks}
 

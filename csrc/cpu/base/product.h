@@ -8,7 +8,7 @@
 
 namespace peftkern::cpu {
 
-// Who computes it: see peftkern/backends/cpu/base_plan.py, which chooses.
+// Who computes it: see peftkern/dispatch/cpu_base.py, which chooses.
 enum class BaseKind : int {
   vendor,    // the caller's matrix product, in the output's dtype
   panels,    // base_gemm, fp32 panels of the result

@@ -7,8 +7,8 @@
 
 Both return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...) or that nobody has
 looked at yet: the caller then checks and chooses with care, and hands its choice to ``learn_forward`` or
-``learn_backward`` (the same arguments, and the kind of base product of ``base_plan.choose``). Shapes, dtypes and strides
-are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
+``learn_backward`` (the same arguments, and the kind of base product: peftkern/dispatch/cpu_base.py). Shapes, dtypes and
+strides are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
 
 settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
 equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
@@ -20,8 +20,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import vendor_product
 from .native import _C
+
+# Bytes of a scaled copy of the left side of torch's product.
+_SCALED_BYTES = 16 << 20
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    # MKL sums a narrow fp32 product in chains up to six times less accurate than those of its transpose.
+    if out.shape[1] < 16 and out.dtype == torch.float32:
+        out.copy_(torch.mm(b.t(), a.t()).t())
+    else:
+        torch.mm(a, b, out=out)
+
+
+def vendor_product(a: Tensor, b: Tensor, in_scale: Tensor | None, out: Tensor) -> None:
+    """``out = (a * in_scale) b`` by torch, for a (M, C) with C > 0 and a b (C, D) of any strides."""
+    if in_scale is None:
+        _mm(a, b, out)
+        return
+    M, C = a.shape
+    rows = min(M, max(_SCALED_BYTES // (C * a.element_size()), 1))
+    scaled = torch.empty((rows, C), dtype=a.dtype)
+    for r in range(0, M, rows):
+        part = scaled[: min(rows, M - r)]
+        torch.mul(a[r : r + rows], in_scale, out=part)
+        _mm(part, b, out[r : r + rows])
 
 
 def _product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None, out: Tensor) -> None:

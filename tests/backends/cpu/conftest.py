@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from peftkern.backends.cpu import call
 from peftkern.backends.cpu import native as cpu_native
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # kernel_calls
 
 
 def _levels() -> list[str]:

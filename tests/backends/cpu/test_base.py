@@ -8,50 +8,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import base_product
 from torch import Tensor
 
-from peftkern.backends.cpu import base as cpu_base
-from peftkern.backends.cpu import base_plan as cpu_base_plan
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.dispatch.cpu_base import Cpu, choose_kind, this_cpu
 from peftkern.dispatch.cpu_table import Product
-from peftkern.problem import CpuWay
 from peftkern.settings import Settings
 
 pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Whatever the layer, the scratch of one product stays under this; few is taken up to so many floats of copies of a.
+SCRATCH_BYTES, FEW_SCRATCH = 64 << 20, 4 << 20
 SIZES = ((1, 1, 1), (2, 7, 3), (5, 257, 37), (13, 131, 67), (31, 300, 101), (64, 513, 61), (130, 389, 211))
 
 
-def levels() -> list[str]:
-    if cpu_native._C is None:
-        return []
-    names = ["plain", "avx2", "avx512"]
-    cpu_native._C.set_isa("auto")
-    return names[: names.index(cpu_native._C.isa()) + 1]
-
-
-@pytest.fixture(params=levels())
-def level(request, monkeypatch):
-    """The C++ level in force; ``auto`` again afterwards."""
-    monkeypatch.setenv("PEFTKERN_CPU_ISA", request.param)
-    cpu_native.use_isa(request.param)
-    yield request.param
-    cpu_native._C.set_isa("auto")
-
-
-def way(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, scaled: bool) -> CpuWay:
-    """What a call is told under these settings, or if a kind is named that is to be taken where it can be."""
+def kind_of(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, scaled: bool) -> str:
+    """Who computes a call under these settings, or if a kind is named that one where it can."""
     (N, K), M = weight.shape, a.shape[0]
-    product = Product(a.dtype, transpose, M, *((N, K) if transpose else (K, N)), scaled=scaled)
+    size = (N, K) if transpose else (K, N)
+    product = Product(a.dtype, transpose, M, *size, unit_stride=1 in weight.stride(), scaled=scaled)
     now = Settings(cpu_kind=now) if isinstance(now, str) else now
-    isa = cpu_native.level().isa
-    kinds = (
-        choose_kind(product._replace(unit_stride=unit), this_cpu(isa, now.tables), now)[0] for unit in (True, False)
-    )
-    return CpuWay(now, *kinds)
+    return choose_kind(product, this_cpu(cpu_native.level().isa, now.tables), now)[0]
 
 
 def product(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None = None) -> Tensor:
@@ -67,8 +47,8 @@ def product(now: Settings | str, a: Tensor, weight: Tensor, transpose: bool, in_
             assert panel.shape == (r1 - r0, c1 - c0) and panel.dtype == torch.float32 and panel.stride(1) == 1
             out[r0:r1, c0:c1] = panel
 
-    told = way(now, a, weight, transpose, in_scale is not None)
-    cpu_base.base_product(a, weight, transpose=transpose, in_scale=in_scale, out=out, epilogue=epilogue, way=told)
+    kind = kind_of(now, a, weight, transpose, in_scale is not None)
+    base_product(a, weight, transpose=transpose, in_scale=in_scale, out=out, epilogue=epilogue, kind=kind)
     assert bool((seen == 1).all())
     return out
 
@@ -155,7 +135,7 @@ def test_empty_and_expanded_operands():
 def test_several_panels(level):
     """Panels smaller than the output, in both directions, with and without an input scale."""
     M, D, C = 1100, 2000, 40
-    plan = cpu_base_plan.blocks("panels", M, D, C, torch.get_num_threads())
+    plan = cpu_native.blocks("panels", M, D, C, torch.get_num_threads())
     assert plan.rows < M and plan.cols < D
     for dtype in DTYPES:
         for transpose in (True, False):
@@ -245,8 +225,7 @@ def test_half_precision_is_rounded_once(level):
         a = torch.ones(M, 2, dtype=torch.bfloat16)
         w = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16)
         out = torch.empty(M, 1, dtype=torch.bfloat16)
-        told = way(kind, a, w, True, False)
-        cpu_base.base_product(a, w, transpose=True, in_scale=None, out=out, epilogue=epilogue, way=told)
+        base_product(a, w, transpose=True, in_scale=None, out=out, epilogue=epilogue, kind=kind)
     assert len(seen) == 2
     assert all(bool((part == 2.0**-9).all()) for part in seen)
 
@@ -256,29 +235,11 @@ def test_scratch_is_bounded_for_any_layer():
         for M in (1, 5, 64, 4096, 1_000_000):
             for D in (1, 1000, 14336, 500_000):
                 for C in (1, 4096, 1_000_000):
-                    plan = cpu_base_plan.blocks("panels", M, D, C, threads)
-                    assert plan.bytes <= cpu_base_plan.SCRATCH_BYTES
+                    plan = cpu_native.blocks("panels", M, D, C, threads)
+                    assert plan.bytes <= SCRATCH_BYTES
                     assert plan.cols % 32 == 0 and plan.block_cols % 32 == 0
-                    if M <= 64 and M * (C + 32) <= cpu_base_plan._FEW_SCRATCH:
-                        assert cpu_base_plan.blocks("few", M, D, C, threads).bytes <= cpu_base_plan.SCRATCH_BYTES
-
-
-def test_scratch_bytes_are_what_the_plan_says(monkeypatch):
-    cpu_native.use_isa("auto")
-    monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
-    a, w = operands(130, 64, 2100, torch.bfloat16, True)
-    product("panels", a, w, True)
-    plan = cpu_base_plan.blocks("panels", 130, 2100, 64, torch.get_num_threads())
-    assert 4 * cpu_base._scratch.buffer.numel() == plan.bytes
-
-
-def test_scratch_survives_inference_mode(monkeypatch):
-    cpu_native.use_isa("auto")
-    monkeypatch.setattr(cpu_base, "_scratch", cpu_base._Scratch())
-    a, w = operands(5, 33, 40, torch.float32, True)
-    with torch.inference_mode():
-        first = product("panels", a, w, True)
-    assert torch.equal(product("panels", a, w, True), first)
+                    if M <= 64 and M * (C + 32) <= FEW_SCRATCH:
+                        assert cpu_native.blocks("few", M, D, C, threads).bytes <= SCRATCH_BYTES
 
 
 def choice(dtype, M, features, isa="avx512", setting="auto", invariant=False, unit_stride=True) -> str:

@@ -5,6 +5,7 @@ Outputs start as NaN inside guard bands; a NaN sits in the input wherever dropou
 
 from __future__ import annotations
 
+import kernel_calls
 import pytest
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ P = 0.3
 SEED = -0x1234_5678_9ABC_DEF1
 
 
-def dropout() -> cpu_native.Dropout:
-    return cpu_native.Dropout.of(P, torch.tensor([SEED]))
+def dropout() -> kernel_calls.Dropout:
+    return kernel_calls.Dropout.of(P, torch.tensor([SEED]))
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def test_reduce(level, guarded, keep_mask, dtype, layout, drop):
         t, exact = make_input(M, C, dtype, layout, keep_mask(M, C) if drop else None)
         A, v = torch.randn(R, C), torch.randn(M, R)
         out, g, colsum = guarded(M, R), guarded(R, C), guarded(C)
-        cpu_native.reduce(
-            t, dropout=dropout() if drop else cpu_native.NO_DROPOUT, p=cpu_native.panel(A), out=out.out, alpha_dot=0.7,
+        kernel_calls.reduce(
+            t, dropout=dropout() if drop else kernel_calls.NO_DROPOUT, p=kernel_calls.panel(A), out=out.out, alpha_dot=0.7,
             v=v, g=g.out, alpha_outer=-1.3, colsum=colsum.out,
         )  # fmt: skip
         size, Ad, vd = exact.abs(), A.double(), v.double()
@@ -87,12 +88,12 @@ def test_reduce_parts_have_the_bits_of_the_whole(level):
     """Any subset of the three results, computed alone, equals what the fused pass gives."""
     M, C, R = 301, 533, 7
     t, A, v = torch.randn(M, C).bfloat16(), torch.randn(R, C), torch.randn(M, R)
-    p = cpu_native.panel(A)
+    p = kernel_calls.panel(A)
 
     def run(**wanted):
         out, g, colsum = torch.empty(M, R), torch.empty(R, C), torch.empty(C)
         arguments = dict(p=p, out=out, v=v, g=g, colsum=colsum)
-        cpu_native.reduce(t, **{k: arguments[k] for k in wanted})
+        kernel_calls.reduce(t, **{k: arguments[k] for k in wanted})
         return out, g, colsum
 
     whole = run(p=1, out=1, v=1, g=1, colsum=1)
@@ -113,9 +114,9 @@ def test_expand(level, guarded, keep_mask, dtype, source, drop):
         src = {"in_place": out.out, "panel": base, "none": None}[source]
         if source == "in_place":
             out.out.copy_(base)
-        cpu_native.expand(
-            out.out, src=src, v=v, p=cpu_native.panel(A), alpha=0.6, base_scale=scale, bias=bias,
-            dropout=dropout() if drop else cpu_native.NO_DROPOUT,
+        kernel_calls.expand(
+            out.out, src=src, v=v, p=kernel_calls.panel(A), alpha=0.6, base_scale=scale, bias=bias,
+            dropout=dropout() if drop else kernel_calls.NO_DROPOUT,
         )  # fmt: skip
         delta, size = 0.6 * v.double() @ A.double(), v.double().abs() @ A.double().abs()
         if drop:
@@ -132,27 +133,27 @@ def test_expand(level, guarded, keep_mask, dtype, source, drop):
 
 def test_expand_on_blocks_has_the_bits_of_the_whole(level):
     M, C, R = 61, 700, 11
-    base, v, p = torch.randn(M, C), torch.randn(M, R), cpu_native.panel(torch.randn(R, C))
+    base, v, p = torch.randn(M, C), torch.randn(M, R), kernel_calls.panel(torch.randn(R, C))
     scale, bias = torch.randn(C), torch.randn(C)
     whole = torch.empty(M, C).bfloat16()
     kw = dict(v=v, p=p, dropout=dropout(), base_scale=scale, bias=bias)
-    cpu_native.expand(whole, src=base, **kw)
+    kernel_calls.expand(whole, src=base, **kw)
     parts = torch.full_like(whole, float("nan"))
     for r0, r1 in ((0, 1), (1, 8), (8, 11), (11, 61)):
         for c0, c1 in ((0, 16), (16, 304), (304, 700)):
-            cpu_native.expand(parts[r0:r1, c0:c1], src=base[r0:r1, c0:c1].clone(), row0=r0, col0=c0, **kw)
+            kernel_calls.expand(parts[r0:r1, c0:c1], src=base[r0:r1, c0:c1].clone(), row0=r0, col0=c0, **kw)
     assert torch.equal(parts, whole)
     with pytest.raises(ValueError, match="col0 is 8"):
-        cpu_native.expand(parts[:, 8:], src=None, col0=8, **kw)
+        kernel_calls.expand(parts[:, 8:], src=None, col0=8, **kw)
 
 
 def test_expand_rank_zero_only_scales(level, guarded):
     base, scale, bias = torch.randn(9, 83), torch.randn(83), torch.randn(83)
     out = guarded(9, 83, dtype=torch.bfloat16)
-    cpu_native.expand(out.out, src=base, v=torch.empty(9, 0), p=torch.empty(0, 96), base_scale=scale, bias=bias)
+    kernel_calls.expand(out.out, src=base, v=torch.empty(9, 0), p=torch.empty(0, 96), base_scale=scale, bias=bias)
     assert torch.equal(out.check(), (base * scale + bias).bfloat16())
     negative = torch.full((2, 5), -0.0)
-    cpu_native.expand(negative, src=negative, v=torch.empty(2, 0), p=torch.empty(0, 16))
+    kernel_calls.expand(negative, src=negative, v=torch.empty(2, 0), p=torch.empty(0, 16))
     assert bool(torch.signbit(negative).all())
 
 
@@ -160,12 +161,12 @@ def test_expand_rank_zero_only_scales(level, guarded):
 def test_bits_of_a_row_depend_on_nothing_else(level, dtype):
     """Not on the other rows, their number, the row's place, or the number of threads."""
     M, C, R = 75, 1039, 18
-    t, p = torch.randn(M, C).to(dtype), cpu_native.panel(torch.randn(R, C))
+    t, p = torch.randn(M, C).to(dtype), kernel_calls.panel(torch.randn(R, C))
 
     def branch(rows: Tensor) -> tuple[Tensor, Tensor]:
         u, y = torch.empty(len(rows), R), torch.empty(len(rows), C, dtype=dtype)
-        cpu_native.reduce(rows, p=p, out=u)
-        cpu_native.expand(y, src=rows, v=u, p=p)
+        kernel_calls.reduce(rows, p=p, out=u)
+        kernel_calls.expand(y, src=rows, v=u, p=p)
         return u, y
 
     u, y = branch(t)
@@ -183,8 +184,8 @@ def test_sums_over_rows_do_not_depend_on_threads(level):
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         g, colsum, dots = torch.empty(R, C), torch.empty(C), torch.empty(C)
-        cpu_native.reduce(t, v=v, g=g, colsum=colsum)
-        cpu_native.column_dot(t, t, dots)
+        kernel_calls.reduce(t, v=v, g=g, colsum=colsum)
+        kernel_calls.column_dot(t, t, dots)
         return [g, colsum, dots]
 
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(2)))
@@ -196,9 +197,9 @@ def test_column_dot(level, guarded, dtype):
         a, exact = make_input(M, C, dtype, "transposed" if M % 2 else "contiguous", None)
         b = torch.randn(M, C)
         out = guarded(C)
-        cpu_native.column_dot(a, b, out.out)
+        kernel_calls.column_dot(a, b, out.out)
         once = out.out.clone()
-        cpu_native.column_dot(a, b, out.out, accumulate=True)
+        kernel_calls.column_dot(a, b, out.out, accumulate=True)
         twice = out.check()
         close(once, (exact * b.double()).sum(0), (exact * b.double()).abs().sum(0))
         assert torch.equal(twice, once + once)
@@ -209,20 +210,20 @@ def test_panel_and_scale_copy(level, guarded, dtype):
     for R, C in ((1, 1), (3, 17), (16, 64), (65, 130), (130, 65), (7, 5000)):
         source = torch.randn(C, R).to(dtype).t()
         rows, cols = torch.randn(R), torch.randn(C)
-        packed = cpu_native.panel(source, alpha=1.5, row_scale=rows, col_scale=cols)
+        packed = kernel_calls.panel(source, alpha=1.5, row_scale=rows, col_scale=cols)
         exact = 1.5 * rows[:, None].double() * cols.double() * source.double()
         assert packed.shape[1] % 16 == 0 and not packed[:, C:].any()
         assert bool(((packed[:, :C].double() - exact).abs() <= 3 * FP32 * exact.abs()).all())
         back = guarded(C, R, dtype=dtype)
-        cpu_native.scale_copy(packed[:, :C], back.out.t())
+        kernel_calls.scale_copy(packed[:, :C], back.out.t())
         assert torch.equal(back.check(), packed[:, :C].t().to(dtype))
 
 
 def test_a_ready_panel_is_not_copied():
     ready = torch.randn(4, 32)
-    assert cpu_native.panel(ready) is ready
-    assert cpu_native.panel(torch.randn(4, 31)).shape == (4, 32)
-    assert cpu_native.panel(torch.randn(32, 4).t()).is_contiguous()
+    assert kernel_calls.panel(ready) is ready
+    assert kernel_calls.panel(torch.randn(4, 31)).shape == (4, 32)
+    assert kernel_calls.panel(torch.randn(32, 4).t()).is_contiguous()
 
 
 def test_bindings_reject_what_would_touch_foreign_memory():

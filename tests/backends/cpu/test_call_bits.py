@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import Dropout, base_product, column_dot, expand, panel, reduce, scale_copy, vector
 from torch import Tensor
 
 from peftkern.backends.cpu import call, native
-from peftkern.backends.cpu.base import base_product
-from peftkern.backends.cpu.native import Dropout, column_dot, expand, panel, reduce, scale_copy, vector
 from peftkern.equation import Scales
 from peftkern.ops.lora_linear import Backward, Forward
-from peftkern.problem import CpuWay
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.problems import DROPOUT_SEED, LoRALinearProblem, random_problem
 
@@ -28,7 +26,7 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def forward_steps(c: Forward, way: CpuWay) -> tuple[Tensor, Tensor, Tensor]:
+def forward_steps(c: Forward, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, h): one pass over x, then the base product, whose blocks get the branch as they are completed."""
     drop, s = Dropout.of(c.dropout_p, c.seed), c.at
     (M, _), N = c.x.shape, c.base[0].shape[0]
@@ -43,11 +41,11 @@ def forward_steps(c: Forward, way: CpuWay) -> tuple[Tensor, Tensor, Tensor]:
             y[r0:r1, c0:c1], src=block, v=u, p=p, row0=r0, col0=c0, base_scale=vector(s.g_b), bias=vector(c.bias)
         )  # fmt: skip
 
-    base_product(c.x, c.base[0], transpose=True, in_scale=s.p_b, out=h, epilogue=epilogue, way=way)
+    base_product(c.x, c.base[0], transpose=True, in_scale=s.p_b, out=h, epilogue=epilogue, kind=kind)
     return y, u, h
 
 
-def backward_steps(c: Backward, way: CpuWay) -> tuple[Tensor, ...]:
+def backward_steps(c: Backward, kind: str) -> tuple[Tensor, ...]:
     """(dx, dA, dB, dbias, those of the vectors), all of them: passes over dy, x and W."""
     drop, s = Dropout.of(c.dropout_p, c.seed), c.at
     (M, N), (R, K) = c.dy.shape, c.lora_A.shape
@@ -85,7 +83,7 @@ def backward_steps(c: Backward, way: CpuWay) -> tuple[Tensor, ...]:
             out, src=block, v=du, p=p, alpha=drop.scale, dropout=drop, row0=r0, col0=c0, base_scale=vector(s.p_b)
         )  # fmt: skip
 
-    base_product(c.dy, c.base[0], transpose=False, in_scale=s.g_b, out=dx, epilogue=epilogue, way=way)
+    base_product(c.dy, c.base[0], transpose=False, in_scale=s.g_b, out=dx, epilogue=epilogue, kind=kind)
     return dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d * c.scaling
 
 
@@ -99,7 +97,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     needs, save = ("x", "A", "B", *names), scales.g_b is not None
 
     c = forward(x, weight, A, B, bias=bias, save_base=save, **numbers, **scales._asdict())
-    y, u, h = forward_steps(c, CpuWay(kind, kind))
+    y, u, h = forward_steps(c, kind)
     args = (None, threads, x, weight, A, B, bias, *numbers.values(), tuple(scales), True, save)
     assert call.learn_forward(*args, kind)
     got = call.forward(*args)
@@ -113,7 +111,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     assert call.learn_backward(*args, kind)
     found = call.backward(*args)
     assert [g is not None for g in found] == c.needs
-    pairs += zip(found, backward_steps(c, CpuWay(kind, kind)), strict=True)
+    pairs += zip(found, backward_steps(c, kind), strict=True)
     for i, (mine, theirs) in enumerate(pairs):
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), (problem, kind, threads, i)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import kernel_calls
 import numpy as np
 import pytest
 import torch
 
 from peftkern.backends.cpu import native as cpu_native
+from peftkern.problem import CpuWay
 
 pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
 
@@ -16,7 +18,7 @@ HALVES = (torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("seed", (0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF))
 def test_dropout_mask(level, numpy_keep, seed):
     for M, K, p in ((1, 1, 0.5), (3, 7, 0.1), (2, 129, 0.9), (5, 1000, 0.25), (2, 4100, 2.0**-20)):
-        got = cpu_native.dropout_mask(torch.tensor([seed]), M, K, p)
+        got = cpu_native.dropout_mask((torch.tensor([seed]), M, K, p), CpuWay())
         assert np.array_equal(got.numpy(), numpy_keep(seed & (2**64 - 1), range(M), range(K), p))
 
 
@@ -58,7 +60,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(values.shape, dtype=dtype)
     nothing = torch.empty(values.shape[0], 0), torch.empty(0, values.shape[1] + 16)
-    cpu_native.expand(out, src=values, v=nothing[0], p=nothing[1])
+    kernel_calls.expand(out, src=values, v=nothing[0], p=nothing[1])
     return out
 
 
@@ -68,10 +70,10 @@ def test_widening_every_value(level, dtype):
     for row in values:
         out = torch.empty(1024)
         # One row: the sum over rows is the value itself.
-        cpu_native.column_dot(row[None], torch.ones(1, 1024), out)
+        kernel_calls.column_dot(row[None], torch.ones(1, 1024), out)
         same(out + 0.0, row.float() + 0.0)
     copied = torch.empty(64, 1024)
-    cpu_native.scale_copy(values, copied)
+    kernel_calls.scale_copy(values, copied)
     same(copied, values.float())
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 
-from peftkern.backends.cpu import base as cpu_base
+from peftkern.backends.cpu import call as cpu_call
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.tune import cpu as tune_cpu
@@ -16,7 +17,7 @@ from peftkern.dispatch import cpu_table
 from peftkern.dispatch.cpu_table import Product
 
 pytestmark = pytest.mark.skipif(
-    cpu_native._C is None or not cpu_native.model()[0], reason="the C++ extension is not built, or no x86"
+    cpu_call.unavailable is not None or not cpu_native.model()[0], reason="no native calls here, or no x86"
 )
 
 
@@ -32,13 +33,15 @@ def small(monkeypatch):
 def test_what_users_run_comes_first_and_layers_of_usual_sizes_are_near():
     work = tune_cpu.planned(["fp32", "bf16", "fp16"])
     assert len(set(work)) == len(work) and work[0] == Job("fp32", "forward", 4096, 4096)
-    assert [job.dtype for job in work] == ["fp32"] * 14 + ["bf16"] * 14 + ["fp16"] * 14
+    each = 2 * len(tune_cpu.SHAPES)
+    assert [job.dtype for job in work] == ["fp32"] * each + ["bf16"] * each + ["fp16"] * each
     data = [
         {"dtype": j.dtype, "pass": j.which, "D": j.D, "C": j.C, "M": j.rows(), "us": {"few": [1.0] * len(j.rows())}}
         for j in work
     ]
     table = cpu_table.Table({"schema": 1, "meta": {}, "rows": data}, "x")
-    for D, C in ((4096, 4096), (14336, 4096), (3072, 8192), (2048, 2048), (768, 768), (8192, 2048), (384, 384)):
+    small = itertools.combinations_with_replacement((16, 24, 64, 65, 200, 256, 384, 768, 1024, 1025, 1536, 2048), 2)
+    for D, C in ((4096, 4096), (14336, 4096), (3072, 8192), (8192, 2048), *small):
         for M in (*range(1, 300, 7), 5000):
             for forward in (True, False):
                 for size in ((D, C), (C, D)):
@@ -46,18 +49,29 @@ def test_what_users_run_comes_first_and_layers_of_usual_sizes_are_near():
 
 
 def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys):
-    asked = []
-    product = cpu_base.base_product
+    asked, forward, backward = [], cpu_call.forward, cpu_call.backward
 
-    def watch(a, weight, **named):
-        out = named["out"].fill_(float("nan"))
-        product(a, weight, **named)
-        # The product with a branch in it: neither is missing.
-        plain = a.float() @ (weight.float().t() if named["transpose"] else weight.float())
-        assert bool(out.isfinite().all()) and not torch.allclose(out.float(), plain, atol=0.5)
-        asked.append((a.dtype, a.shape[0], named["way"].kind, weight.data_ptr()))
+    def seen(now, a, w, out, product, branch):
+        # The whole pass: product and branch.
+        whole = product + branch
+        assert float((out.float() - whole).abs().max()) < 0.02 * float(whole.abs().max()) < float(branch.abs().max())
+        asked.append((a.dtype, a.shape[0], now.cpu_kind, w.data_ptr()))
 
-    monkeypatch.setattr(cpu_base, "base_product", watch)
+    def watch_forward(now, threads, x, w, A, B, *rest):
+        y = forward(now, threads, x, w, A, B, *rest)
+        if y is not None:
+            seen(now, x, w, y, x.float() @ w.float().t(), x.float() @ A.t() @ B.t())
+        return y
+
+    def watch_backward(now, threads, dy, x, u, h, w, A, B, *rest):
+        grads = backward(now, threads, dy, x, u, h, w, A, B, *rest)
+        if grads is not None:
+            assert all(g is None for g in grads[1:])
+            seen(now, dy, w, grads[0], dy.float() @ w.float(), dy.float() @ B @ A)
+        return grads
+
+    monkeypatch.setattr(cpu_call, "forward", watch_forward)
+    monkeypatch.setattr(cpu_call, "backward", watch_backward)
     file = tmp_path / "cpu.json"
     assert bench.main(["--tune", "--device", "cpu", "--json", str(file)]) == 0
     assert "12 of 12 shapes" in capsys.readouterr().out
@@ -77,6 +91,7 @@ def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys)
         order = cpu_table.nearest(table, product).order
         vendor, panels = row["us"]["vendor"][2], row["us"]["panels"][2]
         assert order == (("panels", "vendor") if panels < vendor * cpu_table.WINS else ("vendor", "panels"))
+    assert {kind for dtype, _, kind, _ in asked if dtype == torch.float32} == {"vendor", "few", "panels"}
     # With few rows copies of W take turns, with many there is one.
     few = {w for dtype, M, _, w in asked if M == 16 and dtype == torch.float32}
     many = {w for dtype, M, _, w in asked if M == 100 and dtype == torch.float32}
