@@ -69,32 +69,32 @@ def first_tile(w, col, depth, N, stride_w, W_BY_COLUMN: tl.constexpr, TMA: tl.co
 
 @triton.jit
 def load_tile(
-    at, k, col0, col, depth, N, K, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr
+    w, k, col0, col, depth, N, K, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
-    """Elements (k + depth, col) of W^T; what is past K is zero."""
+    """Elements (k + depth, col) of W^T at the tile's place ``w`` (``first_tile``); what is past K is zero."""
     if TMA:
         if W_BY_COLUMN:
-            tile = tl.trans(at.load([col0, k]))
+            tile = tl.trans(w.load([col0, k]))
         else:
-            tile = at.load([k, col0])
+            tile = w.load([k, col0])
     elif W_BY_COLUMN:
         if EVEN_K:
-            tile = tl.trans(tl.load(at))
+            tile = tl.trans(tl.load(w))
         else:
-            tile = tl.trans(tl.load(at, mask=(k + depth < K)[None, :], other=0.0))
+            tile = tl.trans(tl.load(w, mask=(k + depth < K)[None, :], other=0.0))
     else:
         if EVEN_K:
-            tile = tl.load(at, mask=(col < N)[None, :], other=0.0)
+            tile = tl.load(w, mask=(col < N)[None, :], other=0.0)
         else:
-            tile = tl.load(at, mask=(k + depth < K)[:, None] & (col < N)[None, :], other=0.0)
+            tile = tl.load(w, mask=(k + depth < K)[:, None] & (col < N)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
-def next_tile(at, stride_w, BLOCK_K: tl.constexpr, W_BY_COLUMN: tl.constexpr):
+def next_tile(w, stride_w, BLOCK_K: tl.constexpr, W_BY_COLUMN: tl.constexpr):
     """The addresses BLOCK_K further on along k."""
     if W_BY_COLUMN:
-        at += BLOCK_K
+        w += BLOCK_K
     else:
-        at += tl.cast(stride_w, tl.int64) * BLOCK_K
-    return at
+        w += tl.cast(stride_w, tl.int64) * BLOCK_K
+    return w
