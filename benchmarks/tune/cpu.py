@@ -49,7 +49,7 @@ ONLY_DX = 1  # the first bit of equation.Needs
 # not tried again with more rows. fp32 is hopeless nowhere.
 HOPELESS, HOPELESS_ROWS = 3.0, 8
 # Seconds and rounds that one number of rows gets: small calls, which differ more from one to the next, many rounds.
-BUDGET, FEWEST, MOST = 0.2, 3, 500
+BUDGET, FEWEST, MOST = 0.15, 3, 500
 
 
 class Job(NamedTuple):
