@@ -84,19 +84,10 @@ def _reads(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[bool, ..
     return (*read, *vectors, *[True] * drops, *[dx] * base)
 
 
-@functools.cache
 def _names(scaled: bool, drops: bool) -> tuple[str, ...]:
     """The same as arguments, for messages."""
-    return (
-        "x",
-        "lora_A",
-        "lora_B",
-        "u",
-        "h",
-        *(map(names, Scales._fields) if scaled else ()),
-        *["seed"] * drops,
-        "weight",
-    )
+    vectors = map(names, Scales._fields) if scaled else ()
+    return ("x", "lora_A", "lora_B", "u", "h", *vectors, *["seed"] * drops, "weight")
 
 
 @functools.cache
@@ -132,7 +123,9 @@ class LoRALinearFunction(torch.autograd.Function):
         call, (shape, x_dtype), (rank, adapter_dtype) = ctx.call, ctx.x, ctx.adapter
         now, kind, scaling, dropout_p, dtype, scaled = call
         drops = dropout_p > 0.0
-        saved, needs = read_saved(ctx, "lora_linear", _names(scaled, drops), lambda needs: _reads(needs, scaled, drops))
+        saved, needs = read_saved(
+            ctx, "lora_linear", lambda: _names(scaled, drops), lambda needs: _reads(needs, scaled, drops)
+        )
         x, lora_A, lora_B, u, h, *rest = saved
         scales, seed, base = call.split(tuple(rest))
         grads = None

@@ -111,7 +111,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
         bases, state, kind, grads = ctx.bases, ctx.state, ctx.kind, None
-        saved, needs = read_saved(ctx, "multi_lora_linear", _SAVED, lambda needs: _reads(needs, bases))
+        saved, needs = read_saved(ctx, "multi_lora_linear", lambda: _SAVED, lambda needs: _reads(needs, bases))
         x, u, table, scaling, order, starts, dropout_p, seed, *tensors = saved
         need_x, need_bias, need = needs[0], needs[1], needs[4 + bases :]
         base = tensors[:bases]

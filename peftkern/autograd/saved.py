@@ -48,11 +48,13 @@ def kept_input(x: Tensor, given: Tensor) -> Tensor:
     return given
 
 
-def read_saved(ctx, op: str, names: Sequence[str], readers: Callable[[tuple], Sequence]) -> tuple[tuple, tuple]:
+def read_saved(
+    ctx, op: str, names: Callable[[], Sequence[str]], readers: Callable[[tuple], Sequence]
+) -> tuple[tuple, tuple]:
     """(saved tensors, the gradients that are needed) of a node in backward.
 
     Args:
-        ctx: the node. op: its public name. names: of what it saved; more of them are called by the last.
+        ctx: the node. op: its public name. names: of what it saved, for messages; more of them are called by the last.
         readers: for the needed gradients, which of the saved tensors some of them read.
 
     If a tensor was changed in place since, then only what ``backward(inputs=...)`` asks for counts as needed, as it does in
@@ -73,7 +75,8 @@ def read_saved(ctx, op: str, names: Sequence[str], readers: Callable[[tuple], Se
         try:
             saved.append(packed.unpack() if read else None)
         except RuntimeError as error:
-            raise RuntimeError(f"{_changed(ctx, op, names[min(i, len(names) - 1)])} ({error})") from error
+            known = names()
+            raise RuntimeError(f"{_changed(ctx, op, known[min(i, len(known) - 1)])} ({error})") from error
     return tuple(saved), needs
 
 
