@@ -52,12 +52,12 @@ def facts(isa: str) -> tuple[Level, frozenset[str]]:
 
 
 def use_isa(wanted: str) -> None:
-    """Bring the kernels to an instruction set, a value of ``PEFTKERN_CPU_ISA``."""
-    _C.set_isa(wanted)
+    """Bring the kernels, if there are any, to an instruction set, a value of ``PEFTKERN_CPU_ISA``."""
+    if _C is not None:
+        _C.set_isa(wanted)
 
 
-if _C is not None:
-    settings.follow(lambda now: use_isa(now.cpu_isa))
+settings.follow(lambda now: use_isa(now.cpu_isa))
 
 
 class Blocks(NamedTuple):

@@ -217,7 +217,7 @@ def _block(model):
     ("replace", "tied", "text"),
     [
         (_resize, False, "LlamaForCausalLM.lm_head was replaced"),
-        (_resize, True, r"weight has shape \(70, 32\), expected \(N, K\) with N = 64"),
+        (_resize, True, r"weight has shape \(70, 32\), expected \(N, K\) = \(64, 32\)"),
         (_head, False, "LlamaForCausalLM.lm_head was replaced"),
         (_block, False, "ModuleList.1 was replaced"),
     ],

@@ -37,7 +37,7 @@ def test_the_back_end_of_each_layer_is_named(zoo, monkeypatch):
 
 def test_a_back_end_may_compute_the_forward_alone(zoo, monkeypatch):
     cpu = load("cpu")
-    monkeypatch.setattr(cpu, "decline", lambda problem, now: "not this" if problem.op.endswith("bwd_input") else None)
+    monkeypatch.setattr(cpu, "decline", lambda problem, now: "not this" if problem.op.endswith("_bwd") else None)
     model, _ = zoo.layer()
     with using(gpu="of this test"):  # nobody has decided anything under these settings
         assert peftkern.accelerate(model).backends == {NAME: "cpu, backward reference"}
