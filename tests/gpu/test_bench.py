@@ -9,13 +9,15 @@ import torch
 
 from peftkern.benchmarks import bench
 from peftkern.benchmarks.core import gpu
+from peftkern.benchmarks.core.presets import Choice
 from peftkern.benchmarks.measure import launches
 from peftkern.benchmarks.measure.device_timing import CudaClock, DeviceEntry
-from peftkern.benchmarks.ops.lora_linear import PROVIDERS, make_data
+from peftkern.benchmarks.ops.lora_linear import PROVIDERS
 from peftkern.benchmarks.peers.candidates import NOT_HERE
+from peftkern.benchmarks.peers.data import make_data
 from peftkern.benchmarks.registry import OPS
 
-CASE = OPS["lora_linear"].cases("gpu", "cuda", shapes=[(512, 1024, 1024)], adapters=["same"], dropouts=[0.1])[0]
+CASE = OPS["lora_linear"].cases("gpu", "cuda", Choice(shapes=[(512, 1024, 1024)], adapters=["same"], dropouts=[0.1]))[0]
 
 
 @pytest.mark.parametrize("op, shape", [("lora_linear", "512,1024,1024"), ("multi_lora_linear", "64,1024,1024"),
@@ -44,7 +46,7 @@ def test_the_command(op, shape, tmp_path):
 def test_a_graph_and_events_agree_on_a_long_step():
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     clock = CudaClock(cache)
-    case = OPS["lora_linear"].cases("gpu", "cuda", shapes=[(4096, 4096, 4096)], adapters=["same"], dropouts=[0.0])[0]
+    case = OPS["lora_linear"].cases("gpu", "cuda", Choice(shapes=[(4096, 4096, 4096)], adapters=["same"], dropouts=[0.0]))[0]
     step = PROVIDERS["base"].build(case, make_data(case, 2))
     times = []
     for graph in (False, True):

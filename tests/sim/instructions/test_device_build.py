@@ -22,7 +22,7 @@ CASES = [
     (KERNELS / "instructions_sm90.cu", "sm_90a"),
     (KERNELS / "gemm_sm90.cu", "sm_90a"),
     (KERNELS / "clusters.cu", "sm_90a"),
-    (ROOT / "csrc/cuda/tensor_map.cu", "sm_90a"),
+    (ROOT / "csrc/cuda/common/tensor_map.cu", "sm_90a"),
     *((source, "sm_90a") for source in nvcc.sources() if nvcc.architectures(source) == ("sm_90a",)),
 ]
 
