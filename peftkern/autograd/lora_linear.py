@@ -84,6 +84,11 @@ def _reads(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[bool, ..
     return (*read, *vectors, *[True] * drops, *[dx] * base)
 
 
+@functools.cache
+def _unread(needs: tuple[bool, ...], scaled: bool, drops: bool) -> tuple[int, ...]:
+    return tuple(i for i, read in enumerate(_reads(needs, scaled, drops)) if not read)
+
+
 def _names(scaled: bool, drops: bool) -> tuple[str, ...]:
     """The same as arguments, for messages."""
     vectors = map(names, Scales._fields) if scaled else ()
@@ -104,11 +109,12 @@ class LoRALinearFunction(torch.autograd.Function):
         needs, scaled = ctx.needs_input_grad, call.scaled
         given, need_h = x if call.dtype is None else cast(x, call.dtype), scaled and needs[8]
         y, u, h = call.forward(given, lora_A, lora_B, bias, rest, True, need_h)
-        saved = (x, lora_A, lora_B, u, h if need_h else None, *rest)
+        saved = [x, lora_A, lora_B, u, h if need_h else None, *rest]
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
-            read = _reads(needs, scaled, call.dropout_p > 0.0)
-            kept = kept_input(x, given) if read[0] else None
-            saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:])])
+            for i in _unread(needs, scaled, call.dropout_p > 0.0):
+                saved[i] = None
+            if saved[0] is not None:
+                saved[0] = kept_input(x, given)
         ctx.save_for_backward(*saved)
         ctx.call = call
         ctx.x = x.shape, x.dtype
@@ -146,6 +152,11 @@ class LoRALinearFunction(torch.autograd.Function):
             return (dx, dA, dB, dbias, None, *[None] * len(rest))
         vectors = [None if g is None else cast(g, t.dtype) for g, t in zip(vectors, scales)]
         return (dx, dA, dB, dbias, None, *vectors, *[None] * (len(rest) - 5))
+
+
+# Function.apply without a look for tensors that have escaped from a torch.func transform: a third of its time.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
+_escaped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[Tensor | None]:
@@ -230,8 +241,9 @@ def lora_linear_with(
     options: Options = _PLAIN_OPTIONS, coefficients: Mapping[str, Tensor | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
-    no_transforms("lora_linear")
     base, now = base_of(weight), current() if nobody_watches() else None
+    if now is None:
+        no_transforms("lora_linear")
     plain = (
         type(x) in _PLAIN
         and type(lora_A) in _PLAIN
@@ -268,7 +280,8 @@ def lora_linear_with(
                 )
         for t in (x, lora_A, lora_B, bias, *(scales or ())):
             if t is not None and t.requires_grad:
-                return LoRALinearFunction.apply(x, lora_A, lora_B, bias, call, *rest)
+                apply = LoRALinearFunction.apply if now is None or _escaped(x) else _apply
+                return apply(x, lora_A, lora_B, bias, call, *rest)
     return call.forward(x if dtype is None else cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
 
 

@@ -24,7 +24,9 @@ _last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
 
 
 def _must_copy(x: Tensor) -> bool:
-    return x.untyped_storage().nbytes() > 2 * x.nbytes or x.is_inference() or settings.current().save_input == "copy"
+    if x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size() or x.is_inference():
+        return True
+    return settings.current().save_input == "copy"
 
 
 def kept_input(x: Tensor, given: Tensor) -> Tensor:

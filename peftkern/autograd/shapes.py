@@ -28,12 +28,10 @@ def as_shape(y: Tensor, x: Tensor) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of F.linear's arguments (fp64 it leaves alone), None where it does nothing."""
-    device = x.device.type
-    if x.dtype == torch.float64:
+    device = "cpu" if x.is_cpu else x.device.type
+    if not (x.is_cpu or x.is_cuda or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return None
-    usual = x.is_cpu or x.is_cuda
-    active = (usual or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if active else None
+    return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def no_transforms(name: str) -> None:
