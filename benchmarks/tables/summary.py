@@ -26,6 +26,7 @@ class Line(NamedTuple):
     ours: str
     fields: dict
     unit: str = "median_ms"
+    base: str = ""
 
 
 _STEP = {"pass": "fwd_bwd", "R": 16, "adapter_dtype": "fp32", "dropout": 0.1}
@@ -39,9 +40,9 @@ LINES = (
     Line("decoding, 32 rows with 32 adapters, 4096 x 4096, bf16", "multi_lora_linear", "zen5", "peftkern_bank",
          {"pass": "fwd", "phase": "decode", "mix": "distinct", "M": 32, "K": 4096, "N": 4096, "dtype": "bf16"}),
     Line("a call of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
-         {"which": "forward"}, "median_us"),
+         {"which": "forward"}, "median_us", "nn.Linear"),
     Line("training step of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
-         {"which": "forward + backward in a chain"}, "median_us"),
+         {"which": "forward + backward in a chain"}, "median_us", "frozen nn.Linear"),
 )  # fmt: skip
 # The problem that back ends are asked about: a layer's, on the device that they are for.
 _SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
@@ -71,12 +72,15 @@ def gains(results: dict[str, dict]) -> list[str]:
             continue
         unit = line.unit.removeprefix("median_")
         theirs, ours = (_picked(result["rows"], p, line) for p in ("PEFT" if unit == "us" else "peft", line.ours))
-        base = _picked(result["rows"], "nn.Linear" if unit == "us" else "base", line)
+        frozen = {k: v for k, v in line.fields.items() if k not in ("R", "adapter_dtype", "dropout")}
+        slow = unit == "ms" and _picked(result["rows"], "base", line._replace(fields=frozen)) is None
+        name = line.base or ("base_fp32" if slow else "base")
+        base = _picked(result["rows"], name, line._replace(fields=frozen))
         if theirs is None or ours is None:
             continue
         rows.append(
-            [line.words, MACHINES[line.machine], "" if base is None else f"{base:.3g} {unit}", f"{theirs:.3g} {unit}",
-             f"{ours:.3g} {unit}", f"{theirs / ours:.3g}x"]
+            [line.words, MACHINES[line.machine], "" if base is None else f"{base:,.1f} {unit}", f"{theirs:,.1f} {unit}",
+             f"{ours:,.1f} {unit}", f"{theirs / ours:.2f}x"]
         )  # fmt: skip
     return table(["", "CPU, two cores", "frozen linear", "PEFT", "**peftkern**", "gain"], rows)
 
