@@ -107,7 +107,9 @@ class Near(NamedTuple):
 
 
 def nearest(table: Table, p: Product) -> Near | None:
-    """What speaks for a product; None where nothing near was measured."""
+    """What speaks for a product; None where nothing near was measured, or there is nothing to compute."""
+    if 0 in (p.M, p.D, p.C):
+        return None
     close = [r for r in table.rows.get((p.dtype, p.forward), ()) if max(_off(p.D, r.D), _off(p.C, r.C)) <= NEAR]
     if not close:
         return None

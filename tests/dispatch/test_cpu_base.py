@@ -80,6 +80,11 @@ def test_the_nearest_shape_speaks():
     assert kind(64, two, D=1100) == "panels" and kind(64, two, D=2047) == "panels" and kind(64, two, D=2049) == "vendor"
 
 
+def test_an_empty_product_is_near_to_nothing():
+    for sizes in (dict(M=0), dict(M=4, D=0), dict(M=4, C=0), dict(M=0, D=0, C=0)):
+        assert kind(**sizes) == "vendor"
+
+
 def test_what_cannot_run_is_passed_over():
     assert kind(4, unit_stride=False) == "vendor"
     assert kind(4, content(row([4], [90], [50], [40])), unit_stride=False) == "panels"
