@@ -19,6 +19,9 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import settings
 
+# Whether a node's saved tensors can be read one by one: not in torch 2.11, where an error cannot say which one has changed,
+# and none is read without the others.
+READS_ONE_BY_ONE = hasattr(torch._C._autograd.SavedTensor, "unpack")
 # Of the last input that was copied: itself, its version, dtype and stream, the copy. Layers with one input (q, k, v) share it.
 _last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
 
@@ -70,6 +73,8 @@ def read_saved(
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
+        if not READS_ONE_BY_ONE:
+            raise RuntimeError(f"{_changed(ctx, op, 'x or a parameter')} ({error})") from error
     edges = (node for node, _ in ctx.next_functions if node is not None)
     needs = tuple(need and _runs(next(edges)) for need in needs)
     saved = []
@@ -91,7 +96,7 @@ def _runs(node) -> bool:
 
 def _changed(ctx, op: str, name: str) -> str:
     text = f"{op}: {name} was changed in place after the forward pass{_layer(ctx)}, and a gradient needs it as it was."
-    if name == "x":
+    if name.startswith("x"):
         text += (
             " Change a copy (h = h + y, not h += y), or set PEFTKERN_SAVE_INPUT=copy in the environment to keep one."
         )

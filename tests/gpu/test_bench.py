@@ -46,7 +46,9 @@ def test_the_command(op, shape, tmp_path):
 def test_a_graph_and_events_agree_on_a_long_step():
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     clock = CudaClock(cache)
-    case = OPS["lora_linear"].cases("gpu", "cuda", Choice(shapes=[(4096, 4096, 4096)], adapters=["same"], dropouts=[0.0]))[0]
+    case = OPS["lora_linear"].cases(
+        "gpu", "cuda", Choice(shapes=[(4096, 4096, 4096)], adapters=["same"], dropouts=[0.0])
+    )[0]
     step = PROVIDERS["base"].build(case, make_data(case, 2))
     times = []
     for graph in (False, True):
