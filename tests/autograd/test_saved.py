@@ -11,10 +11,10 @@ from torch import nn
 
 import peftkern
 from peftkern import LoRALinear, lora_linear, multi_lora_linear, sgmv
-from peftkern.autograd import saved
+from peftkern.autograd import saved as reading
 
 ONE_BY_ONE = pytest.mark.skipif(
-    not saved.READS_ONE_BY_ONE, reason="this torch cannot say which saved tensor has changed"
+    not reading.READS_ONE_BY_ONE, reason="this torch cannot say which saved tensor has changed"
 )
 
 K, N, R, B, T = 24, 10, 3, 3, 8
@@ -164,7 +164,7 @@ def test_a_parameter_that_changes_is_named(layer):
 
 
 def test_a_torch_that_cannot_read_one_names_the_layer(layer, monkeypatch):
-    monkeypatch.setattr(saved, "READS_ONE_BY_ONE", False)
+    monkeypatch.setattr(reading, "READS_ONE_BY_ONE", False)
     y = layer.call(torch.randn(B, T, K, requires_grad=True))
     with torch.no_grad():
         layer.B.mul_(2)
