@@ -185,5 +185,5 @@ def test_rows_without_an_adapter_have_the_bits_of_lora_linear(monkeypatch, base,
             False,
             [False] * len(rows.weights),
         )
-        back = ops.lora_linear_bwd(*backward(rows.dy, None, v, None, rows.weight, *none, ("x",)))[0]
+        back = ops.lora_linear_bwd(*backward(rows.dy, None, v, None, rows.weight, *none, needs=("x",)))[0]
     assert torch.equal(y, expected) and torch.equal(dx, back) and not u.any()
