@@ -8,7 +8,7 @@ seed. Dropout bits are drawn again from the seed in backward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,14 +23,10 @@ from ..equation import NO_SCALES, Needs, Scales, fold, names
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
+from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, rows_of
 
 _fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def _cast_base(kind: str, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    return list(tensors) if dtype is None else kind_of(kind).cast(list(tensors), dtype)
 
 
 class Call(NamedTuple):
@@ -65,7 +61,7 @@ class Call(NamedTuple):
             if done is not None:
                 return done
         y, u, h = _fwd(
-            rows_of(x, x.dtype), _cast_base(kind, base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
+            rows_of(x, x.dtype), cast_base(kind, base, dtype), kind, lora_A, lora_B, bias, scaling, dropout_p, seed,
             list(scales or NO_SCALES), want_h,
         )  # fmt: skip
         y = as_shape(y, x)
@@ -170,7 +166,7 @@ def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[T
     lora_A = dy.new_empty((rank, shape[-1]), dtype=adapter_dtype) if lora_A is None else lora_A
     lora_B = dy.new_empty((N, rank), dtype=adapter_dtype) if lora_B is None else lora_B
     u = dy.new_empty((M, rank), dtype=accumulate_dtype(dy.dtype)) if u is None else u
-    base = _cast_base(ctx.call.kind, (t for t in base if t is not None), dtype)
+    base = cast_base(ctx.call.kind, (t for t in base if t is not None), dtype)
     dx, dA, dB, dbias, vectors = _bwd(
         dy, None if x is None else rows_of(x, dy.dtype), u, h, base, ctx.call.kind, lora_A, lora_B, ctx.call.scaling,
         ctx.call.dropout_p, seed, list(scales or NO_SCALES), need,

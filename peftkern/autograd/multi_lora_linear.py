@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import multi_call as native
-from ..bases.base import Base, base_of, kind_of
+from ..bases.base import Base, base_of
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
@@ -26,7 +26,7 @@ from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
+from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, rows_of
 
 _fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
@@ -70,15 +70,11 @@ class Batch(NamedTuple):
             if done is not None:
                 return done
         y, u = _fwd(
-            rows_of(x, x.dtype), _cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights),
+            rows_of(x, x.dtype), cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights),
             state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
         )  # fmt: skip
         y = as_shape(y, x)
         return (y, u) if want_u else y
-
-
-def _cast_base(kind: str, base: Sequence[Tensor], autocast: torch.dtype | None) -> list[Tensor]:
-    return list(base) if autocast is None or not base else kind_of(kind).cast(base, autocast)
 
 
 def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -128,7 +124,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
             x = None if x is None else rows_of(x, ctx.dtype)
             if u is None:
                 u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
-            base = _cast_base(kind, base, ctx.autocast) if need_x else []
+            base = cast_base(kind, base, ctx.autocast) if need_x else []
             dx, dbias, grads = _bwd(
                 dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
                 need_x, need_bias, list(need),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from ..bases.base import kind_of
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` in ``dtype``, itself if it is."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def cast_base(kind: str, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """A base's tensors as autocast to ``dtype`` casts them; as they are without autocast (None), or where there are none."""
+    tensors = list(tensors)
+    return tensors if dtype is None or not tensors else kind_of(kind).cast(tensors, dtype)
 
 
 def rows_of(t: Tensor, dtype: torch.dtype) -> Tensor:
