@@ -1,0 +1,38 @@
+"""Row norms for callers above the ops: constants of the graph, whatever their arguments are.
+
+Nothing is kept from call to call. W alone stays the same, and its part of a norm is not worth keeping: the adapters'
+part reads all of W again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bases.base import Base, base_of
+from ..checks import check_number
+from ..dispatch.registry import caller
+
+_norm = caller("lora_row_norm")
+
+
+def row_norm(weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """Norms of the rows of an adapted weight, what DoRA (Liu et al. 2024, section 4.3) takes as constants.
+
+        norm[n] = sqrt(sum_k (W[n, k] + s sum_r B[n, r] A[r, k])^2)
+
+    Args:
+        weight: (N, K) in fp32, bf16 or fp16 (fp64 through the reference), any strides, or a base (peftkern/bases).
+        lora_A: (R, K). lora_B: (N, R). Both in fp32 or both in the weight's dtype.
+        scaling: s.
+
+    Returns:
+        (N,) in fp32 (fp64 for fp64), without a gradient, to fp32's precision also under autocast.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+    """
+    base = base_of(weight)
+    check_number("scaling", scaling)
+    with torch.no_grad():
+        return _norm(list(base.tensors), base.kind, lora_A, lora_B, float(scaling))
