@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..autograd.lora_row_norm import row_norm
+from ..autograd.row_norm import row_norm
 from .problems import laid_out
 
 LAYOUTS = ("contiguous", "row_stride", "transposed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern.autograd.lora_row_norm import row_norm
+from peftkern.autograd.row_norm import row_norm
 from peftkern.bases.base import base_of
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -32,6 +32,28 @@ def test_a_constant_in_the_accumulator_dtype(dtype, adapter):
     assert torch.equal(row_norm(W.clone().requires_grad_(), A, B, -0.5), got)
     assert torch.equal(row_norm(base_of(W), A, B, -0.5), got)
     assert torch.equal(row_norm(W, A, B, 1), row_norm(W, A, B))
+
+
+@pytest.mark.parametrize("adapter", [F32, BF16])
+def test_scaling_in_a_tensor(adapter):
+    """Never read by the host: a meta tensor has no value to read."""
+    W, A, B = operands(BF16, adapter)
+    for scaling in (
+        torch.tensor(-0.75),
+        torch.tensor([-0.75], dtype=torch.float64),
+        torch.tensor([[-0.75]], dtype=BF16),
+    ):
+        got = row_norm(W, A, B, scaling.requires_grad_())
+        assert not got.requires_grad and got.dtype == F32
+        torch.testing.assert_close(got, row_norm(W, A, B, -0.75))
+    assert row_norm(*(t.to("meta") for t in (W, A, B, torch.ones(1)))).shape == (6,)
+    for bad, error in (
+        (torch.ones(2), ValueError),
+        (torch.tensor(1), TypeError),
+        (torch.ones(1, device="meta"), ValueError),
+    ):
+        with pytest.raises(error, match="scaling"):
+            row_norm(W, A, B, bad)
 
 
 def test_what_is_multiplied_by_it_trains():
@@ -78,7 +100,8 @@ def test_bad_input():
     W, A, B = operands()
     for bad, error, match in (
         ((None, A, B), TypeError, "weight"), ((W, None, B), TypeError, "lora_A"), ((W, A, B[:5]), ValueError, "lora_B"),
-        ((W, A, B, torch.tensor(1.0)), TypeError, "scaling"), ((W, A, B, True), TypeError, "scaling"),
+        ((W, A, B, "1"), TypeError, "scaling"), ((W, A, B, True), TypeError, "scaling"),
+        ((W, A, None, torch.tensor(1.0)), TypeError, "lora_B"),
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             row_norm(*bad)
