@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.cpu import call as native
 from ..bases.base import Base, base_of, kind_of
-from ..checks import accumulate_dtype, check_number, check_tensor
+from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
 from ..equation import NO_SCALES, PLACES, Needs, Scales, fold, names
@@ -179,12 +179,7 @@ def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[T
 
 def _scaled(d: Tensor | None, scaling: Tensor, R: int, x: Tensor) -> Tensor:
     # A tensor of one element becomes part of d: O(R), differentiable, never read by the host.
-    if not scaling.is_floating_point():
-        raise TypeError(f"scaling must be a float or a floating point tensor, got dtype {scaling.dtype}")
-    if scaling.numel() != 1:
-        raise ValueError(f"scaling must have one element, got shape {tuple(scaling.shape)}")
-    if scaling.device != x.device:
-        raise ValueError(f"scaling is on {scaling.device}, expected {x.device} like x")
+    check_factor("scaling", scaling, x.device, "x")
     dtype = accumulate_dtype(x.dtype)
     folded = scaling.to(dtype).reshape(1)
     return folded.expand(R) if d is None else folded * d.to(dtype)
