@@ -9,7 +9,7 @@ from torch import Tensor
 from peftkern import AdapterBank, multi_lora_linear, sgmv
 from peftkern.backends.cpu import call, multi_call, native
 from peftkern.many.table import AdapterTable, table_of
-from peftkern.ops.multi_lora_linear import COLUMNS
+from peftkern.ops.adapter_table import COLUMNS
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 
@@ -90,7 +90,7 @@ def known(table: AdapterTable, x: Tensor, W: Tensor, order: Tensor, starts: Tens
     settings = object()
     good = dict(
         threads=1, x=x, kind="dense", weight=W, bias=None, given=table.native(), order=order, starts=starts,
-        dropout_p=None, seed=None, want_u=False,
+        dropout_p=None, seed=None, want_u=False, want_h=False,
     )  # fmt: skip
 
     def again(**changes):

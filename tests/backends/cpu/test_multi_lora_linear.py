@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftkern.backends.cpu import call
 from peftkern.ops import multi_lora_linear as op
+from peftkern.ops.adapter_table import table_row
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 ops = torch.ops.peftkern
@@ -49,18 +50,18 @@ class Adapters:
             value = NAN if slot not in self.used else 1.0
             A, B = (torch.randn(R, K) / max(K, 1) ** 0.5 * value), (torch.randn(N, R) / max(R, 1) ** 0.5 * value)
             if layout == "list":
-                rows.append([slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0])
+                rows.append(table_row(slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0))
                 self.weights += [A.to(dtype), B.to(dtype)]
             elif layout == "pool":
                 at_A, at_B = places[slot]
-                rows.append([slot, R, 0, at_A, pad[0], 0, at_B, 1, pad[1], 1])
+                rows.append(table_row(slot, R, 0, at_A, pad[0], 0, at_B, 1, pad[1], 1))
                 for at, width, part in ((at_A, pad[0], A), (at_B, pad[1], B.t())):
                     stored = self.weights[0][at : at + R * width].view(R, width)
                     stored.zero_()[:, : part.shape[1]].copy_(part)
             else:
                 row_A, row_B = K + 3, 2 * R + 1
                 both = torch.full((7 + R * row_A + N * row_B,), NAN, dtype=dtype)
-                rows.append([slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0])
+                rows.append(table_row(slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0))
                 both.as_strided((R, K), (row_A, 1), 7).copy_(A)
                 both.as_strided((N, R), (row_B, 2), 7 + R * row_A).copy_(B)
                 self.weights.append(both)
@@ -164,7 +165,7 @@ def test_forward(level, guarded_results, numpy_keep, dtype, layout, drop):
             exact_x = torch.where(keep, exact_x, 0.0)
             x = make(M, K, dtype, layout).copy_(torch.where(keep, x, torch.tensor(NAN, dtype=dtype)))
         c = adapters.forward(x, adapters.route(ids), bias=bias, dropout=(p, seed))
-        y, u = ops.multi_lora_linear_fwd(*c)
+        y, u, _ = ops.multi_lora_linear_fwd(*c)
         results += 2
         c = c._replace(x=exact_x)
         want, size = (op.multi_lora_linear_fwd_ref(doubled(c, absolute)) for absolute in (False, True))
@@ -184,7 +185,7 @@ def test_backward(level, guarded_results, numpy_keep, dtype, layout, drop):
         ids, x, dy = adapters.ids(M), make(M, K, dtype, layout), make(M, N, dtype, LAYOUTS[number % 3])
         need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
         c = adapters.backward(dy, x, torch.randn(M, adapters.max_rank), adapters.route(ids), dropout=dropout, need=need)
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*c)
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*c)
         want, size = (op.multi_lora_linear_bwd_ref(doubled(c, absolute)) for absolute in (False, True))
         close(dx, want[0], size[0], 16, name="dx")
         if drop:
@@ -225,7 +226,7 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
             for share in (1.0, 0.5):
                 ids = adapters.ids(M, share)
                 route, need = adapters.route(ids), [False] * len(adapters.weights)
-                y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight], b))
+                y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight], b))
                 dx = ops.multi_lora_linear_bwd(
                     *adapters.backward(dy, None, torch.randn(M, 20), route, [weight], need=need, need_bias=False)
                 )[0]
@@ -233,7 +234,7 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
                 assert torch.equal(y[alone], base[alone]) and torch.equal(dx[alone], back[alone])
                 assert not u[alone].any()
                 if share < 1.0:
-                    branch, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route))
+                    branch, *_ = ops.multi_lora_linear_fwd(*adapters.forward(x, route))
                     exact = base.double() + branch.double()
                     size = (
                         base.double().abs() + branch.double().abs() + (2 * b.double().abs() if b is not None else 0.0)
@@ -251,7 +252,7 @@ def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
 
     def branch(rows: Tensor) -> tuple[Tensor, ...]:
         route = adapters.route(ids[rows])
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x[rows], route))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x[rows], route))
         none = [False] * len(adapters.weights)
         dx = ops.multi_lora_linear_bwd(*adapters.backward(dy[rows], None, u, route, need=none, need_bias=False))[0]
         return y, u, dx
@@ -287,8 +288,8 @@ def test_nan_in_adapters_without_rows_reaches_nothing(level):
         adapters = Adapters((8, 5, 40, 2), K, N, torch.bfloat16, layout, used=(0, 2))
         ids, x, dy = adapters.ids(M), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
         route, weight = adapters.route(ids), torch.randn(N, K).bfloat16()
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight]))
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight]))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
         for t in (y, u, dx, dbias, *grads):
             assert not t.isnan().any()
         for slot in (1, 3):
@@ -305,7 +306,7 @@ def test_gradients_do_not_depend_on_threads(level):
 
     def run(threads: int, need: list[bool]) -> list[Tensor]:
         torch.set_num_threads(threads)
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, need=need))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, need=need))
         return [dx, dbias, *grads]
 
     both = [run(n, [True] * 4) for n in (1, 2)]
@@ -322,16 +323,16 @@ def test_no_rows_and_no_adapters(level):
         adapters = Adapters(ranks, 20, 30, torch.float32, "list")
         route = adapters.route(torch.full((M,), -1))
         x, weight, dy = torch.randn(M, 20), torch.randn(30, 20), torch.randn(M, 30)
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight])._replace(max_rank=3))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight])._replace(max_rank=3))
         assert y.shape == (M, 30) and u.shape == (M, 3) and not u.any()
         torch.testing.assert_close(y, x @ weight.t())
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
         assert torch.allclose(dbias, dy.sum(0)) and not any(g.any() for g in grads)
         torch.testing.assert_close(dx, dy @ weight)
     # No columns.
     adapters = Adapters((2,), 0, 5, torch.float32, "list")
     route = adapters.route(torch.tensor([0, -1, 0]))
-    y, u = ops.multi_lora_linear_fwd(*adapters.forward(torch.empty(3, 0), route, [torch.empty(5, 0)]))
+    y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(torch.empty(3, 0), route, [torch.empty(5, 0)]))
     out = torch.ones(3, 5)
     c = adapters.forward(torch.empty(3, 0), route)
     ops.sgmv_add(out, c.x, c.weights, c.table, c.scaling, 2, *route)
@@ -348,7 +349,7 @@ def test_offsets_beyond_32_bits(level):
     except MemoryError:
         pytest.skip("4 GB of addresses are not to be had")
     small = Adapters((R,), K, N, torch.float16, "list")
-    table = torch.tensor([[0, R, 0, at, K, 0, at + R * K, R, 1, 0]])
+    table = torch.tensor([table_row(0, R, 0, at, K, 0, at + R * K, R, 1, 0)])
     pool[at : at + R * K] = small.weights[0].flatten()
     pool[at + R * K :] = small.weights[1].flatten()
     x, route = torch.randn(6, K).half(), small.route(torch.tensor([0, -1, 0, 0, 0, -1]))
