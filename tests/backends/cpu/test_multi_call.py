@@ -122,19 +122,19 @@ def test_what_is_not_ordinary_is_not_taken():
     with pytest.raises(ValueError, match="starts"):
         again(starts=torch.full_like(starts, 99))
     mixed = [listed[0][0].bfloat16(), *(w for A, B, _ in listed for w in (A, B))][: len(table.weights)]
-    assert again(given=table.given(mixed)) is None, "weights of several dtypes"
+    assert again(given=table.given(mixed, ())) is None, "weights of several dtypes"
 
 
 def test_tables_of_wrong_kinds_are_not_read():
     x = torch.randn(M, K)
     t = table_of(adapters(), x, x.dtype)
-    sizes = (t.max_rank, K, N, True)
+    sizes = (t.max_rank, K, N, True, [])
     for table, scaling in (
         (t.table.int(), t.scaling), (t.table[:, :-1], t.scaling), (t.table, t.scaling.double()), (t.table, t.scaling[1:]),
         (t.table.flatten(), t.scaling), (None, t.scaling), (t.table, None),
     ):  # fmt: skip
         assert multi_call.adapters(t.weights, table, scaling, *sizes) is None
     assert multi_call.adapters([w.double() for w in t.weights], t.table, t.scaling, *sizes) is None
-    assert multi_call.adapters(t.weights, t.table, t.scaling, -1, K, N, True) is None
+    assert multi_call.adapters(t.weights, t.table, t.scaling, -1, K, N, True, []) is None
     with pytest.raises(TypeError):
         multi_call.adapters(3, t.table, t.scaling, *sizes)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu import call
+from peftkern.ops import adapter_table as tab
 from peftkern.ops import multi_lora_linear as op
 from peftkern.ops.adapter_table import table_row
 
@@ -65,7 +66,7 @@ class Adapters:
                 both.as_strided((R, K), (row_A, 1), 7).copy_(A)
                 both.as_strided((N, R), (row_B, 2), 7 + R * row_A).copy_(B)
                 self.weights.append(both)
-        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(op.COLUMNS))
+        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(tab.COLUMNS))
 
     @property
     def max_rank(self) -> int:
@@ -360,8 +361,8 @@ def test_offsets_beyond_32_bits(level):
 
 @pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))
 def test_route(ids_dtype):
-    table = torch.zeros(6, len(op.COLUMNS), dtype=torch.int64)
-    table[:, op.ID] = torch.tensor([8, 1, op.FREE, 19, 4, op.FREE])
+    table = torch.zeros(6, len(tab.COLUMNS), dtype=torch.int64)
+    table[:, tab.ID] = torch.tensor([8, 1, tab.FREE, 19, 4, tab.FREE])
     for M in (0, 1, 7, 1000):
         ids = torch.tensor([8, 1, 19, 4, -1])[torch.randint(5, (M,))].to(ids_dtype)
         for view in (ids, torch.stack([ids, ids], 1)[:, 0], ids.view(-1, 1)):
@@ -374,7 +375,7 @@ def test_route(ids_dtype):
     for bad in (0, 2, 5, 6, 7, 16, 3, -2, 2**31 - 1):
         with pytest.raises(ValueError, match=f"adapter_ids holds {bad},"):
             ops.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
-    many = torch.arange(5000).unsqueeze(1).repeat(1, len(op.COLUMNS))
+    many = torch.arange(5000).unsqueeze(1).repeat(1, len(tab.COLUMNS))
     ids = torch.tensor([4999, 17, -1, 4999, 0, 4998], dtype=ids_dtype)
     got, want = (
         ops.multi_lora_linear_route(ids, many, 8191),
@@ -389,27 +390,34 @@ def test_native_code_refuses_a_route_that_leads_astray():
     adapters = Adapters((2, 3), 8, 9, torch.float32, "list")
     order, starts = adapters.route(torch.tensor([0, 1, 0, -1, 1]))
 
-    def run(order=order, starts=starts, table=adapters.table, rank=3, p=None, weights=adapters.weights):
+    def run(order=order, starts=starts, table=adapters.table, rank=3, p=None, weights=adapters.weights, vectors=None):
         c = adapters.forward(torch.randn(5, 8), (order, starts), dropout=(p, SEED if p is not None else None))
-        return ops.multi_lora_linear_fwd(*c._replace(table=table, max_rank=rank, weights=weights))
+        return ops.multi_lora_linear_fwd(*c._replace(table=table, max_rank=rank, weights=weights, vectors=vectors))
 
     def changed(t: Tensor, index, value: int) -> Tensor:
         t = t.clone()
         t[index] = value
         return t
 
+    # A d of two elements in the first tensor of vectors.
+    d = tab.vector_column("d")
+    scaled = changed(adapters.table, (0, d), 0)
     run()
+    run(table=scaled, vectors=[torch.ones(2)])
     bad = (
         dict(order=changed(order, 1, 5)), dict(order=changed(order, 0, -1)), dict(order=changed(order, 1, 0)),
         dict(starts=changed(starts, 1, 9)), dict(starts=changed(starts, 1, -1)), dict(starts=changed(starts, 3, 4)),
         dict(starts=changed(starts, 0, 1)), dict(starts=changed(starts, 2, 6)), dict(starts=changed(starts, 2, 2)),
-        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
-        dict(table=changed(adapters.table, (1, op.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, op.B_OFFSET), -1)),
-        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)), dict(table=changed(adapters.table, (1, op.A_OFFSET), 1)),
-        dict(table=changed(adapters.table, (0, op.A_ROW), 9)), dict(table=changed(adapters.table, (0, op.A_ROW), -1)),
-        dict(table=changed(adapters.table, (1, op.B_R), 2)), dict(table=changed(adapters.table, (1, op.B_N), 2**62)),
-        dict(table=changed(adapters.table, (1, op.B_OFFSET), 2**63 - 1)), dict(table=changed(adapters.table, (0, op.PADDED), 1)),
-        dict(weights=[w.flatten()[:-1] for w in adapters.weights]),
+        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, tab.RANK), -1)),
+        dict(table=changed(adapters.table, (1, tab.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, tab.B_OFFSET), -1)),
+        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)), dict(table=changed(adapters.table, (1, tab.A_OFFSET), 1)),
+        dict(table=changed(adapters.table, (0, tab.A_ROW), 9)), dict(table=changed(adapters.table, (0, tab.A_ROW), -1)),
+        dict(table=changed(adapters.table, (1, tab.B_R), 2)), dict(table=changed(adapters.table, (1, tab.B_N), 2**62)),
+        dict(table=changed(adapters.table, (1, tab.B_OFFSET), 2**63 - 1)), dict(table=scaled),
+        dict(table=changed(adapters.table, (0, tab.PADDED), 1)), dict(weights=[w.flatten()[:-1] for w in adapters.weights]),
+        dict(table=changed(scaled, (0, d + 1), 1), vectors=[torch.ones(2)]),
+        dict(table=changed(scaled, (0, d + 1), -1), vectors=[torch.ones(2)]),
+        dict(table=changed(scaled, (0, d), 1), vectors=[torch.ones(2)]),
     )  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError):
