@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...equation import PLACES
 from ...problem import Problem
 from ...settings import Settings
 from . import native
 from .native import matrix, pointer, rows
+
+VECTORS = {*(place.symbol for place in PLACES), "beta", "save_base"}
 
 
 def decline(problem: Problem, now: Settings) -> str | None:
@@ -18,6 +21,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
     if max(problem.M, problem.N, problem.K) >= 2**31:
         return "a size is 2^31 or more"
     kernel = problem.R, native.CODES[problem.dtype], int(problem.arch.removeprefix("sm_"))
+    if vectors := sorted(problem.flags.intersection(VECTORS)):
+        return f"no kernel with vectors ({', '.join(vectors)})"
     if problem.op == "sgmv_add":
         return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"
     if problem.flags & {"dropout", "identity"} or "base" not in problem.flags:
@@ -66,7 +71,7 @@ def sgmv_add(c):
 
 
 def multi_lora_linear_fwd(c):
-    """(y, u), see ``peftkern.ops.multi_lora_linear``."""
+    """(y, u, h), see ``peftkern.ops.multi_lora_linear``; h is empty, as no call without vectors asks for it."""
     x, bias = c.x, c.bias
     with native.on_device(x):
         branch = _Branch(c, c.out_features)
@@ -77,7 +82,7 @@ def multi_lora_linear_fwd(c):
             y += bias
         # The vendor's kernel was launched just now if there was anything to compute.
         branch.add(y, u, dependent=same and y.numel() * branch.K > 0)
-    return y, u
+    return y, u, x.new_empty(0)
 
 
 OPS = {"sgmv_add": sgmv_add, "multi_lora_linear_fwd": multi_lora_linear_fwd}
