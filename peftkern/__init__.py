@@ -25,7 +25,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv",
+    *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 
