@@ -37,10 +37,10 @@ def _store(
     DTYPE: tl.constexpr, SIDE_B: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
 ):  # fmt: skip
     if COL:
-        c, there, _ = find_vector(vectors, count, table, segment, True, G_D if SIDE_B else P_D)
+        c, there, _ = find_vector(vectors, count, table, segment, segment >= 0, G_D if SIDE_B else P_D)
         value *= load_vector(c, there, col, C)[:, None]
     if ROW:
-        d, there, _ = find_vector(vectors, count, table, segment, True, D)
+        d, there, _ = find_vector(vectors, count, table, segment, segment >= 0, D)
         value *= load_vector(d, there, rank, R)[None, :]
     value = narrow(value, DTYPE)
     if wide:

@@ -116,9 +116,9 @@ def multi_expand_kernel(
                     under *= load_vector(z, z_there, col, N)[None, :]
                 acc += under
             if OWN_BIAS:
-                added = tl.load(beta + col, mask=beta_there & (col < N), other=0.0)
+                added = tl.load(beta + col, mask=col < tl.where(beta_there, N, 0), other=0.0)
                 if bias is not None:
-                    added += tl.load(bias + col, mask=(col < N) & (beta_there == 0), other=0.0).to(tl.float32)
+                    added += tl.load(bias + col, mask=col < tl.where(beta_there, 0, N), other=0.0).to(tl.float32)
                 acc += added[None, :]
             elif bias is not None:
                 acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]

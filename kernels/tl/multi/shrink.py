@@ -99,7 +99,7 @@ def multi_shrink_kernel(
             c = u
             c_there = segment < 0
             if COL:
-                c, c_there, _ = find_vector(vectors, count, table, segment, True, G_D if SIDE_B else P_D)
+                c, c_there, _ = find_vector(vectors, count, table, segment, segment >= 0, G_D if SIDE_B else P_D)
             if first_rank < R:
                 if wide:
                     total = _sum_blocks(

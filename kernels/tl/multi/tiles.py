@@ -113,7 +113,7 @@ def find_vector(vectors, count, table, slot, inside, VECTOR: tl.constexpr):
 @triton.jit
 def load_vector(vector, there, index, length):
     """Elements of a vector, 1 where the adapter has none, and beyond its end."""
-    return tl.load(vector + index, mask=there & (index < length), other=1.0)
+    return tl.load(vector + index, mask=index < tl.where(there, length, 0), other=1.0)
 
 
 @triton.jit

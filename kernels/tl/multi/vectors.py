@@ -69,7 +69,7 @@ def multi_column_sums_kernel(
     slot = tl.program_id(0)
     begin = tl.load(starts + slot)
     end = tl.load(starts + slot + 1)
-    grad, there, _ = find_vector(grads, count, table, slot, True, VECTOR)
+    grad, there, _ = find_vector(grads, count, table, slot, slot >= 0, VECTOR)
     wanted = there & (grad.to(tl.int64) != 0)
     if wanted & (begin < end):
         col0 = tl.program_id(1) * BLOCK_C
@@ -87,7 +87,7 @@ def multi_column_sums_kernel(
             address, R, stride_r, stride_c, _, _, _ = find_matrix(
                 addresses, tensors, table, slot, SIDE_B, RANK_FAST, DTYPE
             )
-            d, d_there, _ = find_vector(vectors, count, table, slot, True, D)
+            d, d_there, _ = find_vector(vectors, count, table, slot, slot >= 0, D)
         total = tl.zeros((BLOCK_C,), tl.float32)
         for first in tl.range(begin, end, BLOCK_M):
             place = first + tl.arange(0, BLOCK_M)
