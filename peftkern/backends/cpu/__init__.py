@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...problem import Problem
 from ...settings import Settings
+from ..marshal import CODES
 from . import lora_linear, multi_lora_linear, native
 
 NAME = "cpu"
@@ -19,7 +20,7 @@ def unavailable(now: Settings) -> str | None:
 
 def decline(problem: Problem, now: Settings) -> str | None:
     """Why this problem cannot be taken, or None."""
-    if problem.op not in _ANY_DTYPE and problem.dtype not in native.CODES:
+    if problem.op not in _ANY_DTYPE and problem.dtype not in CODES:
         return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"
     return None
 
