@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from peftkern.verify.static import cuda_launches, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
+sys.path.insert(0, str(HERE))  # lora_linear_args
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
 PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.c[up]*")) if p.name != "tensor_map.cu"]
 # The extension's own bindings, as a Python module of simulated kernels.

@@ -11,7 +11,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from test_lora_linear_sm90 import Arguments, Dropout, Matrix
+from lora_linear_args import Arguments, Dropout, Matrix
 
 from peftkern.ops.dropout_mask import dropout_rows_ref, threshold
 
