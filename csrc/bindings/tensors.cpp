@@ -102,12 +102,17 @@ PyObject* empty_through_python(const int64_t* shape, int dims, DType dtype, Devi
   for (int i = 0; sizes != nullptr && i < dims; ++i)
     PyTuple_SET_ITEM(sizes, i, PyLong_FromLongLong(shape[i]));
   PyObject* args = sizes != nullptr ? PyTuple_Pack(1, sizes) : nullptr;
-  PyObject* keywords = PyDict_Copy(state.keywords[static_cast<int>(dtype)]);
-  PyObject* device = where.type == kDlCpu ? Py_NewRef(Py_None) : PyUnicode_FromFormat("cuda:%d", where.index);
-  const bool ready = args != nullptr && keywords != nullptr && device != nullptr &&
-                     PyDict_SetItemString(keywords, "device", device) == 0;
-  PyObject* out = ready ? PyObject_Call(state.empty, args, keywords) : nullptr;
-  for (PyObject* each : {device, keywords, args, sizes}) Py_XDECREF(each);
+  PyObject* keywords = Py_NewRef(state.keywords[static_cast<int>(dtype)]);
+  if (where.type != kDlCpu) {
+    Py_SETREF(keywords, PyDict_Copy(keywords));
+    PyObject* device = PyUnicode_FromFormat("cuda:%d", where.index);
+    if (keywords != nullptr && (device == nullptr || PyDict_SetItemString(keywords, "device", device) != 0))
+      Py_CLEAR(keywords);
+    Py_XDECREF(device);
+  }
+  PyObject* out =
+      args != nullptr && keywords != nullptr ? PyObject_Call(state.empty, args, keywords) : nullptr;
+  for (PyObject* each : {keywords, args, sizes}) Py_XDECREF(each);
   return out;
 }
 

@@ -8,6 +8,7 @@ from ..marshal import CODES
 from . import lora_linear, multi_lora_linear, native
 
 NAME = "cpu"
+BASES = ("dense", "identity")  # that its kernels read
 
 # Ops whose problem has no activation.
 _ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")

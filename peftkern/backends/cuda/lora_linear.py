@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...bases.base import KINDS
 from ...problem import Problem
 from ...settings import Settings
 from . import native
@@ -21,8 +20,7 @@ def decline(problem: Problem, now: Settings) -> str | None:
     """Why no kernel here can take the problem."""
     if problem.dtype not in native.HALVES:
         return f"has kernels for bfloat16 and float16, not {problem.dtype}"
-    # Of kinds dense is not named.
-    found = problem.flags & (_UNSUPPORTED.get(problem.op, set()) | KINDS.keys())
+    found = problem.flags & _UNSUPPORTED.get(problem.op, set())
     if problem.op == "lora_linear_bwd" and problem.flags >= {"g_b", "need_x"}:
         found |= {"g_b"}
     if found:

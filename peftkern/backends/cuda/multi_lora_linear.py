@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...bases.base import KINDS
 from ...problem import Problem
 from ...settings import Settings
 from ..marshal import CODES, memory
@@ -22,8 +21,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
     kernel = problem.R, CODES[problem.dtype], int(problem.arch.removeprefix("sm_"))
     if problem.op == "sgmv_add":
         return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"
-    if problem.flags & {"dropout", *KINDS} or "base" not in problem.flags:
-        return "no kernel with dropout, or without a dense base weight"
+    if "dropout" in problem.flags or "base" not in problem.flags:
+        return "no kernel with dropout, or without a base"
     if now.batch_invariant:
         return "the base product is the vendor's"
     if not native._C.cuda_sgmv_in_clusters(*kernel):
