@@ -169,6 +169,7 @@ LAYERS = [
     (20, 72, 64, 80, torch.bfloat16, True, True, False, True),
     (9, 0, 24, 4, torch.bfloat16, True, True, False, True),
     (9, 16, 0, 4, torch.bfloat16, True, True, False, True),
+    (210, 24, 40, 8, torch.bfloat16, True, True, False, False),
 ]
 
 
@@ -318,21 +319,30 @@ def test_memory_by_the_functions_that_torchs_libraries_export(device, sim):
 
 
 def test_what_outlives_a_call(device, monkeypatch):
-    """Addresses by contents, counters by stream; a graph has its own, whatever is kept."""
-    kept, calls = (cuda_native._addresses, cuda_native._counters), passes()
+    """Addresses by contents, counters by stream; a graph has its own and leaves none, whatever is kept."""
+    c, whole = passes()["sgmv_add"], forward(*(torch.randn(16, 16).bfloat16() for _ in range(4)))
+    expected = OPS["lora_linear_fwd"](whole)
     for _ in range(2):
-        OPS["sgmv_add"](calls["sgmv_add"])
-    (stored,) = kept[0].values()
-    assert stored.view(torch.int64).tolist() == [w.data_ptr() for w in calls["sgmv_add"].weights]
-    monkeypatch.setattr(cuda_native, "capturing", lambda: True)
-    before = [dict(each) for each in kept]
-    OPS["lora_linear_fwd"](forward(*(torch.randn(16, 16).bfloat16() for _ in range(4))))
-    OPS["sgmv_add"](calls["sgmv_add"]._replace(weights=[w.clone() for w in calls["sgmv_add"].weights]))
-    assert [dict(each) for each in kept] == before
-    monkeypatch.setattr(cuda_native, "capturing", lambda: False)
+        OPS["sgmv_add"](c)
+    kept = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    assert kept[0].view(torch.int64).tolist() == [w.data_ptr() for w in c.weights]
+    assert len(cuda_native._addresses) == 1 and len(cuda_native._counters) == 1
     monkeypatch.setattr(cuda_native, "stream", lambda t: 7)
-    OPS["sgmv_add"](calls["sgmv_add"])
-    assert len(kept[0]) == 2
+    OPS["sgmv_add"](c)
+    assert len(cuda_native._addresses) == 2
+    monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
+    monkeypatch.setattr(cuda_native, "capturing", lambda: True)
+    before = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    other = c._replace(out=c.out.clone())
+    OPS["sgmv_add"](c)
+    for each in kept:
+        each.fill_(1)  # of no use to anyone
+    OPS["sgmv_add"](other)
+    assert torch.equal(other.out, c.out) and all(map(torch.equal, OPS["lora_linear_fwd"](whole), expected))
+    after = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    assert [*map(id, after)] == [*map(id, before)]
+    for each in kept:
+        each.zero_()
 
 
 MISFITS = {
