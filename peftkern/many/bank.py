@@ -23,7 +23,6 @@ import hashlib
 import os
 import threading
 import weakref
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -34,8 +33,11 @@ from torch import Tensor
 from ..checks import FLOATING, check_number, check_tensor
 from ..ops.multi_lora_linear import COLUMNS, FREE
 from .chunks import Chunks, Range
+from .rows import Rows
 from .table import AdapterTable
 
+# Ids are below it: int32.
+IDS = 2**31 - 1
 _PAD = 16
 _SECRET = os.urandom(16)
 
@@ -96,17 +98,13 @@ class AdapterBank:
         self._width = _padded(in_features) + _padded(out_features)  # elements per rank
         self._chunks = Chunks(max_adapters * max_rank * self._width, dtype, self.device, self._wait)
         self._slots = 1 << (max_adapters - 1).bit_length()
-        self._generations = (2**31 - 1) // self._slots
+        self._generations = IDS // self._slots
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
         self._adapters: dict[str, _Adapter] = {}
         self._ranks: Counter[int] = Counter()
         self._present = 0  # the tokens of all ids
-        with torch.inference_mode(False):
-            self._table = torch.zeros((max_adapters, len(COLUMNS)), dtype=torch.int64, device=self.device)
-            self._table[:, 0] = FREE
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            self._scaling = torch.zeros(max_adapters, dtype=wide, device=self.device)
+        self._rows = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
 
     def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> int:
@@ -243,12 +241,10 @@ class AdapterBank:
         """Put ``adapter`` (None: nothing) in the place of what goes by that name, if anything does."""
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
-        row = array("q", [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter))
-        row = torch.frombuffer(row, dtype=torch.int64)
+        row = [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter)
 
         def write() -> None:
-            self._table[slot] = row
-            self._scaling[slot] = scaling
+            self._rows.write(slot, row, scaling)
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
@@ -274,15 +270,12 @@ class AdapterBank:
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._leave_rows()
+                    self._rows.leave()
                 write()
         finally:
             self._state = self._snapshot()
         # Without memory to give back too: what later changes give back may be seen by whoever sees the state before.
         self._chunks.retire(freed, seen)
-
-    def _leave_rows(self) -> None:
-        self._table, self._scaling = self._table.clone(), self._scaling.clone()
 
     def _wait(self) -> None:
         # Kernels of any stream, and replayed graphs, may still read memory that is to be used again.
@@ -292,6 +285,6 @@ class AdapterBank:
     def _snapshot(self) -> AdapterTable:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
         return AdapterTable(
-            self._chunks.tensors, self._table.detach(), self._scaling, self._slots - 1, rank, self.in_features,
+            self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
             self.out_features, (self.max_adapters, self._present), True,
         )  # fmt: skip
