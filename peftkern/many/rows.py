@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..checks import accumulate_dtype
 from ..ops.multi_lora_linear import COLUMNS, FREE

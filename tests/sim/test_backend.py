@@ -32,10 +32,10 @@ def device(request, sim, monkeypatch):
     monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
     monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
     monkeypatch.setattr(cuda_native, "capturing", lambda: False)
-    monkeypatch.setattr(cuda_native, "_counters", {})
-    monkeypatch.setattr(cuda_native, "_addresses", {})
+    monkeypatch.setattr(cuda_native, "kept_counters", {})
+    monkeypatch.setattr(cuda_native, "kept_addresses", {})
     yield request.param
-    assert not any(c.any() for c in cuda_native._counters.values()), "counters are not ready for the next launch"
+    assert not any(c.any() for c in cuda_native.kept_counters.values()), "counters are not ready for the next launch"
 
 
 def test_dropout_mask(device):
@@ -55,7 +55,7 @@ def test_shrink(device, M, C, R):
     gen = torch.Generator().manual_seed(C)
     x, b = torch.randn(M, C, generator=gen).to(torch.bfloat16), torch.randn(C, R, generator=gen)
     scale, seed = torch.rand(C, generator=gen), torch.tensor([9])
-    got = cuda_lora._shrink(x, b.t(), scale=scale, alpha=-0.5, drop=cuda_native.dropout(0.25, seed))
+    got = cuda_lora.shrink(x, b.t(), scale=scale, alpha=-0.5, drop=cuda_native.dropout(0.25, seed))
     kept = torch.where(dropout_mask_ref(seed, M, C, 0.25), x.double() / 0.75, 0.0)
     expected = -0.5 * (kept * scale.double()) @ b.double()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -40,7 +40,7 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return None
 
 
-def _shrink(x: Tensor, p: Tensor, *, scale=None, d=None, alpha=1.0, drop=native.NO_DROPOUT) -> Tensor:
+def shrink(x: Tensor, p: Tensor, *, scale=None, d=None, alpha=1.0, drop=native.NO_DROPOUT) -> Tensor:
     """fp32 (M, R): d * alpha * (drop(x) * scale) p^T, p (R, C)."""
     (M, C), R = x.shape, p.shape[0]
     out = torch.empty((M, R), dtype=torch.float32, device=x.device)
@@ -94,7 +94,7 @@ def _linear(t: _Linear) -> tuple[Tensor, Tensor]:
             v = torch.empty((M, R), dtype=torch.float32, device=x.device)
             if taken(True, v, a, drop):
                 return out, v
-        v, drop = _shrink(x, a, scale=t.in_scale, drop=drop), native.NO_DROPOUT
+        v, drop = shrink(x, a, scale=t.in_scale, drop=drop), native.NO_DROPOUT
     if not (device.arch == 90 and taken(True, v, None, drop)) and not taken(False, v, None, drop):
         raise RuntimeError(f"no CUDA kernel takes M={M} N={N} K={K} R={R} {x.dtype}")
     return out, v
@@ -166,7 +166,7 @@ def lora_linear_bwd(c):
                 down_alpha=c.scaling, colsum=need.bias,
             ))  # fmt: skip
         if du is None and (need.x or need.A or need.d):
-            du = _shrink(dy, p, scale=g_d, d=scale_du, alpha=c.scaling)
+            du = shrink(dy, p, scale=g_d, d=scale_du, alpha=c.scaling)
         if need.d:
             dd = (du * c.u).sum(0)
             du = du if d is None else du * d

@@ -90,7 +90,7 @@ def floats(count: int, like: Tensor) -> Tensor | None:
     return torch.empty(count, dtype=torch.float32, device=like.device) if count else None
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+kept_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(words: int, like: Tensor) -> Tensor:
@@ -102,15 +102,15 @@ def counters(words: int, like: Tensor) -> Tensor:
     if capturing():
         return torch.zeros(words, dtype=torch.int32, device=like.device)
     key = like.device, stream(like)
-    kept = _counters.get(key)
+    kept = kept_counters.get(key)
     if kept is None or kept.numel() < words:
-        kept = _counters[key] = torch.zeros(
+        kept = kept_counters[key] = torch.zeros(
             max(1024, 1 << (words - 1).bit_length()), dtype=torch.int32, device=like.device
         )
     return kept
 
 
-_addresses: dict[tuple, Tensor] = {}
+kept_addresses: dict[tuple, Tensor] = {}
 
 
 def addresses(tensors: list[Tensor], like: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def addresses(tensors: list[Tensor], like: Tensor) -> Tensor:
     if capturing():
         return write()
     key = like.device, stream(like), *(t.data_ptr() for t in tensors)
-    if key not in _addresses:
-        if len(_addresses) >= 4096:
-            _addresses.clear()
-        _addresses[key] = write()
-    return _addresses[key]
+    if key not in kept_addresses:
+        if len(kept_addresses) >= 4096:
+            kept_addresses.clear()
+        kept_addresses[key] = write()
+    return kept_addresses[key]
