@@ -110,7 +110,7 @@ class LoRALinearFunction(torch.autograd.Function):
             for i in _unread(needs, scaled, call.dropout_p > 0.0):
                 saved[i] = None
             if saved[0] is not None:
-                saved[0] = kept_input(x, given)
+                saved[0] = kept_input(x, given, call.now)
         ctx.save_for_backward(*saved)
         ctx.call = call
         ctx.x = x.shape, x.dtype

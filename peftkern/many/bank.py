@@ -24,7 +24,6 @@ import hashlib
 import os
 import threading
 import weakref
-from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -37,8 +36,11 @@ from ..checks import FLOATING, check_number, check_tensor
 from ..ops.adapter_table import AXES, COLUMNS, FREE, table_row
 from .adapter import Adapter, vectors_of
 from .chunks import Chunks, Range
+from .rows import Rows
 from .table import AdapterTable
 
+# Ids are below it: int32.
+IDS = 2**31 - 1
 _PAD = 16
 _SECRET = os.urandom(16)
 
@@ -122,7 +124,7 @@ class AdapterBank:
         most = sum(_padded(size) for size in self._sizes(max_rank).values())
         self._vectors = Chunks(max_adapters * most, self._wide, self.device, self._wait)
         self._slots = 1 << (max_adapters - 1).bit_length()
-        self._generations = (2**31 - 1) // self._slots
+        self._generations = IDS // self._slots
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
         self._adapters: dict[str, _Adapter] = {}
@@ -130,10 +132,7 @@ class AdapterBank:
         self._ranks: Counter[int] = Counter()
         self._symbols: Counter[str] = Counter()  # of vectors
         self._present = 0  # the tokens of all ids
-        with torch.inference_mode(False):
-            self._table = torch.zeros((max_adapters, len(COLUMNS)), dtype=torch.int64, device=self.device)
-            self._table[:, 0] = FREE
-            self._scaling = torch.zeros(max_adapters, dtype=self._wide, device=self.device)
+        self._rows = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
 
     def add(
@@ -347,11 +346,9 @@ class AdapterBank:
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
         row = [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter)
-        row = torch.frombuffer(array("q", row), dtype=torch.int64)
 
         def write() -> None:
-            self._table[slot] = row
-            self._scaling[slot] = scaling
+            self._rows.write(slot, row, scaling)
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
@@ -383,14 +380,11 @@ class AdapterBank:
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._leave_rows()
+                    self._rows.leave()
                 write()
         finally:
             self._state = self._snapshot()
         self._retire(*((None, None) if old is None else (old.matrices, old.vectors)), seen)
-
-    def _leave_rows(self) -> None:
-        self._table, self._scaling = self._table.clone(), self._scaling.clone()
 
     def _wait(self) -> None:
         # Kernels of any stream, and replayed graphs, may still read memory that is to be used again.
@@ -401,7 +395,7 @@ class AdapterBank:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
         acting = " ".join(symbol for symbol in AXES if self._symbols[symbol])
         return AdapterTable(
-            self._chunks.tensors, self._table.detach(), self._scaling, self._slots - 1, rank, self.in_features,
+            self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
             self.out_features, (self.max_adapters, self._present), True, self._vectors.tensors if acting else (), acting,
             beside=next((a.beside for a in self._adapters.values() if a.beside), None) if acting else None,
         )  # fmt: skip

@@ -56,10 +56,10 @@ def device(request, simulated, monkeypatch):
     monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
     monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
     monkeypatch.setattr(cuda_native, "capturing", lambda: False)
-    monkeypatch.setattr(cuda_native, "_counters", {})
-    monkeypatch.setattr(cuda_native, "_addresses", {})
+    monkeypatch.setattr(cuda_native, "kept_counters", {})
+    monkeypatch.setattr(cuda_native, "kept_addresses", {})
     yield request.param
-    assert not any(c.any() for c in cuda_native._counters.values()), "counters are not ready for the next launch"
+    assert not any(c.any() for c in cuda_native.kept_counters.values()), "counters are not ready for the next launch"
 
 
 def test_dropout_mask(device):
