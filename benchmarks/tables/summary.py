@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from peftkern.dispatch.choose import BACKENDS, load
+from peftkern.methods.coverage import back_ends
 from peftkern.methods.registry import METHODS
-from peftkern.problem import Problem
-from peftkern.settings import Settings
 
 from .markdown import table
 
@@ -44,9 +41,6 @@ LINES = (
     Line("training step of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
          {"which": "forward + backward in a chain"}, "median_us", "frozen nn.Linear"),
 )  # fmt: skip
-# The problem that back ends are asked about: a layer's, on the device that they are for.
-_SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
-_DEVICES = {"cpu": ("cpu", "AVX2"), "triton": ("cuda", "sm_90"), "cuda": ("cuda", "sm_90")}
 _OPS = {
     "forward": ("lora_linear_fwd", frozenset()),
     "backward": ("lora_linear_bwd", frozenset({"need_x", "need_A", "need_B"})),
@@ -98,12 +92,6 @@ def coverage() -> list[str]:
 
 
 def _dtypes(name: str, op: str, flags: frozenset[str]) -> str:
-    module, (device, arch) = load(name), _DEVICES[name]
     if op.startswith("multi"):  # which dtypes only a build with CUDA can tell
-        return "yes" if op in module.OPS else "-"
-    taken = []
-    for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        problem = Problem(op, device, arch, dtype, dtype, **_SIZES, flags=flags)
-        if op in module.OPS and module.decline(problem, Settings()) is None:
-            taken.append(word)
-    return ", ".join(taken) or "-"
+        return "yes" if op in load(name).OPS else "-"
+    return ", ".join(back_ends.dtypes(name, op, flags)) or "-"

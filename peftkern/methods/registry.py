@@ -55,6 +55,8 @@ class Method:
         run: (layer, plan, x) -> y.
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
+        build: (a frozen nn.Linear, rank) -> a model of one layer around it as users make it, which the benchmark times.
+            rank: the one that it takes there, 0 of a method without.
         op: the op that ``run`` calls. mixed: whether rows of a batch may have adapters of their own.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``.
@@ -72,6 +74,8 @@ class Method:
     saves: str
     merges: str
     tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    build: Callable[[nn.Linear, int], nn.Module] | None = None
+    rank: int = 16
     peft_type: str | None = None
     mixed: bool = False
 
