@@ -13,6 +13,7 @@ import torch
 from peftkern.problem import DTYPES
 from peftkern.screen import Console, Table
 
+from . import methods
 from .core import gpu, machine, populations
 from .core.bench import Bench
 from .core.case import PASSES, Case
@@ -22,7 +23,6 @@ from .measure import interference
 from .measure.device_timing import CudaClock
 from .measure.runner import Runner, Settings, blocks
 from .measure.timing import copy_bandwidth
-from .ops import methods
 from .peers.candidates import NOT_HERE
 from .registry import OPS
 from .tables import device as device_tables
@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, busy = interference.words(result)
     console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
-        for file in method_times.plot(result, args.plot) if op == "methods" else plots.plot(result, work[0][0], args.plot):
+        for file in (
+            method_times.plot(result, args.plot) if op == "methods" else plots.plot(result, work[0][0], args.plot)
+        ):
             console.print(f"wrote {file}")
     return failures(result["rows"], work[0][0], console)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from peftkern.screen import Cell, Table
 
 from ..core.case import BASE, PASSES
-from ..ops.methods import LIBRARY, OURS
+from ..methods import LIBRARY, OURS
 from . import markdown as md
 from .figure import OURS as BLUES
 from .figure import PALETTE, quartiles, ratio_axes, result_figure
@@ -92,7 +92,17 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
             [method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _figure(theirs, field), _figure(ours, field),
              _figure(ours, "speed_up", "{:.2f}x"), _megabytes(theirs), _megabytes(ours)]
         )  # fmt: skip
-    head = ["method", "M x K x N", "R", "dropout", "library", "**peftkern**", "gain", "library saves, MB", "**peftkern** saves, MB"]
+    head = [
+        "method",
+        "M x K x N",
+        "R",
+        "dropout",
+        "library",
+        "**peftkern**",
+        "gain",
+        "library saves, MB",
+        "**peftkern** saves, MB",
+    ]
     return [f"{dtype}, forward + backward, fp32 adapters: time over {_over(rows)}", "", *md.table(head, lines)]
 
 
@@ -111,7 +121,9 @@ def plot(result: dict, folder: Path) -> list[Path]:
 def _bars(result: dict, dtype: str, rows: list[dict], field: str, file: Path) -> Path:
     methods = list(dict.fromkeys(r["method"] for r in rows))
     panels = _groups(rows, "M", "K", "N", "dropout")
-    title = f"A training step of a layer, {dtype}, fp32 adapters: the library's own and accelerated, over a frozen linear"
+    title = (
+        f"A training step of a layer, {dtype}, fp32 adapters: the library's own and accelerated, over a frozen linear"
+    )
     width = max(7.5, 1.5 + 0.7 * len(methods))
     figure, axes = result_figure(result, title, len(panels), width=width, notes=[])
     for ax, own in zip(axes, panels.values()):

@@ -28,7 +28,17 @@ def whole() -> list[str]:
          row["saves"] or "", _what(row)] for row in records()
     ]  # fmt: skip
     return table(
-        ["method", "in libraries", "class", "family", "op", "back ends", "tested against", "saves for backward", "what"],
+        [
+            "method",
+            "in libraries",
+            "class",
+            "family",
+            "op",
+            "back ends",
+            "tested against",
+            "saves for backward",
+            "what",
+        ],
         rows,
     )
 

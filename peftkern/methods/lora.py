@@ -127,6 +127,13 @@ def examples(in_features: int, out_features: int) -> dict[str, nn.Module]:
     }
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """PEFT's model of this layer alone."""
+    import peft
+
+    return peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(target_modules=["0"], r=rank, lora_alpha=rank))
+
+
 LORA = register(
     Method(
         name="LoRA",
@@ -136,6 +143,7 @@ LORA = register(
         plan=plan,
         run=run,
         examples=examples,
+        build=build,
         op="lora_linear",
         mixed=True,
         saves="x if lora_A trains, and (M, R) in fp32",

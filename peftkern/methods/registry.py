@@ -76,6 +76,7 @@ class Method:
     tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
     build: Callable[[nn.Linear, int], nn.Module] | None = None
     rank: int = 16
+    rank: int = 16
     peft_type: str | None = None
     mixed: bool = False
 

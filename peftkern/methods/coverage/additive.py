@@ -31,7 +31,8 @@ ADAPTERS = section(
 )  # fmt: skip
 
 MANY_TASKS = section(
-    "additive", "multi-task adapter",
+    "additive",
+    "multi-task adapter",
     later("AdapterFusion", "B", "the adapters are bottlenecks; the attention over them is the library's"),
     later("AdaMix", "B", "one of several bottlenecks in training, their mean afterwards"),
     later("PHA", "B", MADE),
@@ -41,7 +42,8 @@ MANY_TASKS = section(
 )
 
 PROMPTS = section(
-    "additive", "prompt",
+    "additive",
+    "prompt",
     nothing("prompt tuning", LONGER, "P", "peft.PROMPT_TUNING adapters.prompt_tuning"),
     nothing("prefix tuning", KEYS, "P", "peft.PREFIX_TUNING adapters.prefix_tuning adapters.prefix_tuning_flat"),
     nothing("prefix-propagation", "prefix rows among a layer's hidden states: a longer sequence", "P"),
@@ -60,7 +62,8 @@ PROMPTS = section(
 )
 
 OTHERS = section(
-    "additive", "scale and others",
+    "additive",
+    "scale and others",
     by("(IA)^3", "(IA)^3", "one vector of the output, or of the input", called="peft.IA3"),
     later("(IA)^3 of adapters", "L", "an entry for that library's layers; the equation is (IA)^3's", "adapters.ia3"),
     later("MoV", "L", "a scale for each token, a router's mixture of (IA)^3 vectors"),
@@ -76,7 +79,8 @@ OTHERS = section(
 )
 
 REFT = section(
-    "additive", "representation",
+    "additive",
+    "representation",
     later("LoReFT", "R", ROWS, "pyreft.LoreftIntervention adapters.loreft"),
     later("NoReFT", "R", ROWS, "pyreft.NoreftIntervention adapters.noreft"),
     later("DiReFT", "R", ROWS, "pyreft.DireftIntervention adapters.direft"),

@@ -33,5 +33,6 @@ def of(method: Method) -> list[str]:
     found = []
     for name in BACKENDS:
         if dtypes(name, f"{method.op}_fwd", forward):
-            found.append(name if dtypes(name, f"{method.op}_bwd", backward) else f"{name} (forward)")
+            trains = method.trains and dtypes(name, f"{method.op}_bwd", backward)
+            found.append(name if trains else f"{name} (forward)")
     return found

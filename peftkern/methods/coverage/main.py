@@ -60,5 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in dict.fromkeys(row["class"] for row in rows):
         console.print(table(kind, [row for row in rows if row["class"] == kind], width))
     count = collections.Counter(row["status"] for row in rows)
-    console.print(f"{len(rows)} methods: " + ", ".join(f"{count[s]} {s}" for s in STYLES if count[s]) + f". {FAMILIES}.")
+    console.print(
+        f"{len(rows)} methods: " + ", ".join(f"{count[s]} {s}" for s in STYLES if count[s]) + f". {FAMILIES}."
+    )
     return 0

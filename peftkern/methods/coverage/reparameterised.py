@@ -16,9 +16,9 @@ SPECTRUM = "a transform in place of the whole weight change"
 LORA = section(
     "reparameterised", "low rank",
     by("LoRA", "LoRA", example="linear", called="peft.LORA"),
-    by("rsLoRA", "LoRA", "another scaling", example="no bias, rsLoRA"),
+    by("rsLoRA", "LoRA", "another scaling", example="rsLoRA, no bias"),
     by("lora_bias", "LoRA", "a bias of the branch, scaled with it", example="lora_bias"),
-    by("LoRA-FA", "LoRA", "lora_A is frozen, so x is not saved"),
+    by("LoRA-FA", "LoRA", "lora_A is frozen, so x is not saved", example="lora_A frozen"),
     *(by(name, "LoRA", INIT, example="linear") for name in (
         "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "orthogonal initialisation",
     )),
@@ -35,7 +35,7 @@ LORA = section(
     by("DeLoRA", "DeLoRA", called="peft.DELORA"),
     by("OSF", "OSF", called="peft.OSF"),
     by("TinyLoRA", "TinyLoRA", called="peft.TINYLORA"),
-    by("UniLoRA", "UniLoRA", called="peft.UNILORA"),
+    by("Uni-LoRA", "Uni-LoRA", called="peft.UNILORA"),
     by("MiSS", "MiSS", called="peft.MISS"),
     by("aLoRA", "aLoRA", "the adapter acts on the rows after its invocation"),
     later("LoRA of adapters", "L", "an entry for that library's layers; the equation is LoRA's", "adapters.lora"),
@@ -55,7 +55,8 @@ LORA = section(
 )  # fmt: skip
 
 RANKS = section(
-    "reparameterised", "dynamic rank",
+    "reparameterised",
+    "dynamic rank",
     by("AdaLoRA", "AdaLoRA", called="peft.ADALORA"),
     by("DyLoRA", "AdaLoRA", "the ranks beyond the one that a step has drawn are zeros"),
     by("SoRA", "AdaLoRA", GATE),
@@ -63,7 +64,8 @@ RANKS = section(
 )
 
 MIXTURES = section(
-    "reparameterised", "several LoRAs",
+    "reparameterised",
+    "several LoRAs",
     by("Arrow", "Arrow", "each token's best adapters by their prototypes"),
     *(later(name, "L", ROUTED) for name in ("MOELoRA", "MoLORA", "MoA", "MoLE", "MixLoRA")),
     later("X-LoRA", "L", ROUTED, "peft.XLORA"),
@@ -72,7 +74,8 @@ MIXTURES = section(
 )
 
 QUANTISED = section(
-    "reparameterised", "quantised",
+    "reparameterised",
+    "quantised",
     later("QLoRA", "L", "a loader of the 4-bit weight"),
     later("QA-LoRA", "L", "a loader of GPTQ's weight; x is pooled in groups"),
     by("LoftQ", "LoRA", INIT + "; a quantised base is QLoRA's", example="linear"),

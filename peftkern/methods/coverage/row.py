@@ -33,7 +33,9 @@ class Row(NamedTuple):
     part: str = ""
 
 
-def by(method: str, entry: str, note: str = "", *, example: str | None = None, family: str = "L", called: str = "") -> Row:
+def by(
+    method: str, entry: str, note: str = "", *, example: str | None = None, family: str = "L", called: str = ""
+) -> Row:
     """A method that this entry of the registry computes. ``called``: names with spaces between."""
     return Row(method, family, entry, example, note, True, tuple(called.split()))
 

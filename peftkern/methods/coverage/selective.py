@@ -9,10 +9,11 @@ SPARSE = "a sparse addition to the weight without a copy of it, and " + GRADIENT
 WHOLE = "whole modules train: ordinary layers"
 
 BIASES = section(
-    "selective", "bias",
-    by("BitFit", "BitFit"),
-    by("U-BitFit", "BitFit", "which biases train is searched"),
-    by("S-BitFit", "BitFit", "which biases train is searched"),
+    "selective",
+    "bias",
+    by("BitFit", "BEFT", "the bias itself trains"),
+    by("U-BitFit", "BEFT", "the bias itself trains; which ones is searched"),
+    by("S-BitFit", "BEFT", "the bias itself trains; which ones is searched"),
     by("BEFT", "BEFT", called="peft.BEFT"),
 )
 
@@ -27,7 +28,8 @@ MASKS = section(
 )  # fmt: skip
 
 MODULES = section(
-    "selective", "module",
+    "selective",
+    "module",
     nothing("LayerNorm", "the norms train, no linear layer changes", "M", "peft.LN_TUNING"),
     nothing("BatchNorm", "the norms train, no linear layer changes", "M"),
     nothing("Xattn", WHOLE),

@@ -24,7 +24,9 @@ def status(row: Row) -> str:
 
 
 def tested(method: Method) -> str:
-    """Libraries and releases that the tests compare with: ``peft 0.18 to 0.21``."""
+    """Libraries and releases that the tests compare with (``peft 0.18 to 0.21``), or the equation where no library has it."""
+    if not method.tested:
+        return "its equation"
     releases = {name: [".".join(map(str, r)) for r in span] for name, span in method.tested.items()}
     return ", ".join(f"{name} {' to '.join(dict.fromkeys(span))}" for name, span in releases.items())
 
@@ -34,7 +36,9 @@ def record(row: Row) -> dict:
     knows is None without one."""
     method, note = entry(row), row.note
     if method is None and row.by is not None:
-        note = f"an entry of the registry{f' for {row.by}' if row.by != row.method else ''}{f'; {note}' if note else ''}"
+        note = (
+            f"an entry of the registry{f' for {row.by}' if row.by != row.method else ''}{f'; {note}' if note else ''}"
+        )
     return {
         "method": row.method,
         "class": row.kind,
@@ -44,6 +48,7 @@ def record(row: Row) -> dict:
         "by": method and method.name,
         "example": row.example if method else None,
         "op": method and method.op,
+        "function": method and method.function and method.function.__name__,
         "backends": method and back_ends.of(method),
         "many_adapters": method and method.mixed,
         "tested_against": method and tested(method),

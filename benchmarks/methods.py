@@ -1,7 +1,7 @@
 """The benchmark of a method of the registry: the library's own layer, the same layer accelerated, and the frozen linear.
 
-The layer is the one that the method's ``build`` makes around a frozen nn.Linear without a bias, in training, with fp32
-adapters that are all random, whatever the base's dtype. Both are timed without the model around them.
+The layer is the one that the method's ``build`` makes around a frozen nn.Linear without a bias, in training (in evaluation
+where training is not covered), with fp32 adapters that are all random, whatever the base's dtype. Both are timed without the model around them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.methods import METHODS, Method
 
-from ..core.bench import Bench
-from ..core.case import Case, Floor, Provider, Step
-from ..core.floor import layer_floor
-from ..core.presets import PRESET_DTYPES, Choice, Entry
-from ..peers import check as peer_check
-from ..peers.data import BASES, Data, copies, frozen_linear, make_data
+from .core.bench import Bench
+from .core.case import Case, Floor, Provider, Step
+from .core.floor import layer_floor
+from .core.presets import PRESET_DTYPES, Choice, Entry
+from .peers import check as peer_check
+from .peers.data import BASES, Data, copies, frozen_linear, make_data
 
 SHAPES = ((2048, 4096, 4096), (1280, 1536, 2304))
 LIBRARY, OURS = "library", "peftkern"
@@ -67,7 +68,7 @@ def _bench(method: Method) -> Bench:
 
 
 def _missing(library: str) -> str | None:
-    here = not library or importlib.util.find_spec(library)
+    here = not library or library in sys.modules or importlib.util.find_spec(library)
     return None if here else f"{library} is not installed (pip install 'peftkern[bench]')"
 
 
@@ -93,7 +94,7 @@ def _pairs(method: Method, case: Case, data: Data) -> list[_Pair]:
 def _pair(method: Method, case: Case, weight: Tensor) -> _Pair:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stock = method.build(frozen_linear(weight), case.R).to(weight.device).train()
+        stock = method.build(frozen_linear(weight), case.R).to(weight.device).train(method.trains)
         for p in stock.parameters():
             if p.requires_grad:
                 nn.init.normal_(p, std=0.1)
@@ -108,7 +109,9 @@ def _pair(method: Method, case: Case, weight: Tensor) -> _Pair:
 
 def _drop(model: nn.Module, p: float) -> None:
     # HF PEFT's layers keep an adapter's dropout in a dict of modules, nn.Identity where there is none.
-    found = [part for name, part in model.named_modules() if name.endswith("_dropout") and isinstance(part, nn.ModuleDict)]
+    found = [
+        part for name, part in model.named_modules() if name.endswith("_dropout") and isinstance(part, nn.ModuleDict)
+    ]
     if not found:
         raise ValueError("the method has no dropout")
     for part in found:
