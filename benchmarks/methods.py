@@ -1,7 +1,8 @@
 """The benchmark of a method of the registry: the library's own layer, the same layer accelerated, and the frozen linear.
 
-The layer is the one that the method's ``build`` makes around a frozen nn.Linear without a bias, in training (in evaluation
-where training is not covered), with fp32 adapters that are all random, whatever the base's dtype. Both are timed without the model around them.
+The layer is the one that the method's ``build`` makes around a frozen nn.Linear without a bias, with fp32 adapters that are
+all random, whatever the base's dtype. It is in training, or in evaluation where training is not covered. Both layers are
+timed without the model around them.
 """
 
 from __future__ import annotations

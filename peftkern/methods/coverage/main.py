@@ -16,32 +16,31 @@ from .table import records
 STYLES = {COVERED: "bold", NOTHING: "dim", NOT_YET: ""}
 NARROWEST = 32
 FAMILIES = (
-    "families: L a GEMM and a linear branch; L+phi with an activation; B an activation in a branch on the residual; "
+    "Families: L a GEMM and a linear branch; L+phi with an activation; B an activation in a branch on the residual; "
     "R on listed rows; S a transformed weight or input; P prompts; M masks"
 )
 
 
 def words(row: dict) -> str:
-    """The last column: who computes it and what is kept for backward, or why nobody does."""
+    """The last column: who computes it, where, and what is kept for backward, or why nobody does."""
     if row["status"] != COVERED:
         return f"{row['status']}: {row['note']}"
-    who = "" if row["by"] == row["method"] else f"as {row['by']}: "
-    return f"{who}{row['note']}{'; ' if row['note'] else ''}saves {row['saves']}"
+    if row["by"] != row["method"]:
+        return f"as {row['by']}{': ' if row['note'] else ''}{row['note']}"
+    note = f"{row['note']}; " if row["note"] else ""
+    where = f"{row['op']} on {', '.join(row['backends'])}"
+    return f"{note}{where}; tested against {row['tested_against']}; saves {row['saves']}"
 
 
 def table(kind: str, rows: list[dict], width: int) -> Table:
     """The methods of one class, the last column wrapped to ``width`` characters in all."""
-    heads = ("method", "sub-class", "family", "op", "back ends", "tested against", "what")
-    cells = [
-        [row["method"], row["sub_class"], row["family"], row["op"] or "", ", ".join(row["backends"] or ()),
-         row["tested_against"] or ""] for row in rows
-    ]  # fmt: skip
+    heads = ("method", "sub-class", "family", "what")
+    cells = [(row["method"], row["sub_class"], row["family"]) for row in rows]
     used = sum(2 + max(map(len, column)) for column in zip(heads, *cells))
     found = Table(kind, heads, left=heads)
     for row, first in zip(rows, cells):
-        style = STYLES[row["status"]]
         for i, line in enumerate(textwrap.wrap(words(row), max(NARROWEST, width - used - 4))):
-            found.add(*(first if i == 0 else [""] * len(first)), line, style=style)
+            found.add(*(first if i == 0 else [""] * len(first)), line, style=STYLES[row["status"]])
     return found
 
 
