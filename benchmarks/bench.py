@@ -182,13 +182,13 @@ def rates(device: str, cases: list[Case]) -> tuple[CudaClock | None, float, dict
 
 def _benches(args: argparse.Namespace) -> list[tuple[Bench, Choice]]:
     # What is measured, and what was asked for of it.
+    choice = _choice(args, OPS[args.op])
     if args.methods is None:
-        return [(OPS[args.op], _choice(args, OPS[args.op]))]
+        return [(OPS[args.op], choice)]
     try:
-        found = methods.benches(args.methods).values()
+        return methods.benches(args.methods, choice)
     except ValueError as error:
         parser().error(str(error))
-    return [(bench, methods.choice(_choice(args, bench), bench)) for bench in found]
 
 
 def _tables(result: dict, bench: Bench, device: str) -> list[Table]:

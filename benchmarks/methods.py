@@ -32,23 +32,26 @@ SHAPES = ((2048, 4096, 4096), (1280, 1536, 2304))
 LIBRARY, OURS = "library", "peftkern"
 
 
-def benches(names: Iterable[str] = ()) -> dict[str, Bench]:
-    """A benchmark for each of these methods, or for all that have a layer to time.
+def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
+    """A benchmark for each of these methods, or for all that have a layer to time, with what it has of what was asked for:
+    no rank or dropout where there is none, and fp32 adapters, as users have them.
 
     Raises ValueError for a name that the registry does not have, or that has no layer.
     """
-    found = {method.name: method for method in METHODS.values() if method.build is not None}
+    found = {name: method for name, method in METHODS.items() if method.build is not None}
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"no method to time is called {', '.join(unknown)}; there are {', '.join(found)}")
-    return {name: _bench(found[name]) for name in names or found}
+    return [(_bench(found[name]), _choice(found[name], asked)) for name in names or found]
 
 
-def choice(asked: Choice, bench: Bench) -> Choice:
-    """What was asked for, of what a method has: no rank where it has none, fp32 adapters, as users have them."""
-    ranked = any(entry.R != (0,) for entry in bench.presets["quick"])
+def _choice(method: Method, asked: Choice) -> Choice:
+    dropouts = asked.dropouts
+    if any(dropouts or ()) and not _drops(method.build(nn.Linear(32, 24), min(method.rank, 8))):
+        dropouts = None
+    ranks = asked.ranks if method.rank else None
     return dataclasses.replace(
-        asked, dtypes=asked.dtypes or ("fp32",), ranks=asked.ranks if ranked else None, adapters=("fp32",)
+        asked, dtypes=asked.dtypes or ("fp32",), ranks=ranks, dropouts=dropouts, adapters=("fp32",)
     )
 
 
@@ -100,7 +103,8 @@ def _pair(method: Method, case: Case, weight: Tensor) -> _Pair:
             if p.requires_grad:
                 nn.init.normal_(p, std=0.1)
     if case.dropout:
-        _drop(stock, case.dropout)
+        for part in _drops(stock):
+            part.update({name: nn.Dropout(case.dropout) for name in part})
     ours = copy.deepcopy(stock)
     report = peftkern.accelerate(ours)
     if len(report.accelerated) != 1:
@@ -108,16 +112,10 @@ def _pair(method: Method, case: Case, weight: Tensor) -> _Pair:
     return _Pair((stock, ours), report.accelerated[0])
 
 
-def _drop(model: nn.Module, p: float) -> None:
+def _drops(model: nn.Module) -> list[nn.ModuleDict]:
     # HF PEFT's layers keep an adapter's dropout in a dict of modules, nn.Identity where there is none.
-    found = [
-        part for name, part in model.named_modules() if name.endswith("_dropout") and isinstance(part, nn.ModuleDict)
-    ]
-    if not found:
-        raise ValueError("the method has no dropout")
-    for part in found:
-        for name in part:
-            part[name] = nn.Dropout(p)
+    named = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleDict))
+    return [part for name, part in named if name.endswith("_dropout")]
 
 
 def _trained(model: nn.Module) -> list[Tensor]:

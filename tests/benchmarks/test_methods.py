@@ -11,6 +11,7 @@ import torch
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import methods, report
 from peftkern.benchmarks.core.presets import Choice
+from peftkern.methods import METHODS
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 M, K, N, R = 24, 40, 32, 4
@@ -68,11 +69,20 @@ def test_document(result, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", methods.benches())
-def test_a_method_computes_what_the_library_does(name):
-    bench = methods.benches([name])[name]
-    for case in bench.cases("quick", "cpu", methods.choice(Choice(dtypes=["fp32", "bf16"]), bench)):
-        assert bench.gate(case) is None and case.adapter_dtype == torch.float32
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer])
+def test_a_method_has_a_layer_that_computes_what_the_library_does(name):
+    ((bench, choice),) = methods.benches([name], Choice(dtypes=["fp32", "bf16"]))
+    cases = bench.cases("quick", "cpu", choice)
+    assert len(cases) == 4
+    for case in cases[::2]:
+        assert case.adapter_dtype == torch.float32 and case.R == METHODS[name].rank
+        assert bench.gate(case) is None
+
+
+def test_only_what_a_method_has_is_varied():
+    asked = Choice(ranks=[8], dropouts=[0.0, 0.1])
+    has = {bench.name: (choice.ranks, choice.dropouts) for bench, choice in methods.benches(["LoRA", "(IA)^3"], asked)}
+    assert has == {"LoRA": ([8], [0.0, 0.1]), "(IA)^3": (None, None)}
 
 
 def test_an_unknown_method_is_refused(capsys):

@@ -1,12 +1,14 @@
 """A method that is new to the package is one class and one entry: here a LoRA layer whose ranks have fixed weights."""
 
 import gc
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import peftkern
+from peftkern.benchmarks import bench
 from peftkern.integrations import hf_peft
 from peftkern.methods import Held, Method, Plan, register
 from peftkern.methods.linear import Branch
@@ -59,6 +61,12 @@ def apply(y, adapter):
     return y.add(Branch(A, B, d=weights))
 
 
+def build(linear, rank):
+    model = nn.Sequential(Weighted(linear.in_features, linear.out_features, rank))
+    model[0].base_layer = linear
+    return model
+
+
 WEIGHTED = Method(
     name="weighted",
     taxonomy="reparameterised",
@@ -67,6 +75,7 @@ WEIGHTED = Method(
     plan=plan,
     apply=apply,
     examples=lambda K, N: {"linear": nn.Sequential(Weighted(K, N)), "higher rank": nn.Sequential(Weighted(K, N, 30))},
+    build=build,
     op="lora_linear",
     coefficients=("d",),
     saves="x, and (M, R) in fp32",
@@ -114,6 +123,35 @@ def test_patch_takes_it_too(registered):
     model(torch.randn(3, 8))
     model(torch.randn(3, 8))
     assert peftkern.status(model).fused == 2
+
+
+def test_benchmark_has_its_row(registered, tmp_path, capsys):
+    argv = [
+        "--device",
+        "cpu",
+        "--shape",
+        "24,40,32",
+        "--seconds",
+        "0.01",
+        "--rank",
+        "4",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    assert bench.main(["--methods", "weighted", *argv]) == 0
+    rows = {(r["provider"], r["pass"]): r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows.keys() == {(name, which) for name in ("base", "library", "peftkern") for which in ("fwd", "fwd_bwd")}
+    ours = rows["peftkern", "fwd_bwd"]
+    assert (ours["method"], ours["op"], ours["R"]) == ("weighted", "lora_linear", 4) and ours["speed_up"] > 0
+    assert "  weighted  24x40x32  4     0" in capsys.readouterr().out
+
+
+def test_benchmark_times_no_method_that_is_wrong(registered, monkeypatch, capsys):
+    stock = Weighted.forward
+    monkeypatch.setattr(Weighted, "forward", lambda self, x: stock(self, x) * 1.001)
+    argv = ["--device", "cpu", "--shape", "24,40,32", "--seconds", "0.01", "--rank", "4"]
+    assert bench.main(["--methods", "weighted", *argv]) == 1
+    assert "not measured: computes something else (y: relative error 1.0e-03" in capsys.readouterr().out
 
 
 def test_an_unregistered_layer_is_nobody_s():

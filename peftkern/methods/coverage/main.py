@@ -17,7 +17,7 @@ STYLES = {COVERED: "bold", NOTHING: "dim", NOT_YET: ""}
 NARROWEST = 32
 FAMILIES = (
     "Families: L a GEMM and a linear branch; L+phi with an activation; B an activation in a branch on the residual; "
-    "R on listed rows; S a transformed weight or input; P prompts; M masks"
+    "R on listed rows; S a transformed weight or input; P prompts; M masks."
 )
 
 
@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in dict.fromkeys(row["class"] for row in rows):
         console.print(table(kind, [row for row in rows if row["class"] == kind], width))
     count = collections.Counter(row["status"] for row in rows)
-    console.print(
-        f"{len(rows)} methods: " + ", ".join(f"{count[s]} {s}" for s in STYLES if count[s]) + f". {FAMILIES}."
-    )
+    console.print(f"{len(rows)} methods: " + ", ".join(f"{count[s]} {s}" for s in STYLES if count[s]) + ".")
+    console.print(textwrap.fill(FAMILIES, width))
     return 0
