@@ -1,5 +1,7 @@
 """A method that is new to the package is one class and one entry: here a LoRA layer whose ranks have fixed weights."""
 
+import dataclasses
+import functools
 import gc
 import json
 
@@ -16,6 +18,7 @@ from peftkern.methods.look import NotCovered
 from peftkern.methods.registry import unregister
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
+TINY = ["--device", "cpu", "--shape", "24,40,32", "--rank", "4", "--seconds", "0.01"]
 
 
 class Weighted(nn.Module):
@@ -61,8 +64,8 @@ def apply(y, adapter):
     return y.add(Branch(A, B, d=weights))
 
 
-def build(linear, rank):
-    model = nn.Sequential(Weighted(linear.in_features, linear.out_features, rank))
+def build(linear, rank, cls=Weighted):
+    model = nn.Sequential(cls(linear.in_features, linear.out_features, rank))
     model[0].base_layer = linear
     return model
 
@@ -85,12 +88,12 @@ WEIGHTED = Method(
 
 
 @pytest.fixture
-def registered():
-    register(WEIGHTED)
-    yield WEIGHTED
+def registered(request):
+    method = register(getattr(request, "param", WEIGHTED))
+    yield method
     gc.collect()  # models of the test
     hf_peft.unpatch()
-    unregister(WEIGHTED)
+    unregister(method)
 
 
 def test_parity(registered, parity):
@@ -126,19 +129,7 @@ def test_patch_takes_it_too(registered):
 
 
 def test_benchmark_has_its_row(registered, tmp_path, capsys):
-    argv = [
-        "--device",
-        "cpu",
-        "--shape",
-        "24,40,32",
-        "--seconds",
-        "0.01",
-        "--rank",
-        "4",
-        "--json",
-        str(tmp_path / "r.json"),
-    ]
-    assert bench.main(["--methods", "weighted", *argv]) == 0
+    assert bench.main(["--methods", "weighted", *TINY, "--json", str(tmp_path / "r.json")]) == 0
     rows = {(r["provider"], r["pass"]): r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows.keys() == {(name, which) for name in ("base", "library", "peftkern") for which in ("fwd", "fwd_bwd")}
     ours = rows["peftkern", "fwd_bwd"]
@@ -146,11 +137,20 @@ def test_benchmark_has_its_row(registered, tmp_path, capsys):
     assert "  weighted  24x40x32  4     0" in capsys.readouterr().out
 
 
-def test_benchmark_times_no_method_that_is_wrong(registered, monkeypatch, capsys):
-    stock = Weighted.forward
-    monkeypatch.setattr(Weighted, "forward", lambda self, x: stock(self, x) * 1.001)
-    argv = ["--device", "cpu", "--shape", "24,40,32", "--seconds", "0.01", "--rank", "4"]
-    assert bench.main(["--methods", "weighted", *argv]) == 1
+class Off(Weighted):
+    """What its entry does not compute."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+@pytest.mark.parametrize(
+    "registered",
+    [dataclasses.replace(WEIGHTED, layer=f"{__name__}.Off", build=functools.partial(build, cls=Off))],
+    indirect=True, ids=["off"],
+)  # fmt: skip
+def test_benchmark_times_no_method_that_is_wrong(registered, capsys):
+    assert bench.main(["--methods", "weighted", *TINY]) == 1
     assert "not measured: computes something else (y: relative error 1.0e-03" in capsys.readouterr().out
 
 
