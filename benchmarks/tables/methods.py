@@ -1,4 +1,4 @@
-"""Markdown of the coverage table: all rows for docs/methods.md, and what is covered for README."""
+"""Markdown of the coverage table: the entries of the registry and all names for docs/methods.md, a short one for README."""
 
 from __future__ import annotations
 
@@ -9,62 +9,59 @@ from peftkern.methods.coverage import COVERED, NOT_YET, NOTHING, records
 from .markdown import table
 
 
-def _class(row: dict) -> str:
-    return f"{row['class']}: {row['sub_class']}" if row["sub_class"] else row["class"]
-
-
 def _what(row: dict) -> str:
     if row["status"] != COVERED:
         return f"{row['status']}: {row['note']}"
-    by = "covered" if row["by"] == row["method"] else f"covered as {row['by']}"
+    by = COVERED if row["by"] == row["method"] else f"{COVERED} as {row['by']}"
     return f"**{by}**: {row['note']}" if row["note"] else f"**{by}**"
 
 
-def whole() -> list[str]:
+def _served(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by the entry that computes them, its own first."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["status"] == COVERED:
+            found.setdefault(row["by"], []).append(row)
+    return {entry: sorted(own, key=lambda r: r["method"] != entry) for entry, own in found.items()}
+
+
+def _also(rows: list[dict]) -> str:
+    return ", ".join(r["method"] for r in rows[1:])
+
+
+def entries() -> list[str]:
+    """A line for every entry of the registry."""
+    rows = [
+        [entry, f"`{own[0]['op']}`", f"`{own[0]['function']}`" if own[0]["function"] else "",
+         ", ".join(own[0]["backends"]), own[0]["tested_against"], own[0]["saves"], own[0]["merges"]]
+        for entry, own in _served(records()).items()
+    ]  # fmt: skip
+    head = ["method", "op", "function", "back ends", "tested against", "saves for backward", "merges to"]
+    return table(head, rows)
+
+
+def names() -> list[str]:
     """A line for every name, in the order of classes."""
     rows = [
-        [row["method"], ", ".join(f"`{name}`" for name in row["called"]), _class(row), row["family"],
-         f"`{row['op']}`" if row["op"] else "", ", ".join(row["backends"] or ()), row["tested_against"] or "",
-         row["saves"] or "", _what(row)] for row in records()
+        [row["method"], ", ".join(f"`{name}`" for name in row["called"]), row["class"], row["sub_class"], row["family"],
+         _what(row)] for row in records()
     ]  # fmt: skip
-    return table(
-        [
-            "method",
-            "in libraries",
-            "class",
-            "family",
-            "op",
-            "back ends",
-            "tested against",
-            "saves for backward",
-            "what",
-        ],
-        rows,
-    )
+    return table(["method", "in libraries", "class", "sub-class", "family", "what"], rows)
 
 
-def covered() -> list[str]:
-    """A line for every entry of the registry that has a row, with the names that it serves beside its own; then how many
-    names are what."""
+def short() -> list[str]:
+    """What is covered: a line for every entry with the names that it serves beside its own. Then how many names are what."""
     found = records()
-    served: dict[str, list[dict]] = {}
-    for row in found:
-        if row["status"] == COVERED:
-            served.setdefault(row["by"], []).append(row)
-    rows = []
-    for entry, own in served.items():
-        first = own[0]
-        rows.append(
-            [entry, first["class"], ", ".join(r["method"] for r in own if r["method"] != entry),
-             ", ".join(first["backends"]), first["tested_against"], first["saves"]]
-        )  # fmt: skip
+    rows = [
+        [entry, _also(own), ", ".join(own[0]["backends"]), own[0]["saves"]] for entry, own in _served(found).items()
+    ]
     count = collections.Counter(row["status"] for row in found)
     return [
-        *table(["method", "class", "also", "back ends", "tested against", "saves for backward"], rows),
+        *table(["method", "also", "back ends", "saves for backward"], rows),
         f"{len(found)} names in [docs/methods.md](docs/methods.md): {count[COVERED]} covered, {count[NOTHING]} with nothing to "
         f"fuse, {count[NOT_YET]} not yet.",
         "",
     ]
 
 
-PARTS = {"whole": whole, "covered": covered}
+PARTS = {"entries": entries, "names": names, "short": short}

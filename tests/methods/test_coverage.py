@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from peftkern.benchmarks import report
+from peftkern.benchmarks.tables import methods
 from peftkern.dispatch.choose import BACKENDS
 from peftkern.methods import METHODS, coverage
 from peftkern.methods.coverage import COVERED, NOT_YET, NOTHING, ROWS
@@ -108,6 +110,23 @@ def test_a_claim_without_its_entry_is_not_yet():
     assert record["status"] == NOT_YET and record["note"] == "an entry of the registry for no such entry; a note"
     assert (record["by"], record["op"], record["example"]) == (None, None, None)
     assert coverage.record(later("a name", "S", "work"))["note"] == "work"
+
+
+def test_document_is_fresh_and_whole():
+    if not report.METHODS.exists():
+        pytest.skip("an installed package has no docs")
+    assert report.main(["--readme", str(report.METHODS), "--check"]) == 0
+    names = report.METHODS.read_text().partition("## Every name")[2].splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in names if line.startswith("| ")][1:] == [
+        r.method for r in ROWS
+    ]
+
+
+def test_short_table_names_all_that_is_covered():
+    *lines, count, _ = methods.short()
+    words = {name for line in lines[2:-1] for cell in line.split(" | ")[:2] for name in cell.strip("| ").split(", ")}
+    covered = {row.method for row in ROWS if coverage.status(row) == COVERED}
+    assert covered <= words and f"{len(ROWS)} names" in count and f" {len(covered)} covered" in count
 
 
 def test_command_prints_every_row(capsys, monkeypatch):
