@@ -49,7 +49,7 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     kasa = peft.KasaConfig()
     return {
         "linear": tuner.layer(nn.Linear(K, N), lora.config(kasa_config=kasa)),
-        "beside LoRA": tuner.layer(nn.Linear(K, N), lora.config(kasa_config=kasa), lora.config(r=3)),
+        "no bias, rsLoRA": tuner.layer(nn.Linear(K, N, bias=False), lora.config(kasa_config=kasa, use_rslora=True)),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import accumulate_dtype
+from ...checks import FLOATING, accumulate_dtype, check_fits
 from .. import tuner
 from ..linear import Linear, run, times
 from ..look import Look
@@ -24,7 +24,11 @@ def with_ia3(y: Linear, ia3_l: Tensor, is_feedforward: bool) -> Linear:
     """The layer with one more vector."""
     if is_feedforward:
         return y._replace(p_b=times(y.p_b, ia3_l))
-    bias = None if y.bias is None else y.bias.to(accumulate_dtype(y.bias.dtype)) * ia3_l
+    bias = y.bias
+    if bias is not None:
+        for name, vector in (("ia3_l", ia3_l), ("bias", bias)):  # a product would broadcast
+            check_fits(name, vector, y.weight.shape[:1], "(N,)", y.weight.device, FLOATING)
+        bias = bias.to(accumulate_dtype(bias.dtype)) * ia3_l
     return y.scaled(ia3_l)._replace(bias=bias)
 
 
