@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import methods, report
 from peftkern.benchmarks.core.presets import Choice
+from peftkern.benchmarks.measure.probe import TINY as TINY_LAYER
 from peftkern.methods import METHODS
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
@@ -77,6 +79,9 @@ def test_a_method_has_a_layer_that_computes_what_the_library_does(name):
     for case in cases[::2]:
         assert case.adapter_dtype == torch.float32 and case.R == METHODS[name].rank
         assert bench.gate(case) is None
+    # What tells whether a dtype is slow is timed on a layer that is smaller than some ranks.
+    K, N = TINY_LAYER[1:]
+    assert METHODS[name].build(nn.Linear(K, N), 16)(torch.randn(3, K)).shape == (3, N)
 
 
 def test_only_what_a_method_has_is_varied():

@@ -35,10 +35,12 @@ def apply(y: Linear, adapter: Held) -> Linear:
 
 
 def build(linear: nn.Linear, rank: int) -> nn.Module:
-    """A model of one layer around this one."""
+    """A model of one layer around this one. One singular value of W has to stay."""
     import peft
 
-    return tuner.builder("LoraConfig", kasa_config=peft.KasaConfig())(linear, rank)
+    return tuner.builder("LoraConfig", kasa_config=peft.KasaConfig())(
+        linear, min(rank, *(n - 1 for n in linear.weight.shape))
+    )
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:

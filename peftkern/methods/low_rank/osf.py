@@ -59,8 +59,8 @@ def apply(y: Linear, adapter: Held) -> Linear:
 
 
 def build(linear: nn.Linear, rank: int) -> nn.Module:
-    """A model of one layer around this one. The library's rank is that of what stays frozen."""
-    return tuner.builder("OSFConfig", "effective_rank")(linear, min(linear.weight.shape) - rank)
+    """A model of one layer around this one. The library's rank is that of what stays frozen, at least 1."""
+    return tuner.builder("OSFConfig", "effective_rank")(linear, max(1, min(linear.weight.shape) - rank))
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
