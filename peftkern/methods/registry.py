@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .linear import Linear
+from .linear import Linear, run
 from .look import Look
 
 
@@ -39,13 +39,16 @@ class Plan(NamedTuple):
     bias: Tensor | None
     held: list[Held]
 
-    def linear(self) -> Linear:
-        """The layer's equation, with the coefficients of now."""
+    def run(self, x: Tensor) -> Tensor:
+        """y of x (..., K)."""
         weight, bias, held = self
+        first = held[0]
+        if len(held) == 1 and first.method.alone is not None:
+            return first.method.alone(weight, bias, first, x)
         y = Linear(weight, bias)
         for adapter in held:
             y = adapter.method.apply(y, adapter)
-        return y
+        return run(y, x)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Method:
         held: (look at such a layer, adapter, (N, K)) -> what it holds of the adapter. It reads through the look alone, and
             raises ``NotCovered`` with the reason where the library's own code has to run.
         apply: the equation: (layer so far, adapter) -> layer with this adapter.
+        alone: (weight, bias, adapter, x) -> y of a layer with this adapter alone, at once: for a method whose small layers
+            would spend their time on the steps between.
         plan: (look, the adapters of a mixed batch or None) -> the plan, for layers that are no tuner of HF PEFT.
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
@@ -90,6 +95,7 @@ class Method:
     trains: bool = True
     held: Callable[[Look, str, tuple[int, int]], Held] | None = None
     adapters: str = ""
+    alone: Callable[[Tensor, Tensor | None, Held, Tensor], Tensor] | None = None
     plan: Callable[[Look, Iterable[str] | None], Plan] | None = None
     coefficients: tuple[str, ...] = ()
     variant: bool = False

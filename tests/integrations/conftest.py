@@ -13,6 +13,7 @@ import peftkern
 from peftkern.integrations import hf_peft
 from peftkern.integrations.hf_peft import mixed as hf_peft_mixed
 from peftkern.methods import linear
+from peftkern.methods.low_rank import lora
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -172,7 +173,8 @@ def fused(monkeypatch):
         calls.append(options)
         return compute(x, weight, lora_A, lora_B, *options, **more)
 
-    monkeypatch.setattr(linear, "lora_linear_with", counting)
+    for module in (linear, lora):
+        monkeypatch.setattr(module, "lora_linear_with", counting)
     return calls
 
 

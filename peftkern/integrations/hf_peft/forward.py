@@ -21,7 +21,6 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from ...methods.linear import run
 from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
@@ -150,7 +149,7 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     elif calls is not None:
         calls.fused += 1
     if type(plan) is Plan:
-        return run(plan.linear(), x)
+        return plan.run(x)
     if type(plan) is tuple:
         return run_mixed(*plan, x)
     return stock(layer, x, *args, **kwargs)
@@ -167,7 +166,7 @@ def _fused_forward(stock):
                 if plan is not None:
                     calls.fused += 1
                     try:
-                        return run(plan.linear(), x)
+                        return plan.run(x)
                     except (TypeError, ValueError):
                         # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
                         calls.fused -= 1

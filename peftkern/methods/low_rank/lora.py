@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ...autograd.lora_linear import lora_linear
+from ...autograd.lora_linear import Options, lora_linear, lora_linear_with
 from .. import tuner
-from ..linear import Branch, Linear, wide
+from ..linear import Branch, Linear, run, wide
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register, variant_of
 
@@ -65,6 +65,14 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return with_bias(y, bias, scaling).add(Branch(A, B, scaling, adapter.dropout_p))
 
 
+def alone(weight: Tensor, bias: Tensor | None, adapter: Held, x: Tensor) -> Tensor:
+    """y of a layer with this adapter alone."""
+    _, _, (A, B, branch_bias), (scaling,), p, _ = adapter
+    if branch_bias is not None:
+        return run(apply(Linear(weight, bias), adapter), x)
+    return lora_linear_with(x, weight, A, B, bias, Options(scaling, p))
+
+
 def config(**options):
     """PEFT's config of adapters that are not zero."""
     import peft
@@ -98,6 +106,7 @@ LORA = register(
         adapters="lora_A",
         held=held,
         apply=apply,
+        alone=alone,
         function=lora_linear,
         examples=examples,
         build=tuner.builder("LoraConfig"),
