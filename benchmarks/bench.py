@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, busy = interference.words(result)
     console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
-        for file in (
-            method_times.plot(result, args.plot) if op == "methods" else plots.plot(result, work[0][0], args.plot)
-        ):
+        for file in _plots(result, work[0][0], args.plot):
             console.print(f"wrote {file}")
     return failures(result["rows"], work[0][0], console)
 
@@ -185,6 +183,8 @@ def _benches(args: argparse.Namespace) -> list[tuple[Bench, Choice]]:
     choice = _choice(args, OPS[args.op])
     if args.methods is None:
         return [(OPS[args.op], choice)]
+    if args.provider or args.adapter_dtype:
+        parser().error("--provider and --adapter-dtype mean nothing to --methods")
     try:
         return methods.benches(args.methods, choice)
     except ValueError as error:
@@ -195,6 +195,12 @@ def _tables(result: dict, bench: Bench, device: str) -> list[Table]:
     if result["header"]["op"] == "methods":
         return method_times.tables(result["rows"])
     return (device_tables if device == "cuda" else terminal).tables(result["rows"], bench)
+
+
+def _plots(result: dict, bench: Bench, folder: Path) -> list[Path]:
+    return (
+        method_times.plot(result, folder) if result["header"]["op"] == "methods" else plots.plot(result, bench, folder)
+    )
 
 
 def _choice(args: argparse.Namespace, bench: Bench) -> Choice:

@@ -94,3 +94,6 @@ def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["--methods", "no such", *TINY])
     assert "no method to time is called no such; there are " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--methods", "LoRA", *TINY, "--provider", "peftkern"])
+    assert "mean nothing to --methods" in capsys.readouterr().err

@@ -141,9 +141,10 @@ def test_command_prints_every_row(capsys, monkeypatch):
     assert "prompt tuning" in out and "DoRA" not in out
 
 
-def test_command_gives_data_without_peft():
+def test_command_gives_data_without_other_packages():
     code = (
-        "import sys; sys.modules['peft'] = None; from peftkern.cli import main; sys.exit(main(['methods', '--json']))"
+        "import sys; sys.modules.update(dict.fromkeys(('peft', 'transformers', 'triton', 'matplotlib')));"
+        "from peftkern.cli import main; sys.exit(main(['methods', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
