@@ -108,6 +108,7 @@ LORA = register(
         apply=apply,
         alone=alone,
         examples=examples,
+        build=tuner.builder("LoraConfig"),
         op="lora_linear",
         mixed=True,
         saves="x if lora_A trains, and (M, R) in fp32",
