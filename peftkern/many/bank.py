@@ -128,7 +128,7 @@ class AdapterBank:
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
         self._adapters: dict[str, _Adapter] = {}
-        self._matrices: dict[Hashable, _Matrices] = {}  # by what they were copied from
+        self.pairs: dict[Hashable, _Matrices] = {}  # by what they were copied from
         self._ranks: Counter[int] = Counter()
         self._symbols: Counter[str] = Counter()  # of vectors
         self._present = 0  # the tokens of all ids
@@ -249,7 +249,7 @@ class AdapterBank:
                 raise ValueError(f"lora_B has shape {tuple(B.shape)}, expected {(self.out_features, rank)}")
         check_number("scaling", adapter.scaling)
         sizes = {"R": rank, "K": self.in_features, "N": self.out_features}
-        return vectors_of("", adapter, self._scaling.new_empty(0), sizes, anywhere=True)
+        return vectors_of("", adapter, self._rows.scaling.new_empty(0), sizes, anywhere=True)
 
     def _store(self, name: str, adapter: Adapter, number: Callable[[], int]) -> int:
         """Make this the adapter ``name``. ``number`` gives its id or raises, under the lock."""
@@ -279,11 +279,11 @@ class AdapterBank:
             return None
         key = tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (A, B))
         with self._lock:
-            known = self._matrices.get(key) if self.device.type != "meta" else None
+            known = self.pairs.get(key) if self.device.type != "meta" else None
             if known is not None:
                 known.users += 1
         if known is not None:
-            if all(torch.equal(ours, t.detach().to(ours)) for ours, t in zip(self._rows(known), (A, B.t()))):
+            if all(torch.equal(ours, t.detach().to(ours)) for ours, t in zip(self._halves(known), (A, B.t()))):
                 return known
             with self._lock:
                 self._retire(known, None, weakref.ref(self._state.table))
@@ -296,7 +296,7 @@ class AdapterBank:
                 self._retire(made, None, weakref.ref(self._state.table))
             raise
         with self._lock:
-            self._matrices[key] = made
+            self.pairs[key] = made
         return made
 
     def _retire(self, matrices: _Matrices | None, vectors: Range | None, seen: weakref.ref) -> None:
@@ -306,13 +306,13 @@ class AdapterBank:
             matrices.users -= 1
             if matrices.users == 0:
                 freed.append(matrices.memory)
-                if self._matrices.get(matrices.key) is matrices:
-                    del self._matrices[matrices.key]
+                if self.pairs.get(matrices.key) is matrices:
+                    del self.pairs[matrices.key]
         # Without memory to give back too: what is given back later may be seen by whoever sees this state.
         self._chunks.retire(freed, seen)
         self._vectors.retire([] if vectors is None else [vectors], seen)
 
-    def _rows(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
+    def _halves(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
         """A and B^T where they are stored, with the columns of their padding or without."""
         # data: a write here is no change to calls that wait for their backward, which read other ranges.
         chunk, at, found = self._chunks.tensors[stored.memory.chunk].data, stored.memory.offset, []
@@ -324,7 +324,7 @@ class AdapterBank:
 
     def _copy(self, A: Tensor, B: Tensor, into: _Matrices) -> None:
         with torch.inference_mode(False):
-            for source, rows in zip((A.detach(), B.detach().t()), self._rows(into, padded=True), strict=True):
+            for source, rows in zip((A.detach(), B.detach().t()), self._halves(into, padded=True), strict=True):
                 width = source.shape[1]
                 rows[:, width:] = 0.0
                 rows[:, :width].copy_(source)

@@ -324,22 +324,22 @@ def test_what_outlives_a_call(device, monkeypatch):
     expected = OPS["lora_linear_fwd"](whole)
     for _ in range(2):
         OPS["sgmv_add"](c)
-    kept = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    kept = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
     assert kept[0].view(torch.int64).tolist() == [w.data_ptr() for w in c.weights]
-    assert len(cuda_native._addresses) == 1 and len(cuda_native._counters) == 1
+    assert len(cuda_native.kept_addresses) == 1 and len(cuda_native.kept_counters) == 1
     monkeypatch.setattr(cuda_native, "stream", lambda t: 7)
     OPS["sgmv_add"](c)
-    assert len(cuda_native._addresses) == 2
+    assert len(cuda_native.kept_addresses) == 2
     monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
     monkeypatch.setattr(cuda_native, "capturing", lambda: True)
-    before = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    before = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
     other = c._replace(out=c.out.clone())
     OPS["sgmv_add"](c)
     for each in kept:
         each.fill_(1)  # of no use to anyone
     OPS["sgmv_add"](other)
     assert torch.equal(other.out, c.out) and all(map(torch.equal, OPS["lora_linear_fwd"](whole), expected))
-    after = [*cuda_native._addresses.values(), *cuda_native._counters.values()]
+    after = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
     assert [*map(id, after)] == [*map(id, before)]
     for each in kept:
         each.zero_()

@@ -54,8 +54,8 @@ def capturing() -> bool:
 
 # What outlives a call, by device, stream and contents: 32-bit zeros, which every kernel that takes them leaves as zeros,
 # and addresses of tensors in the device's memory. The native calls fill both (csrc/bindings/cuda/pass.h).
-_counters: dict[bytes, Tensor] = {}
-_addresses: dict[bytes, Tensor] = {}
+kept_counters: dict[bytes, Tensor] = {}
+kept_addresses: dict[bytes, Tensor] = {}
 
 
 def start(entry, like: Tensor, *args, into: Tensor | None = None):
@@ -63,7 +63,7 @@ def start(entry, like: Tensor, *args, into: Tensor | None = None):
 
     What is no plain tensor is copied: rare, and never wrong.
     """
-    here = (*device(like), stream(like), capturing(), _counters, _addresses)
+    here = (*device(like), stream(like), capturing(), kept_counters, kept_addresses)
     given = args if into is None else (into, *args)
     done = entry(here, *given)
     if done is None:
