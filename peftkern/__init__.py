@@ -12,8 +12,11 @@ from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .many.adapter import Adapter
 from .many.bank import AdapterBank
+from .methods import FUNCTIONS
 from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
+
+globals().update(FUNCTIONS)
 
 # Names that need HF PEFT or transformers are looked up at first use.
 _LAZY = {
@@ -22,7 +25,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *_LAZY,
+    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv",
+    *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

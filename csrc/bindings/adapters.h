@@ -46,17 +46,6 @@ inline bool read_tensors(const Adapters& given, cpu::MultiAdapters& out) {
          read_memory(given.vectors, out.vectors, vectors) && vectors == DType::f32;
 }
 
-// Contiguous integers of this size, or fp64.
-template <class T>
-bool read_array(PyObject* object, const T*& out, int64_t size, uint8_t kind = tensors::kInt) {
-  tensors::View view;
-  if (!tensors::read(object, view) || view.kind != kind || view.bits != 8 * sizeof(T) || !view.contiguous() ||
-      view.elements() != size)
-    return false;
-  out = static_cast<const T*>(view.data);
-  return true;
-}
-
 inline void destroy(PyObject* capsule) {
   delete static_cast<Adapters*>(PyCapsule_GetPointer(capsule, kAdapters));
 }

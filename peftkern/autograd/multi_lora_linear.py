@@ -134,7 +134,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         saved = (x, u, h, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
             read = _reads(needs, parts)
-            kept = kept_input(x, given) if read[0] else None
+            kept = kept_input(x, given, batch.now) if read[0] else None
             saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:], strict=True)])
         ctx.save_for_backward(*saved)
         # Held, so that the memory of a bank's removed adapters is not used again before backward.

@@ -121,7 +121,7 @@ def _legacy_one_by_one(name: str, *args):
 
 # What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
 # layer, and their outcome repeats from step to step.
-_takers: dict[tuple, _Taker] = {}
+takers: dict[tuple, _Taker] = {}
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -163,12 +163,12 @@ def _find(op: Op, args, now: settings.Settings) -> _Taker:
 def _taker(op: Op, args) -> _Taker:
     now = settings.current()
     key = (op.name, now, *map(_signature, args))
-    taker = _takers.get(key)
+    taker = takers.get(key)
     if taker is None:
         taker = _find(op, args, now)
-        if len(_takers) >= 4096:
-            _takers.clear()
-        _takers[key] = taker
+        if len(takers) >= 4096:
+            takers.clear()
+        takers[key] = taker
     return taker
 
 
@@ -218,7 +218,8 @@ def caller(name: str) -> Callable:
     op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
 
     def call(*args):
-        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(first):
             if not torch.compiler.is_compiling():
                 _tell_flop_counters()
             return overload(*args)

@@ -24,7 +24,6 @@ import hashlib
 import os
 import threading
 import weakref
-from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -37,8 +36,11 @@ from ..checks import FLOATING, check_number, check_tensor
 from ..ops.adapter_table import AXES, COLUMNS, FREE, table_row
 from .adapter import Adapter, vectors_of
 from .chunks import Chunks, Range
+from .rows import Rows
 from .table import AdapterTable
 
+# Ids are below it: int32.
+IDS = 2**31 - 1
 _PAD = 16
 _SECRET = os.urandom(16)
 
@@ -122,19 +124,16 @@ class AdapterBank:
         most = sum(_padded(size) for size in self._sizes(max_rank).values())
         self._vectors = Chunks(max_adapters * most, self._wide, self.device, self._wait)
         self._slots = 1 << (max_adapters - 1).bit_length()
-        self._generations = (2**31 - 1) // self._slots
+        self._generations = IDS // self._slots
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
         self._adapters: dict[str, _Adapter] = {}
-        self._matrices: dict[Hashable, _Matrices] = {}  # by what they were copied from
+        self.pairs: dict[Hashable, _Matrices] = {}  # by what they were copied from
         self._ranks: Counter[int] = Counter()
         self._symbols: Counter[str] = Counter()  # of vectors
         self._captured: set[str] = set()  # what acted in the states that CUDA graphs have captured
         self._present = 0  # the tokens of all ids
-        with torch.inference_mode(False):
-            self._table = torch.zeros((max_adapters, len(COLUMNS)), dtype=torch.int64, device=self.device)
-            self._table[:, 0] = FREE
-            self._scaling = torch.zeros(max_adapters, dtype=self._wide, device=self.device)
+        self._rows = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
 
     def add(
@@ -253,7 +252,7 @@ class AdapterBank:
                 raise ValueError(f"lora_B has shape {tuple(B.shape)}, expected {(self.out_features, rank)}")
         check_number("scaling", adapter.scaling)
         sizes = {"R": rank, "K": self.in_features, "N": self.out_features}
-        return vectors_of("", adapter, self._scaling.new_empty(0), sizes, anywhere=True)
+        return vectors_of("", adapter, self._rows.scaling.new_empty(0), sizes, anywhere=True)
 
     def _store(self, name: str, adapter: Adapter, number: Callable[[], int]) -> int:
         """Make this the adapter ``name``. ``number`` gives its id or raises, under the lock."""
@@ -289,11 +288,11 @@ class AdapterBank:
             return None
         key = tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (A, B))
         with self._lock:
-            known = self._matrices.get(key) if self.device.type != "meta" else None
+            known = self.pairs.get(key) if self.device.type != "meta" else None
             if known is not None:
                 known.users += 1
         if known is not None:
-            if all(torch.equal(ours, t.detach().to(ours)) for ours, t in zip(self._rows(known), (A, B.t()))):
+            if all(torch.equal(ours, t.detach().to(ours)) for ours, t in zip(self._halves(known), (A, B.t()))):
                 return known
             with self._lock:
                 self._retire(known, None, weakref.ref(self._state.table))
@@ -306,7 +305,7 @@ class AdapterBank:
                 self._retire(made, None, weakref.ref(self._state.table))
             raise
         with self._lock:
-            self._matrices[key] = made
+            self.pairs[key] = made
         return made
 
     def _retire(self, matrices: _Matrices | None, vectors: Range | None, seen: weakref.ref) -> None:
@@ -316,13 +315,13 @@ class AdapterBank:
             matrices.users -= 1
             if matrices.users == 0:
                 freed.append(matrices.memory)
-                if self._matrices.get(matrices.key) is matrices:
-                    del self._matrices[matrices.key]
+                if self.pairs.get(matrices.key) is matrices:
+                    del self.pairs[matrices.key]
         # Without memory to give back too: what is given back later may be seen by whoever sees this state.
         self._chunks.retire(freed, seen)
         self._vectors.retire([] if vectors is None else [vectors], seen)
 
-    def _rows(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
+    def _halves(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
         """A and B^T where they are stored, with the columns of their padding or without."""
         # data: a write here is no change to calls that wait for their backward, which read other ranges.
         chunk, at, found = self._chunks.tensors[stored.memory.chunk].data, stored.memory.offset, []
@@ -334,7 +333,7 @@ class AdapterBank:
 
     def _copy(self, A: Tensor, B: Tensor, into: _Matrices) -> None:
         with torch.inference_mode(False):
-            for source, rows in zip((A.detach(), B.detach().t()), self._rows(into, padded=True), strict=True):
+            for source, rows in zip((A.detach(), B.detach().t()), self._halves(into, padded=True), strict=True):
                 width = source.shape[1]
                 rows[:, width:] = 0.0
                 rows[:, :width].copy_(source)
@@ -356,11 +355,9 @@ class AdapterBank:
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
         row = [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter)
-        row = torch.frombuffer(array("q", row), dtype=torch.int64)
 
         def write() -> None:
-            self._table[slot] = row
-            self._scaling[slot] = scaling
+            self._rows.write(slot, row, scaling)
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
@@ -392,14 +389,11 @@ class AdapterBank:
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._leave_rows()
+                    self._rows.leave()
                 write()
         finally:
             self._state = self._snapshot()
         self._retire(*((None, None) if old is None else (old.matrices, old.vectors)), seen)
-
-    def _leave_rows(self) -> None:
-        self._table, self._scaling = self._table.clone(), self._scaling.clone()
 
     def _wait(self) -> None:
         # Kernels of any stream, and replayed graphs, may still read memory that is to be used again.
@@ -410,7 +404,7 @@ class AdapterBank:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
         acting = " ".join(symbol for symbol in AXES if self._symbols[symbol])
         return AdapterTable(
-            self._chunks.tensors, self._table.detach(), self._scaling, self._slots - 1, rank, self.in_features,
+            self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
             self.out_features, (self.max_adapters, self._present), True, self._vectors.tensors if acting else (), acting,
             beside=next((a.beside for a in self._adapters.values() if a.beside), None) if acting else None,
         )  # fmt: skip

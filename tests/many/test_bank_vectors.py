@@ -32,10 +32,11 @@ def test_matrices_that_adapters_share_are_stored_once():
     A, B = adapter(5, 0)
     whole, x, W = torch.cat([A, A]), torch.randn(4, K), torch.randn(N, K)
     bank.add("v0", A, B, 2.0, **vera(0))
-    used = bank._chunks.allocated
+    used = bank.nbytes
     for i in range(1, 250):
         bank.add(f"v{i}", A, B, 2.0, **vera(i))
-    assert bank._chunks.allocated == used, "a further one costs its vectors"
+    matrices = 249 * 5 * (K + N) * bank.dtype.itemsize
+    assert bank.nbytes - used < 0.7 * matrices, "a further one costs its vectors"
     pairs = {tuple(row[2:9].tolist()) for row in bank.snapshot().table if row[0] >= 0}
     assert len(pairs) == 1
     # A view made anew is the same memory; equal numbers elsewhere are another matter.
@@ -116,7 +117,7 @@ def test_threads_that_add_remove_and_read_shared_matrices():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and bank.names == ["stays"] and len(bank._matrices) == 1
+    assert not wrong and bank.names == ["stays"] and len(bank.pairs) == 1
 
 
 def test_vectors_are_used_again_only_when_nobody_reads_them():
@@ -162,4 +163,4 @@ def test_coefficients_of_a_bank_are_checked():
             bank.add("a", A, B, **bad)
     with pytest.raises(TypeError, match="lora_B is given alone"):
         bank.add("a", None, B)
-    assert len(bank) == 0 and not bank._matrices and "a" not in bank
+    assert len(bank) == 0 and not bank.pairs and "a" not in bank

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..marshal import copied, memory
 from . import call, multi_call
 from .native import _C
 
@@ -31,14 +32,8 @@ def multi_lora_linear_route(c, way):
     return order, starts
 
 
-def _memory(w: Tensor) -> Tensor:
-    # The elements of a dense tensor as they lie: offsets of a table count these.
-    w = w.resolve_neg()
-    return w if w.is_contiguous() else w.as_strided((w.numel(),), (1,))
-
-
 def _adapters(c, max_rank: int, K: int, N: int):
-    weights, vectors = ([_memory(t) for t in tensors] for tensors in (c.weights, c.vectors or ()))
+    weights, vectors = ([memory(t) for t in tensors] for tensors in (c.weights, c.vectors or ()))
     table, scaling = c.table.contiguous(), c.scaling.contiguous()
     return multi_call.adapters(weights, table, scaling, max_rank, K, N, False, vectors)
 
@@ -88,9 +83,7 @@ def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
     if _add(c, way):
         return
-    copy = c._replace(
-        out=call.copied(c.out), x=call.copied(c.x), order=call.copied(c.order), starts=call.copied(c.starts)
-    )
+    copy = c._replace(out=copied(c.out), x=copied(c.x), order=copied(c.order), starts=copied(c.starts))
     if not _add(copy, way):
         raise RuntimeError("the C++ extension takes no call like this one: arguments do not fit")
     c.out.copy_(copy.out)

@@ -9,10 +9,11 @@ import torch
 
 from ...problem import Problem, TritonWay
 from ...settings import Settings
-from . import lora_linear, multi_lora_linear
+from . import lora_linear, lora_row_norm, multi_lora_linear
 from .device import on_device
 
 NAME = "triton"
+BASES = ("dense", "identity")  # that its kernels read
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIMIT = 2**31
 
@@ -63,6 +64,7 @@ def dropout_mask(c, way: TritonWay):
 
 OPS = {
     **lora_linear.OPS,
+    **lora_row_norm.OPS,
     "dropout_mask": dropout_mask,
     **multi_lora_linear.OPS,
 }

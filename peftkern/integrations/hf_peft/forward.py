@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ...methods.look import read
-from ...methods.registry import METHODS, Method, Plan, loaded
+from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import PROCESS, call_plan, look_at_call
@@ -42,7 +42,7 @@ class Mark:
     __slots__ = ("__weakref__",)
 
     def __init__(self) -> None:
-        _marks.add(self)
+        marks.add(self)
 
     def __deepcopy__(self, memo) -> Mark:
         return Mark()
@@ -64,13 +64,13 @@ class _Switch:
         self.hooks = None
 
 
-_marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 # Layers that a mixed batch trains: see _no_recomputation.
-_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+trained_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 switch = _Switch()
 # What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
 _EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
-_NONE_MIXED = at(_mixed.data, EMPTY)
+_NONE_MIXED = at(trained_mixed.data, EMPTY)
 
 
 def replaced_reason(cls: type) -> str | None:
@@ -93,13 +93,13 @@ def wanted(layer: nn.Module) -> bool:
 def _no_recomputation(layer: nn.Module) -> None:
     # A checkpoint that runs a layer again in backward, without the hooks that brought the names, would silently give
     # the gradients of another function.
-    if layer in _mixed:
+    if layer in trained_mixed:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a layer of a batch with adapter_names is recomputed in backward, where the names are not known:"
                 " use the model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole model"
             )
-        _mixed.discard(layer)
+        trained_mixed.discard(layer)
 
 
 def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls: Calls) -> Plan | str:
@@ -123,11 +123,11 @@ def _plan(layer: nn.Module, x: Tensor, names, plan_of: Callable):
     return plan_of(None) if names is None else mixed_plan(layer, x, names, plan_of)
 
 
-def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock, method: Method):
+def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     # The forward of a layer that is wanted, with a look at everything.
     names = kwargs.get("adapter_names")
     others = args or kwargs.keys() - {"adapter_names"}
-    if names is None and not others and _mixed and not torch.compiler.is_compiling():
+    if names is None and not others and trained_mixed and not torch.compiler.is_compiling():
         _no_recomputation(layer)
     # A graph that counted would be compiled anew at each call.
     calls = None if torch.compiler.is_dynamo_compiling() else calls_of(layer)
@@ -149,13 +149,13 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock, me
     elif calls is not None:
         calls.fused += 1
     if type(plan) is Plan:
-        return method.run(layer, plan, x)
+        return plan.run(x)
     if type(plan) is tuple:
         return run_mixed(*plan, x)
     return stock(layer, x, *args, **kwargs)
 
 
-def _fused_forward(stock, method: Method):
+def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
         if not args and not kwargs and not is_dynamo_compiling():
@@ -166,14 +166,14 @@ def _fused_forward(stock, method: Method):
                 if plan is not None:
                     calls.fused += 1
                     try:
-                        return method.run(self, plan, x)
+                        return plan.run(x)
                     except (TypeError, ValueError):
                         # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
                         calls.fused -= 1
                         calls.kept = None
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
-        return _carefully(self, x, args, kwargs, stock, method)
+        return _carefully(self, x, args, kwargs, stock)
 
     return forward
 
@@ -190,7 +190,7 @@ def _mixed_hooks(stock):
                 raise ValueError(f"Cannot pass `adapter_names` when the model is in training mode: {reason}")
         if reason is None:
             rest = {k: v for k, v in kwargs.items() if k != "adapter_names"}
-            _mixed.update(m for m in self.modules() if isinstance(m, Linear))
+            trained_mixed.update(m for m in self.modules() if isinstance(m, Linear))
             with training_hooks(stock, self, names, args, rest):
                 yield
         else:
@@ -205,11 +205,10 @@ def _mixed_hooks(stock):
 def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
-        for method in METHODS.values():
-            cls = loaded(method.layer)
-            if cls is not None and replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
+        for cls, _ in layers():
+            if replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
                 switch.stock[cls] = cls.forward
-                switch.fused[cls] = cls.forward = _fused_forward(cls.forward, method)
+                switch.fused[cls] = cls.forward = _fused_forward(cls.forward)
         if LoraModel._enable_peft_forward_hooks is not switch.hooks:
             switch.stock_hooks = LoraModel._enable_peft_forward_hooks
             switch.hooks = _mixed_hooks(switch.stock_hooks)
@@ -222,7 +221,7 @@ def uninstall_if_unused() -> None:
     If another library has replaced one of them since, that stays; ours below it then passes every call on.
     """
     with switch.lock:
-        if switch.everywhere or len(_marks):
+        if switch.everywhere or len(marks):
             return
         for cls in [cls for cls, fused in switch.fused.items() if cls.forward is fused]:
             cls.forward = switch.stock[cls]

@@ -15,14 +15,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
-from ...checks import accumulate_dtype
+from ...equation import COEFFICIENTS
+from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
-from ...methods.registry import Branch, Plan
+from ...methods.linear import Linear, rank_scale
+from ...methods.registry import Held, Plan, variant_of
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -89,14 +92,30 @@ def mixed_plan(
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
+    for h in plan.held:
+        if h.dropout_p > 0.0 and "g_b" in h.method.coefficients:
+            return f"{h.method.name} with dropout trains on another base product than its batch"
     return layer, plan, batch
 
 
-def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
-    if isinstance(branch.scaling, Tensor):
-        # The op wants a number. A scaled B costs O(N R), a number from the device would make the host wait.
-        return branch.lora_A, branch.lora_B * branch.scaling, 1.0
-    return branch.lora_A, branch.lora_B, branch.scaling
+_NAMES = {c.symbol: c.name for c in COEFFICIENTS}
+
+
+def _adapter(plan: Plan, held: Held) -> Adapter:
+    # What one adapter makes of the layer. In training a branch with a share of the base reads another base product.
+    y = held.method.apply(Linear(plan.weight, plan.bias), held)
+    vectors: dict[str, Tensor | None] = {"p_b": y.p_b, "g_b": y.g_b}
+    A = B = None
+    s = 1.0
+    if y.branches:
+        ((A, B, s, _, d, p_d, g_d, _, _),) = y.branches
+        vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
+        if isinstance(s, Tensor):
+            # The op wants a number, and one from the device would make the host wait.
+            vectors["d"], s = rank_scale(y.branches[0]), 1.0
+    bias = y.whole_bias()
+    own = None if bias is plan.bias else bias
+    return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
 
 
 # Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
@@ -104,65 +123,55 @@ def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
 _tables: WeakKeyDictionary[nn.Module, tuple[list, AdapterTable]] = WeakKeyDictionary()
 
 
-def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTable | list[tuple]:
+def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapter]:
     # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
     # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
     key: list[Any] = [x.dtype, x.device]
     plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-    for b in branches:
-        A, B, s = b.lora_A, b.lora_B, b.scaling
-        plain = plain and type(s) is float
-        key += id(A), id(B), A.shape, A.dtype, s
-    if not plain:
-        return [_adapter(b) for b in branches]
+    for h in plan.held:
+        # The table of whole matrices shows what they hold. What is made of an adapter's tensors would be of one moment.
+        plain = plain and h.method.alone is not None and type(h.numbers[0]) is float and h.tensors[2] is None
+        if not plain:
+            return [_adapter(plan, h) for h in plan.held]
+        A, B, _ = h.tensors
+        key += id(A), id(B), A.shape, A.dtype, h.numbers[0]
     known = _tables.get(layer)
     if known is not None and known[0] == key:
         return known[1]
-    adapters = [_adapter(b) for b in branches]
-    table = table_of(adapters, x, x.dtype)
+    table = table_of([_adapter(plan, h) for h in plan.held], x, x.dtype)
     # A table of copies would miss what training does to the originals.
-    if all(t is w for t, w in zip(table.weights, (w for b in branches for w in b[1:3]), strict=True)):
+    if all(t is w for t, w in zip(table.weights, (w for h in plan.held for w in h.tensors[:2]), strict=True)):
         _tables[layer] = key, table
     return table
 
 
-def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
-    # lora_bias is part of the branch: each sequence gets its adapter's, scaled; row 0 is for those without one.
-    dtype = accumulate_dtype(y.dtype)
-    rows = [y.new_zeros(y.shape[-1], dtype=dtype)]
-    rows += [rows[0] if b.bias is None else b.bias.to(dtype) * b.scaling for b in branches]
-    each = torch.stack(rows)[ids.long() + 1]
-    return (y + each.view(ids.numel(), *[1] * (y.dim() - 2), y.shape[-1])).to(y.dtype)
-
-
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
-    """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
-    weight, bias, branches = plan
+    """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
+    weight, bias, held = plan
     names, drops = [], []
-    dropping = biased = False
-    for b in branches:  # loops rather than expressions: a frame each is what a small layer's time goes into
-        names.append(b.name)
-        drops.append(b.dropout_p)
-        dropping = dropping or b.dropout_p > 0.0
-        biased = biased or b.bias is not None
+    dropping = False
+    for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
+        names.append(h.name)
+        drops.append(h.dropout_p)
+        dropping = dropping or h.dropout_p > 0.0
     ids = batch.ids(tuple(names), x.device)
-    adapters = _table(layer, branches, x)
-    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
-    return _branch_bias(y, branches, ids) if biased else y
+    adapters = _table(layer, plan, x)
+    return multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
 
 
-def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[Linear], bool]) -> str | None:
+def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[LoraLinear], bool]) -> str | None:
     """Why ``adapter_names`` cannot train this model, or None. Without accelerated layers the reason is empty."""
     adapters = set(names) - {BASE}
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not any(isinstance(layer, Linear) and wanted(layer) for _, layer in layers):
+    if not any(isinstance(layer, LoraLinear) and wanted(layer) for _, layer in layers):
         return ""
     for name, layer in layers:
-        if isinstance(layer, Linear) and not wanted(layer):
+        if isinstance(layer, LoraLinear) and not wanted(layer):
             return f"{name} is not accelerated"
-        for adapter in layer.lora_variant:
-            if adapter in adapters:
-                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(layer.lora_variant[adapter]).__name__})"
+        for adapter, variant in layer.lora_variant.items():
+            method = variant_of(type(variant))
+            if adapter in adapters and (method is None or not method.mixed):
+                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(variant).__name__})"
     return None
 
 
