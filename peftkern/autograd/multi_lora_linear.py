@@ -26,7 +26,7 @@ from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, rows_of
+from .shapes import as_shape, autocast_dtype, cast, cast_base, escaped, no_transforms, rows_of, unlooked
 
 _fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
@@ -129,10 +129,14 @@ class MultiLoRALinearFunction(torch.autograd.Function):
                 dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
                 need_x, need_bias, list(need),
             )  # fmt: skip
+            dx = dx.view(ctx.x_shape) if need_x else None
             grads = dx, dbias, [g if n else None for g, n in zip(grads, need, strict=True)]
         dx, dbias, grads = grads
-        dx = cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
+        dx = cast(dx, ctx.x_dtype) if need_x else None
         return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * bases, *grads
+
+
+_apply = unlooked(MultiLoRALinearFunction)
 
 
 def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
@@ -167,7 +171,8 @@ def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
     if torch.is_grad_enabled() and (batch.now is not None or torch._C._get_tracing_state() is None):
         for t in (x, bias, *weights):
             if t is not None and t.requires_grad:
-                return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
+                apply = MultiLoRALinearFunction.apply if batch.now is None or escaped(x) else _apply
+                return apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
     given = x if batch.autocast is None else cast(x, batch.autocast)
     return batch.forward(given, base.tensors, bias, weights, False)
 
