@@ -11,8 +11,11 @@ from ._version import __version__
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .many.bank import AdapterBank
+from .methods import FUNCTIONS
 from .nn.lora import LoRALinear
 from .ops.dropout_mask import dropout_mask
+
+globals().update(FUNCTIONS)
 
 # Names that need HF PEFT or transformers are looked up at first use.
 _LAZY = {
@@ -21,7 +24,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *_LAZY,
+    "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

@@ -70,3 +70,13 @@ def check_number(name: str, value) -> None:
     """A real Python number (not a bool)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
+def check_factor(name: str, value: torch.Tensor, device: torch.device, like: str) -> None:
+    """A floating point tensor of one element, on the device of the argument called ``like``."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float or a floating point tensor, got dtype {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected {device} like {like}")

@@ -41,11 +41,12 @@ inline int check_threads(int threads) {
   return threads;
 }
 
-// Each adds the functions of one group: base product, branch of one adapter, lora_linear as a whole, many
-// adapters, the check of a call plan, kernels on a GPU.
+// Each adds the functions of one group: base product, branch of one adapter, lora_linear as a whole, row
+// norms, many adapters, the check of a call plan, kernels on a GPU.
 void bind_base(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_lora_linear(pybind11::module_& m);
+void bind_lora_row_norm(pybind11::module_& m);
 void bind_multi_lora_linear(pybind11::module_& m);
 void bind_unchanged(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);

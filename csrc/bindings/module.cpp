@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
   bind_base(m);
   bind_lora(m);
   bind_lora_linear(m);
+  bind_lora_row_norm(m);
   bind_multi_lora_linear(m);
   m.def("forget_plans", [] { plans.clear(); }, "Forget what ..._learn was told.");
   bind_unchanged(m);

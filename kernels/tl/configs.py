@@ -142,6 +142,15 @@ def adapter_grad(
     return LaunchConfig(64, 64, 0, min(rank, 32), warps=4, stages=3)
 
 
+# Columns of W that a program adds up, whatever the tiles.
+STRIP = 512
+
+
+def row_norm(R: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Row norms of W + s B A. Bytes decide, and every tile is met by as many ranks as it has room for."""
+    return LaunchConfig(64, 64, 0, rank_block(R, 32), warps=4, stages=2)
+
+
 def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:
     """(row ranges, rows of a range): enough programs for the chip, each of at least four tiles."""
     columns = cdiv(C, config.block_c) * max(1, cdiv(R, config.rank))
@@ -169,7 +178,7 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
     return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
 
 
-_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges"} | {
+_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm"} | {
     f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")
 }
 

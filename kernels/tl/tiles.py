@@ -3,7 +3,7 @@
 An fp32 operand meets the tensor cores as a sum of bf16 terms: a = a0 + a1 + a2, each the rounding of what is left.
 Three terms hold all 24 significant bits, two hold 16; a bf16 tile is one term and an fp16 tile is exactly two. fp16
 terms are never used: lora_B is tiny early in training and would fall below their range. Of the products a_i b_j those
-with i + j below the larger number of terms are kept, smallest first; an ``a`` has at most two terms.
+with i + j below the larger number of terms are kept, smallest first.
 
 ``terms == 0`` stands for "native": both operands enter as they are, in one dtype.
 
@@ -82,7 +82,10 @@ def split_dot(a, b, acc, A_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION
             a0 = a
         else:
             a0 = bf16_term(a.to(tl.float32))
-            a1 = bf16_term(a.to(tl.float32) - a0.to(tl.float32))
+            a_rest = a.to(tl.float32) - a0.to(tl.float32)
+            a1 = bf16_term(a_rest)
+        if A_TERMS > 2:
+            acc = dot(bf16_term(a_rest - a1.to(tl.float32)), b0, acc, PRECISION)
         if B_TERMS > 2:
             acc = dot(a0, bf16_term(b_rest - b1.to(tl.float32)), acc, PRECISION)
             if A_TERMS > 1:

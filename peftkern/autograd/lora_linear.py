@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..backends.cpu import call as native
 from ..bases.base import Base, base_of, kind_of
-from ..checks import accumulate_dtype, check_number, check_tensor
+from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
-from ..equation import NO_SCALES, Needs, Scales, fold, names
-from ..ops.dropout_mask import check_p, seed_tensor
+from ..equation import NO_SCALES, PLACES, Needs, Scales, fold, names
+from ..ops.dropout_mask import acting, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
 from .shapes import as_shape, autocast_dtype, cast, cast_base, escaped, no_transforms, rows_of, unlooked
@@ -177,12 +177,7 @@ def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[T
 
 def _scaled(d: Tensor | None, scaling: Tensor, R: int, x: Tensor) -> Tensor:
     # A tensor of one element becomes part of d: O(R), differentiable, never read by the host.
-    if not scaling.is_floating_point():
-        raise TypeError(f"scaling must be a float or a floating point tensor, got dtype {scaling.dtype}")
-    if scaling.numel() != 1:
-        raise ValueError(f"scaling must have one element, got shape {tuple(scaling.shape)}")
-    if scaling.device != x.device:
-        raise ValueError(f"scaling is on {scaling.device}, expected {x.device} like x")
+    check_factor("scaling", scaling, x.device, "x")
     dtype = accumulate_dtype(x.dtype)
     folded = scaling.to(dtype).reshape(1)
     return folded.expand(R) if d is None else folded * d.to(dtype)
@@ -232,9 +227,12 @@ def _cast_all(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, other: tor
 
 def lora_linear_with(
     x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None = None,
-    options: Options = _PLAIN_OPTIONS, coefficients: Mapping[str, Tensor | None] | None = None,
+    options: Options = _PLAIN_OPTIONS, coefficients: Mapping[str, Tensor | None] | Scales | None = None,
 ) -> Tensor:  # fmt: skip
-    """``lora_linear`` on any base, with coefficients by name: rows of peftkern/equation.py. Raises as ``lora_linear``."""
+    """``lora_linear`` on any base, with coefficients by name, rows of peftkern/equation.py, or a vector at each place.
+
+    Raises as ``lora_linear``.
+    """
     base, now = base_of(weight), current() if nobody_watches() else None
     if now is None:
         no_transforms("lora_linear")
@@ -244,10 +242,12 @@ def lora_linear_with(
         and type(lora_B) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
     )
+    by_place = type(coefficients) is Scales
     if now is None or not plain or coefficients:
-        _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **(coefficients or {})})
+        named = {names(at.symbol): v for at, v in zip(PLACES, coefficients)} if by_place else coefficients or {}
+        _check(x, base, {"lora_A": lora_A, "lora_B": lora_B, "bias": bias, **named})
     scaling, dropout_p, seed = options
-    scales = None if coefficients is None else tuple(fold(coefficients, x))
+    scales = None if coefficients is None else tuple(coefficients if by_place else fold(coefficients, x))
     if now is None and torch._C._get_tracing_state() is not None:
         return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
     if type(scaling) is not float:
@@ -328,8 +328,7 @@ def lora_linear(
     ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """
     if type(dropout_p) is not float or dropout_p != 0.0:
-        check_p(dropout_p)
-        dropout_p = float(dropout_p) if training else 0.0
+        dropout_p = acting(dropout_p, training)
     coefficients = None
     if not (
         rank_scale is None

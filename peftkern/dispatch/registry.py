@@ -214,7 +214,8 @@ def caller(name: str) -> Callable:
     op, overload = OPS[name], getattr(torch.ops.peftkern, name).default
 
     def call(*args):
-        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(args[0]):
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        if not nobody_watches() or torch._C._functorch.is_legacy_batchedtensor(first):
             if not torch.compiler.is_compiling():
                 _tell_flop_counters()
             return overload(*args)

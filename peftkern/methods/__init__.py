@@ -1,6 +1,12 @@
-"""The methods that this package serves. ``registry`` says what an entry is; ``linear`` and ``tuner`` are what entries share."""
+"""The methods that this package serves, a file each, in folders by what they do to a layer.
 
-from . import linear, lora
-from .registry import METHODS, Branch, Method, Plan, loaded, method_of, register
+``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
+"""
 
-__all__ = ["METHODS", "Branch", "Method", "Plan", "linear", "loaded", "lora", "method_of", "register"]
+from . import low_rank, scale
+from .registry import METHODS, Held, Method, Plan, method_of, register
+
+# The functional forms, by name.
+FUNCTIONS = {m.function.__name__: m.function for m in METHODS.values() if m.function is not None}
+
+__all__ = ["FUNCTIONS", "METHODS", "Held", "Method", "Plan", "low_rank", "method_of", "register", "scale"]

@@ -1,17 +1,149 @@
-"""Family L: a linear layer with one linear branch, whose coefficients are the method's."""
+"""Family L: a linear layer with linear branches, whose coefficients are the methods'.
+
+    y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
+
+A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
+bias changed. ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import NamedTuple
 
-from ..autograd.lora_linear import lora_linear
-from .registry import Plan
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..autograd.lora_linear import Options, lora_linear_with
+from ..checks import accumulate_dtype
+from ..equation import Scales
+from ..ops.dropout_mask import dropout_mask
 
 
-def run(layer: nn.Module, plan: Plan, x: Tensor) -> Tensor:
-    """y of a layer with one adapter, its scale vectors included: one fused call."""
-    weight, bias, (b,) = plan
-    p = b.dropout_p
-    return lora_linear(
-        x, weight, b.lora_A, b.lora_B, bias=bias, scaling=b.scaling, dropout_p=p, training=p > 0.0, **b.scales
-    )
+class Branch(NamedTuple):
+    """lora_A (R, K), lora_B (N, R), and the branch's scales. ``seed``: of its dropout, as in ``lora_linear``.
+
+    ``share`` (N): this much of the base product of the branch's input too, share * (drop(x) W^T).
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    d: Tensor | None = None
+    p_d: Tensor | None = None
+    g_d: Tensor | None = None
+    share: Tensor | None = None
+    seed: int | Tensor | None = None
+
+
+class Linear(NamedTuple):
+    """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias.
+
+    Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
+    """
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None = None
+    branches: tuple[Branch, ...] = ()
+    p_b: Tensor | None = None
+    g_b: Tensor | None = None
+    added: Tensor | None = None
+
+    def add(self, branch: Branch) -> Linear:
+        """With one more branch."""
+        weight, bias, branches, p_b, g_b, added = self
+        return Linear(weight, bias, (*branches, branch), p_b, g_b, added)
+
+    def add_bias(self, term: Tensor) -> Linear:
+        """With a vector (N) added to the bias."""
+        return self._replace(added=term if self.added is None else self.added + term)
+
+    def scaled(self, g: Tensor) -> Linear:
+        """All but the base's own bias times g (N)."""
+        branches = tuple(
+            b._replace(g_d=times(b.g_d, g), share=None if b.share is None else b.share * g) for b in self.branches
+        )
+        added = None if self.added is None else self.added * g
+        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added)
+
+
+def times(scale: Tensor | None, factor: Tensor) -> Tensor:
+    """A scale, None for 1, times a factor."""
+    return factor if scale is None else scale * factor
+
+
+def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
+    """A scaling as vectors in fp32 (fp64 for fp64 ``like``) are multiplied by it."""
+    return scaling.to(accumulate_dtype(like.dtype)) if isinstance(scaling, Tensor) else scaling
+
+
+def run(y: Linear, x: Tensor) -> Tensor:
+    """y of x (..., K): one fused call, but for further branches that drop and for a branch with a share of the base."""
+    weight, bias, branches, p_b, g_b, added = y
+    if added is not None:
+        bias = added if bias is None else bias.to(accumulate_dtype(bias.dtype)) + added
+    if not branches:
+        none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
+        return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
+    others: tuple[Branch, ...] = ()
+    if len(branches) > 1 or branches[0].share is not None:
+        fused, others = _fused(branches, x)
+    else:
+        (fused,) = branches
+    A, B, scaling, p, d, p_d, g_d, _, seed = fused
+    plain = d is None and p_d is None and g_d is None and p_b is None and g_b is None
+    scales = None if plain else Scales(d, p_b, p_d, g_b, g_d)
+    result = lora_linear_with(x, weight, A, B, bias, Options(scaling, p, seed), scales)
+    for branch in others:
+        result = result + _alone(weight, branch, x).to(result.dtype)
+    return result
+
+
+def _fused(branches: tuple[Branch, ...], x: Tensor) -> tuple[Branch, tuple[Branch, ...]]:
+    # Masks are independent, so one branch that drops can share the op with the base: one that does, since that costs the
+    # composition the most memory. Branches without dropout add up to one. What has a share of the base is apart.
+    apart = tuple(b for b in branches if b.share is not None)
+    rest = tuple(b for b in branches if b.share is None)
+    dropping = [b for b in rest if b.dropout_p > 0.0]
+    if not rest:
+        nothing = apart[0]
+        return Branch(nothing.lora_A[:0], nothing.lora_B[:, :0]), apart
+    if not dropping:
+        return (rest[0] if len(rest) == 1 else _stacked(rest, x)), apart
+    return dropping[0], (*apart, *(b for b in rest if b is not dropping[0]))
+
+
+def _stacked(branches: tuple[Branch, ...], x: Tensor) -> Branch:
+    # Ranks one below the other. Scalings become a scale of the ranks, unless all are the same; scales of the input and of
+    # the output differ from branch to branch, so they go into the matrices.
+    A = torch.cat([b.lora_A if b.p_d is None else (b.lora_A * b.p_d).to(b.lora_A.dtype) for b in branches])
+    B = torch.cat([b.lora_B if b.g_d is None else (b.lora_B * b.g_d[:, None]).to(b.lora_B.dtype) for b in branches], 1)
+    first = branches[0].scaling
+    if all(b.d is None and not isinstance(b.scaling, Tensor) and b.scaling == first for b in branches):
+        return Branch(A, B, first)
+    ones = x.new_ones((), dtype=accumulate_dtype(x.dtype))
+    d = [times(b.d, ones).expand(b.lora_A.shape[0]) * wide(b.scaling, x) for b in branches]
+    return Branch(A, B, d=torch.cat(d))
+
+
+def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:
+    # A branch by itself. With a share of the base, both read the same dropped input.
+    dropped = drop(x, b.dropout_p, b.seed)
+    if b.share is not None:
+        scales = Scales(b.d, None, b.p_d, b.share, b.g_d)
+        return lora_linear_with(dropped, weight, b.lora_A, b.lora_B, None, Options(b.scaling), scales)
+    down = dropped.to(b.lora_A.dtype) if b.p_d is None else (dropped * b.p_d).to(b.lora_A.dtype)
+    u = F.linear(down, b.lora_A)
+    delta = F.linear(u if b.d is None else (u * b.d).to(b.lora_B.dtype), b.lora_B)
+    return (delta if b.g_d is None else delta * b.g_d) * b.scaling
+
+
+def drop(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """x with elements dropped and the others divided by 1 - p; with a seed the bits are those of ``dropout_mask``."""
+    if p == 0.0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    keep = dropout_mask(x.numel() // x.shape[-1], x.shape[-1], p, seed, x.device).view(x.shape)
+    return torch.where(keep, x / (1.0 - p), 0.0)

@@ -22,7 +22,7 @@ class NotCovered(Exception):
 
 
 def read(module: nn.Module, name: str) -> Any:
-    """A parameter of a part of a layer, or None, as it is now."""
+    """A parameter or buffer of a part of a layer, or None, as it is now."""
     # nn.Module.__getattr__ costs more than the rest of a look; it stays for weights that are plain attributes (FSDP's
     # views, replicas of DataParallel).
     parameters = module._parameters
@@ -146,14 +146,27 @@ class Look:
         return only_aligns(self.module, cls)
 
     def tensor(self, name: str, *, frozen: bool = False) -> Any:
-        """A parameter of this part, or None. ``frozen``: whether it requires a gradient is part of the look."""
-        record, own = self.record, self._own["_parameters"]
+        """A parameter or buffer of this part, or None. ``frozen``: whether it requires a gradient is part of the look."""
+        record = self.record
         t = record.read(self.module, name)
+        held_by = "_buffers" if name in self._own["_buffers"] else "_parameters"
+        own = self._own[held_by]
         if name in own and own[name] is t and (t is None or type(t) in PLAIN_TENSORS):
-            record.slots.append((self._inside("_parameters"), name, t, frozen))
+            record.slots.append((self._inside(held_by), name, t, frozen))
         else:
             record.whole = False
         return t
+
+    def holds(self, name: str) -> bool:
+        """Whether this part, a dict of modules or of tensors, has an entry of this name."""
+        if self.part(name) is not None:
+            return True
+        kinds = ("_parameters", "_buffers")
+        if any(name in self._own[kind] for kind in kinds):
+            return True
+        for kind in kinds:
+            self._inside(kind)[name] = ABSENT
+        return False
 
     def without_gradient(self, name: str, t: Tensor) -> Tensor:
         """This tensor without the gradient that FSDP1's views ask for even if the parameter is frozen."""

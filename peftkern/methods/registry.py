@@ -1,45 +1,54 @@
 """The methods that this package serves: one entry each, walked by ``accelerate``, the parity test and the benchmark.
 
-An entry says which layer of a library it stands for, what that layer computes (``plan``) and who computes it (``run``).
-Importing it imports no library.
+An entry says which layer of a library it stands for, what it reads of such a layer (``held``), and its equation
+(``apply``). Importing it imports no library.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .linear import Linear, run
 from .look import Look
 
-NO_SCALES: Mapping[str, Tensor] = MappingProxyType({})
 
+class Held(NamedTuple):
+    """What a layer holds of one active adapter.
 
-class Branch(NamedTuple):
-    """One active adapter of a layer.
-
-    ``scales``: its scale vectors by the names that ``lora_linear`` has for them.
+    ``tensors``, ``numbers``: as the method's ``held`` read them and its ``apply`` takes them. The first tensor has the
+    adapter's dtype. ``rank``: R, 0 without a branch. ``dropout_p``: of the branch's input, 0 outside of training.
     """
 
     name: str
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float | Tensor
-    dropout_p: float  # 0 outside of training
-    scales: Mapping[str, Tensor] = NO_SCALES
+    method: Method
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[Any, ...] = ()
+    dropout_p: float = 0.0
+    rank: int = 0
 
 
 class Plan(NamedTuple):
-    """A layer whose forward is y = x W^T + bias + sum of branches, or, in a mixed batch, the branch of each row."""
+    """What a call of a layer computes: its base, to which each adapter in turn applies its method."""
 
     weight: Tensor  # (N, K)
     bias: Tensor | None
-    branches: list[Branch]
+    held: list[Held]
+
+    def run(self, x: Tensor) -> Tensor:
+        """y of x (..., K)."""
+        weight, bias, held = self
+        first = held[0]
+        if len(held) == 1 and first.method.alone is not None:
+            return first.method.alone(weight, bias, first, x)
+        y = Linear(weight, bias)
+        for adapter in held:
+            y = adapter.method.apply(y, adapter)
+        return run(y, x)
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,20 @@ class Method:
     Attributes:
         name: as its paper calls it. taxonomy: additive, selective, reparameterised or hybrid. family: of the kernels that
             serve it (L: a GEMM and a linear branch).
-        layer: dotted name of the library's class, whose ``forward`` gets the input first.
-        plan: the look at such a layer, and the adapters of a mixed batch or None -> what it computes. It reads through the
-            look alone, and raises ``NotCovered`` with the reason where the library's own code has to run.
-        run: (layer, plan, x) -> y.
+        layer: dotted name of the library's class, whose ``forward`` gets the input first; or of the class whose instance
+            says that a layer of another method computes this one for an adapter (``variant``); None without a library.
+        adapters: the layer's dict that has an entry for each adapter.
+        held: (look at such a layer, adapter, (N, K)) -> what it holds of the adapter. It reads through the look alone, and
+            raises ``NotCovered`` with the reason where the library's own code has to run.
+        apply: the equation: (layer so far, adapter) -> layer with this adapter.
+        alone: (weight, bias, adapter, x) -> y of a layer with this adapter alone, at once: for a method whose small layers
+            would spend their time on the steps between.
+        plan: (look, the adapters of a mixed batch or None) -> the plan, for layers that are no tuner of HF PEFT.
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
-        op: the op that ``run`` calls. mixed: whether rows of a batch may have adapters of their own.
+        function: the functional form, for those who have no library. trains: whether training is covered.
+        op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
+        mixed: whether rows of a batch may have adapters of their own.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``.
         tested: library -> the oldest and the newest release that the tests know, as (major, minor).
@@ -64,41 +80,76 @@ class Method:
     name: str
     taxonomy: str
     family: str
-    layer: str
-    plan: Callable[[Look, Iterable[str] | None], Plan]
-    run: Callable[[nn.Module, Plan, Tensor], Tensor]
-    examples: Callable[[int, int], Mapping[str, nn.Module]]
+    layer: str | None
+    apply: Callable[[Linear, Held], Linear]
     op: str
     saves: str
     merges: str
-    tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    examples: Callable[[int, int], Mapping[str, nn.Module]] | None = None
+    tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
+    function: Callable[..., Tensor] | None = None
+    trains: bool = True
+    held: Callable[[Look, str, tuple[int, int]], Held] | None = None
+    adapters: str = ""
+    alone: Callable[[Tensor, Tensor | None, Held, Tensor], Tensor] | None = None
+    plan: Callable[[Look, Iterable[str] | None], Plan] | None = None
+    coefficients: tuple[str, ...] = ()
+    variant: bool = False
     peft_type: str | None = None
     mixed: bool = False
 
 
-METHODS: dict[str, Method] = {}  # by the dotted name of the layer
+METHODS: dict[str, Method] = {}  # by name
+_LAYERS: dict[str, Method] = {}  # by the dotted name of the layer, or of the variant
 
 
 def register(method: Method) -> Method:
-    """Add a method. Raises ValueError if its layer has one already."""
-    if method.layer in METHODS:
-        raise ValueError(f"{method.layer} is {METHODS[method.layer].name}'s already")
-    METHODS[method.layer] = method
+    """Add a method. Raises ValueError if its name or its layer is taken."""
+    other = METHODS.get(method.name) or _LAYERS.get(method.layer or "")
+    if other is not None:
+        raise ValueError(f"{method.layer or method.name} is {other.name}'s already")
+    METHODS[method.name] = method
+    if method.layer is not None:
+        _LAYERS[method.layer] = method
     return method
 
 
-def loaded(dotted: str) -> type | None:
+def unregister(method: Method) -> None:
+    """Take a method out again."""
+    del METHODS[method.name]
+    _LAYERS.pop(method.layer or "", None)
+
+
+def loaded(dotted: str | None) -> type | None:
     """The class of this dotted name if its module has been imported, else None."""
-    module, _, name = dotted.rpartition(".")
+    module, _, name = (dotted or "").rpartition(".")
     return getattr(sys.modules.get(module), name, None)
+
+
+def _of(cls: type) -> Method | None:
+    method = _LAYERS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return method if method is not None and loaded(method.layer) is cls else None
 
 
 def method_of(cls: type) -> Method | None:
     """The method whose layer is exactly this class: a subclass may compute anything."""
-    method = METHODS.get(f"{cls.__module__}.{cls.__qualname__}")
-    return method if method is not None and loaded(method.layer) is cls else None
+    method = _of(cls)
+    return None if method is None or method.variant else method
+
+
+def variant_of(cls: type) -> Method | None:
+    """The method that an instance of exactly this class makes of an adapter."""
+    method = _of(cls)
+    return method if method is not None and method.variant else None
+
+
+def layers() -> list[tuple[type, Method]]:
+    """The classes of layers that are loaded, with their methods."""
+    found = ((loaded(m.layer), m) for m in METHODS.values() if not m.variant)
+    return [(cls, method) for cls, method in found if cls is not None]
 
 
 def checkpoint_types() -> list[str]:
     """The ``peft_type`` of the adapters that rows of a batch may have each their own of."""
-    return [method.peft_type for method in METHODS.values() if method.mixed and method.peft_type is not None]
+    types = (method.peft_type for method in METHODS.values() if method.mixed)
+    return list(dict.fromkeys(t for t in types if t is not None))

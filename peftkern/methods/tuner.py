@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .look import PLAIN_TENSORS, Look, NotCovered
-from .registry import loaded
+from .registry import Method, Plan, loaded
+
+
+def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan:
+    """What a call of this layer computes; ``mixed``: the adapters of a batch in which each row takes one of them."""
+    check_state(look)
+    weight, bias = base(look)
+    shape = weight.shape
+    return Plan(weight, bias, [method.held(look, name, shape) for name in adapters(look, method.adapters, mixed)])
 
 
 def check_state(look: Look) -> None:
@@ -49,12 +57,12 @@ def base(look: Look) -> tuple[Tensor, Tensor | None]:
 def adapters(look: Look, held_by: str, mixed: Iterable[str] | None) -> list[str]:
     """The adapters of a call that the layer has: the active ones, or those of a mixed batch.
 
-    ``held_by``: name of the dict of modules that has an entry for each adapter.
+    ``held_by``: name of the dict that has an entry for each adapter.
     """
     active = look.value("_active_adapter")
     asked = list(mixed) if mixed is not None else [active] if isinstance(active, str) else active
     parts = look.part(held_by)
-    found = [name for name in asked if parts.part(name) is not None]
+    found = [name for name in asked if parts.holds(name)]
     if found:
         return found
     present = list(parts.module)
@@ -79,13 +87,44 @@ def number(scaling: Any, name: str) -> float | Tensor:
     return scaling
 
 
-def drop_probability(dropout: Look, name: str) -> float:
-    """p of an adapter's dropout module, 0 where it does not act."""
+def tensors(look: Look, name: str, shapes: Mapping[str, tuple[int | None, ...] | None]) -> list[Tensor]:
+    """An adapter's tensors in these dicts of the layer, all of one dtype. None: any size, or any shape."""
+    found = []
+    for held_by, shape in shapes.items():
+        part = look.part(held_by)
+        t = part.tensor(name) if part is not None and part.holds(name) else None
+        if type(t) not in PLAIN_TENSORS:
+            raise NotCovered(f"{held_by} of {name!r} is no plain tensor")
+        if shape is not None and (len(shape) != t.dim() or any(n not in (None, m) for n, m in zip(shape, t.shape))):
+            raise NotCovered(f"{held_by} of {name!r} has shape {tuple(t.shape)}, expected {shape}")
+        found.append(t)
+    if len({t.dtype for t in found}) > 1:
+        raise NotCovered(f"the tensors of {name!r} differ in dtype")
+    return found
+
+
+def drop_probability(look: Look, held_by: str, name: str) -> float:
+    """p of an adapter's dropout module in this dict of the layer, 0 where it does not act."""
+    dropout = look.part(held_by).part(name)
+    if dropout is None:
+        raise NotCovered(f"adapter {name!r} lacks a part")
     if type(dropout.module) is nn.Identity:
-        dropout.require(nn.Identity, "lora_dropout")
+        dropout.require(nn.Identity, held_by)
         return 0.0
-    dropout.require(nn.Dropout, "lora_dropout")
+    dropout.require(nn.Dropout, held_by)
     p = dropout.value("p")
     if dropout.value("inplace") or not 0.0 <= p < 1.0:
         raise NotCovered(f"the dropout of {name!r} is in place or drops everything")
     return p if dropout.value("training") else 0.0
+
+
+def layer(linear: nn.Module, config: Any, *more: Any) -> nn.Module:
+    """A model of this layer alone, with an adapter for each of these PEFT configs, all of them active."""
+    import peft
+
+    model = peft.get_peft_model(nn.Sequential(linear), config)
+    for name, another in enumerate(more):
+        model.add_adapter(str(name), another)
+    if more:
+        model.base_model.set_adapter(list(model.peft_config))
+    return model

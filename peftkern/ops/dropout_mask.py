@@ -74,6 +74,12 @@ def check_p(p: float, name: str = "dropout_p") -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
+def acting(dropout_p: float, training: bool) -> float:
+    """The probability that acts: 0 outside of training. Raises as ``check_p``."""
+    check_p(dropout_p)
+    return float(dropout_p) if training else 0.0
+
+
 def check_seed(seed: Tensor, device: torch.device | None = None) -> None:
     """Raise unless ``seed`` is one int64 element (on ``device``)."""
     if not isinstance(seed, Tensor):

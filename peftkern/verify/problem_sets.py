@@ -2,6 +2,7 @@
 
     DTYPE:SEED[:large]           lora_linear; ``large``: M K N above 2^31
     multi:DTYPE:SEED[:KIND]      multi_lora_linear, or sgmv (a quarter of them), on a list or a bank (three in ten)
+    norm:DTYPE:SEED[:cancel]     lora_row_norm; ``cancel``: of what the branch leaves of its own negative, rounded
 
 KIND: ``segment`` (10,000 rows, all with one adapter), ``rows`` (65,600 rows), ``base`` (no row has an adapter), ``wide``
 (a rank of 512 beside a rank of 1).
@@ -95,7 +96,13 @@ def _many(dtype: torch.dtype, seed: int, kind: str, limits: dict):
     return problem
 
 
-_MAKE = {"lora_linear": _single, "multi_lora_linear": _many}
+def _norm(dtype: torch.dtype, seed: int, kind: str, limits: dict):
+    from peftkern.testing.norm_problems import random_norm_problem
+
+    return random_norm_problem(seed, dtype, cancel=kind == "cancel", **limits)
+
+
+_MAKE = {"lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm}
 SETS = {
     s.op: s
     for s in (
@@ -106,6 +113,9 @@ SETS = {
         ProblemSet(
             "multi_lora_linear", "multi:", ("segment", "rows", "base", "wide"), frozenset({"segment", "rows", "wide"}),
             dict(max_M=96, max_KN=160, max_R=40, max_adapters=5), "of special kinds",
+        ),
+        ProblemSet(
+            "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40), "where W and the branch cancel",
         ),
     )
 }  # fmt: skip

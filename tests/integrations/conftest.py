@@ -12,7 +12,8 @@ from torch import nn
 import peftkern
 from peftkern.integrations import hf_peft
 from peftkern.integrations.hf_peft import mixed as hf_peft_mixed
-from peftkern.methods import lora
+from peftkern.methods import linear
+from peftkern.methods.low_rank import lora
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -165,14 +166,15 @@ def zoo():
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The list of calls of the fused function (their keyword arguments), to see which layers ran it."""
-    calls = []
+    """The list of calls of the fused function (their arguments after the matrices), to see which layers ran it."""
+    calls, compute = [], linear.lora_linear_with
 
-    def counting(x, weight, lora_A, lora_B, **options):
+    def counting(x, weight, lora_A, lora_B, *options, **more):
         calls.append(options)
-        return peftkern.lora_linear(x, weight, lora_A, lora_B, **options)
+        return compute(x, weight, lora_A, lora_B, *options, **more)
 
-    monkeypatch.setattr(lora, "lora_linear", counting)
+    for module in (linear, lora):
+        monkeypatch.setattr(module, "lora_linear_with", counting)
     return calls
 
 

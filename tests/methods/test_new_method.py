@@ -8,8 +8,10 @@ from torch import nn
 
 import peftkern
 from peftkern.integrations import hf_peft
-from peftkern.methods import METHODS, Branch, Method, Plan, linear, register
+from peftkern.methods import Held, Method, Plan, register
+from peftkern.methods.linear import Branch
 from peftkern.methods.look import NotCovered
+from peftkern.methods.registry import unregister
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
@@ -48,8 +50,13 @@ def plan(look, mixed=None):
     for name, part in parts.items():
         part.require(nn.Linear, name)
     base, A, B = (part.tensor("weight", frozen=name == "base_layer") for name, part in parts.items())
-    scales = {"rank_scale": look.tensor("weights")}
-    return Plan(base, parts["base_layer"].tensor("bias"), [Branch("weighted", A, B, None, 1.0, 0.0, scales)])
+    adapter = Held("weighted", WEIGHTED, (A, B, look.tensor("weights")), rank=A.shape[0])
+    return Plan(base, parts["base_layer"].tensor("bias"), [adapter])
+
+
+def apply(y, adapter):
+    A, B, weights = adapter.tensors
+    return y.add(Branch(A, B, d=weights))
 
 
 WEIGHTED = Method(
@@ -58,9 +65,10 @@ WEIGHTED = Method(
     family="L",
     layer=f"{__name__}.Weighted",
     plan=plan,
-    run=linear.run,
+    apply=apply,
     examples=lambda K, N: {"linear": nn.Sequential(Weighted(K, N)), "higher rank": nn.Sequential(Weighted(K, N, 30))},
     op="lora_linear",
+    coefficients=("d",),
     saves="x, and (M, R) in fp32",
     merges="W + B diag(d) A",
     tested={},
@@ -73,7 +81,7 @@ def registered():
     yield WEIGHTED
     gc.collect()  # models of the test
     hf_peft.unpatch()
-    METHODS.pop(WEIGHTED.layer)
+    unregister(WEIGHTED)
 
 
 def test_parity(registered, parity):

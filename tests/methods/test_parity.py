@@ -11,18 +11,18 @@ from peftkern.methods import METHODS, registry
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
 
-@pytest.mark.parametrize("layer", METHODS)
-def test_parity(parity, layer):
-    parity(METHODS[layer])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer is not None])
+def test_parity(parity, name):
+    parity(METHODS[name])
 
 
-@pytest.mark.parametrize("layer", METHODS)
-def test_an_entry_is_complete(layer):
-    method = METHODS[layer]
-    assert method.layer == layer and method.taxonomy in ("additive", "selective", "reparameterised", "hybrid")
+@pytest.mark.parametrize("name", METHODS)
+def test_an_entry_is_complete(name):
+    method = METHODS[name]
+    assert method.name == name and method.taxonomy in ("additive", "selective", "reparameterised", "hybrid")
     assert method.family in ("L", "L+phi", "B", "R", "S", "P", "M")
     assert any(name.startswith(method.op) for name in dispatch.OPS), f"{method.name}: no op {method.op}"
-    assert method.name and method.saves and method.merges and method.tested
+    assert method.saves and method.merges and (method.tested or method.layer is None)
 
 
 def test_a_layer_has_one_method():

@@ -11,6 +11,13 @@ from peftkern.testing.accuracy import FACTOR, ulp
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def backend(request, monkeypatch):
+    """The definition, and what a user gets."""
+    monkeypatch.setenv("PEFTKERN_BACKEND", request.param)
+    return request.param
+
+
 def norm(weight, lora_A, lora_B, scaling):
     return torch.ops.peftkern.lora_row_norm([weight], "dense", lora_A, lora_B, scaling)
 
@@ -65,7 +72,8 @@ def test_nothing_to_add(N, K, R):
 
 
 def test_rows_go_in_parts(monkeypatch):
-    """None is left out or taken twice, however little scratch there is."""
+    """None is left out or taken twice by the reference, however little scratch there is."""
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
     t = operands(23, 17, 3)
     expected = eager(*(m.double() for m in t), -1.5)
     for scratch in (1, 17, 40, 17 * 22):

@@ -1,4 +1,5 @@
-// Sums over rows: what the launchers add to their arguments before a level's code runs.
+// What the launchers add to their arguments before a level's code runs: for sums over rows, parts and
+// scratch; for row norms, the adapters as panels.
 #pragma once
 
 #include "peftkern/cpu.h"
@@ -15,6 +16,13 @@ struct LoraReduceTask : LoraReduceArgs {
 struct ColumnDotTask : ColumnDotArgs {
   int64_t segments = 1;
   float* scratch = nullptr;
+};
+// v: b, and p: a, in fp32 with adjacent columns; rows of p end in zeros up to whole vectors.
+struct LoraRowNormTask : LoraRowNormArgs {
+  const float* v = nullptr;
+  int64_t ldv = 0;
+  const float* p = nullptr;
+  int64_t ldp = 0;
 };
 
 }  // namespace peftkern::cpu

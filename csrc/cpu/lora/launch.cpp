@@ -1,13 +1,15 @@
-// Launchers: choice of the level, and scratch for the sums over rows.
+// Launchers: choice of the level, scratch for the sums over rows, panels for row norms.
 #include "cpu/common/dispatch.h"
 #include "cpu/common/kept_scratch.h"
 #include "cpu/common/segments.h"
+#include "cpu/lora/steps.h"
 
 PEFTKERN_DISPATCH(dropout_mask, DropoutMaskArgs)
 PEFTKERN_DISPATCH(lora_expand, LoraExpandArgs)
 PEFTKERN_DISPATCH(scale_copy, ScaleCopyArgs)
 PEFTKERN_DISPATCH_LOCAL(lora_reduce_run, LoraReduceTask)
 PEFTKERN_DISPATCH_LOCAL(column_dot_run, ColumnDotTask)
+PEFTKERN_DISPATCH_LOCAL(lora_row_norm_run, LoraRowNormTask)
 
 namespace peftkern::cpu {
 namespace {
@@ -34,6 +36,16 @@ void column_dot(const ColumnDotArgs& args) {
   KeptScratch scratch;
   task.scratch = scratch.take(task.segments * padded(args.C));
   column_dot_run(task);
+}
+
+void lora_row_norm(const LoraRowNormArgs& args) {
+  LoraRowNormTask task{args};
+  KeptScratch scratch;
+  const Panel v = as_panel(args.b, args.N, args.R, 1.0f, nullptr, nullptr, args.threads, scratch);
+  const Panel p = as_panel(args.a, args.R, args.K, 1.0f, nullptr, nullptr, args.threads, scratch);
+  task.v = v.data, task.ldv = v.ld, task.p = p.data, task.ldp = p.ld;
+  task.threads = worth_threads(args.N * args.K * std::max<int64_t>(args.R, 1), args.threads);
+  lora_row_norm_run(task);
 }
 
 }  // namespace peftkern::cpu

@@ -91,6 +91,16 @@ struct ScaleCopyArgs {
   int threads;
 };
 void scale_copy(const ScaleCopyArgs& args);
+
+// out[n] = sqrt(sum_k (w[n, k] + scaling * sum_r b[n, r] * a[r, k])^2), any strides
+struct LoraRowNormArgs {
+  ConstMatrix w, a, b;
+  int64_t N, K, R;
+  float scaling;
+  float* out;
+  int threads;
+};
+void lora_row_norm(const LoraRowNormArgs& args);
 // --- end of low-rank branch ---
 
 // --- base product (base_*.cpp) ---

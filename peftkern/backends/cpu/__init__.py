@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...problem import Problem
 from ...settings import Settings
-from . import lora_linear, multi_lora_linear, native
+from . import lora_linear, lora_row_norm, multi_lora_linear, native
 
 NAME = "cpu"
 
@@ -24,4 +24,4 @@ def decline(problem: Problem, now: Settings) -> str | None:
     return None
 
 
-OPS = {**lora_linear.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS}
+OPS = {**lora_linear.OPS, **lora_row_norm.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS}

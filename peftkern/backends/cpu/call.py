@@ -1,14 +1,16 @@
-"""lora_linear's passes as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
+"""lora_linear's passes and row norms as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
 
     y                 = forward(settings, threads, x, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
     dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, weight, A, B, scaling, dropout_p, seed, scales,
                                  needs, K, R, adapter_dtype)
+    norm              = row_norm(threads, weight, A, B, scaling)
 
-Both return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...) or that nobody has
-looked at yet: the caller then checks and chooses with care, and hands its choice to ``learn_forward`` or
-``learn_backward`` (the same arguments, and the kind of base product: peftkern/dispatch/cpu_base.py). Shapes, dtypes and
-strides are checked natively at every call; what is looked up is the choice alone, under everything that it may depend on.
+All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), forward and backward
+also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
+``learn_forward`` or ``learn_backward`` (the same arguments, and the kind of base product: peftkern/dispatch/cpu_base.py).
+Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
+it may depend on.
 
 settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
 equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
@@ -72,16 +74,17 @@ def set_up(*, exports: bool = True) -> str | None:
     return None
 
 
+def nothing(*args) -> None:
+    """A native entry that is not there, or what there is to learn of a call for which nothing is chosen."""
+
+
 unavailable = set_up()
 if unavailable is None:
     forward, learn_forward = _C.lora_linear_forward, _C.lora_linear_forward_learn
     backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
+    row_norm = _C.lora_row_norm
 else:
-
-    def forward(*args) -> None:
-        """There is no native call here."""
-
-    learn_forward = backward = learn_backward = forward
+    forward = learn_forward = backward = learn_backward = row_norm = nothing
 
 
 def kind_of(c, way) -> str:

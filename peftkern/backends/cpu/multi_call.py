@@ -23,4 +23,4 @@ if call.unavailable is None:
     forward, learn_forward = _C.multi_lora_linear_forward, _C.multi_lora_linear_forward_learn
     backward, learn_backward = _C.multi_lora_linear_backward, _C.multi_lora_linear_backward_learn
 else:
-    adapters = add = learn_add = forward = learn_forward = backward = learn_backward = call.forward
+    adapters = add = learn_add = forward = learn_forward = backward = learn_backward = call.nothing

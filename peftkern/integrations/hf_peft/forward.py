@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ...methods.look import read
-from ...methods.registry import METHODS, Method, Plan, loaded
+from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import PROCESS, call_plan, look_at_call
@@ -123,7 +123,7 @@ def _plan(layer: nn.Module, x: Tensor, names, plan_of: Callable):
     return plan_of(None) if names is None else mixed_plan(layer, x, names, plan_of)
 
 
-def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock, method: Method):
+def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     # The forward of a layer that is wanted, with a look at everything.
     names = kwargs.get("adapter_names")
     others = args or kwargs.keys() - {"adapter_names"}
@@ -149,13 +149,13 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock, me
     elif calls is not None:
         calls.fused += 1
     if type(plan) is Plan:
-        return method.run(layer, plan, x)
+        return plan.run(x)
     if type(plan) is tuple:
         return run_mixed(*plan, x)
     return stock(layer, x, *args, **kwargs)
 
 
-def _fused_forward(stock, method: Method):
+def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
         if not args and not kwargs and not is_dynamo_compiling():
@@ -166,14 +166,14 @@ def _fused_forward(stock, method: Method):
                 if plan is not None:
                     calls.fused += 1
                     try:
-                        return method.run(self, plan, x)
+                        return plan.run(x)
                     except (TypeError, ValueError):
                         # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
                         calls.fused -= 1
                         calls.kept = None
         if not wanted(self):
             return stock(self, x, *args, **kwargs)
-        return _carefully(self, x, args, kwargs, stock, method)
+        return _carefully(self, x, args, kwargs, stock)
 
     return forward
 
@@ -205,11 +205,10 @@ def _mixed_hooks(stock):
 def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
-        for method in METHODS.values():
-            cls = loaded(method.layer)
-            if cls is not None and replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
+        for cls, _ in layers():
+            if replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
                 switch.stock[cls] = cls.forward
-                switch.fused[cls] = cls.forward = _fused_forward(cls.forward, method)
+                switch.fused[cls] = cls.forward = _fused_forward(cls.forward)
         if LoraModel._enable_peft_forward_hooks is not switch.hooks:
             switch.stock_hooks = LoraModel._enable_peft_forward_hooks
             switch.hooks = _mixed_hooks(switch.stock_hooks)

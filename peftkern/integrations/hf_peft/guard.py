@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 from transformers.pytorch_utils import Conv1D
 
+from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
 from ...methods.registry import METHODS, Plan, method_of
 from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
@@ -104,10 +105,10 @@ PROCESS = (
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     device = x.device.type
-    weight, bias, branches = plan
+    weight, bias, held = plan
     if torch.is_autocast_enabled(device):
         # Autocast makes half precision out of all of these, but leaves fp64 alone.
-        tensors = [x, weight, *(b.lora_A for b in branches)]
+        tensors = [x, weight, *(h.tensors[0] for h in held)]
         if any(t.dtype not in _FLOATS for t in tensors) or not (bias is None or bias.dtype in _FLOATS):
             return "a dtype that autocast does not cast"
         return None
@@ -116,12 +117,10 @@ def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     if x.dtype not in _FLOATS and x.dtype != torch.float64:
         return f"the input is {x.dtype}"
     widens = look.value("cast_input_dtype_enabled", True)
-    for b in branches:
-        dtype = b.lora_A.dtype
+    for h in held:
+        dtype = h.tensors[0].dtype
         if dtype != x.dtype and not (dtype == torch.float32 and widens):
-            return f"adapter {b.name!r} is {dtype}, the input is {x.dtype}"
-        if b.bias is not None and b.bias.dtype != dtype:
-            return f"lora_B of {b.name!r} and its bias differ in dtype"
+            return f"adapter {h.name!r} is {dtype}, the input is {x.dtype}"
     return None
 
 
@@ -136,10 +135,10 @@ def input_reason(look: Look, plan: Plan, x: Any) -> str | None:
         return f"the input has shape {tuple(x.shape)}"
     if plan.weight.device != device or not (plan.bias is None or plan.bias.device == device):
         return "the base layer is on another device than the input"
-    for b in plan.branches:
-        for t in (b.lora_A, b.lora_B, b.bias, b.scaling, *b.scales.values()):
+    for h in plan.held:
+        for t in (*h.tensors, *h.numbers):
             if isinstance(t, Tensor) and t.device != device:
-                return f"adapter {b.name!r} is on another device than the input"
+                return f"adapter {h.name!r} is on another device than the input"
     return _dtype_reason(look, plan, x)
 
 
@@ -151,7 +150,7 @@ def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
     if mixed is not None and not method.mixed:
         return f"a batch with adapter_names is not covered for {method.name}"
     try:
-        return method.plan(look, mixed)
+        return tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
     except NotCovered as reason:
         return str(reason)
 

@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...methods.look import Look
-from ...methods.registry import NO_SCALES, Branch, Plan
+from ...methods.registry import Held, Plan
 from ...methods.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
 from ...methods.unchanged import keep as holds
 
 # What calling a NamedTuple does, without the frame of its own __new__.
 _new = tuple.__new__
-
-
-def _filled(scales: Mapping[str, int], now: tuple) -> dict[str, Tensor]:
-    return {name: now[slot] for name, slot in scales.items()}
 
 
 def _input(x: Tensor) -> Pattern:
@@ -38,18 +34,12 @@ def _autocast(device: str) -> Pattern:
 class Kept:
     """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
 
-    __slots__ = ("_bias", "_branches", "_match", "_only", "_transposed", "_weight", "mixed")
+    __slots__ = ("_bias", "_held", "_match", "_transposed", "_weight", "mixed")
 
     def __init__(self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None):
         self._match, self._transposed, self.mixed = match, transposed, mixed
         self._weight, self._bias = slots[id(plan.weight)], slots[id(plan.bias)]
-        self._branches = [
-            (b.name, slots[id(b.lora_A)], slots[id(b.lora_B)], slots[id(b.bias)], b.scaling, b.dropout_p,
-             {name: slots[id(t)] for name, t in b.scales.items()})
-            for b in plan.branches
-        ]  # fmt: skip
-        # The usual case: one adapter, without scale vectors.
-        self._only = self._branches[0][:-1] if len(plan.branches) == 1 and not plan.branches[0].scales else None
+        self._held = [(h.name, h.method, [slots[id(t)] for t in h.tensors], h[3:]) for h in plan.held]
 
     def plan(self, layer: nn.Module, x: Any) -> Plan | None:
         """What a call with this input computes, or None if anything is not as it was."""
@@ -59,15 +49,10 @@ class Kept:
         weight = now[self._weight]
         if self._transposed:
             weight = weight.t()
-        if self._only is not None:
-            name, A, B, bias, s, p = self._only
-            branches = [_new(Branch, (name, now[A], now[B], now[bias], s, p, NO_SCALES))]
-        else:
-            branches = [
-                _new(Branch, (name, now[A], now[B], now[bias], s, p, _filled(scales, now) if scales else NO_SCALES))
-                for name, A, B, bias, s, p, scales in self._branches
-            ]
-        return _new(Plan, (weight, now[self._bias], branches))
+        held = [
+            _new(Held, (name, method, [now[slot] for slot in slots], *rest)) for name, method, slots, rest in self._held
+        ]
+        return _new(Plan, (weight, now[self._bias], held))
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
@@ -85,10 +70,10 @@ def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process
     if transposed:
         slots[id(plan.weight)] = slots.get(id(record.transposed[id(plan.weight)]), nothing)
     used = [plan.weight, plan.bias]
-    used += [t for b in plan.branches for t in (b.lora_A, b.lora_B, b.bias, *b.scales.values())]
+    used += [t for h in plan.held for t in h.tensors]
     if not all(id(t) in slots for t in used) or slots[id(plan.weight)] == nothing:
         return None
-    if any(type(b.scaling) is not float for b in plan.branches):
+    if any(isinstance(n, Tensor) for h in plan.held for n in h.numbers):
         return None
     record.finish()
     patterns = look.pattern, _input(x), at(None, holds(nothing, same(None))), *process, _autocast(x.device.type)

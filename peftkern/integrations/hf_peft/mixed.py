@@ -15,14 +15,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
 from ...checks import accumulate_dtype
 from ...many.table import AdapterTable, table_of
-from ...methods.registry import Branch, Plan
+from ...methods.linear import Linear
+from ...methods.registry import Plan
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -92,7 +94,9 @@ def mixed_plan(
     return layer, plan, batch
 
 
-def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
+def _adapter(y: Linear) -> tuple[Tensor, Tensor, float]:
+    # What one adapter makes of the layer.
+    (branch,) = y.branches
     if isinstance(branch.scaling, Tensor):
         # The op wants a number. A scaled B costs O(N R), a number from the device would make the host wait.
         return branch.lora_A, branch.lora_B * branch.scaling, 1.0
@@ -104,61 +108,61 @@ def _adapter(branch: Branch) -> tuple[Tensor, Tensor, float]:
 _tables: WeakKeyDictionary[nn.Module, tuple[list, AdapterTable]] = WeakKeyDictionary()
 
 
-def _table(layer: nn.Module, branches: Sequence[Branch], x: Tensor) -> AdapterTable | list[tuple]:
+def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[tuple]:
     # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
     # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
     key: list[Any] = [x.dtype, x.device]
     plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-    for b in branches:
-        A, B, s = b.lora_A, b.lora_B, b.scaling
+    for h in plan.held:
+        (A, B, _), (s,) = h.tensors, h.numbers
         plain = plain and type(s) is float
         key += id(A), id(B), A.shape, A.dtype, s
-    if not plain:
-        return [_adapter(b) for b in branches]
-    known = _tables.get(layer)
+    known = _tables.get(layer) if plain else None
     if known is not None and known[0] == key:
         return known[1]
-    adapters = [_adapter(b) for b in branches]
+    adapters = [_adapter(h.method.apply(Linear(plan.weight), h)) for h in plan.held]
+    if not plain:
+        return adapters
     table = table_of(adapters, x, x.dtype)
     # A table of copies would miss what training does to the originals.
-    if all(t is w for t, w in zip(table.weights, (w for b in branches for w in b[1:3]), strict=True)):
+    if all(t is w for t, w in zip(table.weights, (w for h in plan.held for w in h.tensors[:2]), strict=True)):
         _tables[layer] = key, table
     return table
 
 
-def _branch_bias(y: Tensor, branches: Sequence[Branch], ids: Tensor) -> Tensor:
+def _branch_bias(y: Tensor, plan: Plan, ids: Tensor) -> Tensor:
     # lora_bias is part of the branch: each sequence gets its adapter's, scaled; row 0 is for those without one.
     dtype = accumulate_dtype(y.dtype)
-    rows = [y.new_zeros(y.shape[-1], dtype=dtype)]
-    rows += [rows[0] if b.bias is None else b.bias.to(dtype) * b.scaling for b in branches]
-    each = torch.stack(rows)[ids.long() + 1]
+    none = y.new_zeros(y.shape[-1], dtype=dtype)
+    terms = [h.method.apply(Linear(plan.weight), h).added for h in plan.held]
+    each = torch.stack([none, *(none if t is None else t.to(dtype) for t in terms)])[ids.long() + 1]
     return (y + each.view(ids.numel(), *[1] * (y.dim() - 2), y.shape[-1])).to(y.dtype)
 
 
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
-    weight, bias, branches = plan
+    weight, bias, held = plan
     names, drops = [], []
     dropping = biased = False
-    for b in branches:  # loops rather than expressions: a frame each is what a small layer's time goes into
-        names.append(b.name)
-        drops.append(b.dropout_p)
-        dropping = dropping or b.dropout_p > 0.0
-        biased = biased or b.bias is not None
+    for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
+        names.append(h.name)
+        drops.append(h.dropout_p)
+        dropping = dropping or h.dropout_p > 0.0
+        biased = biased or h.tensors[2] is not None
     ids = batch.ids(tuple(names), x.device)
-    adapters = _table(layer, branches, x)
+    adapters = _table(layer, plan, x)
     y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
-    return _branch_bias(y, branches, ids) if biased else y
+    return _branch_bias(y, plan, ids) if biased else y
 
 
-def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[Linear], bool]) -> str | None:
+def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[LoraLinear], bool]) -> str | None:
     """Why ``adapter_names`` cannot train this model, or None. Without accelerated layers the reason is empty."""
     adapters = set(names) - {BASE}
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not any(isinstance(layer, Linear) and wanted(layer) for _, layer in layers):
+    if not any(isinstance(layer, LoraLinear) and wanted(layer) for _, layer in layers):
         return ""
     for name, layer in layers:
-        if isinstance(layer, Linear) and not wanted(layer):
+        if isinstance(layer, LoraLinear) and not wanted(layer):
             return f"{name} is not accelerated"
         for adapter in layer.lora_variant:
             if adapter in adapters:

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...methods.look import read
-from ...methods.registry import METHODS, Plan, loaded, method_of
+from ...methods.registry import Plan, layers, method_of
 from . import forward as _forward
 from . import guard as _guard
 from . import mixed as _mixed
@@ -172,8 +172,7 @@ def patch() -> None:
 
     Warns and changes nothing if the installed PEFT is outside the tested range.
     """
-    classes = [cls for method in METHODS.values() if (cls := loaded(method.layer)) is not None]
-    reason = _version_reason() or next(filter(None, map(_forward.replaced_reason, classes)), None)
+    reason = _version_reason() or next(filter(None, (_forward.replaced_reason(cls) for cls, _ in layers())), None)
     if reason is not None:
         warnings.warn(f"peftkern.patch does nothing: {reason}", RuntimeWarning, stacklevel=2)
         return

@@ -112,13 +112,15 @@ def backend_of(plan: Plan) -> str:
 
     What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
     """
-    weight, bias, branches = plan
+    weight, bias, held = plan
     device, (N, K) = weight.device, weight.shape
-    R = sum(b.lora_A.shape[0] for b in branches)
-    options = {"bias": bias is not None, "dropout": any(b.dropout_p for b in branches)}
+    flags = {symbol for h in held for symbol in h.method.coefficients}
+    flags |= {
+        name for name, there in (("bias", bias is not None), ("dropout", any(h.dropout_p for h in held))) if there
+    }
     call = Problem(
-        "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, branches[0].lora_A.dtype,
-        _ROWS, N, K, R, frozenset(name for name, present in options.items() if present),
+        "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, held[0].tensors[0].dtype,
+        _ROWS, N, K, sum(h.rank for h in held), frozenset(flags),
     )  # fmt: skip
     try:
         forward, *rest = (choose(problem, current()).backend for problem in passes(call))

@@ -1,4 +1,5 @@
-"""Every Triton launch of lora_linear, and what must hold of its code: wide accesses, matrix instructions, bulk copies.
+"""Every Triton launch of lora_linear, row norms and dropout masks, and what must hold of its code: wide accesses, matrix
+instructions, bulk copies.
 
 The launches are those of whole ops on meta tensors of real shapes, for a list of cases.
 """
@@ -16,6 +17,7 @@ from peftkern.kernels.call import Backward, Dropout, Forward, Needs, Scales, Set
 from peftkern.kernels.dropout import dropout_mask
 from peftkern.kernels.lora_linear import forward
 from peftkern.kernels.lora_linear_grad import backward
+from peftkern.kernels.lora_row_norm import row_norm
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
@@ -44,6 +46,9 @@ TILES = {
     },
     "add_rows_kernel": {"out": "BLOCK_C", "parts": "BLOCK_M BLOCK_C"},
     "dropout_mask_kernel": {"out": "ROWS COLUMNS", "seed": ""},
+    "row_norm_kernel": {
+        "parts": "BLOCK_N", "w": "BLOCK_N BLOCK_K", "a": "RANK BLOCK_K", "b": "BLOCK_N RANK",
+    },
 }  # fmt: skip
 
 
@@ -100,7 +105,7 @@ MORE = (
 
 
 def capture(case: Case) -> list[launch.Launch]:
-    """The launches of forward, adapter gradients, input gradient and mask, none of which runs."""
+    """The launches of forward, adapter gradients, input gradient, mask and row norm, none of which runs."""
 
     def empty(*shape, dtype=case.dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -121,6 +126,7 @@ def capture(case: Case) -> list[launch.Launch]:
         forward(Forward(x, weight, A, B, bias, 2.0, drop, scales, full), settings)
         backward(Backward(dy, x, u, h, weight, A, B, 2.0, drop, scales, needs), settings)
         dropout_mask(seed, M, K, 0.1)
+        row_norm(weight, A, B, 2.0, settings)
     return taken
 
 

@@ -379,5 +379,5 @@ def test_frames_of_a_call(zoo):
     finally:
         sys.setprofile(None)
     assert frames[:2] == ["_wrapped_call_impl", "_call_impl"]
-    own = frames[2 : frames.index("lora_linear")]
-    assert own == ["forward", "is_dynamo_compiling", "plan", "run"]
+    own = frames[2 : frames.index("lora_linear_with")]
+    assert own[:5] == ["forward", "is_dynamo_compiling", "plan", "run", "alone"] and len(own) <= 6

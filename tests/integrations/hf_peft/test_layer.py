@@ -173,7 +173,7 @@ def test_one_adapter_of_several_is_absent_from_the_layer(zoo, fused):
     model, layer = several(zoo)
     layer.set_adapter(["b", "elsewhere"])
     compare(zoo, model, layer, torch.randn(5, 24), fused)
-    assert fused[-1]["scaling"] == pytest.approx(5 / 3)
+    assert fused[-1][1].scaling == pytest.approx(5 / 3)
 
 
 @pytest.mark.parametrize("scaling", [torch.tensor(0.75), torch.tensor([0.75]), 2, 0.0, -1.5], ids=str)

@@ -1,0 +1,43 @@
+// lora_row_norm on the CPU as one call: tensors in, a tensor out. None for a call that is not ordinary.
+#include "bindings/arguments.h"
+#include "bindings/checks.h"
+#include "bindings/results.h"
+#include "bindings/tensors.h"
+#include "peftkern/cpu.h"
+
+namespace peftkern {
+namespace {
+
+enum Args { kThreads, kWeight, kA, kB, kScaling, kCount };
+
+bool read(PyObject* const* a, Py_ssize_t count, cpu::LoraRowNormArgs& g) {
+  int64_t rows = 0, ranks = 0, columns = 0;
+  double scaling = 0;
+  if (count != kCount || !read_threads(a[kThreads], g.threads) || !read_double(a[kScaling], scaling) ||
+      !tensors::read_matrix(a[kWeight], g.w, g.N, g.K) || !tensors::read_matrix(a[kA], g.a, g.R, columns) ||
+      !tensors::read_matrix(a[kB], g.b, rows, ranks))
+    return false;
+  g.scaling = static_cast<float>(scaling);
+  return rows == g.N && ranks == g.R && columns == g.K && g.a.dtype == g.b.dtype &&
+         fits(g.a.dtype, g.w.dtype);
+}
+
+PyObject* lora_row_norm(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  cpu::LoraRowNormArgs g{};
+  if (!read(a, count, g)) Py_RETURN_NONE;
+  Results results;
+  if (!make_floats(results, true, g.N, g.out)) return nullptr;
+  return run([&] { cpu::lora_row_norm(g); }) ? results.take(0) : nullptr;
+}
+
+PyMethodDef methods[] = {{"lora_row_norm", fast(lora_row_norm), METH_FASTCALL,
+                          "(threads, weight, A, B, scaling) -> norms in fp32; None: not ordinary."},
+                         {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_lora_row_norm(pybind11::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
+}
+
+}  // namespace peftkern

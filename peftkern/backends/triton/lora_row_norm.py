@@ -1,0 +1,17 @@
+"""lora_row_norm on Triton: the op's arguments as launches, on the device and stream of the call."""
+
+from __future__ import annotations
+
+from .device import kernel_settings, on_device
+
+
+def lora_row_norm(c, way):
+    """fp32 (N,), see ``peftkern.ops.lora_row_norm``."""
+    from ...kernels.lora_row_norm import row_norm
+
+    weight = c.base[0]
+    with on_device(weight):
+        return row_norm(weight, c.lora_A, c.lora_B, c.scaling, kernel_settings(weight, way))
+
+
+OPS = {"lora_row_norm": lora_row_norm}

@@ -1,0 +1,149 @@
+"""The functional forms against their equations in plain torch: forward, every gradient, bad input, dropout by its mask."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import peftkern
+from peftkern.methods import METHODS
+
+M, K, N, R = 7, 11, 9, 4
+
+
+def _dora(x, W, b, A, B, m):
+    f = m / torch.linalg.norm(W + B @ A, dim=1).detach()
+    return f * (linear(x, W) + linear(linear(x, A), B)) + b
+
+
+def _delora(x, W, b, A, B, strength, w):
+    d = strength / R / (A.norm(dim=1) * B.norm(dim=0))
+    return linear(x, W, b) + linear(linear(x * w, A) * d, B)
+
+
+def _tinylora(x, W, b, A, B, P, v):
+    return linear(x, W, b) + linear(linear(linear(x, A), (P * v[:, None, None]).sum(0)), B)
+
+
+def _osf(x, W, b, U, S, V, U_0, S_0, V_0):
+    return linear(x, W + (U * S) @ V - (U_0 * S_0) @ V_0, b)
+
+
+def _miss(x, W, b, block):
+    padded = torch.nn.functional.pad(x, (0, -K % R))
+    return linear(x, W, b) + padded.view(M, -1, R).sum(1) @ block
+
+
+def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
+    return linear(x, W, b) + linear(linear(x, theta[i_A] * c_A), theta[i_B] * c_B)
+
+
+# Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
+FORMS = {
+    "LoRA": (lambda x, W, b, A, B: linear(x, W + B @ A, b), [(R, K), (N, R)]),
+    "DoRA": (_dora, [(R, K), (N, R), (N,)]),
+    "VeRA": (
+        lambda x, W, b, A, B, d, g: linear(x, W, b) + g * linear(linear(x, A[:, :K]) * d, B[:N]),
+        [(R, K + 3), (N + 2, R), (R,), (N,)],
+    ),
+    "AdaLoRA": (lambda x, W, b, A, B, E: linear(x, W + B @ (A * E), b), [(R, K), (N, R), (R, 1)]),
+    "DeLoRA": (_delora, [(R, K), (N, R), (1,), (K,)]),
+    "TinyLoRA": (_tinylora, [(R, K), (N, R), (3, R, R), (3,)]),
+    "OSF": (_osf, [(N, R), (R,), (R, K)] * 2),
+    "MiSS": (_miss, [(R, N)]),
+    "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
+    "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
+    "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
+}
+
+
+def _tensors(shapes, dtype):
+    made = []
+    for shape in shapes:
+        if isinstance(shape[0], tuple):
+            made.append(torch.randint(shape[1], shape[0]))
+        else:
+            made.append(torch.randn(shape, dtype=dtype).requires_grad_())
+    return made
+
+
+def _case(name, dtype=torch.float64):
+    equation, shapes = FORMS[name]
+    x, b = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((M, K), (N,)))
+    return equation, x, torch.randn(N, K, dtype=dtype), b, _tensors(shapes, dtype)
+
+
+def test_every_function_has_a_form():
+    assert FORMS.keys() == {name for name, method in METHODS.items() if method.function is not None}
+    for method in METHODS.values():
+        if method.function is not None:
+            assert getattr(peftkern, method.function.__name__) is method.function
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_equation_and_gradients(name):
+    equation, x, W, b, tensors = _case(name)
+    function = METHODS[name].function
+
+    def ours(x, b, *tensors):
+        return function(x, W, *tensors, bias=b)
+
+    inputs = [t for t in (x, b, *tensors) if t.requires_grad]
+    y, expected = ours(x, b, *tensors), equation(x, W, b, *tensors)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    dy = torch.randn_like(y)
+    for got, want in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n != "DoRA"])  # its norm is a constant: not the true derivative
+def test_gradcheck(name):
+    _, x, W, b, tensors = _case(name)
+    function = METHODS[name].function
+    assert torch.autograd.gradcheck(lambda x, b, *t: function(x, W, *t, bias=b), (x, b, *tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMS)
+def test_other_dtypes(name, dtype):
+    equation, x, W, b, tensors = _case(name, dtype)
+    exact = [t.detach().double() if t.is_floating_point() else t for t in (x, W, b, *tensors)]
+    y = METHODS[name].function(x, W, *tensors, bias=b)
+    assert y.dtype == dtype
+    expected, stock = equation(*exact), equation(x, W, b, *tensors)
+    error, allowed = ((t.double() - expected).norm().item() for t in (y, stock))
+    assert error <= max(1.5 * allowed, 4 * expected.norm().item() * torch.finfo(dtype).eps)
+    y.sum().backward()
+    assert all(t.grad.dtype == dtype for t in (x, b, *tensors) if t.requires_grad)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n not in ("(IA)^3", "SSF", "OSF")])
+def test_dropout_by_its_mask(name):
+    equation, x, W, b, tensors = _case(name)
+    keep = peftkern.dropout_mask(M, K, 0.4, 5)
+    y = METHODS[name].function(x, W, *tensors, bias=b, dropout_p=0.4, training=True, seed=5)
+    dropped = x * keep / 0.6
+    if name == "DoRA":
+        A, B, m = tensors
+        f = m / torch.linalg.norm(W + B @ A, dim=1).detach()
+        expected = linear(x, W, b) + (f - 1) * linear(dropped, W) + f * linear(linear(dropped, A), B)
+    else:
+        expected = linear(x, W, b) + equation(dropped, W, b, *tensors) - linear(dropped, W, b)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    inputs = [t for t in (x, b, *tensors) if t.requires_grad]
+    dy = torch.randn_like(y)
+    for got, want in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert torch.equal(
+        METHODS[name].function(x, W, *tensors, bias=b, dropout_p=0.4), METHODS[name].function(x, W, *tensors, bias=b)
+    )
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bad_input_is_named(name):
+    _, x, W, b, tensors = _case(name)
+    with pytest.raises(ValueError, match="x has shape"):
+        METHODS[name].function(x[:, :-1], W, *tensors, bias=b)
+    with pytest.raises(ValueError, match="bias"):
+        METHODS[name].function(x, W, *tensors, bias=b[:-1])
+    with pytest.raises(ValueError, match="weight requires grad"):
+        METHODS[name].function(x, W.clone().requires_grad_(), *tensors, bias=b)
