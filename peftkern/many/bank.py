@@ -104,7 +104,7 @@ class AdapterBank:
         self._adapters: dict[str, _Adapter] = {}
         self._ranks: Counter[int] = Counter()
         self._present = 0  # the tokens of all ids
-        self._rows = Rows(max_adapters, dtype, self.device)
+        self._shown = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
 
     def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> int:
@@ -244,7 +244,7 @@ class AdapterBank:
         row = [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter)
 
         def write() -> None:
-            self._rows.write(slot, row, scaling)
+            self._shown.write(slot, row, scaling)
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
@@ -270,7 +270,7 @@ class AdapterBank:
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._rows.leave()
+                    self._shown.leave()
                 write()
         finally:
             self._state = self._snapshot()
@@ -285,6 +285,6 @@ class AdapterBank:
     def _snapshot(self) -> AdapterTable:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
         return AdapterTable(
-            self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
+            self._chunks.tensors, self._shown.table.detach(), self._shown.scaling, self._slots - 1, rank, self.in_features,
             self.out_features, (self.max_adapters, self._present), True,
         )  # fmt: skip

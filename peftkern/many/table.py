@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
     if not adapters:
         raise ValueError("adapters is empty: at least one (lora_A, lora_B, scaling) is needed")
     weights: list[Tensor] = []
-    ranks, scalings, device, K, N = [], [], x.device, x.shape[-1], None
+    scalings = []
     for i, adapter in enumerate(adapters):
         if not isinstance(adapter, (tuple, list)) or len(adapter) != 3:
             raise TypeError(f"adapters[{i}] must be (lora_A, lora_B, scaling), got {type(adapter).__name__}")
@@ -70,56 +70,55 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
             check_tensor(f"adapters[{i}] {name}", value)
             if value.dim() != 2:
                 raise ValueError(f"adapters[{i}] {name} has shape {tuple(value.shape)}, expected two dimensions")
-            if value.device != device:
-                raise ValueError(f"adapters[{i}] {name} is on {value.device}, expected {device} like x")
+            if value.device != x.device:
+                raise ValueError(f"adapters[{i}] {name} is on {value.device}, expected {x.device} like x")
         check_number(f"adapters[{i}] scaling", scaling)
-        R, columns = A.shape
-        if columns != K:
+        N = weights[1].shape[0] if weights else B.shape[0]
+        if A.shape[1] != x.shape[-1]:
             raise ValueError(
-                f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {K}: x has shape {tuple(x.shape)}"
+                f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}:"
+                f" x has shape {tuple(x.shape)}"
             )
-        shape = B.shape
-        N = shape[0] if N is None else N
-        if shape != (N, R):
-            raise ValueError(f"adapters[{i}] lora_B has shape {tuple(shape)}, expected (N, R) = {(N, R)}")
+        if B.shape != (N, A.shape[0]):
+            raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
         weights += (A, B)
-        ranks.append(R)
         scalings.append(float(scaling))
     dtypes = {w.dtype for w in weights}
     if dtypes not in ({dtype}, {torch.float32}):
         weights = [w.to(accumulate_dtype(dtype)) for w in weights]
     weights = [w.contiguous() for w in weights]
-    table = _kept(_rows, (tuple(ranks), K), torch.int64, device)
-    scaling = _kept(_repeated, (tuple(scalings), 1), accumulate_dtype(dtype), device)
-    return AdapterTable(weights, table, scaling, INT32_MASK, max(ranks), K, N, len(ranks))
+    ranks = tuple(w.shape[0] for w in weights[::2])
+    return AdapterTable(
+        weights, _rows(ranks, x.shape[-1], N, x.device), _constant(tuple(scalings), accumulate_dtype(dtype), x.device),
+        INT32_MASK, max(ranks), x.shape[-1], N, len(ranks),
+    )  # fmt: skip
 
 
 _constants: dict[tuple, Tensor] = {}
 
 
-def _kept(make: Callable[..., Sequence], given: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # make(*given), once: a copy to a GPU would make the host wait, and may not be captured in a graph.
-    key = (make, given, dtype, device)
-    kept = None if torch.compiler.is_compiling() else _constants.get(key)
-    if kept is None:
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device, repeats: int = 1) -> Tensor:
+    # Made once per content: a copy to a GPU would make the host wait, and may not be captured in a graph.
+    def make() -> Tensor:
         with torch.inference_mode(False):
-            kept = torch.tensor(make(*given), dtype=dtype, device=device)
-        if not torch.compiler.is_compiling():
-            if len(_constants) >= 1024:
-                _constants.clear()
-            _constants[key] = kept
-    return kept
+            return torch.tensor(values * repeats, dtype=dtype, device=device)
 
-
-def _repeated(values: tuple, repeats: int) -> tuple:
-    return values * repeats
+    if torch.compiler.is_compiling():
+        return make()
+    key = (values, dtype, device, repeats)
+    if key not in _constants:
+        if len(_constants) >= 1024:
+            _constants.clear()
+        _constants[key] = make()
+    return _constants[key]
 
 
 def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -> Tensor:
     """Drop probabilities as the op takes them: fp64 (slots,), ``each`` that many times over."""
-    return _kept(_repeated, (each, repeats), torch.float64, device)
+    return _constant(each, torch.float64, device, repeats)
 
 
-def _rows(ranks: tuple[int, ...], K: int) -> list:
+def _rows(ranks: tuple[int, ...], K: int, N: int, device: torch.device) -> Tensor:
     # Whole matrices, each a tensor of its own: see COLUMNS in ops/multi_lora_linear.py.
-    return [(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate(ranks)]
+    rows = tuple((i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate(ranks))
+    return _constant(rows, torch.int64, device)
