@@ -21,7 +21,8 @@ import time
 import torch
 
 from peftkern import AdapterBank, multi_lora_linear, sgmv
-from peftkern.backends.cpu.native import _C, CODES
+from peftkern.backends.cpu.native import _C
+from peftkern.backends.marshal import CODES
 from peftkern.many.chunks import Chunks
 from peftkern.many.rows import Rows
 

@@ -54,15 +54,19 @@ Out = torch.Tensor
 # What a field of an op's arguments is to torch.
 _SCHEMA = {
     "Tensor": "Tensor", "Tensor | None": "Tensor?", "Out": "Tensor(a!)", "list[Tensor]": "Tensor[]",
-    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "bool": "bool", "int": "int", "Size": "SymInt",
+    "list[Tensor] | None": "Tensor[]?",
+    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "list[bool] | None": "bool[]?", "bool": "bool", "int": "int",
+    "Size": "SymInt",
     "float": "float", "str": "str",
 }  # fmt: skip
+_DEFAULTS = {"": '""', None: "None", False: "False"}
 
 
 def schema_of(arguments: type, returns: str) -> str:
     """torch's schema of an op that takes the fields of a NamedTuple (its annotations unevaluated) in their order."""
     kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in arguments.__annotations__.items()}
-    fields = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    given = {name: f"={_DEFAULTS[value]}" for name, value in arguments._field_defaults.items()}
+    fields = ", ".join(f"{_SCHEMA[kind]} {name}{given.get(name, '')}" for name, kind in kinds.items())
     return f"({fields}) -> {returns}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..checks import accumulate_dtype
-from ..ops.multi_lora_linear import COLUMNS, FREE
+from ..ops.adapter_table import COLUMNS, FREE
 
 
 class Rows:

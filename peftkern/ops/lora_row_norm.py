@@ -52,7 +52,7 @@ def _describe(c: RowNorm) -> Problem:
     N, K = kind_of(c.kind).check(c.base, c.base[0], None, None)
     R = check_adapters(c.lora_A, c.lora_B, c.base[0], N, K)
     check_number("scaling", c.scaling)
-    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {})
+    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {c.kind: c.kind != "dense"})
 
 
 def _fake(c: RowNorm) -> Tensor:

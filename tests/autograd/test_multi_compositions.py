@@ -9,7 +9,7 @@ import torch
 from peftkern import AdapterBank, lora_linear, multi_lora_linear, sgmv
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.many.chunks import Chunks
-from peftkern.ops.multi_lora_linear import A_OFFSET
+from peftkern.ops.adapter_table import A_OFFSET
 
 pytestmark = pytest.mark.skipif(cpu_native._C is None, reason="the C++ extension is not built")
 
