@@ -25,7 +25,7 @@ from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
-from .guard import PROCESS, call_plan, look_at_call
+from .guard import FUSED, PROCESS, call_plan, look_at_call, replaced_reason
 from .kept import keep
 from .mixed import left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
 from .status import KEY as CALLS
@@ -53,13 +53,12 @@ class Mark:
 
 
 class _Switch:
-    """Process-wide state, changed under the lock only. ``stock``, ``fused``: the forward of each class that has ours."""
+    """Process-wide state, changed under the lock only. ``stock``: the own forward of each class that has ours."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.everywhere = False
         self.stock: dict[type, Callable] = {}
-        self.fused: dict[type, Callable] = {}
         self.stock_hooks = LoraModel._enable_peft_forward_hooks
         self.hooks = None
 
@@ -71,17 +70,6 @@ switch = _Switch()
 # What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
 _EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
 _NONE_MIXED = at(trained_mixed.data, EMPTY)
-
-
-def replaced_reason(cls: type) -> str | None:
-    """Why the forward of this class is not ours to replace (another library did), or None."""
-    current = cls.forward
-    if current is switch.fused.get(cls):
-        return None
-    module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
-        return None
-    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
 
 def wanted(layer: nn.Module) -> bool:
@@ -206,9 +194,9 @@ def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
         for cls, _ in layers():
-            if replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
+            if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
                 switch.stock[cls] = cls.forward
-                switch.fused[cls] = cls.forward = _fused_forward(cls.forward)
+                FUSED[cls] = cls.forward = _fused_forward(cls.forward)
         if LoraModel._enable_peft_forward_hooks is not switch.hooks:
             switch.stock_hooks = LoraModel._enable_peft_forward_hooks
             switch.hooks = _mixed_hooks(switch.stock_hooks)
@@ -223,9 +211,9 @@ def uninstall_if_unused() -> None:
     with switch.lock:
         if switch.everywhere or len(marks):
             return
-        for cls in [cls for cls, fused in switch.fused.items() if cls.forward is fused]:
+        for cls in [cls for cls, fused in FUSED.items() if cls.forward is fused]:
             cls.forward = switch.stock[cls]
-            del switch.fused[cls], switch.stock[cls]
+            del FUSED[cls], switch.stock[cls]
         if switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
             LoraModel._enable_peft_forward_hooks = switch.stock_hooks
             switch.hooks = None
