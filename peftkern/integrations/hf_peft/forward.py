@@ -27,7 +27,7 @@ from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, PROCESS, call_plan, look_at_call, replaced_reason
 from .kept import keep
-from .mixed import left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
+from .mixed import activated_plan, left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
 from .status import KEY as CALLS
 from .status import Calls, calls_of, clear_calls, note_stock
 
@@ -106,15 +106,17 @@ def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls
     return plan
 
 
-def _plan(layer: nn.Module, x: Tensor, names, plan_of: Callable):
-    # Of a call without arguments of its own but adapter_names.
-    return plan_of(None) if names is None else mixed_plan(layer, x, names, plan_of)
+def _plan(layer: nn.Module, x: Tensor, names, offsets, plan_of: Callable):
+    # Of a call without arguments of its own but adapter_names and alora_offsets.
+    if names is not None:
+        return mixed_plan(layer, x, names, plan_of, offsets)
+    return plan_of(None) if offsets is None else activated_plan(layer, x, offsets, plan_of)
 
 
 def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     # The forward of a layer that is wanted, with a look at everything.
-    names = kwargs.get("adapter_names")
-    others = args or kwargs.keys() - {"adapter_names"}
+    names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+    others = args or kwargs.keys() - {"adapter_names", "alora_offsets"}
     if names is None and not others and trained_mixed and not torch.compiler.is_compiling():
         _no_recomputation(layer)
     # A graph that counted would be compiled anew at each call.
@@ -122,15 +124,15 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if others:
         plan = "the call has arguments of its own"
     elif calls is None:
-        plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed))
+        plan = _plan(layer, x, names, offsets, lambda mixed: call_plan(layer, x, mixed))
     else:
-        plan = _plan(layer, x, names, lambda mixed: _looked_up(layer, x, mixed, calls))
+        plan = _plan(layer, x, names, offsets, lambda mixed: _looked_up(layer, x, mixed, calls))
     if calls is not None and type(plan) is str:
         inside = [] if others else units(layer, names)
         if inside:
             # Once the shards of these units are whole. If PEFT's own code runs anyway, then in no unit of ours.
             with plain_parts(inside):
-                plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed, _whole))
+                plan = _plan(layer, x, names, offsets, lambda mixed: call_plan(layer, x, mixed, _whole))
             if type(plan) is not str:
                 return run_inside(inside, x, lambda x: type(layer).forward(layer, x, **kwargs))
         note_stock(layer, plan)
