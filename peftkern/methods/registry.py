@@ -74,6 +74,8 @@ class Method:
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
         mixed: whether rows of a batch may have adapters of their own.
+        nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
+            input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``.
         tested: library -> the oldest and the newest release that the tests know, as (major, minor).
@@ -101,6 +103,7 @@ class Method:
     variant: bool = False
     peft_type: str | None = None
     mixed: bool = False
+    nests: bool = False
 
 
 METHODS: dict[str, Method] = {}  # by name

@@ -33,6 +33,7 @@ _GLOBAL_HOOKS = (
 )  # fmt: skip
 
 Read = Callable[[nn.Module, str], Any]
+FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
 
 
 def version_reason(library: str, version: str) -> str | None:
@@ -61,6 +62,17 @@ def type_reason(layer: nn.Module) -> str | None:
     if "forward" in layer.__dict__ and not only_aligns(layer, cls):
         return "its forward was replaced on the instance"
     return None
+
+
+def replaced_reason(cls: type) -> str | None:
+    """Why the forward of this class is not ours to replace (another library did), or None."""
+    current = cls.forward
+    if current is FUSED.get(cls):
+        return None
+    module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
+    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
+        return None
+    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
 
 def wrapped_parameters(layer: ParamWrapper) -> list[ParamWrapper]:
@@ -116,7 +128,7 @@ def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
         return f"the input is {x.dtype}, the base layer is not"
     if x.dtype not in _FLOATS and x.dtype != torch.float64:
         return f"the input is {x.dtype}"
-    widens = look.value("cast_input_dtype_enabled", True)
+    widens = all(level.value("cast_input_dtype_enabled", True) for level in tuner.levels(look))
     for h in held:
         dtype = h.tensors[0].dtype
         if dtype != x.dtype and not (dtype == torch.float32 and widens):
@@ -150,6 +162,11 @@ def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
     if mixed is not None and not method.mixed:
         return f"a batch with adapter_names is not covered for {method.name}"
     try:
+        for inner in tuner.levels(look)[1:]:
+            reason = replaced_reason(type(inner.module))
+            if reason is not None:
+                return reason
+            inner.class_stays()
         return tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
     except NotCovered as reason:
         return str(reason)
