@@ -94,6 +94,7 @@ DELORA = register(
         saves="x if delora_A trains, and (M, R) in fp32",
         merges="W + B diag(d) A diag(w)",
         peft_type="DELORA",
+        keeps_dtype=True,
         tested={"peft": ((0, 18), (0, 21))},
     )
 )

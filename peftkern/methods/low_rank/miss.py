@@ -90,6 +90,7 @@ MISS = register(
         saves="(M, R) in fp32",
         merges="W + B A",
         peft_type="MISS",
+        keeps_dtype=True,
         tested={"peft": ((0, 18), (0, 21))},
     )
 )

@@ -94,6 +94,7 @@ VERA = register(
         saves="(M, R) in fp32",
         merges="W + diag(b) B diag(d) A",
         peft_type="VERA",
+        keeps_dtype=True,
         tested={"peft": ((0, 18), (0, 21))},
     )
 )
