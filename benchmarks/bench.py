@@ -1,4 +1,4 @@
-"""``peftkern bench``: time an op against its alternatives, print a table, write JSON and plots."""
+"""``peftkern bench``: time an op, or the layers of methods, against alternatives, print a table, write JSON and plots."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from peftkern.problem import DTYPES
-from peftkern.screen import Console
+from peftkern.screen import Console, Table
 
+from . import methods
 from .core import gpu, machine, populations
 from .core.bench import Bench
 from .core.case import PASSES, Case
@@ -25,7 +26,7 @@ from .measure.timing import copy_bandwidth
 from .peers.candidates import NOT_HERE
 from .registry import OPS
 from .tables import device as device_tables
-from .tables import plots, terminal
+from .tables import method_times, plots, terminal
 
 SCHEMA = 1
 SECONDS = {"quick": 1.5, "full": 3.0, "gpu": 8.0}
@@ -56,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
         prog="peftkern bench", description=__doc__.strip(), epilog=EPILOG.format(providers=", ".join(names))
     )
     p.add_argument("--op", choices=sorted(OPS), default="lora_linear")
+    p.add_argument(
+        "--methods", nargs="*", metavar="NAME",
+        help="instead of an op, the layers of these methods, or of all: the library's own beside the accelerated one",
+    )  # fmt: skip
     p.add_argument(
         "--tune", action="store_true", help="measure what is fastest on this GPU instead; --tune --help says more"
     )
@@ -121,14 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         console.print(f"nothing is measured: {reason}", style="red")
         return 2
-    bench = OPS[args.op]
-    choice = _choice(args, bench)
-    cases = bench.cases(args.preset, device, choice)
+    work = [(bench, bench.cases(args.preset, device, choice)) for bench, choice in _benches(args)]
+    cases = [case for _, own in work for case in own]
     if not cases:
         console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
         return 2
     clock, bandwidth, products = rates(device, cases)
-    header = machine.header(device, bandwidth, products) | {"preset": args.preset, "op": args.op}
+    op = args.op if args.methods is None else "methods"
+    header = machine.header(device, bandwidth, products) | {"preset": args.preset, "op": op}
     result = {"schema": SCHEMA, "header": header, "rows": [], "reruns": []}
     settings = Settings(
         preset=args.preset, seconds=args.seconds or SECONDS[args.preset], bandwidth=bandwidth,
@@ -138,21 +143,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     describe(header, console)
     started = time.perf_counter()
-    for rows in _progress(Runner(bench, settings), cases, console):
+    for rows in _progress([(Runner(bench, settings), own) for bench, own in work], console):
         result["rows"] += rows
         header["seconds"] = round(time.perf_counter() - started, 1)
         if device == "cuda":
             header["gpu"]["smi_after"] = gpu.smi()
         if args.json:
             write(args.json, result)
-    for table in (device_tables if device == "cuda" else terminal).tables(result["rows"], bench):
+    for table in _tables(result, work[0][0], device):
         console.print(table)
     words, busy = interference.words(result)
     console.print(f"{len(result['rows'])} rows in {header['seconds']:.0f} s; {words}", style="yellow" if busy else "")
     if args.plot:
-        for file in plots.plot(result, bench, args.plot):
+        for file in _plots(result, work[0][0], args.plot):
             console.print(f"wrote {file}")
-    return failures(result["rows"], bench, console)
+    return failures(result["rows"], work[0][0], console)
 
 
 def not_measured(device: str, args: argparse.Namespace) -> str | None:
@@ -171,6 +176,31 @@ def rates(device: str, cases: list[Case]) -> tuple[CudaClock | None, float, dict
         return None, copy_bandwidth(device), {}
     clock = CudaClock(machine.cache_bytes(device))
     return clock, gpu.copy_rate(clock), gpu.product_rates(clock, dict.fromkeys(case.dtype for case in cases))
+
+
+def _benches(args: argparse.Namespace) -> list[tuple[Bench, Choice]]:
+    # What is measured, and what was asked for of it.
+    choice = _choice(args, OPS[args.op])
+    if args.methods is None:
+        return [(OPS[args.op], choice)]
+    if args.provider or args.adapter_dtype:
+        parser().error("--provider and --adapter-dtype mean nothing to --methods")
+    try:
+        return methods.benches(args.methods, choice)
+    except ValueError as error:
+        parser().error(str(error))
+
+
+def _tables(result: dict, bench: Bench, device: str) -> list[Table]:
+    if result["header"]["op"] == "methods":
+        return method_times.tables(result["rows"])
+    return (device_tables if device == "cuda" else terminal).tables(result["rows"], bench)
+
+
+def _plots(result: dict, bench: Bench, folder: Path) -> list[Path]:
+    return (
+        method_times.plot(result, folder) if result["header"]["op"] == "methods" else plots.plot(result, bench, folder)
+    )
 
 
 def _choice(args: argparse.Namespace, bench: Bench) -> Choice:
@@ -195,18 +225,19 @@ def _expected(block: list[Case], runner: Runner) -> float:
     return 1.0 + max(s.seconds, (s.min_repeats + 2) * steps * step)
 
 
-def _progress(runner: Runner, cases: list[Case], console: Console):
-    expected = [_expected(block, runner) for block in blocks(cases)]
+def _progress(work: list[tuple[Runner, list[Case]]], console: Console):
+    expected = [_expected(block, runner) for runner, cases in work for block in blocks(cases)]
     done = 0
 
     def say(what: str, share: float) -> None:
         progress.say(f"{done + 1} of {len(expected)}: {what}", share * expected[done])
 
     with console.progress(sum(expected), prior=PRIOR) as progress:
-        for rows in runner.run(cases, say):
-            progress.advance(expected[done])
-            done += 1
-            yield rows
+        for runner, cases in work:
+            for rows in runner.run(cases, say):
+                progress.advance(expected[done])
+                done += 1
+                yield rows
 
 
 def describe(header: dict, console: Console) -> None:

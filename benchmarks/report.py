@@ -1,11 +1,12 @@
-"""Tables in README and docs/performance.md from committed results, and the verdict on a result.
+"""Tables in README and docs/ from committed results, and the verdict on a result.
 
-    python -m peftkern.benchmarks.report            write what stands between the markers in both documents
+    python -m peftkern.benchmarks.report            write what stands between the markers in README and docs/
     python -m peftkern.benchmarks.report --check    exit code 1 if a document is not what the results say
     python -m peftkern.benchmarks.report --judge FILE
 
 A table stands between ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->``; everything between is generated. NAME
-is an op, or one of VIEWS. ``calculated`` instead of ``benchmarks`` marks what follows from formulas alone (performance.py).
+is an op, or one of VIEWS. ``calculated`` instead of ``benchmarks`` marks what follows from formulas alone (performance.py),
+``methods`` the table of methods (tables/methods.py).
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from pathlib import Path
 from . import generate, small
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
-from .tables import markdown, performance, summary
+from .tables import markdown, method_times, methods, performance, summary
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
-MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
+METHODS = HERE.parent / "docs" / "methods.md"
+MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated|methods):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
 # Of commands of their own.
 OWN_TABLES = {
     "generate": generate.markdown,
     **dict.fromkeys(("small_calls", "small_shapes", "small_models"), small.markdown),
+    "methods": method_times.markdown,
 }
 NOTHING = "No result of a GPU is committed yet.\n"
 # What else can be told of the results of an op: its view NAME is marked NAME_OP.
@@ -56,6 +59,8 @@ def part(name: str, results: list[dict]) -> str:
     kind, _, name = name.partition(":")
     if kind == "calculated":
         return performance.CALCULATED[name]() + "\n"
+    if kind == "methods":
+        return "\n".join(methods.PARTS[name]())
     if name == "summary":
         return "\n".join(summary.gains({r["header"]["file"]: r for r in results}))
     if name == "coverage":
@@ -123,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines, code = verdict(OPS[result["header"]["op"]].judge(result))
         print(lines)
         return code
-    documents = [args.readme] if args.readme else [README, PERFORMANCE]
+    documents = [args.readme] if args.readme else [README, PERFORMANCE, METHODS]
     return max(_document(path, load(args.results), check=args.check) for path in documents)
 
 

@@ -10,6 +10,7 @@ import importlib
 from ._version import __version__
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .many.adapter import Adapter
 from .many.bank import AdapterBank
 from .methods import FUNCTIONS
 from .nn.lora import LoRALinear
@@ -24,7 +25,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv",
+    *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

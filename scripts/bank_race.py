@@ -21,8 +21,10 @@ import time
 import torch
 
 from peftkern import AdapterBank, multi_lora_linear, sgmv
-from peftkern.backends.cpu.native import _C, CODES
+from peftkern.backends.cpu.native import _C
+from peftkern.backends.marshal import CODES
 from peftkern.many.chunks import Chunks
+from peftkern.many.rows import Rows
 
 K, N, READERS, WRITERS = 96, 80, 4, 4
 ROWS, RANK = 400, 32  # enough for a call to be in the kernels most of the time
@@ -37,24 +39,21 @@ def overwrite(memory: torch.Tensor, value: float) -> None:
 
 def overwrite_what_will_be_written() -> None:
     """Every range is full of NaN when the bank gets it, and every table full of zeros before one of its rows is changed."""
-    take, advance = Chunks.take, AdapterBank._advance
+    take, write = Chunks.take, Rows.write
 
     def overwritten(self, size: int):
         found = take(self, size)
         overwrite(self.tensors[found.chunk].data[found.offset : found.offset + found.size], float("nan"))
         return found
 
-    def advance_overwritten(self, write, freed=()):
-        def overwriting():
-            for tensor in (self._table, self._scaling):
-                kept = tensor.clone()
-                overwrite(tensor.view(torch.float32), 0.0)
-                tensor.copy_(kept)
-            write()
+    def overwriting(self, slot: int, row, scaling: float):
+        for tensor in (self.table, self.scaling):
+            kept = tensor.clone()
+            overwrite(tensor.view(torch.float32), 0.0)
+            tensor.copy_(kept)
+        write(self, slot, row, scaling)
 
-        advance(self, overwriting, freed)
-
-    Chunks.take, AdapterBank._advance = overwritten, advance_overwritten
+    Chunks.take, Rows.write = overwritten, overwriting
 
 
 def break_it(how: str) -> None:
@@ -62,7 +61,7 @@ def break_it(how: str) -> None:
     if how == "memory":
         Chunks.retire = lambda self, ranges, held: self.give_back(ranges)
     else:
-        AdapterBank._leave_rows = lambda self: None
+        Rows.leave = lambda self: None
 
 
 def entry(value: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,8 @@ class Bench:
     ``presets`` by name; ``data(case, copies)`` makes tensors shared by a block; ``plan(case, preset)`` names the providers
     to time; ``floor(case, pass)``; ``gate(case)`` returns a reason if our result is not accurate, and
     ``check(provider, case)`` one if a peer computes something else than the op. ``judge(result)``: the limits that
-    peftkern sets itself; ``views`` by name. Tables and plots need no more than the rows.
+    peftkern sets itself; ``views`` by name. ``finish(rows)``: the rows of a block with what else is to be told of them.
+    Tables and plots need no more than the rows.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Bench:
     check: Callable[[Provider, Case], str | None] = lambda provider, case: None
     judge: Callable[[dict], list[Figure]] = lambda result: []
     views: dict[str, View] = field(default_factory=dict)
+    finish: Callable[[list[dict]], list[dict]] = lambda rows: rows
 
     @property
     def many(self) -> bool:

@@ -128,7 +128,7 @@ class Runner:
                 slot.skipped[which] = f"hopelessly slow here: one step took {took:.1f} s, limit {s.limit:g} s"
         reference = {slot.provider.name: slot for slot in slots if slot.is_reference}
         rows = [self._row(slot, reference, which, copies) for slot in slots for which in slot.provider.timed(slot.case)]
-        return [row | {"others_cores": others} for row in rows]
+        return self.bench.finish([row | {"others_cores": others} for row in rows])
 
     def _count(self, slot: _Slot) -> None:
         # What is counted, not timed: memory and, on a GPU, launches.

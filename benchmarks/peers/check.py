@@ -9,6 +9,7 @@ Without dropout its output and gradients are held against fp64. Dropout masks di
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ def wrong(step: Step, exact: Sequence[Tensor]) -> str | None:
     y = step.forward(0)
     grads = torch.autograd.grad(y, step.leaves[0], step.dy[0]) if y.requires_grad else ()
     tolerance = TOLERANCE[y.dtype]
-    for name, mine, right in zip(("y", "dx", "dA", "dB"), (y.detach(), *grads), exact):
+    names = itertools.chain(("y", "dx", "dA", "dB"), (f"gradient {k}" for k in itertools.count(4)))
+    for name, mine, right in zip(names, (y.detach(), *grads), exact):
         error = ((mine.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
         if not error <= tolerance:
             return f"computes something else ({name}: relative error {error:.1e}, at most {tolerance:.0e})"

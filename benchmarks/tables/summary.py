@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from peftkern.dispatch.choose import BACKENDS, load
-from peftkern.methods.registry import METHODS
-from peftkern.problem import Problem
-from peftkern.settings import Settings
+from peftkern.methods.coverage import back_ends
 
 from .markdown import table
 
@@ -44,9 +40,6 @@ LINES = (
     Line("training step of a small layer, 8 x 64 x 64, fp32, one thread", "small_calls", "zen4", "accelerated",
          {"which": "forward + backward in a chain"}, "median_us", "frozen nn.Linear"),
 )  # fmt: skip
-# The problem that back ends are asked about: a layer's, on the device that they are for.
-_SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
-_DEVICES = {"cpu": ("cpu", "AVX2"), "triton": ("cuda", "sm_90"), "cuda": ("cuda", "sm_90")}
 _OPS = {
     "forward": ("lora_linear_fwd", frozenset()),
     "backward": ("lora_linear_bwd", frozenset({"need_x", "need_A", "need_B"})),
@@ -86,24 +79,13 @@ def gains(results: dict[str, dict]) -> list[str]:
 
 
 def coverage() -> list[str]:
-    """Lines of the table: methods, what is computed, and in which dtypes each back end does. The reference does all."""
-    rows = []
-    for method in METHODS.values():
-        for words, (op, flags) in _OPS.items():
-            if words.startswith("many") and not method.mixed:
-                continue
-            rows.append([method.name, words, *(_dtypes(name, op, flags) for name in BACKENDS)])
+    """Lines of the table: what is computed, and in which dtypes each back end does. The reference does all."""
+    rows = [[words, *(_dtypes(name, *problem) for name in BACKENDS)] for words, problem in _OPS.items()]
     heads = {"cpu": "CPU, C++", "cuda": "CUDA C++", "triton": "Triton"}
-    return table(["method", "what", *(heads[name] for name in BACKENDS)], rows)
+    return table(["", *(heads[name] for name in BACKENDS)], rows)
 
 
 def _dtypes(name: str, op: str, flags: frozenset[str]) -> str:
-    module, (device, arch) = load(name), _DEVICES[name]
     if op.startswith("multi"):  # which dtypes only a build with CUDA can tell
-        return "yes" if op in module.OPS else "-"
-    taken = []
-    for word, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        problem = Problem(op, device, arch, dtype, dtype, **_SIZES, flags=flags)
-        if op in module.OPS and module.decline(problem, Settings()) is None:
-            taken.append(word)
-    return ", ".join(taken) or "-"
+        return "yes" if op in load(name).OPS else "-"
+    return ", ".join(back_ends.dtypes(name, op, flags)) or "-"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkern.dispatch import registry as dispatch
 from peftkern.dispatch.choose import load
 from peftkern.kernels import configs
 from peftkern.ops.lora_row_norm import RowNorm
@@ -90,8 +89,6 @@ def call_of(candidate: Candidate, inputs: Inputs, arch: int) -> tuple[Callable[[
     job, arguments = inputs.job, inputs.arguments
     if candidate.name == COMPOSITION:
         return functools.partial(_composition, inputs), None
-    if candidate.name == "reference":
-        return lambda i: dispatch.OPS[job.op].reference(arguments[i]), None
     module, now = load("cuda" if candidate.name == "cuda" else "triton"), current()
     reason = module.unavailable(now)
     if reason is None and job.op not in module.OPS:

@@ -157,8 +157,8 @@ def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Cal
 
     def arguments(weight: Tensor) -> tuple:
         if job.which == "forward":
-            return threads, a, weight, A, B, None, 1.0, 0.0, None, None, False, False
-        return threads, a, None, None, None, weight, A, B, 1.0, 0.0, None, None, ONLY_DX, K, RANK, A.dtype
+            return threads, a, "dense", weight, A, B, None, 1.0, 0.0, None, None, False, False
+        return threads, a, None, None, None, "dense", weight, A, B, 1.0, 0.0, None, None, ONLY_DX, K, RANK, A.dtype
 
     ways = {"forward": (cpu_call.forward, cpu_call.learn_forward), "dx": (cpu_call.backward, cpu_call.learn_backward)}
     ours = "bf16" if dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable() else "panels"

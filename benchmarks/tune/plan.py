@@ -122,9 +122,7 @@ def jobs(op: str, *, dtypes=("bf16", "fp16"), ranks=(16, 64, 8, 32)) -> list[Job
 
 def candidates(job: Job, arch: int) -> list[Candidate]:
     """What is measured, the default first. Whether a kernel runs here shows when it is tried."""
-    if job.op == "lora_row_norm":
-        return [Candidate("reference", "reference"), Candidate("cuda", "cuda")]
-    if job.op in OPS["multi_lora_linear"]:
+    if job.op not in OPS["lora_linear"]:
         return [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]
     if job.op == "lora_linear_fwd":

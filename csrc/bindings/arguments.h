@@ -37,26 +37,50 @@ inline bool read_threads(PyObject* object, int& out) {
   return true;
 }
 
+// Contiguous integers of this size, or floating-point numbers if kind says so.
+template <class T>
+bool read_array(PyObject* object, const T*& out, int64_t size, uint8_t kind = tensors::kInt,
+                tensors::Device where = {}) {
+  tensors::View view;
+  if (!tensors::read(object, view, where) || view.kind != kind || view.bits != 8 * sizeof(T) ||
+      !view.contiguous() || view.elements() != size)
+    return false;
+  out = static_cast<const T*>(view.data);
+  return true;
+}
+
 // A seed of dropout: one element.
 inline bool read_seed(PyObject* object, uint64_t& out) {
-  tensors::View view;
-  if (!tensors::read(object, view) || view.kind != tensors::kInt || view.bits != 64 || view.elements() != 1)
-    return false;
-  out = *static_cast<const uint64_t*>(view.data);
+  const int64_t* seed;
+  if (!read_array(object, seed, 1)) return false;
+  out = static_cast<uint64_t>(*seed);
+  return true;
+}
+
+// Scaling, and dropout as the kernels take it: what an element's bits are compared with, and the factor of
+// those that are kept.
+inline bool read_numbers(PyObject* scaling, PyObject* dropout_p, float& s, uint32_t& threshold, float& kept) {
+  double given, p;
+  if (!read_double(scaling, given) || !read_double(dropout_p, p) || !(p >= 0.0 && p < 1.0)) return false;
+  s = static_cast<float>(given);
+  threshold = static_cast<uint32_t>(p * 4294967296.0);
+  kept = static_cast<float>(1.0 / (1.0 - p));
   return true;
 }
 
 // A matrix that may be absent, of known sizes.
-inline bool read_sized(PyObject* object, ConstMatrix& out, int64_t rows, int64_t cols) {
+inline bool read_sized(PyObject* object, ConstMatrix& out, int64_t rows, int64_t cols,
+                       tensors::Device where = {}) {
   int64_t found_rows = rows, found_cols = cols;
-  return (object == Py_None || tensors::read_matrix(object, out, found_rows, found_cols)) &&
+  return (object == Py_None || tensors::read_matrix(object, out, found_rows, found_cols, where)) &&
          found_rows == rows && found_cols == cols;
 }
 
 // The same, contiguous and in fp32, as what an entry has made itself.
-inline bool read_floats(PyObject* object, const float*& out, int64_t rows, int64_t cols) {
+inline bool read_floats(PyObject* object, const float*& out, int64_t rows, int64_t cols,
+                        tensors::Device where = {}) {
   ConstMatrix m;
-  if (!read_sized(object, m, rows, cols) || m.dtype != DType::f32) return false;
+  if (!read_sized(object, m, rows, cols, where) || m.dtype != DType::f32) return false;
   if (m.data != nullptr && rows * cols > 0 && (m.col != 1 || (rows > 1 && m.row != cols))) return false;
   out = static_cast<const float*>(m.data);
   return true;
@@ -87,6 +111,31 @@ inline bool read_kind(PyObject* word, int64_t M, DType dtype, const ConstMatrix*
   PyErr_Format(PyExc_ValueError, "the base product cannot be computed by %s", text);
   return false;
 }
+
+// A frozen weight as an entry is told of it: the kind (peftkern/bases), and the tensor where it has one.
+struct Base {
+  enum Kind { kDense, kIdentity, kNone } kind = kNone;
+  ConstMatrix weight;
+
+  // False for a kind that has no loader here, so that none is taken for another.
+  bool read(PyObject* word, PyObject* object, int64_t N, int64_t K, DType dtype) {
+    if (!PyUnicode_Check(word)) return false;
+    if (PyUnicode_CompareWithASCIIString(word, "none") == 0) return true;
+    if (PyUnicode_CompareWithASCIIString(word, "identity") == 0) {
+      kind = kIdentity;
+      return object == Py_None && N == K;
+    }
+    kind = kDense;
+    return PyUnicode_CompareWithASCIIString(word, "dense") == 0 && object != Py_None &&
+           read_sized(object, weight, N, K) && weight.dtype == dtype;
+  }
+  // Who computes its product, likewise: nobody if there is none.
+  bool read_way(PyObject* word, int64_t M, DType dtype, bool scaled, cpu::BaseKind& out) const {
+    return kind == kNone || read_kind(word, M, dtype, kind == kDense ? &weight : nullptr, scaled, out);
+  }
+  // What a choice may depend on.
+  int64_t strides() const { return 2 * (weight.row == 1) + (weight.col == 1); }
+};
 
 // Runs a pass without the GIL. False with a Python error.
 template <class Pass>

@@ -1,8 +1,9 @@
-// The Python face of the native code, a file for each group of entry points; cuda.cpp has what runs on GPUs.
+// The Python face of the native code, a file for each group of entry points; cuda/ has what runs on GPUs.
 // Python has checked shapes and dtypes; sizes and null pointers are checked here once more, since a slip
 // would write to foreign memory. The GIL is released while a kernel runs.
 #include "bindings/checks.h"
 #include "bindings/plans.h"
+#include "bindings/tensors.h"
 #include "peftkern/cpu.h"
 
 namespace py = pybind11;
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
           throw std::invalid_argument("this CPU or build has no level " + name);
       },
       "name"_a, "Choose an instruction set level by name, or auto.");
+  if (!tensors::bind(m.ptr())) throw py::error_already_set();
   bind_base(m);
   bind_lora(m);
   bind_lora_linear(m);

@@ -1,5 +1,5 @@
-// multi_lora_linear's passes as one call each, as in lora_linear.cpp. The adapters come as an object that was
-// made of their tensors before, so that a call need not walk all of them.
+// multi_lora_linear's passes as one call each, as in lora_linear.cpp.
+#include "bindings/adapters.h"
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
 #include "bindings/plans.h"
@@ -15,60 +15,16 @@ using namespace py::literals;
 namespace peftkern {
 namespace {
 
-// --- the adapters ---
-
-constexpr const char* kAdapters = "peftkern.adapters";
-
-struct Adapters {
-  PyObject *weights = nullptr, *table = nullptr, *scaling = nullptr;  // a tuple of tensors, and two
-  bool fixed;                                                         // the tensors never move
-  cpu::MultiAdapters known;  // `weights` of it are filled if they never move
-
-  ~Adapters() {
-    for (PyObject* each : {weights, table, scaling}) Py_XDECREF(each);
-  }
-};
-
-bool read_weights(PyObject* tuple, cpu::MultiAdapters& out) {
-  const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
-  out.weights.reserve(count);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    tensors::View view;
-    DType dtype;
-    if (!tensors::read(PyTuple_GET_ITEM(tuple, i), view) || !view.dtype(dtype) || !view.contiguous())
-      return false;
-    if (i == 0) out.dtype = dtype;
-    if (dtype != out.dtype) return false;
-    out.weights.push_back({view.data, view.elements()});
-  }
-  return true;
-}
-
-// Contiguous integers of this size, or fp64.
-template <class T>
-bool read_array(PyObject* object, const T*& out, int64_t size, uint8_t kind = tensors::kInt) {
-  tensors::View view;
-  if (!tensors::read(object, view) || view.kind != kind || view.bits != 8 * sizeof(T) || !view.contiguous() ||
-      view.elements() != size)
-    return false;
-  out = static_cast<const T*>(view.data);
-  return true;
-}
-
-void destroy(PyObject* capsule) {
-  delete static_cast<Adapters*>(PyCapsule_GetPointer(capsule, kAdapters));
-}
-
 PyObject* adapters(PyObject*, PyObject* args) {
-  PyObject *weights, *table, *scaling;
+  PyObject *weights, *table, *scaling, *vectors;
   long long max_rank, K, N;
   int fixed;
-  if (!PyArg_ParseTuple(args, "OOOLLLp", &weights, &table, &scaling, &max_rank, &K, &N, &fixed))
+  if (!PyArg_ParseTuple(args, "OOOLLLpO", &weights, &table, &scaling, &max_rank, &K, &N, &fixed, &vectors))
     return nullptr;
   auto made = std::make_unique<Adapters>();
   made->fixed = fixed != 0;
-  made->weights = PySequence_Tuple(weights);
-  if (made->weights == nullptr) return nullptr;
+  made->weights = PySequence_Tuple(weights), made->vectors = PySequence_Tuple(vectors);
+  if (made->weights == nullptr || made->vectors == nullptr) return nullptr;
   made->table = Py_NewRef(table), made->scaling = Py_NewRef(scaling);
   cpu::MultiAdapters& known = made->known;
   known.max_rank = max_rank, known.K = K, known.N = N;
@@ -79,7 +35,7 @@ PyObject* adapters(PyObject*, PyObject* args) {
   known.slots = view.shape[0];
   if (!read_array(table, known.table, known.slots * cpu::kMultiColumns) ||
       !read_array(scaling, known.scaling, known.slots, tensors::kFloat) ||
-      (made->fixed && !read_weights(made->weights, known)))
+      (made->fixed && !read_tensors(*made, known)))
     Py_RETURN_NONE;
   PyObject* capsule = PyCapsule_New(made.get(), kAdapters, destroy);
   if (capsule != nullptr) made.release();
@@ -105,7 +61,7 @@ struct Rows {
     if (!given->fixed) {
       // Memory and dtype may have changed behind a parameter's back.
       now_ = given->known;
-      if (!read_weights(given->weights, now_)) return false;
+      if (!read_tensors(*given, now_)) return false;
       adapters = &now_;
     }
     if (!fits(adapters->dtype, activation) || !read_array(a[1], order, M) ||
@@ -126,8 +82,7 @@ struct Call {
   tensors::View view;  // of the activation
   ConstMatrix in;
   Rows rows;
-  enum Base { kDense, kIdentity, kNone } base = kNone;
-  ConstMatrix weight;
+  Base base;
   PlanKey key;
 
   Call() = default;
@@ -136,78 +91,67 @@ struct Call {
   bool read_activation(PyObject* threads_object, PyObject* object, int64_t& columns) {
     return read_threads(threads_object, threads) && tensors::read_rows(object, in, M, columns, view);
   }
-  bool read_base(PyObject* kind, PyObject* object) {
-    const int64_t N = rows.adapters->N, K = rows.adapters->K;
-    if (!PyUnicode_Check(kind)) return false;
-    if (PyUnicode_CompareWithASCIIString(kind, "none") == 0) return true;
-    if (PyUnicode_CompareWithASCIIString(kind, "identity") == 0) {
-      base = kIdentity;
-      return N == K;
-    }
-    base = kDense;
-    return PyUnicode_CompareWithASCIIString(kind, "dense") == 0 && object != Py_None &&
-           read_sized(object, weight, N, K) && weight.dtype == in.dtype;
+  bool read_base(PyObject* kind, PyObject* weight) {
+    return base.read(kind, weight, rows.adapters->N, rows.adapters->K, in.dtype);
   }
   void make_key(PyObject* settings, PlanKey::Pass pass, bool other) {
     const cpu::MultiAdapters& a = *rows.adapters;
-    const int64_t present = 2 * base + other, strides = 2 * (weight.row == 1) + (weight.col == 1);
     key.settings = settings;
     key.facts = {pass,
                  threads,
                  static_cast<int64_t>(in.dtype),
                  static_cast<int64_t>(a.dtype),
-                 present,
-                 strides,
+                 2 * base.kind + other,
+                 base.strides(),
                  M,
                  a.N,
                  a.K,
                  a.max_rank};
   }
-  bool read_kind(PyObject* word, cpu::BaseKind& out) const {
-    return base == kNone ||
-           peftkern::read_kind(word, M, in.dtype, base == kDense ? &weight : nullptr, false, out);
+  bool read_way(PyObject* word, cpu::BaseKind& out) const {
+    return base.read_way(word, M, in.dtype, false, out);
   }
   // The plan of a call that was looked at; false: there is none.
   bool find(cpu::MultiLinear& g) const {
     const Plan* plan = plans.find(key);
     if (plan == nullptr) return false;
-    g.base = base != kNone, g.kind = g.base ? plan->kind : cpu::BaseKind::given;
-    g.weight = weight, g.threads = threads;
+    g.base = base.kind != Base::kNone, g.kind = g.base ? plan->kind : cpu::BaseKind::given;
+    g.weight = base.weight, g.threads = threads;
     return true;
   }
 };
 
 // --- forward ---
 
-enum ForwardArgs {
-  kFSettings,
-  kFThreads,
-  kFX,
-  kFKind,
-  kFWeight,
-  kFBias,
-  kFAdapters,
-  kFOrder,
-  kFStarts,
-  kFDropout,
-  kFSeed,
-  kFWantU,
-  kFCount
-};
-
 struct ForwardCall : Call {
+  enum Args {
+    kSettings,
+    kThreads,
+    kX,
+    kKind,
+    kWeight,
+    kBias,
+    kAdapters,
+    kOrder,
+    kStarts,
+    kDropout,
+    kSeed,
+    kWantU,
+    kWantH,
+    kCount
+  };
   ConstMatrix bias;
-  bool want_u = false;
+  bool want_u = false, want_h = false;
 
   bool read(PyObject* const* a, Py_ssize_t count) {
     int64_t K;
-    if (count < kFCount || !read_activation(a[kFThreads], a[kFX], K) ||
-        !rows.read(a + kFAdapters, M, in.dtype, true) || K != rows.adapters->K ||
-        !read_base(a[kFKind], a[kFWeight]))
+    if (count < kCount || !read_activation(a[kThreads], a[kX], K) ||
+        !rows.read(a + kAdapters, M, in.dtype, true) || K != rows.adapters->K ||
+        !read_base(a[kKind], a[kWeight]))
       return false;
-    if (!tensors::read_vector(a[kFBias], bias, rows.adapters->N) || !fits(bias.dtype, in.dtype)) return false;
-    want_u = a[kFWantU] == Py_True;
-    make_key(a[kFSettings], PlanKey::kMultiForward, false);
+    if (!tensors::read_vector(a[kBias], bias, rows.adapters->N) || !fits(bias.dtype, in.dtype)) return false;
+    want_u = a[kWantU] == Py_True, want_h = a[kWantH] == Py_True;
+    make_key(a[kSettings], PlanKey::kMultiForward, false);
     return true;
   }
 };
@@ -219,74 +163,89 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const cpu::MultiAdapters& adapters = *call.rows.adapters;
   Results results;
   Matrix u;
-  const bool made = make_rows(results, true, call.view, adapters.N, call.in.dtype, g.y) &&
-                    make_matrix(results, call.want_u, call.M, adapters.max_rank, DType::f32, u);
-  if (!made) return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
-  if (!prepare_product(g.kind, g.vendor, a[kFX], a[kFWeight], true, Py_None, results.at(0))) return nullptr;
+  if (!make_rows(results, true, call.view, adapters.N, call.in.dtype, g.y) ||
+      !make_matrix(results, call.want_u, call.M, adapters.max_rank, DType::f32, u) ||
+      !make_matrix(results, call.want_h, call.M, adapters.N, call.in.dtype, g.h))
+    return nothing();
+  PyObject* product = results.at(call.want_h ? 2 : 0);
+  if (!prepare_product(g.kind, g.vendor, a[call.kX], a[call.kWeight], true, Py_None, product)) return nullptr;
   g.x = call.in, g.bias = call.bias, g.u = static_cast<float*>(u.data);
   if (!run([&] { multi_linear_forward(call.rows.batch(call.M), g); })) return nullptr;
-  return call.want_u ? results.tuple() : results.take(0);
-}
-
-PyObject* forward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  ForwardCall call;
-  if (count != kFCount + 1 || !call.read(a, count)) Py_RETURN_FALSE;
-  cpu::BaseKind kind = cpu::BaseKind::vendor;
-  if (!call.read_kind(a[kFCount], kind)) return nullptr;
-  plans.keep(call.key, kind);
-  Py_RETURN_TRUE;
+  return call.want_u || call.want_h ? results.tuple() : results.take(0);
 }
 
 // --- backward ---
 
-enum BackwardArgs {
-  kBSettings,
-  kBThreads,
-  kBDy,
-  kBX,
-  kBU,
-  kBKind,
-  kBWeight,
-  kBAdapters,
-  kBOrder,
-  kBStarts,
-  kBDropout,
-  kBSeed,
-  kBNeedX,
-  kBNeedBias,
-  kBNeed,
-  kBCount
-};
+// A tuple with a bool per tensor.
+bool is_need(PyObject* need, size_t tensors) {
+  return PyTuple_CheckExact(need) && PyTuple_GET_SIZE(need) == static_cast<Py_ssize_t>(tensors);
+}
 
 struct BackwardCall : Call {
-  ConstMatrix x;
+  enum Args {
+    kSettings,
+    kThreads,
+    kDy,
+    kX,
+    kU,
+    kKind,
+    kWeight,
+    kAdapters,
+    kOrder,
+    kStarts,
+    kDropout,
+    kSeed,
+    kNeedX,
+    kNeedBias,
+    kNeed,
+    kH,
+    kNeedVectors,
+    kCount
+  };
+  ConstMatrix x, h;
   const float* u = nullptr;
-  bool need_x = false, need_bias = false;
+  bool need_x = false, need_bias = false, need_dx = false;  // need_dx: for x or for a p_b
 
   bool read(PyObject* const* a, Py_ssize_t count) {
     int64_t N;
-    if (count < kBCount || !read_activation(a[kBThreads], a[kBDy], N) ||
-        !rows.read(a + kBAdapters, M, in.dtype, true) || N != rows.adapters->N)
+    if (count < kCount || !read_activation(a[kThreads], a[kDy], N) ||
+        !rows.read(a + kAdapters, M, in.dtype, true) || N != rows.adapters->N)
       return false;
-    need_x = a[kBNeedX] == Py_True, need_bias = a[kBNeedBias] == Py_True;
-    if (need_x && !read_base(a[kBKind], a[kBWeight])) return false;
+    need_x = a[kNeedX] == Py_True, need_bias = a[kNeedBias] == Py_True;
+    if (!is_need(a[kNeed], rows.adapters->weights.size()) ||
+        !is_need(a[kNeedVectors], rows.adapters->vectors.size()))
+      return false;
+    need_dx = need_x || needs_p_b(a[kNeedVectors]);
+    if (need_dx && !read_base(a[kKind], a[kWeight])) return false;
     tensors::View view;
     int64_t x_rows, K;
-    if (a[kBX] != Py_None && (!tensors::read_rows(a[kBX], x, x_rows, K, view) || x_rows != M ||
-                              K != rows.adapters->K || x.dtype != in.dtype))
+    if (a[kX] != Py_None && (!tensors::read_rows(a[kX], x, x_rows, K, view) || x_rows != M ||
+                             K != rows.adapters->K || x.dtype != in.dtype))
       return false;
-    if (!read_floats(a[kBU], u, M, rows.adapters->max_rank) || !PyTuple_CheckExact(a[kBNeed]) ||
-        PyTuple_GET_SIZE(a[kBNeed]) != static_cast<Py_ssize_t>(rows.adapters->weights.size()))
+    if (!read_floats(a[kU], u, M, rows.adapters->max_rank) || !read_sized(a[kH], h, M, N) ||
+        (h.data != nullptr && h.dtype != in.dtype))
       return false;
-    make_key(a[kBSettings], PlanKey::kMultiBackward, need_x);
+    make_key(a[kSettings], PlanKey::kMultiBackward, need_dx);
     return true;
+  }
+
+ private:
+  // Whether an adapter's p_b needs a gradient.
+  bool needs_p_b(PyObject* need) const {
+    const auto count = static_cast<int64_t>(PyTuple_GET_SIZE(need));
+    const int64_t* row = rows.adapters->table + cpu::kVectors + 2 * cpu::kPb;
+    for (int64_t slot = 0; count > 0 && slot < rows.adapters->slots; ++slot, row += cpu::kMultiColumns) {
+      if (*row >= 0 && *row < count && PyTuple_GET_ITEM(need, *row) == Py_True) return true;
+    }
+    return false;
   }
 };
 
-// Gradients of the weights that need one, like them, None for the others: a list, or null with a Python
+// Gradients of the tensors that need one, like them, None for the others: a list, or null with a Python
 // error.
-PyObject* make_gradients(PyObject* weights, PyObject* need, const cpu::MultiAdapters& adapters,
-                         std::vector<void*>& data) {
+template <class T>
+PyObject* make_gradients(PyObject* like_these, PyObject* need, const std::vector<cpu::MultiMemory>& memory,
+                         DType dtype, std::vector<T*>& data) {
   const Py_ssize_t count = PyTuple_GET_SIZE(need);
   PyObject* out = PyList_New(count);
   data.assign(count, nullptr);
@@ -295,10 +254,12 @@ PyObject* make_gradients(PyObject* weights, PyObject* need, const cpu::MultiAdap
     if (PyTuple_GET_ITEM(need, i) == Py_True) {
       Py_DECREF(each);
       tensors::View like;
-      const bool same = tensors::read(PyTuple_GET_ITEM(weights, i), like) &&
-                        like.elements() == adapters.weights[i].elements;
-      each = same ? tensors::empty(like.shape, like.dims, adapters.dtype, &data[i]) : nullptr;
-      if (!same) PyErr_SetString(PyExc_RuntimeError, "a tensor of weights changed during the call");
+      void* made = nullptr;
+      const bool same =
+          tensors::read(PyTuple_GET_ITEM(like_these, i), like) && like.elements() == memory[i].elements;
+      each = same ? tensors::empty(like.shape, like.dims, dtype, &made) : nullptr;
+      data[i] = static_cast<T*>(made);
+      if (!same) PyErr_SetString(PyExc_RuntimeError, "a tensor of an adapter changed during the call");
     }
     if (each == nullptr) {
       Py_CLEAR(out);
@@ -315,48 +276,41 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   if (!call.read(a, count) || !call.find(g)) Py_RETURN_NONE;
   const cpu::MultiAdapters& adapters = *call.rows.adapters;
   Results results;
-  const bool made = make_rows(results, call.need_x, call.view, adapters.K, call.in.dtype, g.dx) &&
-                    make_floats(results, call.need_bias, adapters.N, g.dbias);
-  if (!made) return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
-  PyObject* weights = static_cast<Adapters*>(PyCapsule_GetPointer(a[kBAdapters], kAdapters))->weights;
-  PyObject* grads = make_gradients(weights, a[kBNeed], adapters, g.grads);
-  if (grads == nullptr) return nullptr;
-  results.add(grads);
-  if (call.need_x && !prepare_product(g.kind, g.vendor, a[kBDy], a[kBWeight], false, Py_None, results.at(0)))
+  if (!make_rows(results, call.need_dx, call.view, adapters.K, call.in.dtype, g.dx) ||
+      !make_floats(results, call.need_bias, adapters.N, g.dbias))
+    return nothing();
+  const auto* given = static_cast<Adapters*>(PyCapsule_GetPointer(a[call.kAdapters], kAdapters));
+  results.add(make_gradients(given->weights, a[call.kNeed], adapters.weights, adapters.dtype, g.grads));
+  results.add(
+      make_gradients(given->vectors, a[call.kNeedVectors], adapters.vectors, DType::f32, g.vector_grads));
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  if (call.need_dx &&
+      !prepare_product(g.kind, g.vendor, a[call.kDy], a[call.kWeight], false, Py_None, results.at(0)))
     return nullptr;
-  g.dy = call.in, g.x = call.x, g.u = call.u;
+  g.dy = call.in, g.x = call.x, g.u = call.u, g.h = call.h;
   if (!run([&] { multi_linear_backward(call.rows.batch(call.M), g); })) return nullptr;
+  if (!call.need_x && call.need_dx) results.drop(0);
   return results.tuple();
-}
-
-PyObject* backward_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
-  BackwardCall call;
-  if (count != kBCount + 1 || !call.read(a, count)) Py_RETURN_FALSE;
-  cpu::BaseKind kind = cpu::BaseKind::vendor;
-  if (call.need_x && !call.read_kind(a[kBCount], kind)) return nullptr;
-  plans.keep(call.key, kind);
-  Py_RETURN_TRUE;
 }
 
 // --- the branch added to what is there ---
 
-enum AddArgs { kASettings, kAThreads, kAOut, kAX, kAAdapters, kAOrder, kAStarts, kACount };
-
 struct AddCall : Call {
+  enum Args { kSettings, kThreads, kOut, kX, kAdapters, kOrder, kStarts, kCount };
   cpu::MultiLinearForward g;
 
   bool read(PyObject* const* a, Py_ssize_t count) {
     int64_t K, N, out_rows;
     ConstMatrix out;
     tensors::View out_view;
-    if (count != kACount || !read_activation(a[kAThreads], a[kAX], K) ||
-        !rows.read(a + kAAdapters, M, in.dtype, false) || K != rows.adapters->K)
+    if (count != kCount || !read_activation(a[kThreads], a[kX], K) ||
+        !rows.read(a + kAdapters, M, in.dtype, false) || K != rows.adapters->K)
       return false;
-    if (!tensors::read_rows(a[kAOut], out, out_rows, N, out_view) || out_rows != M || N != rows.adapters->N ||
+    if (!tensors::read_rows(a[kOut], out, out_rows, N, out_view) || out_rows != M || N != rows.adapters->N ||
         out.dtype != in.dtype || (N > 1 && out.col != 1) || (M > 1 && out.row < N))
       return false;
     g.x = in, g.y = {const_cast<void*>(out.data), out.dtype, out.row, 1};
-    make_key(a[kASettings], PlanKey::kSgmvAdd, false);
+    make_key(a[kSettings], PlanKey::kSgmvAdd, false);
     return true;
   }
 };
@@ -378,20 +332,19 @@ PyObject* add_learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"adapters", adapters, METH_VARARGS,
-     "(weights, table, scaling, max_rank, in_features, out_features, fixed) -> the adapters as the entries "
-     "below "
-     "take them, or None: not ordinary. fixed: the weights stay where they are."},
+     "(weights, table, scaling, max_rank, in_features, out_features, fixed, vectors) -> the adapters as the "
+     "entries below take them, or None: not ordinary. fixed: weights and vectors stay where they are."},
     {"multi_lora_linear_forward", fast(forward), METH_FASTCALL,
-     "(settings, threads, x, kind, weight, bias, adapters, order, starts, dropout_p, seed, want_u) -> y, or "
-     "(y, u) "
-     "if u is wanted; None: not known, or not ordinary."},
-    {"multi_lora_linear_forward_learn", fast(forward_learn), METH_FASTCALL,
+     "(settings, threads, x, kind, weight, bias, adapters, order, starts, dropout_p, seed, want_u, want_h) "
+     "-> "
+     "y, or (y, u, h) if u or h is wanted, None where not; None: not known, or not ordinary."},
+    {"multi_lora_linear_forward_learn", fast(learn<ForwardCall>), METH_FASTCALL,
      "(what multi_lora_linear_forward takes, kind) -> whether calls like this one are taken from now on."},
     {"multi_lora_linear_backward", fast(backward), METH_FASTCALL,
      "(settings, threads, dy, x, u, kind, weight, adapters, order, starts, dropout_p, seed, need_x, "
-     "need_bias, need) "
-     "-> (dx, dbias, gradients of the weights), None where not needed; None as above."},
-    {"multi_lora_linear_backward_learn", fast(backward_learn), METH_FASTCALL,
+     "need_bias, need, h, need_vectors) -> (dx, dbias, gradients of the weights, of the vectors), None where "
+     "not needed; None as above."},
+    {"multi_lora_linear_backward_learn", fast(learn<BackwardCall>), METH_FASTCALL,
      "(what multi_lora_linear_backward takes, kind) -> whether calls like this one are taken from now on."},
     {"sgmv_add", fast(add), METH_FASTCALL,
      "(settings, threads, out, x, adapters, order, starts) -> True when the branch was added; None as "

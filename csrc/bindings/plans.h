@@ -60,4 +60,15 @@ class Plans {
 // Of all passes.
 inline Plans plans;
 
+// An entry's _learn: what the entry takes, and the word for who computes the base product of calls like it.
+template <class Call>
+PyObject* learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
+  Call call;
+  cpu::BaseKind kind = cpu::BaseKind::vendor;
+  if (count != Call::kCount + 1 || !call.read(a, count)) Py_RETURN_FALSE;
+  if (!call.read_way(a[Call::kCount], kind)) return nullptr;
+  plans.keep(call.key, kind);
+  Py_RETURN_TRUE;
+}
+
 }  // namespace peftkern

@@ -13,7 +13,7 @@ namespace peftkern {
 // Tensors that a call has made so far; given back unless they are handed out.
 class Results {
  public:
-  Results() = default;
+  explicit Results(tensors::Device where = {}) : where_(where) {}
   Results(const Results&) = delete;
   Results& operator=(const Results&) = delete;
   ~Results() {
@@ -22,7 +22,7 @@ class Results {
 
   // A new tensor; null data, with a Python error, if there is none.
   bool make(const int64_t* shape, int dims, DType dtype, void** data) {
-    made_[count_] = tensors::empty(shape, dims, dtype, data);
+    made_[count_] = tensors::empty(shape, dims, dtype, data, where_);
     return made_[count_++] != nullptr;
   }
   // What was made elsewhere.
@@ -30,6 +30,7 @@ class Results {
   // Nothing in its place.
   void skip() { made_[count_++] = nullptr; }
 
+  int count() const { return count_; }
   PyObject* at(int i) const { return made_[i]; }
   PyObject* take(int i) { return std::exchange(made_[i], nullptr); }
   void drop(int i) { Py_CLEAR(made_[i]); }
@@ -45,6 +46,7 @@ class Results {
   }
 
  private:
+  const tensors::Device where_;
   PyObject* made_[9] = {};
   int count_ = 0;
 };
@@ -68,6 +70,11 @@ inline bool make_floats(Results& results, bool wanted, int64_t size, float*& out
   const bool made = results.make(&size, 1, DType::f32, &data);
   out = static_cast<float*>(data);
   return made;
+}
+
+// What an entry answers whose results were not made: an error if there is one, else that the call is not its.
+inline PyObject* nothing() {
+  return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_None);
 }
 
 // A matrix in the shape of `like`, but for the last dimension.

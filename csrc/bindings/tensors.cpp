@@ -8,12 +8,9 @@ namespace peftkern::tensors {
 namespace {
 
 // --- DLPack 1.3, as far as it is used ---
-struct DlDevice {
-  int32_t type, id;
-};
 struct DlTensor {
   void* data;
-  DlDevice device;
+  Device device;
   int32_t dims;
   struct {
     uint8_t code, bits;
@@ -32,11 +29,12 @@ struct DlExchangeApi {
   int (*view_of_object)(void* object, DlTensor* out);
   void* current_stream;
 };
-constexpr int32_t kDlCpu = 1;
+constexpr int32_t kDlCpu = 1, kDlCuda = 2;
 
 // --- what torch's libraries export: functions of its C shim, and the step from there to Python ---
-using Handle = void*;                                       // at::Tensor*
-constexpr int32_t kAtenCpu = 0, kAtenTypes[] = {6, 15, 5};  // of the dtype codes: Float, BFloat16, Half
+using Handle = void*;  // at::Tensor*
+constexpr int32_t kAtenCpu = 0, kAtenCuda = 1;
+constexpr int32_t kAtenTypes[] = {6, 15, 5};  // of the dtype codes: Float, BFloat16, Half
 struct Exported {
   int (*empty_strided)(int64_t dims, const int64_t* shape, const int64_t* strides, int32_t dtype,
                        int32_t device, int32_t index, Handle* out);
@@ -99,33 +97,49 @@ void multiply(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const Const
     throw std::runtime_error("torch's matrix product failed");
 }
 
-PyObject* empty_through_python(const int64_t* shape, int dims, DType dtype) {
+PyObject* empty_through_python(const int64_t* shape, int dims, DType dtype, Device where) {
   PyObject* sizes = PyTuple_New(dims);
   for (int i = 0; sizes != nullptr && i < dims; ++i)
     PyTuple_SET_ITEM(sizes, i, PyLong_FromLongLong(shape[i]));
   PyObject* args = sizes != nullptr ? PyTuple_Pack(1, sizes) : nullptr;
+  PyObject* keywords = Py_NewRef(state.keywords[static_cast<int>(dtype)]);
+  if (where.type != kDlCpu) {
+    Py_SETREF(keywords, PyDict_Copy(keywords));
+    PyObject* device = PyUnicode_FromFormat("cuda:%d", where.index);
+    if (keywords != nullptr && (device == nullptr || PyDict_SetItemString(keywords, "device", device) != 0))
+      Py_CLEAR(keywords);
+    Py_XDECREF(device);
+  }
   PyObject* out =
-      args != nullptr ? PyObject_Call(state.empty, args, state.keywords[static_cast<int>(dtype)]) : nullptr;
-  Py_XDECREF(args);
-  Py_XDECREF(sizes);
+      args != nullptr && keywords != nullptr ? PyObject_Call(state.empty, args, keywords) : nullptr;
+  for (PyObject* each : {keywords, args, sizes}) Py_XDECREF(each);
   return out;
 }
 
-PyObject* empty_through_exports(const int64_t* shape, int dims, DType dtype) {
+PyObject* empty_through_exports(const int64_t* shape, int dims, DType dtype, Device where) {
   constexpr int kMaxDims = 64;
-  if (dims > kMaxDims) return empty_through_python(shape, dims, dtype);
+  if (dims > kMaxDims) return empty_through_python(shape, dims, dtype, where);
   int64_t strides[kMaxDims], step = 1;
   for (int i = dims - 1; i >= 0; --i) {
     strides[i] = step;
     step *= std::max<int64_t>(shape[i], 1);
   }
   Handle handle = nullptr;
-  if (state.torch.empty_strided(dims, shape, strides, kAtenTypes[static_cast<int>(dtype)], kAtenCpu, -1,
-                                &handle) != 0)
-    return PyErr_NoMemory();
+  const bool cpu = where.type == kDlCpu;
+  if (state.torch.empty_strided(dims, shape, strides, kAtenTypes[static_cast<int>(dtype)],
+                                cpu ? kAtenCpu : kAtenCuda, cpu ? -1 : where.index, &handle) != 0)
+    return empty_through_python(shape, dims, dtype, where);  // which raises torch's own error
   PyObject* out = state.torch.wrap(handle);
   state.torch.destroy(handle);
   return out;
+}
+
+bool view_of(PyObject* object, DlTensor& out) {
+  if (state.api == nullptr || (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter))
+    return false;
+  if (state.api->view_of_object(object, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
 }
 
 }  // namespace
@@ -159,16 +173,19 @@ bool View::contiguous() const {
   return adjacent || step == 0;
 }
 
-bool read(PyObject* object, View& out) {
-  if (state.api == nullptr || (Py_TYPE(object) != state.tensor && Py_TYPE(object) != state.parameter))
-    return false;
+bool device_of(PyObject* object, Device& out) {
   DlTensor t;
-  if (state.api->view_of_object(object, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!view_of(object, t)) return false;
+  out = t.device;
+  return out.type == kDlCpu || out.type == kDlCuda;
+}
+
+bool read(PyObject* object, View& out, Device where) {
+  DlTensor t;
+  if (!view_of(object, t)) return false;
   out = {static_cast<char*>(t.data) + t.byte_offset, t.dims, t.shape, t.strides, t.dtype.code, t.dtype.bits};
-  if (t.device.type != kDlCpu || t.dtype.lanes != 1 || (t.dims > 0 && t.strides == nullptr)) return false;
+  if (t.device.type != where.type || (where.type != kDlCpu && t.device.index != where.index)) return false;
+  if (t.dtype.lanes != 1 || (t.dims > 0 && t.strides == nullptr)) return false;
   if (t.data == nullptr && out.elements() != 0) return false;
   // Nothing in DLPack says that a view stands for the negative of its memory.
   PyObject* negative = state.is_neg(object, nullptr);
@@ -178,8 +195,8 @@ bool read(PyObject* object, View& out) {
   return plain;
 }
 
-bool read_rows(PyObject* object, ConstMatrix& out, int64_t& rows, int64_t& cols, View& view) {
-  if (!read(object, view) || view.dims < 1 || !view.dtype(out.dtype)) return false;
+bool read_rows(PyObject* object, ConstMatrix& out, int64_t& rows, int64_t& cols, View& view, Device where) {
+  if (!read(object, view, where) || view.dims < 1 || !view.dtype(out.dtype)) return false;
   const int last = view.dims - 1;
   rows = 1, cols = view.shape[last];
   out.data = view.data, out.row = cols, out.col = view.strides[last];
@@ -202,25 +219,26 @@ bool read_dtype(PyObject* object, DType& out) {
   return false;
 }
 
-bool read_matrix(PyObject* object, ConstMatrix& out, int64_t& rows, int64_t& cols) {
+bool read_matrix(PyObject* object, ConstMatrix& out, int64_t& rows, int64_t& cols, Device where) {
   View view;
-  if (!read(object, view) || view.dims != 2 || !view.dtype(out.dtype)) return false;
+  if (!read(object, view, where) || view.dims != 2 || !view.dtype(out.dtype)) return false;
   rows = view.shape[0], cols = view.shape[1];
   out.data = view.data, out.row = view.strides[0], out.col = view.strides[1];
   return true;
 }
 
-bool read_vector(PyObject* object, ConstMatrix& out, int64_t size) {
+bool read_vector(PyObject* object, ConstMatrix& out, int64_t size, Device where) {
   if (object == Py_None) return true;
   View view;
-  if (!read(object, view) || view.dims != 1 || view.shape[0] != size || !view.dtype(out.dtype)) return false;
+  if (!read(object, view, where) || view.dims != 1 || view.shape[0] != size || !view.dtype(out.dtype))
+    return false;
   out.data = view.data, out.row = size, out.col = view.strides[0];
   return true;
 }
 
-PyObject* empty(const int64_t* shape, int dims, DType dtype, void** data) {
-  PyObject* out = state.torch.wrap != nullptr ? empty_through_exports(shape, dims, dtype)
-                                              : empty_through_python(shape, dims, dtype);
+PyObject* empty(const int64_t* shape, int dims, DType dtype, void** data, Device where) {
+  PyObject* out = state.torch.wrap != nullptr ? empty_through_exports(shape, dims, dtype, where)
+                                              : empty_through_python(shape, dims, dtype, where);
   DlTensor t;
   if (out != nullptr && state.api->view_of_object(out, &t) != 0) Py_CLEAR(out);
   if (out != nullptr) *data = t.data;
@@ -237,6 +255,8 @@ bool multiply_in_python(PyObject* a, PyObject* weight, bool transpose, PyObject*
   Py_XDECREF(done);
   return done != nullptr;
 }
+
+namespace {
 
 PyObject* set_up(PyObject*, PyObject* args) {
   PyObject *tensor, *parameter, *is_neg, *empty, *dtypes[3], *product;
@@ -270,6 +290,15 @@ PyObject* set_up(PyObject*, PyObject* args) {
   if (path != nullptr) look_up_exports(path);
   state.api = api;
   Py_RETURN_NONE;
+}
+
+}  // namespace
+
+bool bind(PyObject* module) {
+  static PyMethodDef methods[] = {
+      {"tensors_set_up", set_up, METH_VARARGS, "What the entries that take tensors need of torch, once."},
+      {nullptr, nullptr, 0, nullptr}};
+  return PyModule_AddFunctions(module, methods) == 0;
 }
 
 }  // namespace peftkern::tensors

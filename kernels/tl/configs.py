@@ -147,8 +147,8 @@ STRIP = 512
 
 
 def row_norm(R: int, itemsize: int, arch: int) -> LaunchConfig:
-    """Row norms of W + s B A. Bytes decide, and every tile is met by as many ranks as it has room for."""
-    return LaunchConfig(64, 64, 0, rank_block(R, 32), warps=4, stages=2)
+    """Row norms of W + s B A. Bytes decide. Without wgmma the operands of a product sit in registers."""
+    return LaunchConfig(64, 64, 0, rank_block(R, 32 if arch >= 90 else 16), warps=4, stages=2)
 
 
 def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:

@@ -49,10 +49,11 @@ def row_norm_kernel(
     row = tl.minimum(rows, N - 1)
     start = tl.program_id(1) * STRIP
     total = tl.zeros((BLOCK_N,), tl.float32)
-    at_row = w + row[:, None].to(tl.int64) * stride_w_row
+    # Masked rows, not repeated ones: where W is adjacent along them, they must be seen to be.
+    at_row = w + rows[:, None].to(tl.int64) * stride_w_row
     for k in tl.range(start, tl.minimum(start + STRIP, K), BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
-        inside = (col < K)[None, :]
+        inside = (rows < N)[:, None] & (col < K)[None, :]
         tile = tl.load(at_row + col[None, :].to(tl.int64) * stride_w_col, mask=inside, other=0.0).to(tl.float32)
         if CHUNKS == 1:
             delta = _chunk(

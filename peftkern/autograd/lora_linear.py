@@ -55,7 +55,7 @@ class Call(NamedTuple):
         scales, seed, base = self.split(rest)
         if now is not None:
             done = native.forward(
-                now, torch.get_num_threads(), x, base[0] if base else None, lora_A, lora_B, bias, scaling, dropout_p, seed,
+                now, torch.get_num_threads(), x, kind, base[0] if base else None, lora_A, lora_B, bias, scaling, dropout_p, seed,
                 scales, want_u, want_h,
             )  # fmt: skip
             if done is not None:
@@ -110,7 +110,7 @@ class LoRALinearFunction(torch.autograd.Function):
             for i in _unread(needs, scaled, call.dropout_p > 0.0):
                 saved[i] = None
             if saved[0] is not None:
-                saved[0] = kept_input(x, given)
+                saved[0] = kept_input(x, given, call.now)
         ctx.save_for_backward(*saved)
         ctx.call = call
         ctx.x = x.shape, x.dtype
@@ -133,7 +133,7 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = None
         if now is not None and nobody_watches():
             grads = native.backward(
-                current(), torch.get_num_threads(), dy, x, u, h, base[0] if base else None, lora_A, lora_B, scaling,
+                current(), torch.get_num_threads(), dy, x, u, h, kind, base[0] if base else None, lora_A, lora_B, scaling,
                 dropout_p, seed, scales, _bits(needs, scaled), shape[-1], rank, adapter_dtype,
             )  # fmt: skip
         if grads is None:

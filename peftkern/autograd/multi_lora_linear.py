@@ -1,8 +1,8 @@
 """multi_lora_linear and sgmv as differentiable functions.
 
 Saved for backward, each only if a gradient that is needed reads it (``_reads``): x, or a copy of it where that costs less
-(``saved.py``); u (M, max_rank) in fp32; parameters, the route and a seed. A bank's weights get no gradient; what they
-were in forward stays readable until backward is done.
+(``saved.py``); u (M, max_rank) in fp32; the base product (M, N) only if a base_out_scale trains; parameters, the route and
+a seed. A bank's weights get no gradient; what they were in forward stays readable until backward is done.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from ..bases.base import Base, base_of
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
+from ..many.adapter import Adapter
 from ..many.bank import AdapterBank
 from ..many.route import route
 from ..many.table import AdapterTable, probabilities, table_of
+from ..ops.adapter_table import BETA
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
 from ..settings import Settings, current
@@ -31,16 +33,53 @@ from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, ro
 _fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
 _BRANCH = Base(NO_BASE, ())
-_SAVED = ("x", "u", "table", "scaling", "order", "starts", "dropout_p", "seed", "weight or an adapter's matrix")
+_SAVED = ("x", "u", "h", "table", "scaling", "order", "starts", "dropout_p", "seed", "weight or an adapter's part")
+
+
+class Parts(NamedTuple):
+    """How the tensors of a node follow each other: the base's, the weights, the vectors, whose ``owners`` the table names."""
+
+    base: int
+    weights: int
+    owners: tuple[tuple[int, str], ...]
+
+    def split(self, tensors: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+        """(the base's, weights, vectors)."""
+        end = self.base + self.weights
+        return tensors[: self.base], tensors[self.base : end], tensors[end:]
+
+
+def _trained(needs: tuple[bool, ...], parts: Parts) -> list[tuple[int, str]]:
+    """(slot, symbol) of the vectors that need a gradient. A bank's need none, as its other tensors."""
+    return [owner for owner, need in zip(parts.owners, parts.split(needs[4:])[2]) if need]
+
+
+def _trains(symbol: str, needs: tuple[bool, ...], parts: Parts) -> bool:
+    return any(trained == symbol for _, trained in _trained(needs, parts))
+
+
+def _needs_product(needs: tuple[bool, ...], parts: Parts) -> bool:
+    """Whether a gradient is needed that reads the base."""
+    return needs[0] or _trains("p_b", needs, parts)
 
 
 @functools.cache
-def _reads(needs: tuple[bool, ...], base: int) -> tuple[bool, ...]:
-    """Which of ``_SAVED`` the needed gradients read: the base's tensors, then lora_A and lora_B of each adapter, last."""
-    x, matrices = needs[0], needs[4 + base :]
-    # A bank's tensors, which hold both, need no gradient.
-    read = [x or (i % 2 == 1 and matrices[i - 1]) for i in range(len(matrices))]
-    return any(matrices[::2]), any(matrices[1::2]), *[True] * 6, *[x] * base, *read
+def _reads(needs: tuple[bool, ...], parts: Parts) -> tuple[bool, ...]:
+    """Which of ``_SAVED`` the needed gradients read; last the base's tensors, lora_A and lora_B of each adapter, vectors."""
+    dx, (_, matrices, vectors), trained = needs[0], parts.split(needs[4:]), _trained(needs, parts)
+    symbols = {symbol for _, symbol in trained}
+    through_B = {slot for slot, symbol in trained if symbol in ("d", "p_d", "g_d")}
+    x = any(matrices[::2]) or bool(symbols & {"p_b", "p_d"})
+    u = any(matrices[1::2]) or bool(symbols & {"d", "g_d"})
+    read: list[bool] = []
+    for i in range(len(matrices)):
+        if i % 2 == 0:
+            read.append(dx or (i // 2, "p_d") in trained)
+        else:
+            read.append(dx or matrices[i - 1] or i // 2 in through_B)
+    # Vectors are small; a bias is never read again.
+    kept = [symbol != BETA for _, symbol in parts.owners] or [True] * len(vectors)
+    return x, u, "g_b" in symbols, *[True] * 6, *[_needs_product(needs, parts)] * parts.base, *read, *kept
 
 
 class Batch(NamedTuple):
@@ -59,22 +98,24 @@ class Batch(NamedTuple):
     seed: Tensor | None
     autocast: torch.dtype | None
 
-    def forward(self, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, weights: Sequence[Tensor], want_u: bool):
-        """(y, u) of an x (..., K) that was cast; y alone unless u is wanted."""
+    def forward(self, x: Tensor, bias: Tensor | None, tensors: Sequence[Sequence[Tensor]], want_u: bool, want_h: bool):
+        """(y, u, h) of an x (..., K) that was cast; y alone unless u is wanted. ``tensors``: base, weights, vectors."""
         now, kind, state, order, starts, dropout_p, seed, autocast = self
+        base, weights, vectors = tensors
         if now is not None:
             done = native.forward(
                 now, torch.get_num_threads(), x, kind, base[0] if base else None, bias, state.native(), order, starts,
-                dropout_p, seed, want_u,
+                dropout_p, seed, want_u, want_h,
             )  # fmt: skip
             if done is not None:
                 return done
-        y, u = _fwd(
+        y, u, h = _fwd(
             rows_of(x, x.dtype), cast_base(kind, base, autocast), kind, state.out_features, bias, _contiguous(weights),
-            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed,
+            state.table, state.scaling, state.max_rank, order, starts, dropout_p, seed, _contiguous(vectors), state.acting,
+            want_h,
         )  # fmt: skip
         y = as_shape(y, x)
-        return (y, u) if want_u else y
+        return (y, u, h) if want_u else y
 
 
 def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -83,22 +124,22 @@ def _contiguous(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
-    """The op with its gradients. The base's tensors and the state's weights come last, flat: autograd sees no lists."""
+    """The op with its gradients. The base's and the state's tensors come last, flat: autograd sees no lists."""
 
     @staticmethod
-    def forward(ctx, x, bias, batch, bases, *tensors):
-        base, weights, state = tensors[:bases], tensors[bases:], batch.state
+    def forward(ctx, x, bias, batch, parts, *tensors):
+        state, needs = batch.state, ctx.needs_input_grad
         given = x if batch.autocast is None else cast(x, batch.autocast)
-        y, u = batch.forward(given, base, bias, weights, True)
-        saved = (x, u, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
+        y, u, h = batch.forward(given, bias, parts.split(tensors), True, _trains("g_b", needs, parts))
+        saved = (x, u, h, state.table, state.scaling, batch.order, batch.starts, batch.dropout_p, batch.seed, *tensors)
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
-            read = _reads(ctx.needs_input_grad, bases)
-            kept = kept_input(x, given) if read[0] else None
+            read = _reads(needs, parts)
+            kept = kept_input(x, given, batch.now) if read[0] else None
             saved = (kept, *[t if r else None for t, r in zip(saved[1:], read[1:], strict=True)])
         ctx.save_for_backward(*saved)
         # Held, so that the memory of a bank's removed adapters is not used again before backward.
         ctx.state, ctx.kind, ctx.autocast, ctx.now = state, batch.kind, batch.autocast, batch.now
-        ctx.bases, ctx.dtype = bases, given.dtype
+        ctx.parts, ctx.dtype = parts, given.dtype
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return y
 
@@ -106,40 +147,46 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("multi_lora_linear has no second derivative: call backward without create_graph=True")
-        bases, state, kind, grads = ctx.bases, ctx.state, ctx.kind, None
-        saved, needs = read_saved(ctx, "multi_lora_linear", lambda: _SAVED, lambda needs: _reads(needs, bases))
-        x, u, table, scaling, order, starts, dropout_p, seed, *tensors = saved
-        need_x, need_bias, need = needs[0], needs[1], needs[4 + bases :]
-        base = tensors[:bases]
+        parts, state, kind, grads = ctx.parts, ctx.state, ctx.kind, None
+        saved, needs = read_saved(ctx, "multi_lora_linear", lambda: _SAVED, lambda needs: _reads(needs, parts))
+        x, u, h, table, scaling, order, starts, dropout_p, seed, *tensors = saved
+        need_x, need_bias, (_, need, need_vectors) = needs[0], needs[1], parts.split(needs[4:])
+        base, weights, vectors = parts.split(tensors)
         # Of a matrix that no gradient reads an op uses the shape alone.
-        weights = [known if w is None else w for w, known in zip(tensors[bases:], state.weights, strict=True)]
+        weights = [known if w is None else w for w, known in zip(weights, state.weights, strict=True)]
+        vectors = [known if v is None else v for v, known in zip(vectors, state.vectors, strict=True)]
         if ctx.now is not None and nobody_watches():
             grads = native.backward(
                 current(), torch.get_num_threads(), dy, x, u, kind, base[0] if base else None,
-                state.native() if state.fixed else state.given(weights), order, starts, dropout_p, seed, need_x, need_bias,
-                need,
+                state.native() if state.fixed else state.given(weights, vectors), order, starts, dropout_p, seed, need_x,
+                need_bias, need, h, need_vectors,
             )  # fmt: skip
         if grads is None:
             dy = rows_of(dy, dy.dtype)
             x = None if x is None else rows_of(x, ctx.dtype)
             if u is None:
                 u = dy.new_empty((dy.shape[0], state.max_rank), dtype=accumulate_dtype(ctx.dtype))
-            base = cast_base(kind, base, ctx.autocast) if need_x else []
-            dx, dbias, grads = _bwd(
+            base = cast_base(kind, base, ctx.autocast) if _needs_product(needs, parts) else []
+            h = h if _trains("g_b", needs, parts) else None
+            dx, dbias, grads, sums = _bwd(
                 dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
-                need_x, need_bias, list(need),
+                need_x, need_bias, list(need), _contiguous(vectors), state.acting, h, list(need_vectors),
             )  # fmt: skip
-            grads = dx, dbias, [g if n else None for g, n in zip(grads, need, strict=True)]
-        dx, dbias, grads = grads
+            grads = (
+                dx,
+                dbias,
+                *([g if n else None for g, n in zip(*pair)] for pair in ((grads, need), (sums, need_vectors))),
+            )
+        dx, dbias, grads, sums = grads
         dx = cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
-        return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * bases, *grads
+        return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * parts.base, *grads, *sums
 
 
-def _state(adapters, x: Tensor, dtype: torch.dtype) -> AdapterTable:
+def _state(adapters, x: Tensor, dtype: torch.dtype, base: Base | None = None) -> AdapterTable:
     if type(adapters) is AdapterTable:
         return adapters  # of a list that the caller has checked against x
     if not isinstance(adapters, AdapterBank):
-        return table_of(adapters, x, dtype)
+        return table_of(adapters, x, dtype, base)
     if adapters.device != x.device:
         raise ValueError(f"adapters is a bank on {adapters.device}, expected {x.device} like x")
     if adapters.in_features != x.shape[-1]:
@@ -162,14 +209,15 @@ def _probabilities(dropout_p, training: bool, slots: int, device: torch.device) 
 
 
 def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
-    weights = batch.state.weights
+    weights, vectors = batch.state.weights, batch.state.vectors
     # A trace records the op itself, which has no gradient.
     if torch.is_grad_enabled() and (batch.now is not None or torch._C._get_tracing_state() is None):
-        for t in (x, bias, *weights):
+        for t in (x, bias, *weights, *vectors):
             if t is not None and t.requires_grad:
-                return MultiLoRALinearFunction.apply(x, bias, batch, len(base.tensors), *base.tensors, *weights)
+                parts = Parts(len(base.tensors), len(weights), batch.state.owners)
+                return MultiLoRALinearFunction.apply(x, bias, batch, parts, *base.tensors, *weights, *vectors)
     given = x if batch.autocast is None else cast(x, batch.autocast)
-    return batch.forward(given, base.tensors, bias, weights, False)
+    return batch.forward(given, bias, (base.tensors, weights, vectors), False, False)
 
 
 def _check_x(x) -> None:
@@ -181,7 +229,7 @@ def _check_x(x) -> None:
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor | Base,
-    adapters: Sequence[tuple[Tensor, Tensor, float]] | AdapterBank,
+    adapters: Sequence[tuple[Tensor, Tensor, float] | Adapter] | AdapterBank,
     adapter_ids: Tensor,
     *,
     bias: Tensor | None = None,
@@ -189,20 +237,21 @@ def multi_lora_linear(
     training: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """A frozen linear layer plus, for every row, the low-rank branch of that row's adapter.
+    """A frozen linear layer in which every row has an adapter of its own, of whatever method.
 
-        y_t = W x_t + s[a_t] B[a_t] A[a_t] drop(x_t) + bias
+        y_t = g_b[a] * ((x_t * p_b[a]) W^T) + s[a] g_d[a] * ((d[a] * ((drop(x_t) * p_d[a]) A[a]^T)) B[a]^T) + beta[a]
 
-    Serves what punica's SGMV and HF PEFT's ``adapter_names`` serve, for any mix of ranks, and trains.
+    with a the adapter of row t; vectors that it does not have are 1, and without a bias of its own the layer's is added.
+    Serves what punica's SGMV and HF PEFT's ``adapter_names`` serve, for any mix of methods and ranks, and trains.
 
     Args:
         x: (..., K) in fp32, bf16 or fp16 (fp64 through the reference).
         weight: (N, K) in x's dtype. Frozen: it gets no gradient.
-        adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` each, ranks of any mix, in fp32 or x's dtype (all alike, or
-            they are taken in fp32); or an AdapterBank, whose weights get no gradient.
+        adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` or an Adapter each, ranks of any mix, matrices in fp32 or x's
+            dtype (all alike, or they are taken in fp32); or an AdapterBank, whose weights get no gradient.
         adapter_ids: int32 or int64 on x's device: one per row of the flattened x, or one per leading index. -1 takes the
-            base alone. A list's ids are its positions, a bank's come from ``bank.ids``.
-        bias: (N).
+            base and ``bias`` alone. A list's ids are its positions, a bank's come from ``bank.ids``.
+        bias: (N), of the layer.
         dropout_p: drop probability of the branch's input, one for all adapters or one each; acts if ``training``.
         seed: as in ``lora_linear``: bits depend on (seed, flattened row, column) alone.
 
@@ -231,7 +280,7 @@ def multi_lora_linear(
         check_tensor("bias", bias)
         if bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
-    state = _state(adapters, x, dtype)
+    state = _state(adapters, x, dtype, base)
     p = None if dropout_p == 0.0 else _probabilities(dropout_p, training, state.table.shape[0], x.device)
     seed = seed_tensor(seed, x.device) if p is not None else None
     # Whether base and bias fit the rest is checked by the op.
@@ -240,18 +289,21 @@ def multi_lora_linear(
 
 def sgmv(
     x: Tensor,
-    adapters: Sequence[tuple[Tensor, Tensor, float]] | AdapterBank,
+    adapters: Sequence[tuple[Tensor, Tensor, float] | Adapter] | AdapterBank,
     adapter_ids: Tensor,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The branch alone, scaling included: ``y_t = s[a_t] B[a_t] A[a_t] x_t``; rows with id -1 are zero.
+    """The branch alone, scaling included; rows with id -1 are zero.
 
-    Arguments as in ``multi_lora_linear``. With ``out`` (..., N), in x's dtype, the branch is added to it in place
-    (one rounding) and it is returned; base-only rows keep their bits.
+        y_t = s[a] g_d[a] * ((d[a] * ((x_t * p_d[a]) A[a]^T)) B[a]^T)
+
+    Arguments as in ``multi_lora_linear``, without adapters that act on a base. With ``out`` (..., N), in x's dtype, the
+    branch is added to it in place (one rounding) and it is returned; base-only rows keep their bits.
 
     Raises:
-        ValueError, TypeError: as in ``multi_lora_linear``, and an ``out`` of another shape, dtype or device.
+        ValueError, TypeError: as in ``multi_lora_linear``, and an ``out`` of another shape, dtype or device; an adapter,
+            in a bank any, that has a base scale or a bias.
         RuntimeError: ``out`` where a gradient is required.
     """
     no_transforms("sgmv")
@@ -260,6 +312,8 @@ def sgmv(
     autocast = None if out is not None else autocast_dtype(x)
     dtype = autocast or x.dtype
     state = _state(adapters, x, dtype)
+    if state.beside is not None:
+        raise ValueError(f"{state.beside} acts on the base, which sgmv does without: use multi_lora_linear")
     order, starts = route(adapter_ids, x, state)
     if out is None:
         return _call(x, _BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, autocast))
@@ -269,11 +323,12 @@ def sgmv(
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {shape} on {x.device}"
         )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, *state.weights, *state.vectors)):
         raise RuntimeError("sgmv(out=...) works in place and has no gradient: use multi_lora_linear, or no_grad")
     if now is None or native.add(now, torch.get_num_threads(), out, x, state.native(), order, starts) is None:
         rows, weights = out.view(-1, state.out_features) if out.dim() != 2 else out, _contiguous(state.weights)
-        _add(rows, rows_of(x, dtype), weights, state.table, state.scaling, state.max_rank, order, starts)
+        args = state.table, state.scaling, state.max_rank, order, starts, _contiguous(state.vectors), state.acting
+        _add(rows, rows_of(x, dtype), weights, *args)
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # so that whoever saved it for a gradient notices
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bases.base import Base, base_of
 from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
-from .shapes import cast
+from .shapes import autocast_dtype, cast
 
 _norm = caller("lora_row_norm")
 
@@ -28,18 +28,18 @@ def row_norm(weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, scaling: flo
         scaling: s, a float or a one-element tensor on the weight's device (not synchronised to the host).
 
     Returns:
-        (N,) in fp32 (fp64 for fp64), without a gradient; the same under autocast.
+        (N,) in fp32 (fp64 for fp64), without a gradient; the same under autocast, which takes adapters of any dtype.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
     """
-    base = base_of(weight)
+    base, factor = base_of(weight), isinstance(scaling, Tensor)
+    check_tensor("lora_A", lora_A)
+    check_tensor("lora_B", lora_B)
+    check_factor("scaling", scaling, lora_B.device, "lora_B") if factor else check_number("scaling", scaling)
     with torch.no_grad():
-        if isinstance(scaling, Tensor):
-            for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-                check_tensor(name, t)
-            check_factor("scaling", scaling, lora_B.device, "lora_B")
-            dtype = accumulate_dtype(lora_B.dtype)
-            lora_A, lora_B, scaling = cast(lora_A, dtype), lora_B.to(dtype) * scaling.to(dtype).reshape(1), 1.0
-        check_number("scaling", scaling)
+        if factor or autocast_dtype(lora_A) is not None:
+            lora_A, lora_B = (cast(t, accumulate_dtype(t.dtype)) for t in (lora_A, lora_B))
+        if factor:
+            lora_B, scaling = lora_B * scaling.to(lora_B.dtype).reshape(1), 1.0
         return _norm(list(base.tensors), base.kind, lora_A, lora_B, float(scaling))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from .. import settings
+from ..settings import Settings, current
 
 # Whether a node's saved tensors can be read one by one: not in torch 2.11, where an error cannot say which one has changed,
 # and none is read without the others.
@@ -26,17 +26,18 @@ READS_ONE_BY_ONE = hasattr(torch._C._autograd.SavedTensor, "unpack")
 _last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
 
 
-def _must_copy(x: Tensor) -> bool:
+def _must_copy(x: Tensor, now: Settings | None) -> bool:
     if x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size() or x.is_inference():
         return True
-    return settings.current().save_input == "copy"
+    return (now or current()).save_input == "copy"
 
 
-def kept_input(x: Tensor, given: Tensor) -> Tensor:
-    """What stands for x in backward. ``given``: x as the op gets it, cast by autocast or not."""
+def kept_input(x: Tensor, given: Tensor, now: Settings | None) -> Tensor:
+    """What stands for x in backward. ``given``: x as the op gets it, cast by autocast or not. ``now``: the settings of
+    the call, None if it has not asked for them."""
     global _last
     narrower = given.dtype is not x.dtype and given.dtype.itemsize < x.dtype.itemsize
-    if not narrower and not _must_copy(x):
+    if not narrower and not _must_copy(x, now):
         return x
     state = None
     if not x.is_inference():  # nobody counts the changes of those

@@ -81,10 +81,10 @@ def _pairs(module: str, path: Path) -> Iterator[Pair]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError):
         return
-    yield from _members(module, tree)
+    yield from members(module, tree)
 
 
-def _members(prefix: str, node: ast.AST) -> Iterator[Pair]:
+def members(prefix: str, node: ast.AST) -> Iterator[Pair]:
     """Public classes and functions of a module or class body that have a docstring, depth first."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -96,4 +96,4 @@ def _members(prefix: str, node: ast.AST) -> Iterator[Pair]:
         if len(text) >= _MIN_CHARS:
             yield Pair(name, text[:_MAX_CHARS].rstrip())
         if isinstance(child, ast.ClassDef):
-            yield from _members(name, child)
+            yield from members(name, child)

@@ -65,7 +65,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
         self._deadline = float("inf")
         if self.seconds_left < float("inf"):
-            _watch(self.model, self._check)
+            watch(self.model, self._check)
 
     def _check(self) -> None:
         if time.perf_counter() > self._deadline:
@@ -93,7 +93,7 @@ class Trainer:
         return True
 
 
-def _watch(model: nn.Module, check: Callable[[], None]) -> None:
+def watch(model: nn.Module, check: Callable[[], None]) -> None:
     """Call ``check`` after every encoder layer, forward and backward."""
 
     def gradient_hook(grad: Tensor) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
+from ..bases.base import KINDS
 from ..problem import CpuWay, Problem, TritonWay
 from ..settings import Settings
 from . import cpu_base, tuned
@@ -68,6 +69,9 @@ def _unable(name: str, problem: Problem, now: Settings) -> str | None:
     reason = module.unavailable(now)
     if reason is None and problem.op not in module.OPS:
         reason = f"has no kernel for {problem.op}"
+    # Dense is not named among the flags.
+    for kind in problem.flags & KINDS.keys() - set(module.BASES) if reason is None else ():
+        reason = f"has no kernel that reads a base of kind {kind}"
     return module.decline(problem, now) if reason is None else reason
 
 

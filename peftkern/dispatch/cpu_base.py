@@ -66,14 +66,13 @@ def product_of(problem: Problem) -> Product | None:
     forward = problem.op in ("lora_linear_fwd", "multi_lora_linear_fwd")
     if not forward and problem.op not in ("lora_linear_bwd", "multi_lora_linear_bwd"):
         return None
-    flags = problem.flags
-    if "identity" in flags or not (forward or flags & {"need_x", "need_p_b"}):
-        return None
-    if problem.op.startswith("multi_") and "base" not in flags:
+    flags, many = problem.flags, problem.op.startswith("multi_")
+    there = "base" in flags if many else forward or flags & {"need_x", "need_p_b"}
+    if "identity" in flags or not there:
         return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
-    scale = "p_b" if forward else "g_b"
-    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags)
+    scale = "p_b" if forward else "g_b"  # many adapters' rows are scaled before they meet the product
+    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags and not many)
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:

@@ -54,15 +54,19 @@ Out = torch.Tensor
 # What a field of an op's arguments is to torch.
 _SCHEMA = {
     "Tensor": "Tensor", "Tensor | None": "Tensor?", "Out": "Tensor(a!)", "list[Tensor]": "Tensor[]",
-    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "bool": "bool", "int": "int", "Size": "SymInt",
+    "list[Tensor] | None": "Tensor[]?",
+    "list[Tensor | None]": "Tensor?[]", "list[bool]": "bool[]", "list[bool] | None": "bool[]?", "bool": "bool", "int": "int",
+    "Size": "SymInt",
     "float": "float", "str": "str",
 }  # fmt: skip
+_DEFAULTS = {"": '""', None: "None", False: "False"}
 
 
 def schema_of(arguments: type, returns: str) -> str:
     """torch's schema of an op that takes the fields of a NamedTuple (its annotations unevaluated) in their order."""
     kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in arguments.__annotations__.items()}
-    fields = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    given = {name: f"={_DEFAULTS[value]}" for name, value in arguments._field_defaults.items()}
+    fields = ", ".join(f"{_SCHEMA[kind]} {name}{given.get(name, '')}" for name, kind in kinds.items())
     return f"({fields}) -> {returns}"
 
 
@@ -117,7 +121,7 @@ def _legacy_one_by_one(name: str, *args):
 
 # What took a call, by settings and all that checks and problems may depend on. They cost as much as a kernel of a small
 # layer, and their outcome repeats from step to step.
-_takers: dict[tuple, _Taker] = {}
+takers: dict[tuple, _Taker] = {}
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -159,12 +163,12 @@ def _find(op: Op, args, now: settings.Settings) -> _Taker:
 def _taker(op: Op, args) -> _Taker:
     now = settings.current()
     key = (op.name, now, *map(_signature, args))
-    taker = _takers.get(key)
+    taker = takers.get(key)
     if taker is None:
         taker = _find(op, args, now)
-        if len(_takers) >= 4096:
-            _takers.clear()
-        _takers[key] = taker
+        if len(takers) >= 4096:
+            takers.clear()
+        takers[key] = taker
     return taker
 
 

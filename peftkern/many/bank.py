@@ -10,8 +10,9 @@ A call sees the state of the moment it started, whole, though a change copies no
    the originals never again; so of the states that share a storage only the last can be held. Then the bank gets its
    next state; a call that finds none waits for the lock. A change is O(1), plus at most one copy for each call that
    runs beside it, and making that call's route costs as much.
-3. An adapter's weights are written to memory that no state shows, without the lock. Memory that the next state does not
-   show is used again when all states are gone that do (``Chunks.retire``).
+3. What an adapter is made of is written to memory that no state shows, without the lock. Memory that the next state does
+   not show is used again when all states are gone that do (``Chunks.retire``). Matrices that several adapters share are
+   counted, and count as shown for as long as one of them is there.
 
 On a GPU table and scaling stay where they are, since captured graphs read them: rows are always written in place, in the
 order of the stream, and memory is used again when the device has done all that was started before.
@@ -23,19 +24,23 @@ import hashlib
 import os
 import threading
 import weakref
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import FLOATING, check_number, check_tensor
-from ..ops.multi_lora_linear import COLUMNS, FREE
+from ..ops.adapter_table import AXES, COLUMNS, FREE, table_row
+from .adapter import Adapter, vectors_of
 from .chunks import Chunks, Range
+from .rows import Rows
 from .table import AdapterTable
 
+# Ids are below it: int32.
+IDS = 2**31 - 1
 _PAD = 16
 _SECRET = os.urandom(16)
 
@@ -49,19 +54,39 @@ def _token(number: int) -> int:
     return int.from_bytes(hashlib.blake2b(number.to_bytes(4, "little"), digest_size=16, key=_SECRET).digest(), "little")
 
 
-class _Adapter(NamedTuple):
-    number: int
+@dataclass(slots=True, eq=False)
+class _Matrices:
+    """A and B^T in memory of the bank, copied from tensors that ``key`` describes, and how many adapters they serve."""
+
+    key: Hashable
     rank: int
     memory: Range
+    users: int = 1
+
+
+class _Adapter(NamedTuple):
+    number: int
+    matrices: _Matrices | None
+    vectors: Range | None
+    offsets: dict[str, int]  # by symbol, in the chunk
+    beside: str | None  # see AdapterTable
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.matrices is None else self.matrices.rank
 
 
 class AdapterBank:
     """Adapters of a (out_features, in_features) layer, for inference with ``multi_lora_linear`` and ``sgmv``.
 
     A bank copies what it is given. A (R, K) and B^T (R, N) lie in chunks that are never moved; an adapter costs its own
-    rank, rows padded to 16 columns. ``add``, ``remove`` and ``replace`` may be called while other threads run: a call
-    sees the state of the moment it started, whole. Memory of a removed adapter is used again when no call that started
-    before can read it.
+    rank, rows padded to 16 columns, and its vectors in fp32. ``add``, ``remove`` and ``replace`` may be called while other
+    threads run: a call sees the state of the moment it started, whole. Memory of a removed adapter is used again when no
+    call that started before can read it.
+
+    Matrices that several adapters share, as VeRA's do, are stored once. The bank knows them by their memory (address,
+    shape, strides, dtype) and compares what it is given with what it holds: matrices that were changed in place since get
+    a copy of their own, and the adapters that were there before keep theirs.
 
     An id names one adapter for ever: a slot that is used again gets another generation, and an id of the old one is
     refused. On a GPU, changes take place in the order of the calling thread's current stream.
@@ -95,26 +120,31 @@ class AdapterBank:
         self._lock = threading.RLock()
         self._width = _padded(in_features) + _padded(out_features)  # elements per rank
         self._chunks = Chunks(max_adapters * max_rank * self._width, dtype, self.device, self._wait)
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        most = sum(_padded(size) for size in self._sizes(max_rank).values())
+        self._vectors = Chunks(max_adapters * most, self._wide, self.device, self._wait)
         self._slots = 1 << (max_adapters - 1).bit_length()
-        self._generations = (2**31 - 1) // self._slots
+        self._generations = IDS // self._slots
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
         self._adapters: dict[str, _Adapter] = {}
+        self.pairs: dict[Hashable, _Matrices] = {}  # by what they were copied from
         self._ranks: Counter[int] = Counter()
+        self._symbols: Counter[str] = Counter()  # of vectors
         self._present = 0  # the tokens of all ids
-        with torch.inference_mode(False):
-            self._table = torch.zeros((max_adapters, len(COLUMNS)), dtype=torch.int64, device=self.device)
-            self._table[:, 0] = FREE
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            self._scaling = torch.zeros(max_adapters, dtype=wide, device=self.device)
+        self._rows = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
 
-    def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> int:
-        """Copy an adapter in, and return its id. lora_A (R, K), lora_B (N, R), 1 <= R <= max_rank, any dtype.
+    def add(
+        self, name: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0, *,
+        bias: Tensor | None = None, **coefficients: Tensor | None,
+    ) -> int:  # fmt: skip
+        """Copy an adapter in, and return its id. lora_A (R, K), lora_B (N, R), 1 <= R <= max_rank, any dtype; or neither.
 
-        Raises ValueError for a name that is there, or shapes that do not fit; RuntimeError if the bank is full.
+        ``coefficients`` and ``bias`` as in ``Adapter``. Raises ValueError for a name that is there, or shapes that do not
+        fit; RuntimeError if the bank is full.
         """
-        self._check(name, lora_A, lora_B, scaling)
+        adapter = Adapter(lora_A, lora_B, scaling, bias=bias, **coefficients)
 
         def number() -> int:
             if name in self._adapters:
@@ -123,12 +153,15 @@ class AdapterBank:
                 raise RuntimeError(f"the bank is full: {len(self._adapters)} of {self.max_adapters} adapters")
             return self._generation[self._unused[-1]] * self._slots + self._unused[-1]
 
-        return self._store(name, lora_A, lora_B, scaling, number)
+        return self._store(name, adapter, number)
 
-    def replace(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> None:
-        """Exchange an adapter's weights and scaling; its rank may change, its id does not. KeyError if not there."""
-        self._check(name, lora_A, lora_B, scaling)
-        self._store(name, lora_A, lora_B, scaling, lambda: self._find(name).number)
+    def replace(
+        self, name: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0, *,
+        bias: Tensor | None = None, **coefficients: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Exchange all of an adapter; its rank may change, its id does not. KeyError if not there, else as ``add``."""
+        adapter = Adapter(lora_A, lora_B, scaling, bias=bias, **coefficients)
+        self._store(name, adapter, lambda: self._find(name).number)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; its id is refused from now on. KeyError if not there."""
@@ -179,7 +212,7 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all chunks, free ranges included."""
-        return self._chunks.allocated * self.dtype.itemsize
+        return self._chunks.allocated * self.dtype.itemsize + self._vectors.allocated * self._wide.itemsize
 
     def snapshot(self) -> AdapterTable:
         """The state for one call. Memory that it shows stays as it is while it is held."""
@@ -195,63 +228,132 @@ class AdapterBank:
         except KeyError:
             raise KeyError(f"no adapter {name!r} in the bank") from None
 
-    def _check(self, name, A, B, scaling) -> None:
+    def _sizes(self, rank: int) -> dict[str, int]:
+        axes = {"R": rank, "K": self.in_features, "N": self.out_features}
+        return {symbol: axes[axis] for symbol, axis in AXES.items()}
+
+    def _check(self, name, adapter: Adapter) -> dict[str, Tensor]:
+        """The vectors by symbol of an adapter that fits the bank."""
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, got {type(name).__name__}")
-        check_tensor("lora_A", A)
-        check_tensor("lora_B", B)
-        if A.dim() != 2 or A.shape[1] != self.in_features:
-            raise ValueError(f"lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {self.in_features}")
-        if not 1 <= A.shape[0] <= self.max_rank:
-            raise ValueError(f"lora_A has rank {A.shape[0]}, expected 1 to {self.max_rank}")
-        if tuple(B.shape) != (self.out_features, A.shape[0]):
-            raise ValueError(f"lora_B has shape {tuple(B.shape)}, expected {(self.out_features, A.shape[0])}")
-        check_number("scaling", scaling)
+        A, B, rank = adapter.lora_A, adapter.lora_B, 0
+        if A is not None:
+            check_tensor("lora_A", A)
+            check_tensor("lora_B", B)
+            if A.dim() != 2 or A.shape[1] != self.in_features:
+                raise ValueError(f"lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {self.in_features}")
+            rank = A.shape[0]
+            if not 1 <= rank <= self.max_rank:
+                raise ValueError(f"lora_A has rank {rank}, expected 1 to {self.max_rank}")
+            if tuple(B.shape) != (self.out_features, rank):
+                raise ValueError(f"lora_B has shape {tuple(B.shape)}, expected {(self.out_features, rank)}")
+        check_number("scaling", adapter.scaling)
+        sizes = {"R": rank, "K": self.in_features, "N": self.out_features}
+        return vectors_of("", adapter, self._rows.scaling.new_empty(0), sizes, anywhere=True)
 
-    def _store(self, name: str, A: Tensor, B: Tensor, scaling: float, number: Callable[[], int]) -> int:
-        """Make these the weights of adapter ``name``. ``number`` gives its id or raises, under the lock."""
+    def _store(self, name: str, adapter: Adapter, number: Callable[[], int]) -> int:
+        """Make this the adapter ``name``. ``number`` gives its id or raises, under the lock."""
+        vectors = self._check(name, adapter)
         with self._lock:
             number()  # raises before the work
-            memory = self._chunks.take(A.shape[0] * self._width)
-        known = False
+        # Copied without the lock: it may take long, and nobody knows this memory yet.
+        matrices = self._held(adapter.lora_A, adapter.lora_B)
+        room, offsets = None, {}
         try:
-            self._copy(A, B, memory)  # without the lock: it may take long, and nobody knows this memory yet
+            if vectors:
+                room, offsets = self._copy_vectors(vectors)
             with self._lock:
-                adapter = _Adapter(number(), A.shape[0], memory)
-                known = True
-                self._change(name, adapter, float(scaling))
+                beside = next((f"adapter {name!r} {what}" for what in adapter.beside()), None)
+                stored = _Adapter(number(), matrices, room, offsets, beside)
+                matrices = room = None  # the bank's from here on
+                self._change(name, stored, float(adapter.scaling))
         finally:
-            if not known:
+            if matrices is not None or room is not None:
                 with self._lock:
-                    self._chunks.retire([memory], weakref.ref(self._state.table))
-        return adapter.number
+                    self._retire(matrices, room, weakref.ref(self._state.table))
+        return stored.number
 
-    def _copy(self, A: Tensor, B: Tensor, memory: Range) -> None:
+    def _held(self, A: Tensor | None, B: Tensor | None) -> _Matrices | None:
+        """These matrices in memory of the bank, shared or copied, with one user more."""
+        if A is None:
+            return None
+        key = tuple((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (A, B))
+        with self._lock:
+            known = self.pairs.get(key) if self.device.type != "meta" else None
+            if known is not None:
+                known.users += 1
+        if known is not None:
+            if all(torch.equal(ours, t.detach().to(ours)) for ours, t in zip(self._halves(known), (A, B.t()))):
+                return known
+            with self._lock:
+                self._retire(known, None, weakref.ref(self._state.table))
+        with self._lock:
+            made = _Matrices(key, A.shape[0], self._chunks.take(A.shape[0] * self._width))
+        try:
+            self._copy(A, B, made)
+        except BaseException:
+            with self._lock:
+                self._retire(made, None, weakref.ref(self._state.table))
+            raise
+        with self._lock:
+            self.pairs[key] = made
+        return made
+
+    def _retire(self, matrices: _Matrices | None, vectors: Range | None, seen: weakref.ref) -> None:
+        """One user of the matrices less, and nobody any more of the vectors. ``seen``: the last state that may show them."""
+        freed = []
+        if matrices is not None:
+            matrices.users -= 1
+            if matrices.users == 0:
+                freed.append(matrices.memory)
+                if self.pairs.get(matrices.key) is matrices:
+                    del self.pairs[matrices.key]
+        # Without memory to give back too: what is given back later may be seen by whoever sees this state.
+        self._chunks.retire(freed, seen)
+        self._vectors.retire([] if vectors is None else [vectors], seen)
+
+    def _halves(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
+        """A and B^T where they are stored, with the columns of their padding or without."""
+        # data: a write here is no change to calls that wait for their backward, which read other ranges.
+        chunk, at, found = self._chunks.tensors[stored.memory.chunk].data, stored.memory.offset, []
+        for width in (self.in_features, self.out_features):
+            rows = chunk.as_strided((stored.rank, _padded(width)), (_padded(width), 1), at)
+            at += rows.numel()
+            found.append(rows if padded else rows[:, :width])
+        return found
+
+    def _copy(self, A: Tensor, B: Tensor, into: _Matrices) -> None:
         with torch.inference_mode(False):
-            # data: a write here is no change to calls that wait for their backward, which read other ranges.
-            chunk, at = self._chunks.tensors[memory.chunk].data, memory.offset
-            for source in (A.detach(), B.detach().t()):
-                rank, width = source.shape
-                rows = chunk.as_strided((rank, _padded(width)), (_padded(width), 1), at)
-                at += rows.numel()
-                if rows.shape[1] > width:
-                    rows[:, width:] = 0.0
-                    rows = rows[:, :width]
-                rows.copy_(source)
+            for source, rows in zip((A.detach(), B.detach().t()), self._halves(into, padded=True), strict=True):
+                width = source.shape[1]
+                rows[:, width:] = 0.0
+                rows[:, :width].copy_(source)
+
+    def _copy_vectors(self, vectors: dict[str, Tensor]) -> tuple[Range, dict[str, int]]:
+        """Where they lie in memory of the bank: all of them, and by symbol in its chunk."""
+        with self._lock:
+            room = self._vectors.take(sum(_padded(v.numel()) for v in vectors.values()))
+        chunk, at, offsets = self._vectors.tensors[room.chunk].data, room.offset, {}
+        with torch.inference_mode(False):
+            for symbol, vector in vectors.items():
+                chunk[at : at + vector.numel()].copy_(vector.detach())
+                offsets[symbol] = at
+                at += _padded(vector.numel())
+        return room, offsets
 
     def _change(self, name: str, adapter: _Adapter | None, scaling: float = 0.0) -> None:
         """Put ``adapter`` (None: nothing) in the place of what goes by that name, if anything does."""
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
-        row = array("q", [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter))
-        row = torch.frombuffer(row, dtype=torch.int64)
+        row = [FREE] + [0] * (len(COLUMNS) - 1) if adapter is None else self._row(adapter)
 
         def write() -> None:
-            self._table[slot] = row
-            self._scaling[slot] = scaling
+            self._rows.write(slot, row, scaling)
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
+                    for symbol in one.offsets:
+                        self._symbols[symbol] += count
                     self._present ^= _token(one.number)
             if adapter is None:
                 del self._adapters[name]
@@ -260,29 +362,29 @@ class AdapterBank:
             if old is None:
                 self._unused.pop()
 
-        self._advance(write, [] if old is None else [old.memory])
+        self._advance(write, old)
 
     def _row(self, adapter: _Adapter) -> list[int]:
-        number, rank, (chunk, at, _) = adapter
+        vectors = {symbol: (adapter.vectors.chunk, at) for symbol, at in adapter.offsets.items()}
+        if adapter.matrices is None:
+            return table_row(adapter.number, 0, 0, 0, 0, 0, 0, 0, 0, 1, **vectors)
+        rank, (chunk, at, _) = adapter.rank, adapter.matrices.memory
         columns_A, columns_B = _padded(self.in_features), _padded(self.out_features)
-        return [number, rank, chunk, at, columns_A, chunk, at + rank * columns_A, 1, columns_B, 1]
+        matrices = adapter.number, rank, chunk, at, columns_A, chunk, at + rank * columns_A, 1, columns_B, 1
+        return table_row(*matrices, **vectors)
 
-    def _advance(self, write: Callable[[], None], freed: Sequence[Range] = ()) -> None:
-        """The next state: what ``write`` makes of this one. ``freed`` is what it no longer shows."""
+    def _advance(self, write: Callable[[], None], old: _Adapter | None = None) -> None:
+        """The next state: what ``write`` makes of this one, which no longer shows ``old``."""
         seen = weakref.ref(self._state.table)
         self._state = None
         try:
             with torch.inference_mode(False):
                 if seen() is not None and self.device.type == "cpu":
-                    self._leave_rows()
+                    self._rows.leave()
                 write()
         finally:
             self._state = self._snapshot()
-        # Without memory to give back too: what later changes give back may be seen by whoever sees the state before.
-        self._chunks.retire(freed, seen)
-
-    def _leave_rows(self) -> None:
-        self._table, self._scaling = self._table.clone(), self._scaling.clone()
+        self._retire(*((None, None) if old is None else (old.matrices, old.vectors)), seen)
 
     def _wait(self) -> None:
         # Kernels of any stream, and replayed graphs, may still read memory that is to be used again.
@@ -291,7 +393,9 @@ class AdapterBank:
 
     def _snapshot(self) -> AdapterTable:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
+        acting = " ".join(symbol for symbol in AXES if self._symbols[symbol])
         return AdapterTable(
-            self._chunks.tensors, self._table.detach(), self._scaling, self._slots - 1, rank, self.in_features,
-            self.out_features, (self.max_adapters, self._present), True,
+            self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
+            self.out_features, (self.max_adapters, self._present), True, self._vectors.tensors if acting else (), acting,
+            beside=next((a.beside for a in self._adapters.values() if a.beside), None) if acting else None,
         )  # fmt: skip

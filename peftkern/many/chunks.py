@@ -46,7 +46,7 @@ class Chunks:
         self.tensors: list[Tensor] = []  # replaced when one is added: a table keeps the list that it was given
         self.allocated = 0  # elements of all chunks
         # Free ranges, neighbours merged: sorted as (size, chunk, offset), and found by either end.
-        self._free: list[tuple[int, int, int]] = []
+        self.free: list[tuple[int, int, int]] = []
         self._size_at: dict[tuple[int, int], int] = {}
         self._start_of: dict[tuple[int, int], int] = {}
         self._retired: deque[tuple[weakref.ref, Sequence[Range]]] = deque()
@@ -86,7 +86,7 @@ class Chunks:
 
     def _has(self, size: int) -> bool:
         """Whether a free range has ``size`` elements; what was retired is looked at where none has."""
-        if self._free and self._free[-1][0] >= size:
+        if self.free and self.free[-1][0] >= size:
             return True
         ranges: list[Range] = []
         while self._retired and self._retired[0][0]() is None:
@@ -95,7 +95,7 @@ class Chunks:
             return False
         self.idle()
         self.give_back(ranges)
-        return self._free[-1][0] >= size
+        return self.free[-1][0] >= size
 
     def _new(self, size: int) -> Range:
         growth = max(_LEAST, min(self.allocated // 2, _GROWTH), self.allocated // 16)
@@ -109,16 +109,16 @@ class Chunks:
         return Range(len(self.tensors) - 1, 0, size)
 
     def _fitting(self, size: int) -> Range:
-        _, chunk, offset = self._free[bisect_left(self._free, (size,))]
+        _, chunk, offset = self.free[bisect_left(self.free, (size,))]
         return Range(chunk, offset, self._remove(chunk, offset))
 
     def _insert(self, r: Range) -> None:
-        insort(self._free, (r.size, r.chunk, r.offset))
+        insort(self.free, (r.size, r.chunk, r.offset))
         self._size_at[r.chunk, r.offset] = r.size
         self._start_of[r.chunk, r.offset + r.size] = r.offset
 
     def _remove(self, chunk: int, offset: int) -> int:
         size = self._size_at.pop((chunk, offset))
         del self._start_of[chunk, offset + size]
-        del self._free[bisect_left(self._free, (size, chunk, offset))]
+        del self.free[bisect_left(self.free, (size, chunk, offset))]
         return size

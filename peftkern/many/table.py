@@ -1,4 +1,4 @@
-"""Adapters as the ops take them: a list of tensors, a table that says where each adapter lies in it, and scalings."""
+"""Adapters as the ops take them: lists of tensors, a table that says where each adapter lies in them, and scalings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import multi_call
+from ..bases.base import Base, kind_of
 from ..checks import accumulate_dtype, check_number, check_tensor
+from ..ops.adapter_table import AXES, BESIDE, table_row
+from .adapter import Adapter, vectors_of
 
 INT32_MASK = 2**31 - 1
 
 
 @dataclass(slots=True, eq=False)
 class AdapterTable:
-    """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``: as in the op.
+    """One immutable state of a list or bank. ``weights``, ``table``, ``scaling``, ``mask``, ``vectors`` and ``acting`` are as
+    in the op.
 
     ``max_rank`` is the widest rank that a row can meet. ``slots``: equal for tables whose slots answer to the same ids,
     so that layers can share the route of a batch. ``fixed``: the memory of ``weights`` never moves, as a bank's, which
     leaves what ``weights`` and ``table`` show as it is for as long as the tensor ``table`` lives: a compiled call, or one
     that waits for its backward, holds that and not this object.
+
+    ``owners``: (slot, symbol) of each vector of a list. ``beside``: the name of something that acts on the base, if any
+    does.
     """
 
     weights: list[Tensor]
@@ -33,65 +40,117 @@ class AdapterTable:
     out_features: int
     slots: Hashable
     fixed: bool = False
+    vectors: Sequence[Tensor] = ()
+    acting: str = ""
+    owners: tuple[tuple[int, str], ...] = ()
+    beside: str | None = None
     _given: object = None
 
     def native(self) -> object:
         """The adapters as native calls take them (backends/cpu/multi_call.py)."""
         if self._given is None:
-            self._given = self.given(self.weights)
+            self._given = self.given(self.weights, self.vectors)
         return self._given
 
-    def given(self, weights: Sequence[Tensor]) -> object:
-        """The same for ``weights`` in the place of these; False where there is no native call."""
+    def given(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> object:
+        """The same for ``weights`` and ``vectors`` in the place of these; False where there is no native call."""
         return multi_call.adapters(
-            weights, self.table, self.scaling, self.max_rank, self.in_features, self.out_features, self.fixed
+            weights, self.table, self.scaling, self.max_rank, self.in_features, self.out_features, self.fixed, vectors
         ) or False  # fmt: skip
 
 
-def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype) -> AdapterTable:
-    """The table of a sequence of ``(lora_A, lora_B, scaling)`` for an x of ``dtype``.
+def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | None = None) -> AdapterTable:
+    """The table of a sequence of ``(lora_A, lora_B, scaling)`` and Adapters for an x of ``dtype``.
 
-    Adapters keep fp32 or ``dtype``; if they differ from each other, or are in another dtype, all are taken in fp32.
-    Raises ValueError or TypeError with the adapter's number.
+    Matrices keep fp32 or ``dtype``; if they differ from each other, or are in another dtype, all are taken in fp32.
+    ``base`` tells out_features where no adapter has matrices. Raises ValueError or TypeError with the adapter's number.
     """
     if isinstance(adapters, (str, bytes, Tensor)) or not isinstance(adapters, Sequence):
         raise TypeError(
-            f"adapters must be a sequence of (lora_A, lora_B, scaling) or an AdapterBank, got {type(adapters).__name__}"
+            "adapters must be a sequence of (lora_A, lora_B, scaling) and Adapters, or an AdapterBank,"
+            f" got {type(adapters).__name__}"
         )
     if not adapters:
         raise ValueError("adapters is empty: at least one (lora_A, lora_B, scaling) is needed")
-    weights: list[Tensor] = []
-    scalings = []
+    K, N, weights, scalings, whole = x.shape[-1], None, [], [], False
     for i, adapter in enumerate(adapters):
-        if not isinstance(adapter, (tuple, list)) or len(adapter) != 3:
-            raise TypeError(f"adapters[{i}] must be (lora_A, lora_B, scaling), got {type(adapter).__name__}")
-        A, B, scaling = adapter
-        for name, value in (("lora_A", A), ("lora_B", B)):
-            check_tensor(f"adapters[{i}] {name}", value)
-            if value.dim() != 2:
-                raise ValueError(f"adapters[{i}] {name} has shape {tuple(value.shape)}, expected two dimensions")
-            if value.device != x.device:
-                raise ValueError(f"adapters[{i}] {name} is on {value.device}, expected {x.device} like x")
+        if type(adapter) is Adapter:
+            A, B, scaling, whole = adapter.lora_A, adapter.lora_B, adapter.scaling, True
+        elif isinstance(adapter, (tuple, list)) and len(adapter) == 3:
+            A, B, scaling = adapter
+        else:
+            kind = type(adapter).__name__
+            raise TypeError(f"adapters[{i}] must be (lora_A, lora_B, scaling) or an Adapter, got {kind}")
         check_number(f"adapters[{i}] scaling", scaling)
-        N = weights[1].shape[0] if weights else B.shape[0]
-        if A.shape[1] != x.shape[-1]:
-            raise ValueError(
-                f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}:"
-                f" x has shape {tuple(x.shape)}"
-            )
-        if B.shape != (N, A.shape[0]):
-            raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
-        weights += (A, B)
         scalings.append(float(scaling))
-    dtypes = {w.dtype for w in weights}
-    if dtypes not in ({dtype}, {torch.float32}):
-        weights = [w.to(accumulate_dtype(dtype)) for w in weights]
-    weights = [w.contiguous() for w in weights]
-    ranks = tuple(w.shape[0] for w in weights[::2])
+        weights += (A, B)
+        if A is not None or type(adapter) is not Adapter:
+            N = _check_pair(i, A, B, x, N)
+    if N is None:
+        N = _out_features(base, x)
+    given = [w for w in weights if w is not None]
+    dtypes = {w.dtype for w in given}
+    wide = accumulate_dtype(dtype)
+    if dtypes not in ({dtype}, {torch.float32}, set()):
+        given = [w.to(wide) for w in given]
+    given = [w.contiguous() for w in given]
+    if len(given) < len(weights):
+        made, kept = iter(given), given[0].dtype if given else wide
+        nothing = x.new_empty((0, K), dtype=kept), x.new_empty((N, 0), dtype=kept)
+        given = [nothing[j % 2] if w is None else next(made) for j, w in enumerate(weights)]
+    if torch.compiler.is_compiling():
+        given = [w.view(w.shape) for w in given]  # it refuses a function that gets one tensor twice, as of VeRA
+    ranks = tuple(A.shape[0] for A in given[::2])
+    vectors = _vectors(adapters, x, {"K": K, "N": N}, ranks) if whole else {}
+    acting = {symbol for _, symbol in vectors}
     return AdapterTable(
-        weights, _rows(ranks, x.shape[-1], N, x.device), _constant(tuple(scalings), accumulate_dtype(dtype), x.device),
-        INT32_MASK, max(ranks), x.shape[-1], N, len(ranks),
+        given, _rows(ranks, K, N, x.device, tuple(vectors)), _constant(tuple(scalings), wide, x.device), INT32_MASK,
+        max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in AXES if s in acting),
+        tuple(vectors), _beside(adapters) if acting.intersection(BESIDE) else None,
     )  # fmt: skip
+
+
+def _check_pair(i: int, A, B, x: Tensor, N: int | None) -> int:
+    """out_features of a pair of matrices that fits x, and N if that is known."""
+    for name, value in (("lora_A", A), ("lora_B", B)):
+        check_tensor(f"adapters[{i}] {name}", value)
+        if value.dim() != 2:
+            raise ValueError(f"adapters[{i}] {name} has shape {tuple(value.shape)}, expected two dimensions")
+        if value.device != x.device:
+            raise ValueError(f"adapters[{i}] {name} is on {value.device}, expected {x.device} like x")
+    if A.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"adapters[{i}] lora_A has shape {tuple(A.shape)}, expected (R, K) with K = {x.shape[-1]}:"
+            f" x has shape {tuple(x.shape)}"
+        )
+    N = B.shape[0] if N is None else N
+    if B.shape != (N, A.shape[0]):
+        raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
+    return N
+
+
+def _out_features(base: Base | None, x: Tensor) -> int:
+    if base is None:
+        raise ValueError("adapters have no lora_B, which would tell out_features")
+    like = base.tensors[0] if base.tensors else x
+    return kind_of(base.kind).check(base.tensors, like, None, None if base.tensors else x.shape[-1])[0]
+
+
+def _vectors(
+    adapters: Sequence, x: Tensor, sizes: dict[str, int], ranks: tuple[int, ...]
+) -> dict[tuple[int, str], Tensor]:
+    """The vectors of all adapters by (slot, symbol)."""
+    found = {}
+    for i, adapter in enumerate(adapters):
+        if type(adapter) is Adapter:
+            for symbol, vector in vectors_of(f"adapters[{i}] ", adapter, x, sizes | {"R": ranks[i]}).items():
+                found[i, symbol] = vector.contiguous()
+    return found
+
+
+def _beside(adapters: Sequence) -> str:
+    """The first argument of an adapter that acts on the base."""
+    return next(f"adapters[{i}] {name}" for i, a in enumerate(adapters) if type(a) is Adapter for name in a.beside())
 
 
 _constants: dict[tuple, Tensor] = {}
@@ -118,7 +177,12 @@ def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -
     return _constant(each, torch.float64, device, repeats)
 
 
-def _rows(ranks: tuple[int, ...], K: int, N: int, device: torch.device) -> Tensor:
-    # Whole matrices, each a tensor of its own: see COLUMNS in ops/multi_lora_linear.py.
-    rows = tuple((i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate(ranks))
-    return _constant(rows, torch.int64, device)
+def _rows(
+    ranks: tuple[int, ...], K: int, N: int, device: torch.device, owners: tuple[tuple[int, str], ...]
+) -> Tensor:  # fmt: skip
+    # Whole matrices and vectors, each a tensor of its own.
+    vectors: list[dict[str, tuple[int, int]]] = [{} for _ in ranks]
+    for i, (slot, symbol) in enumerate(owners):
+        vectors[slot][symbol] = (i, 0)
+    rows = (table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0, **vectors[i]) for i, R in enumerate(ranks))
+    return _constant(tuple(map(tuple, rows)), torch.int64, device)

@@ -59,6 +59,11 @@ class Linear(NamedTuple):
         """With a vector (N) added to the bias."""
         return self._replace(added=term if self.added is None else self.added + term)
 
+    def whole_bias(self) -> Tensor | None:
+        """The base's bias and what was added to it."""
+        bias, added = self.bias, self.added
+        return bias if added is None else added if bias is None else bias.to(accumulate_dtype(bias.dtype)) + added
+
     def scaled(self, g: Tensor) -> Linear:
         """All but the base's own bias times g (N)."""
         branches = tuple(
@@ -80,15 +85,14 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 
 def run(y: Linear, x: Tensor) -> Tensor:
     """y of x (..., K): one fused call, but for further branches that drop and for a branch with a share of the base."""
-    weight, bias, branches, p_b, g_b, added = y
-    if added is not None:
-        bias = added if bias is None else bias.to(accumulate_dtype(bias.dtype)) + added
+    weight, _, branches, p_b, g_b, _ = y
+    bias = y.whole_bias()
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
     others: tuple[Branch, ...] = ()
     if len(branches) > 1 or branches[0].share is not None:
-        fused, others = _fused(branches, x)
+        fused, others = _fused(branches)
     else:
         (fused,) = branches
     A, B, scaling, p, d, p_d, g_d, _, seed = fused
@@ -100,7 +104,7 @@ def run(y: Linear, x: Tensor) -> Tensor:
     return result
 
 
-def _fused(branches: tuple[Branch, ...], x: Tensor) -> tuple[Branch, tuple[Branch, ...]]:
+def _fused(branches: tuple[Branch, ...]) -> tuple[Branch, tuple[Branch, ...]]:
     # Masks are independent, so one branch that drops can share the op with the base: one that does, since that costs the
     # composition the most memory. Branches without dropout add up to one. What has a share of the base is apart.
     apart = tuple(b for b in branches if b.share is not None)
@@ -111,11 +115,11 @@ def _fused(branches: tuple[Branch, ...], x: Tensor) -> tuple[Branch, tuple[Branc
         # Detached: x is kept for an A that requires grad, though it has no rows.
         return Branch(nothing.lora_A[:0].detach(), nothing.lora_B[:, :0].detach()), apart
     if not dropping:
-        return (rest[0] if len(rest) == 1 else _stacked(rest, x)), apart
+        return (rest[0] if len(rest) == 1 else _stacked(rest)), apart
     return dropping[0], (*apart, *(b for b in rest if b is not dropping[0]))
 
 
-def _stacked(branches: tuple[Branch, ...], x: Tensor) -> Branch:
+def _stacked(branches: tuple[Branch, ...]) -> Branch:
     # Ranks one below the other. Scalings become a scale of the ranks, unless all are the same; scales of the input and of
     # the output differ from branch to branch, so they go into the matrices.
     A = torch.cat([b.lora_A if b.p_d is None else (b.lora_A * b.p_d).to(b.lora_A.dtype) for b in branches])
@@ -123,9 +127,13 @@ def _stacked(branches: tuple[Branch, ...], x: Tensor) -> Branch:
     first = branches[0].scaling
     if all(b.d is None and not isinstance(b.scaling, Tensor) and b.scaling == first for b in branches):
         return Branch(A, B, first)
-    ones = x.new_ones((), dtype=accumulate_dtype(x.dtype))
-    d = [times(b.d, ones).expand(b.lora_A.shape[0]) * wide(b.scaling, x) for b in branches]
-    return Branch(A, B, d=torch.cat(d))
+    return Branch(A, B, d=torch.cat([rank_scale(b) for b in branches]))
+
+
+def rank_scale(b: Branch) -> Tensor:
+    """d times the scaling, (R) in fp32 or better: what a branch with scaling 1 has for d."""
+    d = b.lora_A.new_ones(1) if b.d is None else b.d
+    return (d.to(accumulate_dtype(d.dtype)) * wide(b.scaling, d)).expand(b.lora_A.shape[0])
 
 
 def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:

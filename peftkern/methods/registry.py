@@ -70,6 +70,8 @@ class Method:
         plan: (look, the adapters of a mixed batch or None) -> the plan, for layers that are no tuner of HF PEFT.
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
+        build: (a frozen nn.Linear, rank) -> a model of one layer around it as users make it, which the benchmark times.
+            rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
         mixed: whether rows of a batch may have adapters of their own.
@@ -89,6 +91,8 @@ class Method:
     merges: str
     examples: Callable[[int, int], Mapping[str, nn.Module]] | None = None
     tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
+    build: Callable[[nn.Linear, int], nn.Module] | None = None
+    rank: int = 16
     function: Callable[..., Tensor] | None = None
     trains: bool = True
     held: Callable[[Look, str, tuple[int, int]], Held] | None = None

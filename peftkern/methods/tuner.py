@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,3 +128,15 @@ def layer(linear: nn.Module, config: Any, *more: Any) -> nn.Module:
     if more:
         model.base_model.set_adapter(list(model.peft_config))
     return model
+
+
+def builder(config: str, rank: str | None = "r", **options: Any) -> Callable[[nn.Linear, int], nn.Module]:
+    """What makes a model of one layer with PEFT's config of this name; ``rank``: the config's name for R, if it has one."""
+
+    def build(linear: nn.Linear, R: int) -> nn.Module:
+        import peft
+
+        ranked = {} if rank is None else {rank: R}
+        return layer(linear, getattr(peft, config)(target_modules=["0"], **ranked, **options))
+
+    return build

@@ -21,7 +21,7 @@ from ..dispatch.registry import define
 from ..problem import Problem, problem_like
 
 # Elements of the scratch that the reference adds W and B A in.
-_SCRATCH = 1 << 22
+SCRATCH = 1 << 22
 
 
 class RowNorm(NamedTuple):
@@ -40,7 +40,7 @@ def lora_row_norm_ref(c: RowNorm) -> Tensor:
     acc = accumulate_dtype(weight.dtype)
     N, K = weight.shape
     A, out = c.lora_A.to(acc), weight.new_empty(N, dtype=acc)
-    rows = max(1, _SCRATCH // max(K, 1))
+    rows = max(1, SCRATCH // max(K, 1))
     for first in range(0, N, rows):
         part = slice(first, first + rows)
         total = torch.addmm(weight[part].to(acc), c.lora_B[part].to(acc), A, alpha=c.scaling)
@@ -52,7 +52,7 @@ def _describe(c: RowNorm) -> Problem:
     N, K = kind_of(c.kind).check(c.base, c.base[0], None, None)
     R = check_adapters(c.lora_A, c.lora_B, c.base[0], N, K)
     check_number("scaling", c.scaling)
-    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {})
+    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {c.kind: c.kind != "dense"})
 
 
 def _fake(c: RowNorm) -> Tensor:

@@ -1,18 +1,21 @@
-"""multi_lora_linear: a frozen linear layer with another low-rank branch for every row.
+"""multi_lora_linear: a frozen base with other scales and another low-rank branch for every row.
 
-    y_t = W x_t + s[a_t] B[a_t] u_t + bias,        u_t = A[a_t] drop(x_t)
+    y_t = g_b[a] * Base(x_t * p_b[a]) + s[a] g_d[a] * ((d[a] * u_t) B[a]^T) + beta[a],     u_t = (drop(x_t) * p_d[a]) A[a]^T
 
-    x (M, K)   W weight (N, K)   A[a] (R[a], K)   B[a] (N, R[a])   s (slots)   a_t the slot of row t, or base only
+    x (M, K)   A[a] (R[a], K)   B[a] (N, R[a])   s (slots)   a = a_t the slot of row t, or base only: y_t = Base(x_t) + bias
+    d (R[a]), p_b, p_d (K), g_b, g_d, beta (N): vectors that an adapter may have; without beta the layer's bias is added
 
-and its gradients, for the output gradient dy:
+and its gradients, for the output gradient dy, with sums over the rows of an adapter and H[a] = sum_t dy_t^T (d[a] * u_t):
 
-    du_t = s[a_t] dy_t B[a_t]          dx_t = dy_t W + drop'(du_t A[a_t])
-    dA[a] = sum_{t: a_t = a} du_t^T drop(x_t)        dB[a] = s[a] sum_{t: a_t = a} dy_t^T u_t
+    dv_t = s[a] (g_d[a] * dy_t) B[a]       du_t = d[a] * dv_t
+    dx_t = ((g_b[a] * dy_t) W) * p_b[a] + drop'((du_t A[a]) * p_d[a])
+    dA[a] = sum_t du_t^T (drop(x_t) * p_d[a])                          dB[a] = s[a] g_d[a][:, None] * H[a]
+    dd[a] = sum_t dv_t * u_t      dg_d[a] = s[a] rowdot(B[a], H[a])    dp_d[a] = coldot(A[a], sum_t du_t^T drop(x_t))
+    dg_b[a] = sum_t dy_t * h_t    dp_b[a] = sum_t ((g_b[a] * dy_t) W) * x_t          dbeta[a] = sum_t dy_t
 
-Without W (and bias) the branch is all there is: sgmv. u is (M, max_rank) in fp32, zero right of a row's rank.
+Without a base the branch is all there is: sgmv. u is (M, max_rank) in fp32, zero right of a row's rank.
 
-Adapters arrive as a list of tensors, ``weights``, and an int64 table that says where each slot's A and B lie in them
-(the columns below), so that a list of matrices and a bank with many adapters in one tensor are the same to a kernel.
+Where an adapter's matrices and vectors lie is said by a table (adapter_table.py).
 
 The *route* of a batch is made once for all layers: ``order`` (M) int32 lists the rows sorted by slot, stably, and
 ``starts`` (slots + 3) int32 holds where each slot's rows begin in it; after the slots come the rows that take the base
@@ -21,6 +24,7 @@ alone and, on devices that cannot raise without waiting, those with an invalid i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,14 +34,21 @@ from ..bases.base import kind_of
 from ..checks import accumulate_dtype, check_fits, check_rows, check_tensor
 from ..dispatch.registry import Size, define
 from ..problem import Problem, problem_like
+from .adapter_table import (
+    A_TENSOR,
+    ABSENT,
+    AXES,
+    B_TENSOR,
+    BETA,
+    COLUMNS,
+    ID,
+    RANK,
+    matrix_A,
+    matrix_B,
+    vector_column,
+    vectors_at,
+)  # fmt: skip
 from .dropout_mask import check_seed, dropout_rows_ref
-
-# Columns of a table row. Offsets and strides count elements from the tensor's first; A's columns are adjacent.
-# PADDED: rows of A and of B^T are adjacent, and zeros follow them up to a multiple of 16 columns.
-COLUMNS = ("ID", "RANK", "A_TENSOR", "A_OFFSET", "A_ROW", "B_TENSOR", "B_OFFSET", "B_N", "B_R", "PADDED")
-ID, RANK, A_TENSOR, A_OFFSET, A_ROW, B_TENSOR, B_OFFSET, B_N, B_R, PADDED = range(len(COLUMNS))
-FREE = -2  # the id of a slot without an adapter: no row may ask for it
-
 
 # The kind of a base that is not there: the branch alone.
 NO_BASE = "none"
@@ -52,7 +63,11 @@ class Route(NamedTuple):
 
 
 class MultiForward(NamedTuple):
-    """Arguments of ``multi_lora_linear_fwd`` -> (y in x.dtype, u)."""
+    """Arguments of ``multi_lora_linear_fwd`` -> (y in x.dtype, u without d and s, h = Base(x * p_b) if ``save_base``).
+
+    ``vectors``: in fp32 (fp64 for fp64); ``acting``: the symbols of those that some adapter has, with spaces between.
+    h is in x.dtype, empty if not wanted.
+    """
 
     x: Tensor
     base: list[Tensor]
@@ -67,12 +82,17 @@ class MultiForward(NamedTuple):
     starts: Tensor
     dropout_p: Tensor | None
     seed: Tensor | None
+    vectors: list[Tensor] | None = None
+    acting: str = ""
+    save_base: bool = False
 
 
 class MultiBackward(NamedTuple):
-    """Arguments of ``multi_lora_linear_bwd`` -> (dx or empty, dbias in fp32 or empty, gradients like ``weights``).
+    """Arguments of ``multi_lora_linear_bwd`` -> (dx, dbias, gradients like ``weights``, gradients like ``vectors``).
 
-    ``need``: of which weights gradients are wanted; those of the others come back empty.
+    ``need``, ``need_vectors``: of which tensors gradients are wanted; what is not wanted comes back empty. dbias and the
+    vectors' gradients are in fp32 (fp64 for fp64). x is read for dA, dp_b and dp_d alone, h for dg_b, u for dB, dd and
+    dg_d, the base for dx and dp_b.
     """
 
     dy: Tensor
@@ -91,6 +111,15 @@ class MultiBackward(NamedTuple):
     need_x: bool
     need_bias: bool
     need: list[bool]
+    vectors: list[Tensor] | None = None
+    acting: str = ""
+    h: Tensor | None = None
+    need_vectors: list[bool] | None = None
+
+    @property
+    def wants_vectors(self) -> list[bool]:
+        """``need_vectors``, one for each vector also where none is needed."""
+        return self.need_vectors or [False] * len(self.vectors or ())
 
 
 def multi_lora_linear_route_ref(c: Route) -> tuple[Tensor, Tensor]:
@@ -112,26 +141,23 @@ def multi_lora_linear_route_ref(c: Route) -> tuple[Tensor, Tensor]:
     return order, starts
 
 
-def matrix_A(weights, row: list[int], in_features: int) -> torch.Tensor:
-    """The view A (R, K) of the adapter in a table row."""
-    return _view(weights[row[A_TENSOR]], row[A_OFFSET], (row[RANK], in_features), (row[A_ROW], 1))
+class _Segment(NamedTuple):
+    """The rows of the batch that take one slot, that slot's row of the table, and its vectors by symbol."""
+
+    slot: int
+    row: list[int]
+    rows: Tensor
+    at: dict[str, Tensor | None]
 
 
-def matrix_B(weights, row: list[int], out_features: int) -> torch.Tensor:
-    """The view B (N, R) of the adapter in a table row."""
-    return _view(weights[row[B_TENSOR]], row[B_OFFSET], (out_features, row[RANK]), (row[B_N], row[B_R]))
-
-
-def _view(t: torch.Tensor, offset: int, size, stride) -> torch.Tensor:
-    return t.as_strided(size, stride, t.storage_offset() + offset)
-
-
-def _segments(table, order, starts):
-    # (slot, its table row, the rows of the batch that take it) of every slot that has rows.
-    starts, order = starts.tolist(), order.to(torch.int64)
-    for slot, row in enumerate(table.tolist()):
+def _segments(c: MultiForward | MultiBackward, K: int, N: int, acc: torch.dtype) -> Iterator[_Segment]:
+    """Of every slot that has rows."""
+    starts, order = c.starts.tolist(), c.order.to(torch.int64)
+    for slot, row in enumerate(c.table.tolist()):
         if starts[slot] < starts[slot + 1]:
-            yield slot, row, order[starts[slot] : starts[slot + 1]]
+            at = vectors_at(c.vectors, row, {"R": row[RANK], "K": K, "N": N})
+            at = {symbol: None if v is None else v.to(acc) for symbol, v in at.items()}
+            yield _Segment(slot, row, order[starts[slot] : starts[slot + 1]], at)
 
 
 def _invalid(table, order, starts) -> torch.Tensor:
@@ -145,6 +171,19 @@ def _dropped(t, rows, slot: int, dropout_p, seed):
     return torch.where(dropout_rows_ref(seed, rows, t.shape[1], p), t * (1.0 / (1.0 - p)), 0.0)
 
 
+def _times(t: Tensor, scale: Tensor | None) -> Tensor:
+    return t if scale is None else t * scale
+
+
+def _rows_times(t: Tensor, segments: list[_Segment], symbol: str) -> Tensor:
+    """t (M, ...), each row times its adapter's vector of that symbol."""
+    scaled = [s for s in segments if s.at[symbol] is not None]
+    t = t.clone() if scaled else t
+    for s in scaled:
+        t[s.rows] *= s.at[symbol]
+    return t
+
+
 def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bool) -> Tensor:
     """A fresh Base(t), or its transpose's, (M, columns)."""
     if kind == NO_BASE:
@@ -153,39 +192,87 @@ def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bo
     return t.clone() if W is None else t @ (W if transposed else W.t())
 
 
-def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor]:
-    """(y, u); see ``MultiForward``."""
+def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, u, h); see ``MultiForward``."""
     acc, K, N = accumulate_dtype(c.x.dtype), c.x.shape[1], c.out_features
-    xf = c.x.to(acc)
-    y, u = _base(c.kind, c.base, xf, N, False), xf.new_zeros((c.x.shape[0], c.max_rank))
-    for slot, row, rows in _segments(c.table, c.order, c.starts):
-        us = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed) @ matrix_A(c.weights, row, K).to(acc).t()
+    xf, segments = c.x.to(acc), list(_segments(c, K, N, acc))
+    h, u = _base(c.kind, c.base, _rows_times(xf, segments, "p_b"), N, False), xf.new_zeros((c.x.shape[0], c.max_rank))
+    y = _rows_times(h.clone() if c.save_base else h, segments, "g_b")
+    for slot, row, rows, at in segments:
+        if row[RANK] == 0:
+            continue
+        dropped = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed)
+        us = _times(dropped, at["p_d"]) @ matrix_A(c.weights, row, K).to(acc).t()
         u[rows, : row[RANK]] = us
-        y[rows] += (us * c.scaling[slot]) @ matrix_B(c.weights, row, N).to(acc).t()
+        delta = _times(us, at["d"]) * c.scaling[slot] @ matrix_B(c.weights, row, N).to(acc).t()
+        y[rows] += _times(delta, at["g_d"])
+    shared = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+    for s in segments:
+        if s.at[BETA] is not None:
+            y[s.rows] += s.at[BETA]
+            shared[s.rows] = False
     if c.bias is not None:
-        y += c.bias.to(acc)
+        y[shared] += c.bias.to(acc)
     y[_invalid(c.table, c.order, c.starts)] = float("nan")
-    return y.to(c.x.dtype), u
+    return y.to(c.x.dtype), u, h.to(c.x.dtype) if c.save_base else c.x.new_empty(0)
 
 
-def multi_lora_linear_bwd_ref(c: MultiBackward) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(dx, dbias, gradients of the weights); see ``MultiBackward``."""
+def _wanted(c: MultiBackward, row: list[int]) -> set[str]:
+    """The symbols of the vectors of an adapter of which gradients are wanted."""
+    places = {symbol: row[vector_column(symbol)] for symbol in AXES}
+    return {symbol for symbol, tensor in places.items() if tensor != ABSENT and c.wants_vectors[tensor]}
+
+
+def multi_lora_linear_bwd_ref(c: MultiBackward) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """(dx, dbias, gradients of the weights, gradients of the vectors); see ``MultiBackward``."""
     acc, N, K = accumulate_dtype(c.dy.dtype), c.dy.shape[1], c.in_features
-    dyf = c.dy.to(acc)
-    dx = _base(c.kind, c.base, dyf, K, True) if c.need_x else dyf.new_empty(0)
+    dyf, segments = c.dy.to(acc), list(_segments(c, K, N, acc))
     grads = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
-    for slot, row, rows in _segments(c.table, c.order, c.starts):
-        du = dyf[rows] @ matrix_B(c.weights, row, N).to(acc) * c.scaling[slot]
-        if c.need[row[A_TENSOR]]:
-            dropped = _dropped(c.x[rows].to(acc), rows, slot, c.dropout_p, c.seed)
-            matrix_A(grads, row, K).copy_(du.t() @ dropped)
-        if c.need[row[B_TENSOR]]:
-            matrix_B(grads, row, N).copy_(dyf[rows].t() @ c.u[rows, : row[RANK]] * c.scaling[slot])
-        if c.need_x:
-            dx[rows] += _dropped(du @ matrix_A(c.weights, row, K).to(acc), rows, slot, c.dropout_p, c.seed)
+    sums = [torch.zeros_like(v) if n else v.new_empty(0) for v, n in zip(c.vectors or (), c.wants_vectors, strict=True)]
+    wanted = {s.slot: _wanted(c, s.row) for s in segments}
+    base, shared = None, torch.ones(dyf.shape[0], dtype=torch.bool, device=dyf.device)
+    if c.need_x or any("p_b" in symbols for symbols in wanted.values()):
+        base = _base(c.kind, c.base, _rows_times(dyf, segments, "g_b"), K, True)
+    dx = _rows_times(base, segments, "p_b") if c.need_x else dyf.new_empty(0)
+    for s in segments:
+        found, dys = {}, dyf[s.rows]
+        if s.row[RANK] > 0:
+            found |= _branch_bwd(c, s, dx, grads)
+        if "g_b" in wanted[s.slot]:
+            found["g_b"] = (dys * c.h[s.rows].to(acc)).sum(0)
+        if "p_b" in wanted[s.slot]:
+            found["p_b"] = (base[s.rows] * c.x[s.rows].to(acc)).sum(0)
+        if s.at[BETA] is not None:
+            found[BETA], shared[s.rows] = dys.sum(0), False
+        into = vectors_at(sums, s.row, {"R": s.row[RANK], "K": K, "N": N}, wanted[s.slot])
+        for symbol in found.keys() & into.keys():
+            into[symbol].copy_(found[symbol])
     if c.need_x:
         dx[_invalid(c.table, c.order, c.starts)] = float("nan")
-    return dx.to(c.dy.dtype), dyf.sum(0) if c.need_bias else c.u.new_empty(0), grads
+    return dx.to(c.dy.dtype), dyf[shared].sum(0) if c.need_bias else c.u.new_empty(0), grads, sums
+
+
+def _branch_bwd(c: MultiBackward, s: _Segment, dx: Tensor, grads: list[Tensor]) -> dict[str, Tensor]:
+    """Adds to dx, fills what is needed of ``grads``; gradients of the branch's vectors by symbol."""
+    (slot, row, rows, at), wanted = s, _wanted(c, s.row)
+    dys, us = c.dy[rows].to(dx.dtype), c.u[rows, : row[RANK]]
+    A, B = (m.to(dx.dtype) for m in (matrix_A(c.weights, row, c.in_features), matrix_B(c.weights, row, c.dy.shape[1])))
+    dv = _times(dys, at["g_d"]) @ B * c.scaling[slot]
+    du = _times(dv, at["d"])
+    found = {"d": (dv * us).sum(0)}
+    if c.need[row[A_TENSOR]] or "p_d" in wanted:
+        G = du.t() @ _dropped(c.x[rows].to(dx.dtype), rows, slot, c.dropout_p, c.seed)
+        found["p_d"] = (A * G).sum(0)
+        if c.need[row[A_TENSOR]]:
+            matrix_A(grads, row, c.in_features).copy_(_times(G, at["p_d"]))
+    if c.need[row[B_TENSOR]] or "g_d" in wanted:
+        H = dys.t() @ _times(us, at["d"]) * c.scaling[slot]
+        found["g_d"] = (B * H).sum(1)
+        if c.need[row[B_TENSOR]]:
+            matrix_B(grads, row, c.dy.shape[1]).copy_(_times(H.t(), at["g_d"]).t())
+    if c.need_x:
+        dx[rows] += _dropped(_times(du @ A, at["p_d"]), rows, slot, c.dropout_p, c.seed)
+    return found
 
 
 def _check_route(table, order, starts, M: int, device: torch.device) -> int:
@@ -207,6 +294,19 @@ def _check_weights(weights, dtype: torch.dtype, device: torch.device) -> torch.d
         if w.device != device:
             raise ValueError(f"weights[{i}] is on {w.device}, expected {device}")
     return weights[0].dtype if weights else dtype
+
+
+def _check_vectors(vectors, acting: str, acc: torch.dtype, device: torch.device) -> dict[str, bool]:
+    """What acts, by symbol."""
+    for i, v in enumerate(vectors or ()):
+        check_fits(f"vectors[{i}]", v, v.shape, "(elements,)", device, (acc,))
+    symbols = acting.split()
+    for symbol in symbols:
+        if symbol not in AXES:
+            raise ValueError(f"acting holds {symbol!r}, expected some of {', '.join(AXES)}")
+    if symbols and not vectors:
+        raise ValueError(f"acting is {acting!r}, but there are no vectors")
+    return dict.fromkeys(symbols, True)
 
 
 def _check_dropout(dropout_p, seed, slots: int, device: torch.device) -> None:
@@ -245,7 +345,9 @@ def describe_fwd(c: MultiForward) -> Problem:
         "base": c.kind != NO_BASE,
         "bias": c.bias,
         "dropout": c.dropout_p,
+        "save_base": c.save_base,
         c.kind: c.kind not in ("dense", NO_BASE),
+        **_check_vectors(c.vectors, c.acting, accumulate_dtype(x.dtype), x.device),
     }
     return problem_like(x, "multi_lora_linear_fwd", dtype, (M, N, K, c.max_rank), present)
 
@@ -257,16 +359,25 @@ def _describe_bwd(c: MultiBackward) -> Problem:
     check_fits("u", c.u, (M, c.u.shape[-1]), "(M, max_rank)", dy.device, (acc,))
     if c.x is not None:
         check_fits("x", c.x, (M, K), "(M, K)", dy.device, (dy.dtype,))
-    if c.need_x:
+    if c.h is not None:
+        check_fits("h", c.h, (M, N), "(M, N)", dy.device, (dy.dtype,))
+    # Of the vectors' gradients p_b's alone reads the base, and only the table tells which vector is one.
+    base = c.need_x or (any(c.wants_vectors) and len(c.base) > 0)
+    if base:
         _check_base(c, dy, N, K)
     slots = _check_route(c.table, c.order, c.starts, M, dy.device)
     check_fits("scaling", c.scaling, (slots,), "(slots,)", dy.device, (acc,))
     dtype = _check_weights(c.weights, dy.dtype, dy.device)
     if len(c.need) != len(c.weights):
         raise ValueError(f"need has {len(c.need)} entries, expected {len(c.weights)}, one per tensor of weights")
+    if len(c.wants_vectors) != len(c.vectors or ()):
+        raise ValueError(
+            f"need_vectors has {len(c.wants_vectors)} entries, expected {len(c.vectors or ())}, one per vector"
+        )
     _check_dropout(c.dropout_p, c.seed, slots, dy.device)
-    present = {"base": c.kind != NO_BASE and c.need_x, "need_x": c.need_x, "need_weights": any(c.need)}
+    present = {"base": c.kind != NO_BASE and base, "need_x": c.need_x, "need_weights": any(c.need)}
     present |= {"need_bias": c.need_bias, "dropout": c.dropout_p, c.kind: c.kind not in ("dense", NO_BASE)}
+    present |= {"need_vectors": any(c.wants_vectors)} | _check_vectors(c.vectors, c.acting, acc, dy.device)
     return problem_like(dy, "multi_lora_linear_bwd", dtype, (M, N, K, c.u.shape[1]), present)
 
 
@@ -278,13 +389,15 @@ def _fake_route(c: Route):
 
 def _fake_fwd(c: MultiForward):
     p = describe_fwd(c)
-    return c.x.new_empty((p.M, p.N)), c.x.new_empty((p.M, p.R), dtype=accumulate_dtype(c.x.dtype))
+    u = c.x.new_empty((p.M, p.R), dtype=accumulate_dtype(c.x.dtype))
+    return c.x.new_empty((p.M, p.N)), u, c.x.new_empty((p.M, p.N) if c.save_base else 0)
 
 
 def _fake_bwd(c: MultiBackward):
     p = _describe_bwd(c)
     grads = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(c.weights, c.need, strict=True)]
-    return c.dy.new_empty((p.M, p.K) if c.need_x else 0), c.u.new_empty(p.N if c.need_bias else 0), grads
+    sums = [torch.empty_like(v) if n else v.new_empty(0) for v, n in zip(c.vectors or (), c.wants_vectors, strict=True)]
+    return c.dy.new_empty((p.M, p.K) if c.need_x else 0), c.u.new_empty(p.N if c.need_bias else 0), grads, sums
 
 
 def rank_rows(p: Problem, table, starts) -> int:
@@ -318,7 +431,7 @@ define(
 define(
     "multi_lora_linear_fwd",
     MultiForward,
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     reference=multi_lora_linear_fwd_ref,
     fake=_fake_fwd,
     describe=describe_fwd,
@@ -327,7 +440,7 @@ define(
 define(
     "multi_lora_linear_bwd",
     MultiBackward,
-    "(Tensor, Tensor, Tensor[])",
+    "(Tensor, Tensor, Tensor[], Tensor[])",
     reference=multi_lora_linear_bwd_ref,
     fake=_fake_bwd,
     describe=_describe_bwd,

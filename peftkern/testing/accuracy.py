@@ -128,7 +128,7 @@ def compare(problem: Problem, device: str = "cpu") -> list[Row]:
     names = tuple(n for n in t if n not in ("weight", "dy") and n not in problem.frozen)
     ours = run_ours(problem, t, names)
     theirs, exact, absolute = _expected(problem, names, device)
-    return [_row(name, ours[name], theirs[name], exact[name], absolute[name]) for name in exact]
+    return [judged(name, ours[name], theirs[name], exact[name], absolute[name]) for name in exact]
 
 
 def check(problem: Problem, device: str = "cpu") -> list[Row]:
@@ -159,7 +159,7 @@ def _norms(error: Tensor) -> tuple[float, float]:
     return error.square().mean().sqrt().item(), error.abs().max().item()
 
 
-def _row(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, absolute: Tensor) -> Row:
+def judged(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, absolute: Tensor) -> Row:
     if ours.shape != exact.shape or ours.dtype != theirs.dtype:
         raise AssertionError(f"{name}: {ours.dtype} {tuple(ours.shape)}, expected {theirs.dtype} {tuple(exact.shape)}")
     dtype = ours.dtype

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ..many.adapter import Adapter
 from ..many.bank import AdapterBank
 from ..ops.dropout_mask import dropout_mask_ref
 from . import equations
-from .problems import DROPOUT_SEED, LAYOUTS, laid_out
+from .problems import DROPOUT_SEED, LAYOUTS, laid_out, vectors
 
 # How rows choose their adapters.
 MIXES = ("uniform", "sorted", "one", "skewed", "base")
@@ -24,7 +25,8 @@ class MultiLoRALinearProblem:
     """Sizes, ranks, dtypes and options of one call; ``seed`` makes its values and ids. ``frozen``: what has no grad.
 
     ``mix``: see MIXES (``one``: all rows take one adapter; ``base``: none takes any). ``base_share``: of rows that take
-    the base alone. ``bank``: the adapters lie in an AdapterBank. ``branch``: sgmv instead, without W.
+    the base alone. ``bank``: the adapters lie in an AdapterBank. ``branch``: sgmv instead, without W. ``vectors``: names
+    of the coefficients that each adapter has, and its bias; none for adapters beyond its length.
     """
 
     seed: int
@@ -44,9 +46,11 @@ class MultiLoRALinearProblem:
     bank: bool = False
     branch: bool = False
     frozen: frozenset[str] = field(default_factory=frozenset)
+    vectors: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         parts = asdict(self) | {"frozen": ",".join(sorted(self.frozen)) or "-"}
+        parts["vectors"] = "/".join("+".join(names) for names in self.vectors) or "-"
         return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in parts.items())
 
     def ids(self) -> Tensor:
@@ -63,7 +67,7 @@ class MultiLoRALinearProblem:
         return ids.sort().values if self.mix == "sorted" else ids
 
     def tensors(self) -> dict[str, Tensor]:
-        """x, weight, dy, bias if there is one, A0, B0, A1, ... on CPU, without grad."""
+        """x, weight, dy, bias if there is one, A0, B0, A1, ... and vectors, base_out_scale2, on CPU, without grad."""
         gen = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -79,18 +83,34 @@ class MultiLoRALinearProblem:
         for i, R in enumerate(self.ranks):
             out[f"A{i}"] = normal(R, K, scale=1 / math.sqrt(K), dtype=self.adapter_dtype)
             out[f"B{i}"] = normal(N, R, scale=1 / math.sqrt(R), dtype=self.adapter_dtype)
+        axes = vectors()
+        for i, names in enumerate(self.vectors[: len(self.ranks)]):
+            for name in names:
+                size = {"R": self.ranks[i], "K": K, "N": N}[axes[name]]
+                out[f"{name}{i}"] = normal(size, dtype=torch.float32)
         return out
+
+    def own(self, t: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        """The vectors of adapter ``i`` by name."""
+        names = self.vectors[i] if i < len(self.vectors) else ()
+        return {name: t[f"{name}{i}"] for name in names}
 
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """y from ``multi_lora_linear`` or ``sgmv``."""
         device = t["x"].device
-        ids, adapters = self.ids().to(device), [(t[f"A{i}"], t[f"B{i}"], s) for i, s in enumerate(self.scalings)]
+        ids, adapters = self.ids().to(device), []
+        for i, s in enumerate(self.scalings):
+            matrices, own = (t[f"A{i}"], t[f"B{i}"], s), self.own(t, i)
+            adapters.append(Adapter(*matrices, **own) if own else matrices)
         if self.bank:
             bank = AdapterBank(
                 self.K, self.N, max_adapters=len(adapters), max_rank=max(self.ranks), dtype=self.adapter_dtype,
                 device=device,
             )  # fmt: skip
-            numbers = torch.tensor([*(bank.add(str(i), *a) for i, a in enumerate(adapters)), -1], device=device)
+            added = (
+                bank.add(str(i), t[f"A{i}"], t[f"B{i}"], s, **self.own(t, i)) for i, s in enumerate(self.scalings)
+            )  # fmt: skip
+            numbers = torch.tensor([*added, -1], device=device)
             adapters, ids = bank, numbers[ids]
         ids = ids.reshape(t["x"].shape[:-1])
         if self.branch:
@@ -125,6 +145,7 @@ class MultiLoRALinearProblem:
             single = {"x": x[rows], "weight": weight, "lora_A": A, "lora_B": B}
             if "bias" in t:
                 single["bias"] = t["bias"]
+            single |= self.own(t, i) if i >= 0 else {}
             y = y.index_put((rows,), equation(single, s, keep, p))
         return y.unflatten(0, t["x"].shape[:-1])
 
@@ -143,7 +164,7 @@ def random_multi_problem(
     drops = not branch and rng.random() < 0.4
     names = ["x", "bias", *(f"{m}{i}" for i in range(count) for m in "AB")]
     frozen = {n for n in names if rng.random() < 0.15} | (set(names[2:]) if bank else set())
-    return MultiLoRALinearProblem(
+    problem = MultiLoRALinearProblem(
         seed=seed, M=M, K=size(1, max_KN), N=size(1, max_KN),
         ranks=tuple(size(1, max_R) for _ in range(count)),
         dtype=dtype,
@@ -159,3 +180,11 @@ def random_multi_problem(
         branch=branch,
         frozen=frozenset(frozen),
     )  # fmt: skip
+    if rng.random() < 0.6:
+        return problem
+    # From here on vectors, so that problems without them are what they have always been.
+    usable = [n for n in vectors() if not branch or n in ("rank_scale", "delta_in_scale", "delta_out_scale")]
+    chosen = tuple(tuple(n for n in usable if rng.random() < 0.4) for _ in range(count))
+    each = [f"{n}{i}" for i, names in enumerate(chosen) for n in names]
+    frozen |= {n for n in each if bank or rng.random() < 0.2}
+    return replace(problem, vectors=chosen, frozen=frozenset(frozen))

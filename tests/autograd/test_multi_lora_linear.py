@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from peftkern import AdapterBank, lora_linear, multi_lora_linear, sgmv
+from peftkern.many.route import route
+from peftkern.many.table import table_of
 
 K, N = 20, 13
 RANKS = (3, 1, 7, 2)
@@ -84,15 +86,14 @@ def test_ids_per_row_per_sequence_and_wrong():
 
 
 def test_a_route_is_made_once_per_batch_and_again_after_a_change():
-    from peftkern.many.route import _known
-
     adapters, W, x = listed(torch.float32, grad=False), torch.randn(N, K), torch.randn(3, K)
     ids = torch.tensor([1, -1, 2])
     first = multi_lora_linear(x, W, adapters, ids)
-    kept = _known[id(ids)]
-    multi_lora_linear(x, W, adapters, ids)
-    assert _known[id(ids)] is kept
+    state = table_of(adapters, x, x.dtype)
+    kept = route(ids, x, state)
+    assert all(a is b for a, b in zip(kept, route(ids, x, state)))
     ids[0] = 0
+    assert route(ids, x, state)[0] is not kept[0]
     second = multi_lora_linear(x, W, adapters, ids)
     assert not torch.equal(first[0], second[0]) and torch.equal(first[1:], second[1:])
 

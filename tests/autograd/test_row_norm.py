@@ -71,11 +71,15 @@ def test_changes_in_place_are_seen():
         torch.testing.assert_close(row_norm(W, A, B).double(), expected(W, A, B, 1.0), rtol=1e-6, atol=0)
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_no_norm():
     W, A, B = operands()
     plain = row_norm(W, A, B)
     with torch.autocast("cpu", BF16):
         assert torch.equal(row_norm(W, A, B), plain)
+        half = A.to(BF16), B.to(BF16)
+        assert torch.equal(row_norm(W, *half), row_norm(W, *(t.float() for t in half)))
+    with pytest.raises(TypeError, match="lora_A"):
+        row_norm(W, *half)
 
 
 def test_compiled():

@@ -14,7 +14,7 @@ from peftkern import __version__, cli
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("demo", "bench", "verify", "doctor"))
+    assert all(name in out for name in ("demo", "bench", "verify", "methods", "doctor"))
 
 
 def test_version(capsys):

@@ -45,7 +45,7 @@ class Box:
     def _hidden(self): "Nobody should see this text."
     def short(self): "Short."
 '''
-    found = list(corpus._members("shop", ast.parse(source)))
+    found = list(corpus.members("shop", ast.parse(source)))
     assert found == [
         corpus.Pair("shop.Box", "A box that holds things."),
         corpus.Pair("shop.Box.open", "Open the lid of the box."),

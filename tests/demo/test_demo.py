@@ -93,7 +93,7 @@ def test_a_step_out_of_time_is_broken_off_and_not_recorded(tiny, data):
 
 def test_time_is_also_checked_in_backward(tiny, data):
     calls = []
-    train._watch(tiny, lambda: calls.append(1))
+    train.watch(tiny, lambda: calls.append(1))
     train.contrastive_loss(tiny, data[0]).backward()
     # Two encoder layers, names and texts, forward and backward.
     assert len(calls) == 8

@@ -11,8 +11,9 @@ import torch
 
 import peftkern
 from peftkern.backends.cpu import native
+from peftkern.bases.base import KINDS
 from peftkern.dispatch import registry, tuned
-from peftkern.dispatch.choose import Declined, choose, load
+from peftkern.dispatch.choose import ORDER, Declined, choose, load
 from peftkern.dispatch.explain import decision, passes
 from peftkern.kernels import configs
 from peftkern.problem import CpuWay, Problem
@@ -87,6 +88,21 @@ def test_a_back_end_that_is_named_and_cannot_is_an_error():
         choose(problem(device="cpu"), Settings(backend="cuda"))
     assert choose(problem(device="cpu"), Settings(backend="reference"))[:2] == ("reference", None)
     assert choose(problem(device="meta"), Settings())[:2] == ("reference", None)
+
+
+def test_a_base_that_no_kernel_reads_is_nobodys(monkeypatch):
+    """A back end says which kinds it reads: a new one is not taken for a dense weight."""
+    monkeypatch.setitem(KINDS, "ternary", None)
+    now = Settings(tables="nowhere for kinds", gpu=FAKE)
+    for device, names in ORDER.items():
+        for name in names:
+            monkeypatch.setattr(load(name), "unavailable", lambda now: None)
+        for op in ("lora_linear_fwd", "lora_linear_bwd", "multi_lora_linear_fwd", "lora_row_norm"):
+            found = choose(problem(op, device, flags=("base", "ternary")), now)
+            assert found.backend == "reference"
+            for name in (name for name in names if op in load(name).OPS):
+                assert found.declined[name] == "has no kernel that reads a base of kind ternary"
+    assert "kind identity" in choose(problem(flags=("identity",)), now).declined["cuda"]
 
 
 @needs_cpu

@@ -13,7 +13,7 @@ from peftkern.benchmarks.tune.plan import jobs
 from peftkern.dispatch.choose import Declined, choose
 from peftkern.problem import DTYPES
 from peftkern.settings import current
-from peftkern.testing.accuracy import _row, check
+from peftkern.testing.accuracy import check, judged
 from peftkern.testing.equations import mm
 from peftkern.testing.problems import LoRALinearProblem
 from peftkern.verify import main as verify
@@ -122,7 +122,7 @@ def test_row_norm(backend, dtype, adapters, N, K, R, record_property):
     got = torch.ops.peftkern.lora_row_norm([W], "dense", A, B, 2.0)
     exact = torch.linalg.vector_norm(W.double() + 2.0 * (B.double() @ A.double()), dim=1)
     eager = torch.linalg.vector_norm(W.float() + 2.0 * (B.float() @ A.float()), dim=1)
-    row = _row("norm", got, eager, exact, exact)
+    row = judged("norm", got, eager, exact, exact)
     head = dict(backend=backend, problem=f"{N}x{K} R={R}", dtype=dtype, adapters=adapters)
     _judge([head | dict(output="norm", ratio=row.ratio, ok=row.ok, error=None)], record_property)
 
@@ -158,7 +158,7 @@ def test_branch_in_place(backend, dtype, sizes, adapters, record_property):
     got, exact, eager = branch(M, count, K, N, ranks, kind, small, "cuda", backend)
     if isinstance(got, str):
         pytest.skip(got)
-    row = _row("y", got, eager, exact, exact)
+    row = judged("y", got, eager, exact, exact)
     head = dict(backend=backend, problem=f"sgmv {M}x{K}x{N}, {count} adapters", dtype=dtype, adapters=adapters)
     _judge([head | dict(output="y", ratio=row.ratio, ok=row.ok, error=None)], record_property)
 

@@ -152,9 +152,10 @@ def test_compiles_without_a_break(name, backend):
 def test_the_highest_rank_that_is_taken_starts():
     """What a block may have of shared memory is known by architecture, and no more than the device has."""
     from peftkern.backends.cuda import native
+    from peftkern.backends.marshal import CODES
 
     x = torch.randn(3, 40, device="cuda")
-    kernel = native.CODES[x.dtype], native.device(x).arch
+    kernel = CODES[x.dtype], native.device(x).arch
     rank = max(r for r in (6335, 10431, 14527) if native._C.cuda_sgmv_takes(r, *kernel))
     A, B = torch.randn(rank, 40, device="cuda") / 40, torch.randn(24, rank, device="cuda") / rank**0.5
     with using("cuda"), torch.inference_mode():

@@ -66,9 +66,9 @@ def test_ranges_never_overlap_and_nothing_is_lost():
             size = choose.randint(1, 600)
             taken.append(chunks.take(size))
             assert taken[-1].size >= size
-    ranges = sorted([*taken, *(Range(chunk, offset, size) for size, chunk, offset in chunks._free)])
+    ranges = sorted([*taken, *(Range(chunk, offset, size) for size, chunk, offset in chunks.free)])
     for one, two in pairwise(ranges):
         assert two.offset == (one.offset + one.size if two.chunk == one.chunk else 0)
     assert sum(r.size for r in ranges) == chunks.allocated
     chunks.give_back(taken)
-    assert sorted(size for size, _, _ in chunks._free) == sorted(t.numel() for t in chunks.tensors)
+    assert sorted(size for size, _, _ in chunks.free) == sorted(t.numel() for t in chunks.tensors)

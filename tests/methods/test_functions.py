@@ -39,7 +39,6 @@ def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
 
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
 FORMS = {
-    "LoRA": (lambda x, W, b, A, B: linear(x, W + B @ A, b), [(R, K), (N, R)]),
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
     "VeRA": (
         lambda x, W, b, A, B, d, g: linear(x, W, b) + g * linear(linear(x, A[:, :K]) * d, B[:N]),

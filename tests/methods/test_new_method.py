@@ -1,12 +1,16 @@
 """A method that is new to the package is one class and one entry: here a LoRA layer whose ranks have fixed weights."""
 
+import dataclasses
+import functools
 import gc
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import peftkern
+from peftkern.benchmarks import bench
 from peftkern.integrations import hf_peft
 from peftkern.methods import Held, Method, Plan, register
 from peftkern.methods.linear import Branch
@@ -14,6 +18,7 @@ from peftkern.methods.look import NotCovered
 from peftkern.methods.registry import unregister
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
+TINY = ["--device", "cpu", "--shape", "24,40,32", "--rank", "4", "--seconds", "0.01"]
 
 
 class Weighted(nn.Module):
@@ -59,6 +64,12 @@ def apply(y, adapter):
     return y.add(Branch(A, B, d=weights))
 
 
+def build(linear, rank, cls=Weighted):
+    model = nn.Sequential(cls(linear.in_features, linear.out_features, rank))
+    model[0].base_layer = linear
+    return model
+
+
 WEIGHTED = Method(
     name="weighted",
     taxonomy="reparameterised",
@@ -67,6 +78,7 @@ WEIGHTED = Method(
     plan=plan,
     apply=apply,
     examples=lambda K, N: {"linear": nn.Sequential(Weighted(K, N)), "higher rank": nn.Sequential(Weighted(K, N, 30))},
+    build=build,
     op="lora_linear",
     coefficients=("d",),
     saves="x, and (M, R) in fp32",
@@ -76,12 +88,12 @@ WEIGHTED = Method(
 
 
 @pytest.fixture
-def registered():
-    register(WEIGHTED)
-    yield WEIGHTED
+def registered(request):
+    method = register(getattr(request, "param", WEIGHTED))
+    yield method
     gc.collect()  # models of the test
     hf_peft.unpatch()
-    unregister(WEIGHTED)
+    unregister(method)
 
 
 def test_parity(registered, parity):
@@ -114,6 +126,33 @@ def test_patch_takes_it_too(registered):
     model(torch.randn(3, 8))
     model(torch.randn(3, 8))
     assert peftkern.status(model).fused == 2
+
+
+def test_benchmark_has_its_row(registered, tmp_path, capsys):
+    assert bench.main(["--methods", "weighted", *TINY, "--json", str(tmp_path / "r.json")]) == 0
+    rows = {(r["provider"], r["pass"]): r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows.keys() == {(name, which) for name in ("base", "library", "peftkern") for which in ("fwd", "fwd_bwd")}
+    ours = rows["peftkern", "fwd_bwd"]
+    assert (ours["method"], ours["op"], ours["R"]) == ("weighted", "lora_linear", 4) and ours["speed_up"] > 0
+    lines = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert lines.count(["weighted", "24x40x32", "4", "0"]) == 2
+
+
+class Off(Weighted):
+    """What its entry does not compute."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+@pytest.mark.parametrize(
+    "registered",
+    [dataclasses.replace(WEIGHTED, layer=f"{__name__}.Off", build=functools.partial(build, cls=Off))],
+    indirect=True, ids=["off"],
+)  # fmt: skip
+def test_benchmark_times_no_method_that_is_wrong(registered, capsys):
+    assert bench.main(["--methods", "weighted", *TINY]) == 1
+    assert "not measured: computes something else (y: relative error 1.0e-03" in capsys.readouterr().out
 
 
 def test_an_unregistered_layer_is_nobody_s():

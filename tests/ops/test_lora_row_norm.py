@@ -77,7 +77,7 @@ def test_rows_go_in_parts(monkeypatch):
     t = operands(23, 17, 3)
     expected = eager(*(m.double() for m in t), -1.5)
     for scratch in (1, 17, 40, 17 * 22):
-        monkeypatch.setattr(op, "_SCRATCH", scratch)
+        monkeypatch.setattr(op, "SCRATCH", scratch)
         torch.testing.assert_close(norm(*t, -1.5).double(), expected, rtol=1e-6, atol=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern import lora_linear
-from peftkern.ops.multi_lora_linear import COLUMNS, FREE
+from peftkern.ops.adapter_table import COLUMNS, FREE, table_row
 
 ops = torch.ops.peftkern
 EVERY_ID = 2**31 - 1
@@ -20,7 +20,7 @@ def problem(M=11, K=20, N=13, ranks=(3, 1, 7, 2), dtype=torch.float64, seed=0):
         return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
 
     weights = [m for R in ranks for m in (normal(R, K), normal(N, R))]
-    table = torch.tensor([[i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0] for i, R in enumerate(ranks)])
+    table = torch.tensor([table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate(ranks)])
     scaling = torch.linspace(0.5, 2.0, len(ranks), dtype=torch.float64)
     ids = torch.randint(-1, len(ranks) - 1, (M,), generator=g)
     return normal(M, K), normal(N, K), weights, table, scaling, ids
@@ -65,9 +65,11 @@ def test_reference_equals_one_lora_linear_per_adapter(p, monkeypatch):
     probabilities, seed = (None, None) if p is None else (torch.tensor(p, dtype=torch.float64), torch.tensor([9]))
     bias = torch.randn(N, dtype=torch.float64)
     route = ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    y, u = ops.multi_lora_linear_fwd(x, [W], "dense", N, bias, weights, table, scaling, 7, *route, probabilities, seed)
+    y, u, _ = ops.multi_lora_linear_fwd(
+        x, [W], "dense", N, bias, weights, table, scaling, 7, *route, probabilities, seed
+    )
     dy = torch.randn(M, N, dtype=torch.float64)
-    dx, dbias, grads = ops.multi_lora_linear_bwd(
+    dx, dbias, grads, _ = ops.multi_lora_linear_bwd(
         dy, x, u, [W], "dense", K, weights, table, scaling, *route, probabilities, seed, True, True, [True] * len(weights)
     )  # fmt: skip
     torch.testing.assert_close(dbias, dy.sum(0))
@@ -101,7 +103,7 @@ def test_weights_may_lie_anywhere_in_shared_tensors():
         R = A.shape[0]
         pool[at : at + 32 * R].view(R, 32)[:, :K] = A
         pool[at + 32 * R : at + 48 * R].view(R, 16)[:, :N] = B.t()
-        rows.append([slot, R, 0, at, 32, 0, at + 32 * R, 1, 16, 0])
+        rows.append(table_row(slot, R, 0, at, 32, 0, at + 32 * R, 1, 16, 0))
         at += 48 * R + 3
     found = ops.multi_lora_linear_fwd(
         x, [W], "dense", N, None, [pool], torch.tensor(rows), scaling, 7, *route, None, None
@@ -117,7 +119,7 @@ def test_opcheck():
     order, starts = ops.multi_lora_linear_route(ids, table, EVERY_ID)
     args = (x, [W], "dense", N, torch.zeros(N), weights, table, scaling, 7, order, starts, p, seed)
     torch.library.opcheck(ops.multi_lora_linear_fwd.default, args)
-    y, u = ops.multi_lora_linear_fwd(*args)
+    y, u, _ = ops.multi_lora_linear_fwd(*args)
     need = [True, False] * 4
     rest = ([W], "dense", K, weights, table, scaling, order, starts, p, seed)
     for wanted in ((True, True, need), (False, False, [False] * 8)):

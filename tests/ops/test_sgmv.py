@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peftkern import sgmv
+from peftkern.ops.adapter_table import table_row
 
 ops = torch.ops.peftkern
 
@@ -57,6 +58,6 @@ def test_rows_of_out_may_have_a_gap():
 def test_opcheck():
     x, out, ids = torch.randn(4, 20), torch.randn(4, 13), torch.tensor([0, 1, 2, -1])
     weights = [m for A, B, _ in adapters() for m in (A, B)]
-    table = torch.tensor([[i, R, 2 * i, 0, 20, 2 * i + 1, 0, R, 1, 0] for i, R in enumerate((3, 1, 7))])
+    table = torch.tensor([table_row(i, R, 2 * i, 0, 20, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate((3, 1, 7))])
     order, starts = ops.multi_lora_linear_route(ids, table, 2**31 - 1)
     torch.library.opcheck(ops.sgmv_add.default, (out, x, weights, table, torch.ones(3), 7, order, starts))

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,11 @@ from peftkern.verify.static import cuda_launches, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/sim"
+sys.path.insert(0, str(HERE))  # lora_linear_args
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
-PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.cu")) if p.name != "tensor_map.cu"]
+PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.c[up]*")) if p.name != "tensor_map.cu"]
 # The extension's own bindings, as a Python module of simulated kernels.
-BINDINGS = [ROOT / "csrc/bindings/cuda.cpp"]
+BINDINGS = [*sorted(ROOT.glob("csrc/bindings/cuda/*.cpp")), ROOT / "csrc/bindings/tensors.cpp"]
 SOURCES = [*sorted(HERE.glob("src/**/*.cpp")), *sorted(HERE.glob("kernels/**/*.cu")), *PRODUCT, *BINDINGS]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",

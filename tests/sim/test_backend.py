@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from peftkern import AdapterBank
+from peftkern.backends import marshal
 from peftkern.backends.cuda import OPS
-from peftkern.backends.cuda import lora_linear as cuda_lora
 from peftkern.backends.cuda import multi_lora_linear as cuda_multi
 from peftkern.backends.cuda import native as cuda_native
 from peftkern.ops.dropout_mask import Mask, dropout_mask_ref
@@ -23,42 +23,48 @@ from peftkern.testing.arguments import backward, base, forward
 from peftkern.verify.static import cuda_launches
 
 
-@pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
-def device(request, sim, monkeypatch):
-    """The back end on a simulated device with few multiprocessors; its architecture."""
+class Watched:
+    """A module whose calls are noted."""
+
+    def __init__(self, module):
+        self._module, self.calls = module, []
+
+    def __getattr__(self, name: str):
+        function = getattr(self._module, name)
+
+        def call(*args):
+            self.calls.append(name)
+            return function(*args)
+
+        return call
+
+
+@pytest.fixture
+def simulated(sim, monkeypatch):
+    """The simulator's module in place of the extension. Its memory comes from torch.empty, poisoned."""
+    assert marshal.set_up(sim.module, None, exports=False) is None
     sim.configure()
-    monkeypatch.setattr(cuda_native, "_C", sim.module)
+    module = Watched(sim.module)
+    monkeypatch.setattr(cuda_native, "_C", module)
+    return module
+
+
+@pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
+def device(request, simulated, monkeypatch):
+    """The back end on a simulated device with few multiprocessors; its architecture."""
     monkeypatch.setattr(cuda_native, "device", lambda t: cuda_native.Device(request.param, 3))
     monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
     monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
     monkeypatch.setattr(cuda_native, "capturing", lambda: False)
-    monkeypatch.setattr(cuda_native, "_counters", {})
-    monkeypatch.setattr(cuda_native, "_addresses", {})
+    monkeypatch.setattr(cuda_native, "kept_counters", {})
+    monkeypatch.setattr(cuda_native, "kept_addresses", {})
     yield request.param
-    assert not any(c.any() for c in cuda_native._counters.values()), "counters are not ready for the next launch"
+    assert not any(c.any() for c in cuda_native.kept_counters.values()), "counters are not ready for the next launch"
 
 
 def test_dropout_mask(device):
     seed = torch.tensor([-5])
     assert torch.equal(OPS["dropout_mask"](Mask(seed, 5, 43, 0.3)), dropout_mask_ref(seed, 5, 43, 0.3))
-
-
-def test_addresses_are_written_once(device):
-    tensors = [torch.zeros(i) for i in range(300)]
-    stored = cuda_native.addresses(tensors, tensors[0])
-    assert stored.tolist() == [t.data_ptr() for t in tensors]
-    assert cuda_native.addresses(tensors, tensors[0]) is stored
-
-
-@pytest.mark.parametrize("M, C, R", [(5, 40, 3), (70, 130, 16), (1, 1100, 33)])
-def test_shrink(device, M, C, R):
-    gen = torch.Generator().manual_seed(C)
-    x, b = torch.randn(M, C, generator=gen).to(torch.bfloat16), torch.randn(C, R, generator=gen)
-    scale, seed = torch.rand(C, generator=gen), torch.tensor([9])
-    got = cuda_lora._shrink(x, b.t(), scale=scale, alpha=-0.5, drop=cuda_native.dropout(0.25, seed))
-    kept = torch.where(dropout_mask_ref(seed, M, C, 0.25), x.double() / 0.75, 0.0)
-    expected = -0.5 * (kept * scale.double()) @ b.double()
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def batch(dtype, ids, ranks=(8, 3), max_rank=8):
@@ -118,8 +124,8 @@ def test_many_adapters(device, bias_dtype):
     weight = torch.randn(40, 24, generator=gen).to(x.dtype)
     bias = None if bias_dtype is None else torch.randn(40, generator=gen).to(bias_dtype)
     c = MultiForward(x, *base(weight), 40, bias, *rest, None, None)
-    y, u = OPS["multi_lora_linear_fwd"](c)
-    expected_y, expected_u = multi_lora_linear_fwd_ref(c)
+    y, u, _ = OPS["multi_lora_linear_fwd"](c)
+    expected_y, expected_u, _ = multi_lora_linear_fwd_ref(c)
     torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=4e-2)
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-5)
     assert (u[1] == 0).all() and (u[0, 3:] == 0).all() and (u[4, :24] != 0).all()
@@ -163,6 +169,7 @@ LAYERS = [
     (20, 72, 64, 80, torch.bfloat16, True, True, False, True),
     (9, 0, 24, 4, torch.bfloat16, True, True, False, True),
     (9, 16, 0, 4, torch.bfloat16, True, True, False, True),
+    (210, 24, 40, 8, torch.bfloat16, True, True, False, False),
 ]
 
 
@@ -232,6 +239,135 @@ def test_any_layout(device, layout):
     close(y, expected[0], y.dtype)
     close(u, expected[1], u.dtype)
     check_gradients(backward(dy, x, u, None, weight, A, B, needs=("x", "A", "B", "bias"), **numbers))
+
+
+def passes():
+    """A call of every op by name."""
+    t = layer(33, 24, 40, 8, torch.bfloat16, True, True, True, True)
+    numbers = dict(scaling=2.0, dropout_p=t["p"], seed=t["seed"], d=t["d"], p_d=t["p_d"], g_d=t["g_d"])
+    u = torch.randn(33, 8, generator=torch.Generator().manual_seed(8))
+    x, rest = batch(torch.bfloat16, ["1", None, "0", "1", "0"])
+    needs = ("x", "A", "B", "bias", "d")
+    return {
+        "lora_linear_fwd": forward(t["x"], t["weight"], t["A"], t["B"], bias=t["bias"], **numbers),
+        "lora_linear_bwd": backward(t["dy"], t["x"], u, None, t["weight"], t["A"], t["B"], needs=needs, **numbers),
+        "multi_lora_linear_fwd": MultiForward(x, *base(torch.ones(40, 24).to(x.dtype)), 40, None, *rest, None, None),
+        "sgmv_add": Add(torch.ones(5, 40).to(x.dtype), x, *rest),
+        "lora_row_norm": RowNorm([t["weight"]], "dense", t["A"], t["B"], -1.5),
+    }
+
+
+NATIVE = {
+    "lora_linear_fwd": "cuda_lora_linear_forward",
+    "lora_linear_bwd": "cuda_lora_linear_backward",
+    "multi_lora_linear_fwd": "cuda_sgmv_add",
+    "sgmv_add": "cuda_sgmv_add",
+    "lora_row_norm": "cuda_lora_row_norm",
+}
+
+
+@pytest.mark.parametrize("op", NATIVE)
+def test_a_pass_is_one_native_call(device, simulated, op):
+    """The first one too, which finds nothing kept."""
+    if op == "multi_lora_linear_fwd" and device < 90:
+        pytest.skip("declined below sm_90")
+    c = passes()[op]
+    for _ in range(2):
+        simulated.calls.clear()
+        OPS[op](c)
+        assert simulated.calls == [NATIVE[op]]
+
+
+def flat(results):
+    """Tensors of a result, or those that an op writes."""
+    return [t for r in results for t in (r if isinstance(r, list) else [r])]
+
+
+class Subclass(torch.Tensor):
+    """No plain tensor."""
+
+
+def strange(value, make):
+    """Arguments with ``make`` of every tensor."""
+    if isinstance(value, (list, tuple)):
+        parts = [strange(v, make) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return make(value) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("make", [lambda t: t.as_subclass(Subclass), lambda t: torch._neg_view(-t)], ids=["sub", "neg"])
+def test_what_is_no_plain_tensor(device, make):
+    """Computed all the same, written to as well; the negative of memory is not its memory."""
+    for op, c in passes().items():
+        if op == "multi_lora_linear_fwd" and device < 90:
+            continue
+        other = strange(c, lambda t: make(t.clone()) if t.dtype != torch.int32 else t.as_subclass(Subclass))
+        got, expected = OPS[op](other), OPS[op](c)
+        if op == "sgmv_add":
+            got, expected = [other.out], [c.out]
+        for a, b in zip(flat(got), flat(expected), strict=True):
+            assert torch.equal(a.resolve_neg().as_subclass(torch.Tensor), b), op
+
+
+def test_memory_by_the_functions_that_torchs_libraries_export(device, sim):
+    """The bits that memory by torch.empty gives."""
+    cases = [c for c in passes().items() if c[0].startswith("lora_linear")]
+    expected = [flat(OPS[op](c)) for op, c in cases]
+    assert marshal.set_up(sim.module, None) is None
+    for (op, c), right in zip(cases, expected, strict=True):
+        assert all(map(torch.equal, flat(OPS[op](c)), right))
+
+
+def test_what_outlives_a_call(device, monkeypatch):
+    """Addresses by contents, counters by stream; a graph has its own and leaves none, whatever is kept."""
+    c, whole = passes()["sgmv_add"], forward(*(torch.randn(16, 16).bfloat16() for _ in range(4)))
+    expected = OPS["lora_linear_fwd"](whole)
+    for _ in range(2):
+        OPS["sgmv_add"](c)
+    kept = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
+    assert kept[0].view(torch.int64).tolist() == [w.data_ptr() for w in c.weights]
+    assert len(cuda_native.kept_addresses) == 1 and len(cuda_native.kept_counters) == 1
+    monkeypatch.setattr(cuda_native, "stream", lambda t: 7)
+    OPS["sgmv_add"](c)
+    assert len(cuda_native.kept_addresses) == 2
+    monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
+    monkeypatch.setattr(cuda_native, "capturing", lambda: True)
+    before = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
+    other = c._replace(out=c.out.clone())
+    OPS["sgmv_add"](c)
+    for each in kept:
+        each.fill_(1)  # of no use to anyone
+    OPS["sgmv_add"](other)
+    assert torch.equal(other.out, c.out) and all(map(torch.equal, OPS["lora_linear_fwd"](whole), expected))
+    after = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
+    assert [*map(id, after)] == [*map(id, before)]
+    for each in kept:
+        each.zero_()
+
+
+MISFITS = {
+    "lora_linear_fwd": dict(
+        x=lambda t: t.float(), base=lambda b: [b[0][:, 1:]], lora_A=lambda t: t[1:], lora_B=lambda t: t.bfloat16(),
+        bias=lambda t: t[1:], seed=lambda t: t.int(), dropout_p=lambda p: 1.0, scales=lambda s: s[:-1],
+    ),
+    "lora_linear_bwd": dict(
+        x=lambda t: t[1:], u=lambda t: t[:, 1:], base=lambda b: [b[0].half()], dy=lambda t: t[:, 1:],
+        seed=lambda t: None, scales=lambda s: [s[0][:-1], *s[1:]],
+    ),
+    "sgmv_add": dict(
+        out=lambda t: t[1:], table=lambda t: t[:, 1:], weights=lambda w: [w[0].half(), *w[1:]],
+        scaling=lambda t: t[1:], order=lambda t: t.long(), starts=lambda t: t[1:], max_rank=lambda r: -1,
+    ),
+    "lora_row_norm": dict(lora_A=lambda t: t[:, 1:], lora_B=lambda t: t[1:], scaling=lambda s: "two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op, name", [(op, name) for op, changes in MISFITS.items() for name in changes])
+def test_nothing_runs_on_what_does_not_fit(device, op, name):
+    """Whatever was checked before: no kernel reads or writes beside a tensor."""
+    c = passes()[op]
+    with pytest.raises(RuntimeError, match="takes no call like this one"):
+        OPS[op](c._replace(**{name: MISFITS[op][name](getattr(c, name))}))
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=str)

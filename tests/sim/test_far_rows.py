@@ -11,6 +11,7 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from lora_linear_args import Arguments, Dropout, Matrix
 
 from peftkern.ops.dropout_mask import dropout_rows_ref, threshold
 
@@ -62,7 +63,7 @@ def test_the_last_blocks_of_a_grid(sim, last):
 
 
 class Operands:
-    """Tensors in guarded memory, as the bindings take them."""
+    """Tensors in guarded memory, as ``Kernels`` takes them."""
 
     def __init__(self, memory):
         self._memory = memory
@@ -87,6 +88,91 @@ def operands(sim):
         yield Operands(memory)
 
 
+def ints(*values: int):
+    return np.array(values, np.int64).ctypes
+
+
+def floats(*values: float):
+    return np.array(values, np.float32).ctypes
+
+
+def at(address: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(address)
+
+
+class Kernels:
+    """Launches by the addresses of what they take, 0 for what is absent. A matrix: (address, dtype code, strides)."""
+
+    def __init__(self, sim, operands: Operands):
+        self._sim, self._operands = sim, operands
+
+    def _count(self, name: str, *arguments) -> int:
+        function = getattr(self._sim.library, name)
+        function.restype = ctypes.c_int64
+        return function(*arguments)
+
+    def shrink(self, x, p, sizes, out: int, drop=NO_DROPOUT, **how) -> None:
+        """``drop``: (address of the seed, threshold, scale of what is kept)."""
+        self._sim.run(
+            "sim_lora_shrink", ints(x[1], p[1], *sizes, x[2], *p[2:], drop[1]), floats(1.0, drop[2]), at(x[0]), at(p[0]),
+            None, None, at(drop[0]), at(out), None, **how,
+        )  # fmt: skip
+
+    def row_norm(self, w, a, b, scaling: float, sizes, out: int, **how) -> None:
+        partials = self._count("sim_lora_row_norm_partials", *map(ctypes.c_int64, sizes))
+        self._sim.run(
+            "sim_lora_row_norm", ints(w[1], *sizes, w[2], a[1], *a[2:], *b[2:], 0), at(w[0]), at(a[0]), at(b[0]),
+            floats(scaling), at(out), at(self._operands.scratch(partials)), **how,
+        )  # fmt: skip
+
+    def grad(self, x, sizes, v: int, grad, p, down: int, colsum: int, **how) -> int:
+        """How many partial sums there were."""
+        args = (
+            ints(x[1], *sizes, x[2], *grad[1:], *p[1:], 1), floats(1.0, 1.0, 1.0), at(x[0]), at(v), None, None,
+            at(grad[0]), at(p[0]), None, at(down), at(colsum), None, ctypes.c_int64(0),
+        )  # fmt: skip
+        partials = self._count("sim_lora_grad_partials", *args)
+        self._sim.run("sim_lora_grad", *args, at(self._operands.scratch(partials)), **how)
+        return partials
+
+    def linear(self, hopper: bool, x, w, out, sizes, v: int, b, a=NO_MATRIX, drop=NO_DROPOUT, multiprocessors=3, **how):
+        by_row = w[2] == 1
+        w = (w[0], w[1], w[3], 1) if by_row else w
+        if hopper:
+            counters = self._count("sim_lora_linear_counters", ctypes.c_int64(sizes[0])) if a[0] else 0
+            counters = self._operands.scratch(counters, np.uint32) if counters else 0
+            args = Arguments(
+                Matrix(*x), Matrix(*w), by_row, Matrix(*out), *sizes, v, Matrix(*a), Matrix(*b), scaling=1.0,
+                dropout=Dropout(*drop), counters=counters, multiprocessors=multiprocessors,
+            )  # fmt: skip
+            assert self._sim.library.sim_lora_linear_sm90_takes(ctypes.byref(args))
+            self._sim.run("sim_lora_linear_sm90", ctypes.byref(args), **how)
+            return
+        tensors = np.array([x[0], w[0], out[0], v, b[0], 0, 0, 0, 0, drop[0]], np.uint64).ctypes
+        self._sim.run(
+            "sim_lora_linear_sm80",
+            ints(x[1], b[1], 0, *sizes, x[2], w[2], out[2], by_row, *b[2:], drop[1], multiprocessors),
+            floats(1.0, drop[2]), tensors, **how,
+        )  # fmt: skip
+
+    def sgmv(self, arch: int, out, x, sizes, adapter: int, addresses) -> None:
+        """``sizes``: M, N, K, slots, max_rank; ``addresses``: of tensors, table, scaling, order, starts and u."""
+        M, _, K, _, max_rank = sizes
+        kernel = ctypes.c_int64(max_rank), CODES[BF16], arch
+        partials = self._count("sim_sgmv_partials", ctypes.c_int64(M), ctypes.c_int64(K), *kernel)
+        counters = self._count("sim_sgmv_counters", ctypes.c_int64(M), *kernel)
+        self._sim.run(
+            "sim_sgmv_add", ints(CODES[BF16], adapter, out[2], x[2], *sizes, 1, arch), at(out[0]), at(x[0]),
+            *map(at, addresses), at(self._operands.scratch(partials)),
+            at(self._operands.scratch(counters, np.uint32)),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def kernels(sim, operands):
+    return Kernels(sim, operands)
+
+
 def close(rows, expected: torch.Tensor, dtype: torch.dtype, size: float = 1.0, transposed: bool = False) -> None:
     """One rounding to ``dtype`` beside fp32 sums; ``size`` is that of what was added up."""
     got = torch.from_numpy(np.ascontiguousarray(rows.array)).view(dtype).double()
@@ -97,25 +183,22 @@ def close(rows, expected: torch.Tensor, dtype: torch.dtype, size: float = 1.0, t
 
 @pytest.mark.parametrize("adapter", [F32, BF16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_lora_shrink(sim, operands, transposed, adapter):
+def test_lora_shrink(kernels, operands, transposed, adapter):
     M, C, R = 10, 40, 10
     x, p = random(M, C, dtype=BF16), random(R, C, dtype=adapter)
     out = operands.far(torch.zeros(M, R), stride=R)[1]
-    sim.module.cuda_lora_shrink(
-        operands.far(x)[0], operands.far(p, transposed)[0], 0, 0, 1.0, NO_DROPOUT, M, C, R, out.address, 0, 0
-    )
+    kernels.shrink(operands.far(x)[0], operands.far(p, transposed)[0], (M, C, R), out.address)
     close(out, x.double() @ p.double().t(), F32, 10)
 
 
-def test_lora_shrink_of_many_rows(sim, operands):
+def test_lora_shrink_of_many_rows(kernels, operands):
     M, C, R = MANY + 5, 8, 16
     first, seed = M - 5 - 64, torch.tensor([11])
     x, p = random(M - first, C, dtype=BF16), random(R, C)
     out = operands.far(torch.zeros(M - first, R), stride=R, first=first)[1]
-    sim.configure(last=2)
-    sim.module.cuda_lora_shrink(
-        operands.far(x, stride=C, first=first)[0], operands.far(p)[0], 0, 0, 1.0,
-        (operands.put(seed), threshold(0.5), 2.0), M, C, R, out.address, 0, 0,
+    kernels.shrink(
+        operands.far(x, stride=C, first=first)[0], operands.far(p)[0], (M, C, R), out.address,
+        (operands.put(seed), threshold(0.5), 2.0), last=2,
     )  # fmt: skip
     kept = 2 * x.double() * dropout_rows_ref(seed, torch.arange(first, M), C, 0.5)
     close(out, kept @ p.double().t(), F32, 10)
@@ -123,98 +206,85 @@ def test_lora_shrink_of_many_rows(sim, operands):
 
 @pytest.mark.parametrize("adapter", [F32, BF16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_lora_row_norm(sim, operands, transposed, adapter):
+def test_lora_row_norm(kernels, operands, transposed, adapter):
     N, K, R = 10, 72, 18
     w, a, b = random(N, K, dtype=BF16), random(R, K, dtype=adapter), random(N, R, dtype=adapter)
     out = operands.far(torch.zeros(N, 1), stride=1)[1]
-    sim.module.cuda_lora_row_norm(
-        operands.far(w)[0], operands.far(a, transposed)[0], operands.far(b, transposed)[0], 0.5, N, K, R, out.address,
-        operands.scratch(sim.module.cuda_lora_row_norm_partials(N, K, R)), False, 0,
-    )  # fmt: skip
+    kernels.row_norm(
+        operands.far(w)[0], operands.far(a, transposed)[0], operands.far(b, transposed)[0], 0.5, (N, K, R), out.address
+    )
     close(out, (w.double() + 0.5 * b.double() @ a.double()).norm(dim=1, keepdim=True), F32)
 
 
-def test_lora_row_norm_walks_far(sim, operands):
+def test_lora_row_norm_walks_far(kernels, operands):
     """A block that goes on to the next 128 rows."""
     first, N, K, R = 135 * 256, 135 * 256 + 250, 8, 2
     w, a, b = random(N - first, K, dtype=BF16), random(R, K), random(N - first, R)
     out = operands.far(torch.zeros(N - first, 1), stride=1, first=first)[1]
-    sim.configure(last=1)
-    sim.module.cuda_lora_row_norm(
+    kernels.row_norm(
         operands.far(w, stride=2**25 + 8, first=first)[0], operands.far(a)[0],
-        operands.far(b, stride=2**25, first=first)[0], 1.0, N, K, R, out.address, 0, False, 0,
+        operands.far(b, stride=2**25, first=first)[0], 1.0, (N, K, R), out.address, last=1,
     )  # fmt: skip
     close(out, (w.double() + b.double() @ a.double()).norm(dim=1, keepdim=True), F32)
 
 
 @pytest.mark.parametrize("M, stride", [(34, FAR), (200, FAR), (34, FAR + 1)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_lora_grad(sim, operands, transposed, M, stride):
+def test_lora_grad(kernels, operands, transposed, M, stride):
     """One range of rows or two, so that the second launch makes the gradient; copied 16 bytes at a time or not."""
     C, R = 24, 18
     x, v, p = random(M, C, dtype=BF16), random(M, R), random(R, C)
     down, colsum = operands.far(torch.zeros(M, R), stride=R)[1], operands.far(torch.zeros(1, C), stride=C)[1]
     to, grad = operands.far(torch.zeros(R, C), transposed)
-    args = (
-        operands.far(x, stride=stride)[0], NO_DROPOUT, M, C, R, operands.put(v), 0, 1.0, 0, to,
-        operands.far(p, transposed)[0], 0, 1.0, down.address, colsum.address,
+    partials = kernels.grad(
+        operands.far(x, stride=stride)[0], (M, C, R), operands.put(v), to, operands.far(p, transposed)[0], down.address,
+        colsum.address,
     )  # fmt: skip
-    partial = sim.module.cuda_lora_grad_partials(*args)
-    assert (partial > 0) == (M > 192)
-    sim.module.cuda_lora_grad(*args, operands.scratch(partial), True, 0)
+    assert (partials > 0) == (M > 192)
     close(grad, v.double().t() @ x.double(), F32, 20, transposed)
     close(down, x.double() @ p.double().t(), F32, 10)
     close(colsum, x.double().sum(0, keepdim=True), F32, 20)
 
 
-def test_lora_grad_of_many_ranks(sim, operands):
+def test_lora_grad_of_many_ranks(kernels, operands):
     """More than anyone has: v and `down`, which have no gaps, are far then. The last 32 ranks alone are worked on."""
     M, C, R, count = 34, 8, MANY + 32, 32
     x, v, p = random(M, C, dtype=BF16), random(M, count), random(count, C)
     last = {"stride": C, "first": R - count}
     down, before = operands.far(torch.zeros(M, count), stride=R)[1], 4 * (R - count)
     to, grad = operands.far(torch.zeros(count, C), **last)
-    sim.configure(last=1)
-    sim.module.cuda_lora_grad(
-        operands.far(x)[0], NO_DROPOUT, M, C, R, operands.far(v, stride=R)[0][0] - before, 0, 1.0, 0, to,
-        operands.far(p, **last)[0], 0, 1.0, down.address - before, 0, 0, False, 0,
+    partials = kernels.grad(
+        operands.far(x)[0], (M, C, R), operands.far(v, stride=R)[0][0] - before, to, operands.far(p, **last)[0],
+        down.address - before, 0, last=1,
     )  # fmt: skip
+    assert partials == 0
     close(grad, v.double().t() @ x.double(), F32, 20)
     close(down, x.double() @ p.double().t(), F32, 10)
-
-
-def linear(sim, operands, hopper, x, w, out, v, b, *, a=NO_MATRIX, drop=NO_DROPOUT, sizes, multiprocessors=3):
-    by_row = w[2] == 1
-    counters = operands.scratch(sim.module.cuda_lora_linear_counters(sizes[0]), np.uint32) if a[0] else 0
-    w = (w[0], w[1], w[3], 1) if by_row else w
-    assert sim.module.cuda_lora_linear(
-        hopper, x, w, by_row, out, *sizes, v, a, b, 1.0, 0, 0, 0, 0, 0, drop, counters, multiprocessors, 0
-    )
 
 
 @pytest.mark.parametrize("adapter", [F32, BF16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("hopper, stride", [(False, FAR), (False, FAR + 1), (True, FAR)])
-def test_lora_linear(sim, operands, hopper, stride, transposed, adapter):
+def test_lora_linear(kernels, operands, hopper, stride, transposed, adapter):
     """Two tiles of rows, columns and depth; copied 16 bytes at a time or not."""
     M, N, K, R = 70, 72, 72, 5
     x, w, v, b = random(M, K, dtype=BF16), random(N, K, dtype=BF16), random(M, R), random(N, R, dtype=adapter)
     to, out = operands.far(torch.zeros(M, N, dtype=BF16), stride=stride)
-    linear(
-        sim, operands, hopper, operands.far(x, stride=stride)[0], operands.far(w, transposed, stride)[0], to,
-        operands.put(v), operands.far(b, transposed, stride)[0], sizes=(M, N, K, R),
+    kernels.linear(
+        hopper, operands.far(x, stride=stride)[0], operands.far(w, transposed, stride)[0], to, (M, N, K, R),
+        operands.put(v), operands.far(b, transposed, stride)[0],
     )  # fmt: skip
     close(out, x.double() @ w.double().t() + v.double() @ b.double().t(), BF16, 20)
 
 
-def test_lora_linear_makes_v(sim, operands):
+def test_lora_linear_makes_v(kernels, operands):
     M, N, K, R = 70, 24, 72, 20
     x, w, a, b = random(M, K, dtype=BF16), random(N, K, dtype=BF16), random(R, K), random(N, R)
     v = operands.far(torch.zeros(M, R), stride=R)[1]
     to, out = operands.far(torch.zeros(M, N, dtype=BF16))
-    linear(
-        sim, operands, True, operands.far(x)[0], operands.far(w)[0], to, v.address, operands.far(b)[0],
-        a=operands.far(a)[0], sizes=(M, N, K, R),
+    kernels.linear(
+        True, operands.far(x)[0], operands.far(w)[0], to, (M, N, K, R), v.address, operands.far(b)[0],
+        a=operands.far(a)[0],
     )  # fmt: skip
     low = x.double() @ a.double().t()
     close(v, low, F32, 10)
@@ -222,16 +292,15 @@ def test_lora_linear_makes_v(sim, operands):
 
 
 @pytest.mark.parametrize("hopper", [False, True])
-def test_lora_linear_of_many_rows(sim, operands, hopper):
+def test_lora_linear_of_many_rows(kernels, operands, hopper):
     M, N, K, R = MANY + 5, 24, 8, 16
     seed, there = torch.tensor([5]), {"first": MANY}
     x, w, v, b = random(5, K, dtype=BF16), random(N, K, dtype=BF16), random(5, R), random(N, R)
     to, out = operands.far(torch.zeros(5, N, dtype=BF16), stride=N, **there)
-    sim.configure(last=1)
-    linear(
-        sim, operands, hopper, operands.far(x, stride=K, **there)[0], operands.far(w)[0], to,
-        operands.far(v, stride=R, **there)[0][0], operands.far(b)[0],
-        drop=(operands.put(seed), threshold(0.5), 2.0), sizes=(M, N, K, R), multiprocessors=2**22,
+    kernels.linear(
+        hopper, operands.far(x, stride=K, **there)[0], operands.far(w)[0], to, (M, N, K, R),
+        operands.far(v, stride=R, **there)[0][0], operands.far(b)[0], drop=(operands.put(seed), threshold(0.5), 2.0),
+        multiprocessors=2**22, last=1,
     )  # fmt: skip
     kept = 2 * dropout_rows_ref(seed, torch.arange(MANY, M), N, 0.5)
     close(out, x.double() @ w.double().t() + kept * (v.double() @ b.double().t()), BF16, 20)
@@ -240,7 +309,7 @@ def test_lora_linear_of_many_rows(sim, operands, hopper):
 @pytest.mark.parametrize("adapter", [F32, BF16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_sgmv(sim, operands, arch, transposed, adapter):
+def test_sgmv(kernels, operands, arch, transposed, adapter):
     """Rows with large numbers, so that u, which has no gaps, is far too."""
     M, N, K, rank, max_rank = 20, 72, 72, 18, 20
     x, y = random(M, K, dtype=BF16), random(M, N, dtype=BF16)
@@ -255,13 +324,15 @@ def test_sgmv(sim, operands, arch, transposed, adapter):
     table = torch.tensor([[0, rank, 0, far, a_row, 1, far, b_n, b_r, 0]])
     tensors = torch.tensor([of_a - far * size, of_b - far * size])
     order, starts = torch.arange(first, first + M, dtype=torch.int32), torch.tensor([0, M, M, M], dtype=torch.int32)
-    kernel = max_rank, CODES[BF16], arch
-    sim.module.cuda_sgmv_add(
-        to, operands.far(x, stride=stride, first=first)[0], M, N, K, CODES[adapter], operands.put(tensors),
-        operands.put(table), 1, max_rank, operands.put(torch.tensor([0.5])), operands.put(order), operands.put(starts),
-        u.address if arch == 90 else 0, operands.scratch(sim.module.cuda_sgmv_partials(M, K, *kernel)),
-        operands.scratch(sim.module.cuda_sgmv_counters(M, *kernel), np.uint32), True, arch, 0,
-    )  # fmt: skip
+    parts = tensors, table, torch.tensor([0.5]), order, starts
+    kernels.sgmv(
+        arch,
+        to,
+        operands.far(x, stride=stride, first=first)[0],
+        (M, N, K, 1, max_rank),
+        CODES[adapter],
+        (*map(operands.put, parts), u.address if arch == 90 else 0),
+    )
     low = x.double() @ a.double().t()
     close(out, y.double() + 0.5 * low @ b.double().t(), BF16, 100)
     if arch == 90:

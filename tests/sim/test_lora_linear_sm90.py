@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from lora_linear_args import Arguments, Dropout, Matrix
 
 from peftkern.ops.dropout_mask import dropout_mask_ref, threshold
 
@@ -15,32 +16,6 @@ MODES = [(schedule, completion) for schedule in (0, 1) for completion in (0, 1)]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ROUNDING = {BF16: 2.0**-8, F16: 2.0**-11}
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("row", ctypes.c_int64), ("col", ctypes.c_int64),
-    ]  # fmt: skip
-
-
-class Dropout(ctypes.Structure):
-    _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
-
-
-class Scales(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("d", "p_b", "p_d", "g_b", "g_d")]
-
-
-class Arguments(ctypes.Structure):
-    """LoraLinearArgs of csrc/include/peftkern/cuda.h."""
-
-    _fields_ = [
-        ("x", Matrix), ("w", Matrix), ("w_by_row", ctypes.c_bool), ("out", Matrix),
-        *((name, ctypes.c_int64) for name in "MNKR"), ("v", ctypes.c_void_p), ("a", Matrix), ("b", Matrix),
-        ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p),
-        ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
-        ("counters", ctypes.c_void_p), ("multiprocessors", ctypes.c_int), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
 
 
 def raw(t: torch.Tensor) -> np.ndarray:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from peftkern.ops.adapter_table import table_row
+
 MODES = [(schedule, completion) for schedule in (0, 1) for completion in (0, 1)]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # One rounding of the output, beside fp32 sums.
@@ -54,7 +56,7 @@ class Batch:
                 places.append(self.pools[which].numel() + pad.numel())
                 self.pools[which] = torch.cat([self.pools[which], flat])
             b_strides = (1, b_row) if transposed else (rank, 1)
-            self.rows.append([slot, rank, 0, places[0], a_row, 1, places[1], *b_strides, 0])
+            self.rows.append(table_row(slot, rank, 0, places[0], a_row, 1, places[1], *b_strides, 0))
         self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 10)
         if ids is None:
             ids = torch.tensor([rng.randrange(-1, len(ranks)) for _ in range(M)], dtype=torch.int64)

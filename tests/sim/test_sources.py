@@ -25,14 +25,15 @@ def found(folder: str, *suffixes: str) -> list[str]:
 def test_the_extension_has_every_source():
     listed = re.findall(r"csrc/\S+\.(?:cpp|cu)", (ROOT / "CMakeLists.txt").read_text())
     assert sorted(listed) == found("csrc", ".cpp", ".cu")
-    assert len(listed) == 36
+    assert len(listed) == 43
 
 
 def test_the_simulator_has_every_source(compiled):
-    kernels = [name for name in found("csrc/cuda", ".cu") if not name.endswith("tensor_map.cu")]
+    kernels = [name for name in found("csrc/cuda", ".cpp", ".cu") if not name.endswith("tensor_map.cu")]
+    bindings = [*found("csrc/bindings/cuda", ".cpp"), "csrc/bindings/tensors.cpp"]
     own = found("tests/sim", ".cpp", ".cu")
-    assert set(names(compiled)) == {*kernels, *own, "csrc/bindings/cuda.cpp"}
-    assert (len(kernels), len(own), len(compiled)) == (9, 28, 38)
+    assert set(names(compiled)) == {*kernels, *own, *bindings}
+    assert (len(kernels), len(own), len(bindings), len(compiled)) == (10, 28, 6, 44)
 
 
 def test_nvcc_gets_every_source():

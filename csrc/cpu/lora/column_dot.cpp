@@ -1,4 +1,4 @@
-// out[c] = sum_i a[i, c] * b[i, c], in a fixed order: gradients of the scale vectors of the base product.
+// out[c] = sum_i a[i, c] * b[i, c], in a fixed order: gradients of the vectors.
 #include "cpu/common/segments.h"
 #include "cpu/common/thread.h"
 #include "cpu/common/tile.h"
@@ -19,8 +19,12 @@ void column_dot_run(const ColumnDotTask& a) {
       std::memset(sums, 0, sizeof(float) * n);
       for (int64_t i = min64(a.M, s * rows); i < i1; i += kTileRows) {
         const int64_t tile = min64(kTileRows, i1 - i);
-        widen_tile(a.a, i, tile, c0, cols, Dropout{}, left.data);
-        widen_tile(a.b, i, tile, c0, cols, Dropout{}, right.data);
+        widen_tile(a.a, i, tile, c0, cols, Dropout{}, left.data, a.rows);
+        if (a.b.data == nullptr) {
+          add_columns(left.data, tile, n, sums);
+          continue;
+        }
+        widen_tile(a.b, i, tile, c0, cols, Dropout{}, right.data, a.rows);
         for (int64_t c = 0; c < n; c += W) {
           vf acc = zero();
           for (int64_t m = 0; m < tile; ++m) {

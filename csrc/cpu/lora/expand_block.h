@@ -1,6 +1,7 @@
 // A block of the low-rank update, one thread's work:
 //
-//   out[i, c] = round( base_scale[c] * src[i, c] + drop'(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
+//   out[i, c] = round( base_scale[c] * src[i, c] + drop'(alpha * sum_r v[i, r] * p[r, c]) * delta_scale[c]
+//                      + bias[c] )
 //
 // Every element is computed on its own, so blocks never change bits.
 #pragma once
@@ -10,37 +11,45 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
+// The vectors of a block's columns; null: 1, and no bias.
+struct BlockVectors {
+  const float *base, *delta, *bias;
+};
+PEFTKERN_INLINE BlockVectors from(const BlockVectors& v, int64_t c) {
+  const auto at = [c](const float* p) { return p != nullptr ? p + c : nullptr; };
+  return {at(v.base), at(v.delta), at(v.bias)};
+}
+
 // One row of n columns: delta (padded, scratch), everything else as in the equation.
 template <class TO, class TS>
 static void finish_row(const float* delta, float alpha, const uint8_t* bits, const TS* src,
-                       const float* base_scale, const float* bias, int64_t n, TO* out) {
-  const auto element = [&](int64_t c, vf s, vf scale, vf b) {
-    const vf base = base_scale != nullptr ? s * scale : s;
-    const vf y = fma(splat(alpha), select_if(bits, c, load(delta + c)), base);
-    return bias != nullptr ? y + b : y;
+                       const BlockVectors& v, int64_t n, TO* out) {
+  const auto element = [&](int64_t c, vf s, vf base_scale, vf delta_scale, vf b) {
+    const vf base = v.base != nullptr ? s * base_scale : s;
+    const vf factor = v.delta != nullptr ? splat(alpha) * delta_scale : splat(alpha);
+    const vf y = fma(factor, select_if(bits, c, load(delta + c)), base);
+    return v.bias != nullptr ? y + b : y;
   };
   int64_t c = 0;
   for (; c + W <= n; c += W) {
-    const vf s = src != nullptr ? load(src + c) : zero();
-    const vf scale = base_scale != nullptr ? load(base_scale + c) : zero();
-    store(out + c, element(c, s, scale, bias != nullptr ? load(bias + c) : zero()));
+    const auto at = [c](const auto* p) { return p != nullptr ? load(p + c) : zero(); };
+    store(out + c, element(c, at(src), at(v.base), at(v.delta), at(v.bias)));
   }
   if (c < n) {
     const int k = static_cast<int>(n - c);
-    const vf s = src != nullptr ? load_n(src + c, k) : zero();
-    const vf scale = base_scale != nullptr ? load_n(base_scale + c, k) : zero();
-    store_n(out + c, element(c, s, scale, bias != nullptr ? load_n(bias + c, k) : zero()), k);
+    const auto at = [c, k](const auto* p) { return p != nullptr ? load_n(p + c, k) : zero(); };
+    store_n(out + c, element(c, at(src), at(v.base), at(v.delta), at(v.bias)), k);
   }
 }
 
 // Without a branch there is no delta to add: not even a zero, which would turn -0 into 0.
 template <class TO, class TS>
-static void finish_row_base(const TS* src, const float* base_scale, const float* bias, int64_t n, TO* out) {
+static void finish_row_base(const TS* src, const BlockVectors& v, int64_t n, TO* out) {
   for (int64_t c = 0; c < n; c += W) {
     const int k = static_cast<int>(min64(W, n - c));
     vf y = src != nullptr ? load_n(src + c, k) : zero();
-    if (base_scale != nullptr) y *= load_n(base_scale + c, k);
-    if (bias != nullptr) y += load_n(bias + c, k);
+    if (v.base != nullptr) y *= load_n(v.base + c, k);
+    if (v.bias != nullptr) y += load_n(v.bias + c, k);
     store_n(out + c, y, k);
   }
 }
@@ -70,8 +79,7 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
         combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, p + column, a.ldp, round_up(n, W), delta,
                 kStep);
       }
-      const float* base_scale = a.base_scale != nullptr ? a.base_scale + column : nullptr;
-      const float* bias = a.bias != nullptr ? a.bias + column : nullptr;
+      const BlockVectors vectors = from({a.base_scale, a.delta_scale, a.bias}, column);
       for (int64_t m = 0; m < take; ++m) {
         TO* out = static_cast<TO*>(a.out.data) + row_of(i + m) * a.out.row + column;
         const TS* src = static_cast<const TS*>(a.src.data);
@@ -82,10 +90,10 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
           src += row_of(i + m) * a.src.row;
         }
         if (a.R == 0) {
-          finish_row_base<TO, TS>(src, base_scale, bias, n, out);
+          finish_row_base<TO, TS>(src, vectors, n, out);
         } else {
           finish_row<TO, TS>(delta + (back + m) * kStep, a.alpha,
-                             drop ? bits + m * kBitsRow + c / 8 : nullptr, src, base_scale, bias, n, out);
+                             drop ? bits + m * kBitsRow + c / 8 : nullptr, src, vectors, n, out);
         }
       }
     }

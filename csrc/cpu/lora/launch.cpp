@@ -42,8 +42,20 @@ void lora_row_norm(const LoraRowNormArgs& args) {
   LoraRowNormTask task{args};
   KeptScratch scratch;
   const Panel v = as_panel(args.b, args.N, args.R, 1.0f, nullptr, nullptr, args.threads, scratch);
-  const Panel p = as_panel(args.a, args.R, args.K, 1.0f, nullptr, nullptr, args.threads, scratch);
-  task.v = v.data, task.ldv = v.ld, task.p = p.data, task.ldp = p.ld;
+  // Rows of p a cache line further apart than they are long: with K a power of two they would share a few
+  // sets of a cache, and each is read once for every kCombineRows rows of w.
+  const int64_t pad = padded(args.K) - args.K, ldp = padded(args.K) + kPadColumns;
+  float* p = scratch.take(args.R * ldp);
+  scale_copy({args.a,
+              {p, DType::f32, ldp, 1},
+              args.R,
+              args.K,
+              pad,
+              1.0f,
+              nullptr,
+              nullptr,
+              worth_threads(4 * args.R * args.K, args.threads)});
+  task.v = v.data, task.ldv = v.ld, task.p = p, task.ldp = ldp;
   task.threads = worth_threads(args.N * args.K * std::max<int64_t>(args.R, 1), args.threads);
   lora_row_norm_run(task);
 }

@@ -1,5 +1,6 @@
 // The route of a batch, and what its table says about the adapters that have rows.
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 #include "cpu/common/scratch.h"
@@ -20,6 +21,21 @@ bool inside(const MultiMemory& memory, int64_t offset, int64_t R, int64_t row, i
   const bool huge = __builtin_mul_overflow(R - 1, row, &down) || __builtin_mul_overflow(C - 1, col, &right) ||
                     __builtin_add_overflow(down, right, &last) || __builtin_add_overflow(last, offset, &last);
   return !huge && last < memory.elements;
+}
+
+// The vectors that a table row names.
+void find_vectors(const MultiAdapters& a, const int64_t* row, MultiGroup& g) {
+  const int64_t sizes[] = {g.R, a.K, a.K, a.N, a.N, a.N};
+  static_assert(std::size(sizes) == kMultiVectors);
+  for (int v = 0; v < kMultiVectors; ++v) {
+    const int64_t tensor = row[kVectors + 2 * v], offset = row[kVectors + 2 * v + 1];
+    if (tensor < 0) continue;
+    require(tensor < static_cast<int64_t>(a.vectors.size()) && offset >= 0 &&
+                offset <= a.vectors[tensor].elements - sizes[v],
+            "table: a vector lies outside of vectors");
+    g.vector[v] = static_cast<const float*>(a.vectors[tensor].data) + offset;
+    g.vector_tensor[v] = static_cast<int>(tensor), g.vector_offset[v] = offset;
+  }
 }
 
 void check_rows(const int32_t* rows, int64_t count, int64_t M) {
@@ -64,6 +80,7 @@ MultiBatch::MultiBatch(const MultiAdapters& a, const int32_t* order, const int32
         const auto* data = static_cast<const char*>(a.weights[tensor].data);
         if (C > 0) g.panel[side] = {data + offset * element_size(a.dtype), a.dtype, row, col};
       }
+      find_vectors(a, t, g);
       g.scaling = a.scaling[slot];
       if (dropout_p != nullptr) {
         const double p = dropout_p[slot];
@@ -74,6 +91,17 @@ MultiBatch::MultiBatch(const MultiAdapters& a, const int32_t* order, const int32
     }
     groups.push_back(g);
   }
+}
+
+bool MultiBatch::has(MultiVector vector) const {
+  return std::any_of(groups.begin(), groups.end(),
+                     [vector](const MultiGroup& g) { return g.vector[vector] != nullptr; });
+}
+
+float* vector_grad(const MultiGroup& group, MultiVector vector, const std::vector<float*>& grads) {
+  if (grads.empty() || group.vector[vector] == nullptr) return nullptr;
+  float* tensor = grads[group.vector_tensor[vector]];
+  return tensor != nullptr ? tensor + group.vector_offset[vector] : nullptr;
 }
 
 int64_t multi_route(const void* ids, bool wide, int64_t M, const int64_t* table, int64_t slots, int64_t mask,

@@ -23,8 +23,8 @@ void few_rows(const MultiExpandTask& a, const MultiUnit& u, const float* v) {
       const TS* src = static_cast<const TS*>(a.src.data);
       if (s.dropout.threshold != 0) keep_bits(s.dropout, row + a.row0, a.col0 + c, cols, bits);
       finish_row<TO, TS>(sums + m * kStreamCols, s.alpha, s.dropout.threshold != 0 ? bits : nullptr,
-                         src != nullptr ? src + row * a.src.row + c : nullptr, nullptr,
-                         a.bias != nullptr ? a.bias + c : nullptr, cols,
+                         src != nullptr ? src + row * a.src.row + c : nullptr,
+                         from({s.base_scale, s.col_scale, s.bias}, a.col0 + c), cols,
                          static_cast<TO*>(a.out.data) + row * a.out.row + c);
     }
   }
@@ -41,7 +41,9 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
   float* panel = scratch;
   float* v = panel + s.R * kTileLd;
   for (int64_t i = u.i0; s.R > 0 && i < u.i1; ++i) {
-    std::memcpy(v + (i - u.i0) * s.R, a.v + s.rows[i] * a.ld, sizeof(float) * s.R);
+    float* to = v + (i - u.i0) * s.R;
+    std::memcpy(to, a.v + s.rows[i] * a.ld, sizeof(float) * s.R);
+    for (int64_t r = 0; s.row_scale != nullptr && r < s.R; ++r) to[r] *= s.row_scale[r];
   }
   if (s.R > 0 && u.i1 - u.i0 <= kStreamRows && s.p.col == 1) {
     switch (s.p.dtype) {
@@ -66,7 +68,8 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
     e.alpha = s.alpha;
     e.dropout = s.dropout;
     e.dropout.row0 = a.row0, e.dropout.col0 = a.col0 + c;
-    e.bias = a.bias != nullptr ? a.bias + c : nullptr;
+    const BlockVectors vectors = from({s.base_scale, s.col_scale, s.bias}, a.col0 + c);
+    e.base_scale = vectors.base, e.delta_scale = vectors.delta, e.bias = vectors.bias;
     const int64_t rows = u.i1 - u.i0;
     if (s.R == 0) {
       expand_block<TO, TS, float>(e, nullptr, 0, rows, 0, cols);

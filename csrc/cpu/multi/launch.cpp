@@ -32,6 +32,11 @@ MultiSegment segment_of(const MultiBatch& batch, const MultiGroup& g, Side side)
   s.p = g.panel[static_cast<int>(side)];
   s.alpha = side == Side::B ? g.scaling : g.keep_scale;
   if (side == Side::A) s.dropout = {batch.seed, g.threshold, 0, 0};
+  s.row_scale = side == Side::B ? g.vector[kD] : nullptr;
+  s.col_scale = g.vector[side == Side::B ? kGd : kPd];
+  s.base_scale = g.vector[side == Side::B ? kGb : kPb];
+  s.bias = side == Side::B ? g.vector[kBeta] : nullptr;
+  s.own_bias = g.vector[kBeta] != nullptr;
   return s;
 }
 
@@ -59,18 +64,21 @@ class Reduction {
   void run() {
     std::fill_n(args_.colsum, args_.colsum != nullptr ? args_.C : 0, 0.0f);
     for (const MultiSegment& s : segments_) {
-      const bool outer = s.grad.data != nullptr, fused = s.R * Cpad_ <= kFusedFloats;
-      if (args_.dot != nullptr && fused && (outer || args_.colsum != nullptr)) {
+      const bool outer = s.grad.data != nullptr || s.col_grad != nullptr, fused = s.R * Cpad_ <= kFusedFloats;
+      if (args_.dot != nullptr && fused && (outer || adds(s))) {
         parts(s, outer);
         continue;
       }
       if (args_.dot != nullptr) dots(s);
-      if (outer || args_.colsum != nullptr) columns(s, outer);
+      if (outer || adds(s)) columns(s, outer);
     }
     flush();
   }
 
  private:
+  // Whether its rows are part of the column sums.
+  bool adds(const MultiSegment& s) const { return args_.colsum != nullptr && !s.own_bias; }
+
   MultiSegment segment(const MultiGroup& g) const {
     MultiSegment s = segment_of(batch_, g, args_.side);
     const int side = static_cast<int>(args_.side);
@@ -82,6 +90,8 @@ class Reduction {
         s.grad = {static_cast<char*>(whole.data) + g.offset[side] * element_size(whole.dtype), whole.dtype,
                   whole.row, whole.col};
     }
+    if (args_.vector_grads != nullptr && floats > 0)
+      s.col_grad = vector_grad(g, args_.side == Side::B ? kGd : kPd, *args_.vector_grads);
     return s;
   }
 
@@ -93,7 +103,7 @@ class Reduction {
     for (int64_t i = 0; i < s.count; i += s.part_rows) {
       const int64_t sums = several ? sums_ + i / s.part_rows * floats : -1;
       units_.push_back(
-          {&s, i, std::min(s.count, i + s.part_rows), 0, args_.C, 0, s.R, true, outer, sums, colsum(1)});
+          {&s, i, std::min(s.count, i + s.part_rows), 0, args_.C, 0, s.R, true, outer, sums, colsum(s, 1)});
     }
     if (!several) return;
     const int64_t step = round_up(divide_up(args_.C, args_.threads), kMultiTileCols);
@@ -123,7 +133,7 @@ class Reduction {
     const int64_t step = std::clamp<int64_t>(all / (8 * args_.threads), 1, tiles) * kMultiTileCols;
     const int64_t count = divide_up(s.count, s.part_rows);
     reserve(0, count);
-    const int64_t row = colsum(count);
+    const int64_t row = colsum(s, count);
     for (int64_t c = 0; c < args_.C; c += step) {
       units_.push_back({&s, 0, s.count, c, std::min(args_.C, c + step), 0, s.R, false, outer, -1, row});
     }
@@ -136,8 +146,8 @@ class Reduction {
   }
 
   // The first of `count` new rows.
-  int64_t colsum(int64_t count) {
-    if (args_.colsum == nullptr) return -1;
+  int64_t colsum(const MultiSegment& s, int64_t count) {
+    if (!adds(s)) return -1;
     return (colsums_ += count) - count;
   }
 
@@ -171,16 +181,17 @@ void multi_reduce(const MultiBatch& batch, const MultiReduceArgs& args) {
 }
 
 void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
-  const bool in_place = args.src.data == args.out.data && args.bias == nullptr;
+  const bool in_place = args.src.data == args.out.data;
   std::vector<MultiSegment> segments;
   segments.reserve(batch.groups.size());
   int64_t row_units = 0;
   for (const MultiGroup& g : batch.groups) {
-    if (g.R == 0 && in_place) continue;
+    MultiSegment s = segment_of(batch, g, args.side);
+    if (s.bias == nullptr) s.bias = args.bias;
+    if (in_place && s.R == 0 && s.base_scale == nullptr && s.bias == nullptr) continue;
     const int32_t* begin = std::lower_bound(g.rows, g.rows + g.count, args.row0);
     const int32_t* end = std::lower_bound(begin, g.rows + g.count, args.row0 + args.rows);
     if (begin == end) continue;
-    MultiSegment s = segment_of(batch, g, args.side);
     s.rows = begin, s.count = end - begin;
     segments.push_back(s);
     row_units += divide_up(s.count, kExpandRows);
@@ -204,7 +215,6 @@ void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
   task.out = args.out, task.src = args.src;
   task.row0 = args.row0, task.col0 = args.col0;
   task.v = args.v, task.ld = args.ld;
-  task.bias = args.bias != nullptr ? args.bias + args.col0 : nullptr;
   task.scratch_floats = round_up(largest_rank(batch) * kExpandFloatsPerRank, 16);
   task.threads = args.threads;
   KeptScratch scratch;

@@ -1,8 +1,9 @@
 // The reductions of multi_lora_linear (see peftkern/cpu_multi.h), one pass over an activation:
 //
-//   dot    dot[i, r]  = alpha * sum_c drop(in)[i, c] * p[r, c]   for the rows i of a segment
-//   outer  grad[r, c] = alpha * sum_i v[i, r] * drop(in)[i, c]
-//   colsum            = sum_i in[i, c]                           over all rows, whatever their segment
+//   dot    dot[i, r]   = alpha * sum_c drop(in)[i, c] * col_scale[c] * p[r, c]   for the rows i of a segment
+//   outer  G[r, c]     = alpha * row_scale[r] * sum_i v[i, r] * drop(in)[i, c]
+//          grad[r, c]  = col_scale[c] * G[r, c]          col_grad[c] = sum_r p[r, c] * G[r, c]
+//   colsum             = sum_i in[i, c]                                over the rows of several segments
 //
 // A row's dot has the operations of lora_reduce.cpp in their order: it depends on (C, R) alone, not on the
 // rows around it. Sums over rows are made in parts of fixed size, added in order, whoever computes them.
@@ -28,12 +29,28 @@ static_assert(kDotRows <= kFewRows, "scratch is too small");
 template <class T>
 void write_gradient(const MultiSegment& s, const float* sums, int64_t c, int64_t cols) {
   T* to = static_cast<T*>(s.grad.data) + c * s.grad.col;
-  const Copy<T, float> copy{sums, to, kTileLd, 1, s.grad.row, s.grad.col, s.alpha, nullptr, nullptr};
+  const float* col_scale = s.col_scale != nullptr ? s.col_scale + c : nullptr;
+  const Copy<T, float> copy{sums, to, kTileLd, 1, s.grad.row, s.grad.col, s.alpha, s.row_scale, col_scale};
   copy.block(0, s.R, 0, cols);
 }
 
-// grad[:, c ...] = round(alpha * sums)
-void write_gradient(const MultiSegment& s, const float* sums, int64_t c, int64_t cols) {
+// col_grad[c ...] = alpha * sum_r row_scale[r] * p[r, c ...] * sums[r]. panel: room for a tile of p.
+void write_col_gradient(const MultiSegment& s, const float* sums, int64_t c, int64_t cols, float* panel) {
+  const PanelTile<float> p = panel_tile(s, 0, s.R, c, cols, panel);
+  for (int64_t k = 0; k < cols; k += W) {
+    vf sum = zero();
+    for (int64_t r = 0; r < s.R; ++r) {
+      const vf g = load(sums + r * kTileLd + k);
+      sum = fma(load(p.data + r * p.ld + k), s.row_scale != nullptr ? g * splat(s.row_scale[r]) : g, sum);
+    }
+    store_n(s.col_grad + c + k, sum * splat(s.alpha), static_cast<int>(min64(W, cols - k)));
+  }
+}
+
+// What the sums over all rows of columns [c, c + cols) are for.
+void write_gradient(const MultiSegment& s, const float* sums, int64_t c, int64_t cols, float* panel) {
+  if (s.col_grad != nullptr) write_col_gradient(s, sums, c, cols, panel);
+  if (s.grad.data == nullptr) return;
   switch (s.grad.dtype) {
     case DType::f32:
       return write_gradient<float>(s, sums, c, cols);
@@ -53,6 +70,15 @@ void add_tile(float* to, const float* from, int64_t ld, int64_t rows, int64_t n)
     for (int64_t c = 0; c < n; c += W) {
       store(to + r * kTileLd + c, load(to + r * kTileLd + c) + load(from + r * ld + c));
     }
+  }
+}
+
+// out[m, k] = x[m, k] * scale[k] for k < cols, zeros up to n columns. out may be x.
+void scale_rows(const float* x, int64_t ldx, int64_t rows, const float* scale, int64_t cols, int64_t n,
+                float* out, int64_t ldo) {
+  for (int64_t k = 0; k < n; k += W) {
+    const vf factor = load_n(scale + k, static_cast<int>(min64(W, k < cols ? cols - k : 0)));
+    for (int64_t m = 0; m < rows; ++m) store(out + m * ldo + k, load(x + m * ldx + k) * factor);
   }
 }
 
@@ -78,6 +104,7 @@ void reduce_tile(const MultiReduceTask& a, const MultiUnit& u, int64_t i0, int64
   const MultiSegment& s = *u.segment;
   const int64_t cols = min64(kTileCols, u.c1 - c), n = round_up(cols, kPad), R = u.r1 - u.r0;
   Tile tile;
+  alignas(64) float scaled[kDotRows * kTileLd];
   float* colsum = nullptr;
   if (u.outer) zero_tile(room.sums, R, n);
   if (u.colsum >= 0) {
@@ -94,7 +121,10 @@ void reduce_tile(const MultiReduceTask& a, const MultiUnit& u, int64_t i0, int64
       widen_tile(a.in, i + m, take, c, cols, s.dropout, x, s.rows);
       const int64_t ahead = min64(take, i1 - next_i - m);
       if (next_c < u.c1) prefetch(a.in, next_i + m, ahead, next_c, min64(kTileCols, u.c1 - next_c), s.rows);
-      if (u.dot && R > 0) add_dots(a, u, i + m, take, x, p, n, c + cols == u.c1, room.dots);
+      if (!u.dot || R == 0) continue;
+      // The sums take x as it is.
+      if (s.col_scale != nullptr) scale_rows(x, kTileLd, take, s.col_scale + c, cols, n, scaled, kTileLd);
+      add_dots(a, u, i + m, take, s.col_scale != nullptr ? scaled : x, p, n, c + cols == u.c1, room.dots);
     }
     if (u.outer) {
       for (int64_t m = 0; m < rows; ++m) {
@@ -113,7 +143,10 @@ void few_dots(const MultiReduceTask& a, const MultiUnit& u, const Room& room, fl
   const int64_t R = u.r1 - u.r0, rows = u.i1 - u.i0, ldx = few_row(a.C);
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t c = 0; c < a.C; c += kTileCols) {
-      widen_tile(a.in, u.i0 + m, 1, c, min64(kTileCols, a.C - c), s.dropout, x + m * ldx + c, s.rows);
+      const int64_t cols = min64(kTileCols, a.C - c);
+      float* to = x + m * ldx + c;
+      widen_tile(a.in, u.i0 + m, 1, c, cols, s.dropout, to, s.rows);
+      if (s.col_scale != nullptr) scale_rows(to, 0, 1, s.col_scale + c, cols, round_up(cols, kPad), to, 0);
     }
   }
   stream_dots<T>(s, u.r0, u.r1, x, ldx, rows, a.C, room.panel, room.dots);
@@ -156,7 +189,7 @@ void reduce_unit(const MultiReduceTask& a, const MultiUnit& u, float* scratch) {
         if (u.outer && i > u.i0) add_tile(room.total, room.sums, kTileLd, R, n);
       }
       if (!u.outer) return;
-      if (u.sums < 0) return write_gradient(s, room.total, c, cols);
+      if (u.sums < 0) return write_gradient(s, room.total, c, cols, room.panel);
       for (int64_t r = 0; r < R; ++r) {
         std::memcpy(a.sums + u.sums + r * Cpad + c, room.total + r * kTileLd, sizeof(float) * n);
       }
@@ -173,7 +206,8 @@ void finish_unit(const MultiReduceTask& a, const MultiUnit& u, float* scratch) {
   const MultiSegment& s = *u.segment;
   const int64_t Cpad = round_up(a.C, kPad);
   const float* sums = a.sums + u.sums;
-  float* total = Room(scratch, s.R).total;
+  const Room room(scratch, s.R);
+  float* total = room.total;
   for (int64_t c = u.c0; c < u.c1; c += kTileCols) {
     const int64_t cols = min64(kTileCols, u.c1 - c), n = round_up(cols, kPad);
     for (int64_t r = 0; r < s.R; ++r) {
@@ -182,7 +216,7 @@ void finish_unit(const MultiReduceTask& a, const MultiUnit& u, float* scratch) {
     for (int64_t part = u.i0 + 1; part < u.i1; ++part) {
       add_tile(total, sums + part * s.R * Cpad + c, Cpad, s.R, n);
     }
-    write_gradient(s, total, c, cols);
+    write_gradient(s, total, c, cols, room.panel);
   }
 }
 

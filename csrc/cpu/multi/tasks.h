@@ -24,7 +24,13 @@ struct MultiSegment {
   bool padded;    // zeros follow the rows of p up to a multiple of kPadColumns
   float alpha;
   Dropout dropout;
+  const float* row_scale;  // (R) or null; the rest (C) or null
+  const float* col_scale;
+  const float* base_scale;  // expand alone, as the bias
+  const float* bias;
+  bool own_bias;      // the bias is the adapter's: no part of colsum
   Matrix grad;        // like p; data null: not wanted
+  float* col_grad;    // (C), of col_scale; null: not wanted
   int64_t part_rows;  // rows that are summed before they are added to other sums
 };
 
@@ -64,7 +70,6 @@ struct MultiExpandTask {
   int64_t row0, col0;
   const float* v;
   int64_t ld;
-  const float* bias;  // of the block
   float* scratch;
   int64_t scratch_floats;
   int threads;

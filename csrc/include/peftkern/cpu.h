@@ -49,9 +49,10 @@ struct LoraReduceArgs {
 };
 void lora_reduce(const LoraReduceArgs& args);
 
-// out[i, c] = round( base_scale[c] * src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c] )
-// src: out itself (in place), another matrix in out's dtype or fp32, or null (zero). base_scale, bias may be
-// null. With `rows`, row i of the task is row rows[i] - dropout.row0 of out and src (v has the task's rows).
+// out[i, c] = round( base_scale[c] * src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) * delta_scale[c] +
+// bias[c] ) src: out itself (in place), another matrix in out's dtype or fp32, or null (zero). Scales and
+// bias may be null. With `rows`, row i of the task is row rows[i] - dropout.row0 of out and src (v has the
+// task's rows).
 struct LoraExpandArgs {
   Matrix out;
   ConstMatrix src;
@@ -66,16 +67,19 @@ struct LoraExpandArgs {
   const float* base_scale;
   const float* bias;
   int threads;
+  const float* delta_scale = nullptr;
 };
 void lora_expand(const LoraExpandArgs& args);
 
-// out[c] (+)= sum_i a[i, c] * b[i, c], any strides
+// out[c] (+)= sum_i a[i, c] * b[i, c], any strides; b null: of a alone. With `rows`, row rows[i] takes the
+// place of row i.
 struct ColumnDotArgs {
   ConstMatrix a, b;
   int64_t M, C;
   float* out;
   bool accumulate;
   int threads;
+  const int32_t* rows = nullptr;
 };
 void column_dot(const ColumnDotArgs& args);
 

@@ -3,13 +3,18 @@
 // Both directions of the op are the same two kernels seen from the two sides of an adapter. A side's panel
 // is p (R, C): A with C = in_features, or B^T with C = out_features.
 //
-//   reduce   dot[i, r] = alpha * sum_c drop(in)[i, c] * p[r, c]      u from x and A, du from dy and B^T
-//            grad[r, c] = alpha * sum_i v[i, r] * drop(in)[i, c]     dA from du and x, dB^T from u and dy
-//            colsum[c]  = sum_i in[i, c], i over all rows
-//   expand   out[i, c] = round(src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) + bias[c])
+//   reduce   dot[i, r]   = alpha * sum_c drop(in)[i, c] * col[c] * p[r, c]      u from x and A, dv from dy
+//   and B^T
+//            G[r, c]     = alpha * sum_i v[i, r] * row[r] * drop(in)[i, c]
+//            grad[r, c]  = col[c] * G[r, c]                                     dA from du and x, dB^T from u
+//            and dy dcol[c]     = sum_r p[r, c] * G[r, c] colsum[c]   = sum_i in[i, c], i over all rows whose
+//            adapter has no bias of its own
+//   expand   out[i, c] = round(base[c] * src[i, c] + drop(alpha * sum_r v[i, r] * row[r] * p[r, c]) * col[c]
+//   + bias[c])
 //
 // i runs over the rows that take the adapter. alpha is the adapter's scaling on side B, and 1 / (1 - p) on
-// side A, where dropout acts.
+// side A, where dropout acts. The adapter's vectors, 1 where it has none: base and col are p_b and p_d on
+// side A, g_b and g_d on side B; row is d on side B, and 1 on side A, which gets du = d * dv.
 #pragma once
 
 #include <vector>
@@ -18,9 +23,23 @@
 
 namespace peftkern::cpu {
 
-// Columns of a table row, as in peftkern/ops/multi_lora_linear.py.
-enum MultiColumn : int { kId, kRank, kATensor, kAOffset, kARow, kBTensor, kBOffset, kBN, kBR, kPadded };
-constexpr int64_t kMultiColumns = 10;
+// Columns of a table row, as in peftkern/ops/adapter_table.py: from kVectors on, the tensor (negative:
+// absent) and the offset of each vector.
+enum MultiColumn : int {
+  kId,
+  kRank,
+  kATensor,
+  kAOffset,
+  kARow,
+  kBTensor,
+  kBOffset,
+  kBN,
+  kBR,
+  kPadded,
+  kVectors
+};
+enum MultiVector : int { kD, kPb, kPd, kGb, kGd, kBeta };
+constexpr int64_t kMultiVectors = 6, kMultiColumns = kVectors + 2 * kMultiVectors;
 
 enum class Side { A, B };
 
@@ -33,6 +52,9 @@ struct MultiGroup {
   int tensor[2];         // which of `weights` they lie in, and where
   int64_t offset[2];
   bool padded;
+  const float* vector[kMultiVectors];  // null: absent; and where they lie
+  int vector_tensor[kMultiVectors];
+  int64_t vector_offset[kMultiVectors];
   float scaling;
   float keep_scale;  // 1 / (1 - p)
   uint32_t threshold;
@@ -46,9 +68,9 @@ struct MultiMemory {
 
 // The adapters of a layer.
 struct MultiAdapters {
-  std::vector<MultiMemory> weights;
-  DType dtype = DType::f32;
-  const int64_t* table = nullptr;  // slots x kMultiColumns
+  std::vector<MultiMemory> weights, vectors;  // vectors in fp32
+  DType dtype = DType::f32;                   // of weights
+  const int64_t* table = nullptr;             // slots x kMultiColumns
   int64_t slots = 0;
   const float* scaling = nullptr;  // (slots)
   int64_t K = 0, N = 0, max_rank = 0;
@@ -65,11 +87,17 @@ struct MultiBatch {
   int64_t M;
   uint64_t seed;
   std::vector<MultiGroup> groups;  // those with rows; rows without an adapter last
+
+  // Whether an adapter with rows has this vector.
+  bool has(MultiVector vector) const;
 };
+// Where the gradient of a group's vector goes; null: not wanted. grads: an address per tensor of vectors,
+// null = not wanted, or none at all.
+float* vector_grad(const MultiGroup& group, MultiVector vector, const std::vector<float*>& grads);
 
 // in (M x C, any strides). dot, if given, is written whole: M x ld, zero right of a row's rank. v (M x ld)
-// and grads (an address per tensor of weights, null = not wanted) go together; groups' gradients are written,
-// nothing else of the tensors.
+// goes with grads (an address per tensor of weights, null = not wanted) and vector_grads (of col); groups'
+// gradients are written, nothing else of the tensors.
 struct MultiReduceArgs {
   Side side;
   ConstMatrix in;
@@ -78,6 +106,7 @@ struct MultiReduceArgs {
   const float* v;
   int64_t ld;
   const std::vector<void*>* grads;
+  const std::vector<float*>* vector_grads;
   float* colsum;  // (C) or null; without dropout
   int threads;
 };

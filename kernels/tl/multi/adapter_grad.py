@@ -2,6 +2,8 @@
 
     B's:  G[a] (N, R[a]) = s[a] sum_{t: a_t = a} dy_t u_t^T        A's:  G[a] (K, R[a]) = 1/(1-p[a]) sum drop(x_t) du_t^T
 
+times d along the rank (B's) and g_d or p_d along the columns, where an adapter has them.
+
 A program owns BLOCK_C columns, BLOCK_R of the rank, and a range of places in ``order``, and walks the adapters that it
 meets there. What an adapter gets from one range only is written where it belongs. A range's first adapter may have
 begun before it and its last may end after it: such parts go to ``parts`` and are added, in order, by a second kernel.
@@ -15,13 +17,31 @@ import triton.language as tl
 
 from ..dropout import keep_tile
 from ..tiles import multiple, narrow, split_dot
-from .tiles import dropout_of, find_matrix, find_segment, pointer_to, store_weights
+from .tiles import (
+    G_D,
+    P_D,
+    D,
+    dropout_of,
+    find_matrix,
+    find_segment,
+    find_vector,
+    load_vector,
+    pointer_to,
+    store_weights,
+)
 
 
 @triton.jit
 def _store(
-    address, value, rank, col, R, C, stride_r, stride_c, wide, RANK_FAST: tl.constexpr, DTYPE: tl.constexpr
+    address, value, rank, col, R, C, stride_r, stride_c, wide, vectors, count, table, segment, RANK_FAST: tl.constexpr,
+    DTYPE: tl.constexpr, SIDE_B: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
 ):  # fmt: skip
+    if COL:
+        c, there, _ = find_vector(vectors, count, table, segment, segment >= 0, G_D if SIDE_B else P_D)
+        value *= load_vector(c, there, col, C)[:, None]
+    if ROW:
+        d, there, _ = find_vector(vectors, count, table, segment, segment >= 0, D)
+        value *= load_vector(d, there, rank, R)[None, :]
     value = narrow(value, DTYPE)
     if wide:
         weight = pointer_to(address, DTYPE, True)
@@ -31,12 +51,13 @@ def _store(
         store_weights(weight, value, rank[None, :], col[:, None], R, C, stride_r, stride_c, RANK_FAST, False)
 
 
-@triton.jit(do_not_specialize=["M", "slots", "tensors", "places_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "count", "places_per_program"])
 def multi_adapter_grad_kernel(
-    addresses, tensors, parts, t, v, table, order, starts, scaling, dropout_p, seed,
+    addresses, tensors, vectors, count, parts, t, v, table, order, starts, scaling, dropout_p, seed,
     M, C, MAX_RANK, slots, stride_t, stride_v, places_per_program,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SIDE_B: tl.constexpr,
-    RANK_FAST: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr, T_TERMS: tl.constexpr, V_TERMS: tl.constexpr,
+    RANK_FAST: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
+    T_TERMS: tl.constexpr, V_TERMS: tl.constexpr,
     V_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, ranges, rank chunks).
@@ -86,7 +107,10 @@ def multi_adapter_grad_kernel(
                     total += split_dot(tl.trans(tile), vt, None, T_TERMS, V_TERMS, PRECISION)
                 whole = (begin >= low) & (end <= high)
                 if whole:
-                    _store(address, total * factor, rank, col, R, C, stride_r, stride_c, wide, RANK_FAST, DTYPE)
+                    _store(
+                        address, total * factor, rank, col, R, C, stride_r, stride_c, wide, vectors, count, table, segment,
+                        RANK_FAST, DTYPE, SIDE_B, ROW, COL,
+                    )  # fmt: skip
                 if parts is not None:
                     if not whole:
                         side = tl.where(begin < low, 0, 1)
@@ -95,11 +119,11 @@ def multi_adapter_grad_kernel(
         place = stop
 
 
-@triton.jit(do_not_specialize=["M", "slots", "tensors", "places_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "count", "places_per_program"])
 def multi_finish_kernel(
-    addresses, tensors, parts, table, starts, scaling, dropout_p, M, C, MAX_RANK, slots, places_per_program,
+    addresses, tensors, vectors, count, parts, table, starts, scaling, dropout_p, M, C, MAX_RANK, slots, places_per_program,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, SEARCH: tl.constexpr,
-    DTYPE: tl.constexpr, V_ALIGN: tl.constexpr,
+    DTYPE: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, V_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The sum of the parts of the adapter that begins in range i and ends after it, for each i. Grid (i, C blocks)."""
     MAX_RANK = multiple(MAX_RANK, V_ALIGN)
@@ -127,4 +151,7 @@ def multi_finish_kernel(
                 for other in tl.range(part + 1, last):
                     step = tl.cast(other, tl.int64) * 2 * C * MAX_RANK
                     total += tl.load(parts + step + at, mask=inside, other=0.0)
-                _store(address, total * factor, rank, col, R, C, stride_r, stride_c, wide, RANK_FAST, DTYPE)
+                _store(
+                    address, total * factor, rank, col, R, C, stride_r, stride_c, wide, vectors, count, table, segment,
+                    RANK_FAST, DTYPE, SIDE_B, ROW, COL,
+                )  # fmt: skip

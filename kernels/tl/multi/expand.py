@@ -1,6 +1,7 @@
-"""out_t = base_t + drop'(factor * v_t b[a_t]^T) + bias: every row's branch onto a base product.
+"""out_t = z_t * base_t + c_t * drop'(factor * (v_t * d_t) b[a_t]^T) + bias_t: every row's branch onto a base product.
 
-With v = u, b = lora_B this is the forward; with v = du, b = lora_A^T and dropout on the result it is dx. The base is
+With v = u, b = lora_B this is the forward; with v = du, b = lora_A^T and dropout on the result it is dx. The vectors z
+and c, g_b and g_d in the forward, p_b and p_d in dx, d and the bias are those of the row's adapter. The base is
 read from a matrix that somebody's product has written (``base``, often ``out`` itself), is zero, or is computed here
 (``GEMM``) for rows that are gathered by adapter.
 
@@ -14,42 +15,27 @@ import triton.language as tl
 
 from ..dropout import keep_tile
 from ..expand import product
-from ..tiles import grouped, multiple, narrow, split_dot
-from .tiles import dropout_of, find_matrix, find_tile, load_weights, pointer_to
+from ..tiles import grouped, multiple, narrow
+from .ranks import sum_ranks
+from .tiles import BETA, G_B, G_D, P_B, P_D, D, dropout_of, find_matrix, find_tile, find_vector, load_vector, pointer_to
 
 
-@triton.jit
-def _sum_ranks(
-    v, weight, row, inside_m, col, C, R, MAX_RANK, stride_v, stride_r, stride_c, factor,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, RANK_FAST: tl.constexpr, WIDE: tl.constexpr,
-    V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in tl.range(0, R, BLOCK_R, num_stages=1):
-        rank = first + tl.arange(0, BLOCK_R)
-        # The first mask has the alignment of MAX_RANK, which the rank of one adapter need not have.
-        at = row[:, None] * stride_v + rank[None, :]
-        vt = tl.load(v + at, mask=inside_m[:, None] & (rank < MAX_RANK)[None, :], other=0.0) * factor
-        vt = tl.where((rank < R)[None, :], vt, 0.0)
-        bt = load_weights(weight, rank[:, None], col[None, :], R, C, stride_r, stride_c, RANK_FAST, WIDE)
-        acc = split_dot(vt, bt, acc, V_TERMS, B_TERMS, PRECISION)
-    return acc
-
-
-@triton.jit(do_not_specialize=["M", "slots", "tensors", "numbers", "columns_per_program"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "count", "numbers", "columns_per_program"])
 def multi_expand_kernel(
-    out, base, x, w, v, addresses, tensors, table, order, starts, scaling, bias, dropout_p, seed,
+    out, base, x, w, v, addresses, tensors, vectors, count, table, order, starts, scaling, bias, dropout_p, seed,
     M, N, K, MAX_RANK, slots, numbers, columns_per_program, stride_out, stride_base, stride_x, stride_w, stride_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     GEMM: tl.constexpr, IN_PLACE: tl.constexpr, W_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
     SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, BY_ROW: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr,
+    ROW: tl.constexpr, COL: tl.constexpr, BASE: tl.constexpr, OWN_BIAS: tl.constexpr,
     V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, V_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tile numbers * column groups,); a program takes ``columns_per_program`` blocks of columns of its tile.
 
     v (M, MAX_RANK) fp32. IN_PLACE: ``base`` is ``out``, so that rows without adapter and bias keep their bits. Rows with
     an invalid id, or whose adapter's tensor is not known, are NaN. ``scaling``: of the slots, or None. ``dropout_p`` and
-    ``seed``: the branch is dropped.
+    ``seed``: the branch is dropped. ROW, COL, BASE, OWN_BIAS: whether some adapter has a vector d, one of the branch's
+    columns, one of the base's, a bias.
     """
     MAX_RANK = multiple(MAX_RANK, V_ALIGN)
     stride_v = multiple(stride_v, V_ALIGN)
@@ -80,6 +66,24 @@ def multi_expand_kernel(
                 factor = tl.load(scaling + segment)
             if seed is not None:
                 threshold, factor = dropout_of(dropout_p, segment)
+        d = v
+        d_there = segment < 0
+        if ROW:
+            d, d_there, readable = find_vector(vectors, count, table, segment, segment < slots, D)
+            known = known & readable
+        if COL:
+            c, c_there, readable = find_vector(
+                vectors, count, table, segment, segment < slots, G_D if SIDE_B else P_D
+            )  # fmt: skip
+            known = known & readable
+        if BASE:
+            z, z_there, readable = find_vector(
+                vectors, count, table, segment, segment < slots, G_B if SIDE_B else P_B
+            )  # fmt: skip
+            known = known & readable
+        if OWN_BIAS:
+            beta, beta_there, readable = find_vector(vectors, count, table, segment, segment < slots, BETA)
+            known = known & readable
         if seed is not None:
             key = tl.load(seed)
         first_block = group * columns_per_program
@@ -88,25 +92,35 @@ def multi_expand_kernel(
             col = col0 + tl.arange(0, BLOCK_N)
             inside = inside_m[:, None] & (col < N)[None, :]
             if wide:
-                acc = _sum_ranks(
-                    v, pointer_to(address, DTYPE, True), row, inside_m, col, N, R, MAX_RANK, stride_v, stride_r,
-                    stride_c, factor, BLOCK_M, BLOCK_N, BLOCK_R, RANK_FAST, True, V_TERMS, B_TERMS, PRECISION,
+                acc = sum_ranks(
+                    v, pointer_to(address, DTYPE, True), d, d_there, row, inside_m, col, N, R, MAX_RANK, stride_v, stride_r,
+                    stride_c, factor, BLOCK_M, BLOCK_N, BLOCK_R, RANK_FAST, True, ROW, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
             else:
-                acc = _sum_ranks(
-                    v, pointer_to(address, DTYPE, False), row, inside_m, col, N, R, MAX_RANK, stride_v, stride_r,
-                    stride_c, factor, BLOCK_M, BLOCK_N, BLOCK_R, RANK_FAST, False, V_TERMS, B_TERMS, PRECISION,
+                acc = sum_ranks(
+                    v, pointer_to(address, DTYPE, False), d, d_there, row, inside_m, col, N, R, MAX_RANK, stride_v, stride_r,
+                    stride_c, factor, BLOCK_M, BLOCK_N, BLOCK_R, RANK_FAST, False, ROW, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
             if seed is not None:
                 acc = tl.where(keep_tile(key, row, col0, threshold, BLOCK_N), acc, 0.0)
+            if COL:
+                acc *= load_vector(c, c_there, col, N)[None, :]
             if GEMM:
                 acc = product(
                     acc, x, w, None, 0, col0, row, col, M, N, K, stride_x, stride_w,
                     BLOCK_K, W_BY_COLUMN, False, EVEN_K, out.dtype.element_ty != tl.float32, PRECISION,
                 )  # fmt: skip
             elif base is not None:
-                acc += tl.load(base + row[:, None] * stride_base + col[None, :], mask=inside, other=0.0).to(tl.float32)
-            if bias is not None:
+                under = tl.load(base + row[:, None] * stride_base + col[None, :], mask=inside, other=0.0).to(tl.float32)
+                if BASE:
+                    under *= load_vector(z, z_there, col, N)[None, :]
+                acc += under
+            if OWN_BIAS:
+                added = tl.load(beta + col, mask=col < tl.where(beta_there, N, 0), other=0.0)
+                if bias is not None:
+                    added += tl.load(bias + col, mask=col < tl.where(beta_there, 0, N), other=0.0).to(tl.float32)
+                acc += added[None, :]
+            elif bias is not None:
                 acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
             acc = tl.where(known, acc, float("nan"))
             tl.store(out + row[:, None] * stride_out + col[None, :], narrow(acc, out.dtype.element_ty), mask=inside)

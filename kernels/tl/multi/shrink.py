@@ -1,4 +1,6 @@
-"""u_t = factor * drop(x_t) A[a_t]^T: each row against the few rows of its own adapter's matrix. du_t = s dy_t B[a_t].
+"""u_t = factor * (drop(x_t) * c_t) A[a_t]^T: each row against the few rows of its own adapter's matrix.
+
+dv_t = s (c_t * dy_t) B[a_t]. The vectors c, p_d and g_d, meet the matrix in fp32, before any rounding.
 
 The sum over C columns runs in blocks of BLOCK_K and spans of so many blocks, both functions of C and the dtype alone:
 a block's product is fresh, a span adds its blocks, the row its spans, all in order. With many rows a program adds
@@ -13,14 +15,26 @@ import triton.language as tl
 
 from ..dropout import keep_tile
 from ..tiles import multiple, split_dot
-from .tiles import COLUMNS, RANK, dropout_of, find_matrix, find_tile, load_weights, pointer_to
+from .tiles import (
+    COLUMNS,
+    G_D,
+    P_D,
+    RANK,
+    dropout_of,
+    find_matrix,
+    find_tile,
+    find_vector,
+    load_vector,
+    load_weights,
+    pointer_to,
+)
 
 
 @triton.jit
 def _sum_blocks(
-    x, weight, seed, threshold, row, inside_m, rank, first, last, C, R, stride_x, stride_r, stride_c,
+    x, weight, c, c_there, seed, threshold, row, inside_m, rank, first, last, C, R, stride_x, stride_r, stride_c,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPAN: tl.constexpr, RANK_FAST: tl.constexpr,
-    WIDE: tl.constexpr, X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, COL: tl.constexpr, X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     span = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -32,6 +46,8 @@ def _sum_blocks(
         if seed is not None:
             xt = tl.where(keep_tile(key, row, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
         wt = load_weights(weight, rank[None, :], k[:, None], R, C, stride_r, stride_c, RANK_FAST, WIDE)
+        if COL:
+            wt = wt.to(tl.float32) * load_vector(c, c_there, k, C)[:, None]
         product = split_dot(xt, wt, None, X_TERMS, A_TERMS, PRECISION)
         fresh = block % SPAN == 0
         total += tl.where(fresh, span, 0.0)
@@ -39,17 +55,18 @@ def _sum_blocks(
     return total + span
 
 
-@triton.jit(do_not_specialize=["M", "slots", "tensors"])
+@triton.jit(do_not_specialize=["M", "slots", "tensors", "count"])
 def multi_shrink_kernel(
-    u, x, addresses, tensors, table, order, starts, scaling, dropout_p, seed, M, C, MAX_RANK, slots, stride_x,
+    u, x, addresses, tensors, vectors, count, table, order, starts, scaling, dropout_p, seed, M, C, MAX_RANK, slots, stride_x,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SPAN: tl.constexpr, PARTIAL: tl.constexpr,
     SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, BY_ROW: tl.constexpr, SEARCH: tl.constexpr, DTYPE: tl.constexpr,
-    X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, R_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    COL: tl.constexpr, X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, R_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tile numbers, spans if PARTIAL else 1, rank chunks).
 
     u (M, MAX_RANK) by row, zero right of a row's rank; PARTIAL: (spans, M, MAX_RANK) by place, unscaled, and written
-    only where a rank is. ``scaling``: of the slots, or None. ``dropout_p``: fp64, with ``seed``.
+    only where a rank is. ``scaling``: of the slots, or None. ``dropout_p``: fp64, with ``seed``. COL: whether some adapter
+    has a vector c.
     """
     MAX_RANK = multiple(MAX_RANK, R_ALIGN)
     segment, first_place, end = find_tile(starts, tl.program_id(0), M, slots, BLOCK_M, BY_ROW, SEARCH)
@@ -79,18 +96,22 @@ def multi_shrink_kernel(
                 threshold, factor = dropout_of(dropout_p, segment)
             if scaling is not None:
                 factor = tl.load(scaling + segment)
+            c = u
+            c_there = segment < 0
+            if COL:
+                c, c_there, _ = find_vector(vectors, count, table, segment, segment >= 0, G_D if SIDE_B else P_D)
             if first_rank < R:
                 if wide:
                     total = _sum_blocks(
-                        x, pointer_to(address, DTYPE, True), seed, threshold, row, inside_m, rank, first, last, C, R,
-                        stride_x, stride_r, stride_c, BLOCK_M, BLOCK_K, BLOCK_R, SPAN, RANK_FAST, True, X_TERMS,
-                        A_TERMS, PRECISION,
+                        x, pointer_to(address, DTYPE, True), c, c_there, seed, threshold, row, inside_m, rank, first, last, C, R,
+                        stride_x, stride_r, stride_c, BLOCK_M, BLOCK_K, BLOCK_R, SPAN, RANK_FAST, True, COL,
+                        X_TERMS, A_TERMS, PRECISION,
                     )  # fmt: skip
                 else:
                     total = _sum_blocks(
-                        x, pointer_to(address, DTYPE, False), seed, threshold, row, inside_m, rank, first, last, C, R,
-                        stride_x, stride_r, stride_c, BLOCK_M, BLOCK_K, BLOCK_R, SPAN, RANK_FAST, False, X_TERMS,
-                        A_TERMS, PRECISION,
+                        x, pointer_to(address, DTYPE, False), c, c_there, seed, threshold, row, inside_m, rank, first, last, C, R,
+                        stride_x, stride_r, stride_c, BLOCK_M, BLOCK_K, BLOCK_R, SPAN, RANK_FAST, False, COL,
+                        X_TERMS, A_TERMS, PRECISION,
                     )  # fmt: skip
                 if not PARTIAL:
                     total = total * factor

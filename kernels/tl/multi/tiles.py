@@ -10,7 +10,7 @@ may have, and a program finds its tile, or that there is none, by one look at ``
 or, where that is more than one number for each row, a tile's number is its first place (``BY_ROW``).
 
 Adapters are matrices in the tensors whose addresses ``addresses`` holds; a row of ``table`` says where. The columns are
-those of ``peftkern.ops.multi_lora_linear``. ``side_b``: B (N, R), else A (R, K). Offsets and strides are 64-bit.
+those of ``peftkern.ops.adapter_table``. ``side_b``: B (N, R), else A (R, K). Offsets and strides are 64-bit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(10)
+COLUMNS = tl.constexpr(22)
 ID, RANK, A_TENSOR, A_OFFSET, A_ROW = (tl.constexpr(i) for i in range(5))
 B_TENSOR, B_OFFSET, B_N, B_R = (tl.constexpr(i) for i in range(5, 9))
+VECTORS = tl.constexpr(10)  # of each vector the tensor, negative where there is none, and the offset
+D, P_B, P_D, G_B, G_D, BETA = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -79,6 +81,8 @@ def find_matrix(
         offset = tl.load(row + A_OFFSET)
         stride_c = tl.cast(1, tl.int64)
         stride_r = tl.load(row + A_ROW)
+    # An adapter without matrices has nowhere to look.
+    known = (tensor < tensors) | (rank == 0)
     base = tl.load(addresses + tensor, mask=tensor < tensors, other=0)
     address = base + offset * (DTYPE.primitive_bitwidth // 8)
     whole: tl.constexpr = 128 // DTYPE.primitive_bitwidth
@@ -86,8 +90,30 @@ def find_matrix(
         wide = (stride_r == 1) & (stride_c % whole == 0) & (rank % whole == 0)
     else:
         wide = (stride_c == 1) & (stride_r % whole == 0)
-    known = tensor < tensors
     return address, tl.where(known, rank, 0), stride_r, stride_c, wide & (address % 16 == 0), base, known
+
+
+@triton.jit
+def find_vector(vectors, count, table, slot, inside, VECTOR: tl.constexpr):
+    """(pointer, whether the adapter has one, whether it can be read if it has) of a vector; ``vectors``: addresses.
+
+    Not ``inside``: there is no such slot, and no vector.
+
+    It cannot be read where a captured call meets a vector in a tensor that came after the capture.
+    """
+    row = table + tl.cast(slot, tl.int64) * COLUMNS + VECTORS + 2 * VECTOR
+    tensor = tl.load(row, mask=inside, other=-1)
+    known = tensor < count
+    there = (tensor >= 0) & known
+    base = tl.load(vectors + tensor, mask=there, other=0)
+    address = tl.where(base != 0, base + tl.load(row + 1, mask=inside, other=0) * 4, 0)
+    return address.to(tl.pointer_type(tl.float32)), there, known
+
+
+@triton.jit
+def load_vector(vector, there, index, length):
+    """Elements of a vector, 1 where the adapter has none, and beyond its end."""
+    return tl.load(vector + index, mask=index < tl.where(there, length, 0), other=1.0)
 
 
 @triton.jit

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ...problem import Problem
 from ...settings import Settings
+from ..marshal import CODES
 from . import lora_linear, lora_row_norm, multi_lora_linear, native
 
 NAME = "cpu"
+BASES = ("dense", "identity")  # that its kernels read
 
 # Ops whose problem has no activation.
 _ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")
@@ -19,7 +21,7 @@ def unavailable(now: Settings) -> str | None:
 
 def decline(problem: Problem, now: Settings) -> str | None:
     """Why this problem cannot be taken, or None."""
-    if problem.op not in _ANY_DTYPE and problem.dtype not in native.CODES:
+    if problem.op not in _ANY_DTYPE and problem.dtype not in CODES:
         return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"
     return None
 

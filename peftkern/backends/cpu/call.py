@@ -1,8 +1,8 @@
 """lora_linear's passes and row norms as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
 
-    y                 = forward(settings, threads, x, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
+    y                 = forward(settings, threads, x, kind, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
-    dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, weight, A, B, scaling, dropout_p, seed, scales,
+    dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, kind, weight, A, B, scaling, dropout_p, seed, scales,
                                  needs, K, R, adapter_dtype)
     norm              = row_norm(threads, weight, A, B, scaling)
 
@@ -12,9 +12,10 @@ also for one that nobody has looked at yet: the caller then checks and chooses w
 Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
 it may depend on.
 
-settings: any object, compared by identity. weight: None for the identity. scales: None, or a tuple in the order of
-equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed gradient reads may be None. Gradients
-come in the same order, None where not needed: dx like dy, dA and dB in the adapters' dtype, those of vectors in fp32.
+settings: any object, compared by identity. kind: of the base (peftkern/bases); weight: None where the kind has none.
+scales: None, or a tuple in the order of equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed
+gradient reads may be None. Gradients come in the same order, None where not needed: dx like dy, dA and dB in the adapters'
+dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import marshal
 from .native import _C
 
 # Bytes of a scaled copy of the left side of torch's product.
@@ -58,20 +60,10 @@ def _product(a: Tensor, weight: Tensor, transpose: bool, in_scale: Tensor | None
 
 
 def set_up(*, exports: bool = True) -> str | None:
-    """Bring the native entries to this torch; None, or why there are none.
-
-    ``exports=False``: without the functions that torch's libraries export, memory and products come through Python.
-    """
+    """Bring the native entries to this torch (``marshal.set_up``); None, or why there are none."""
     if _C is None:
         return "the C++ extension is not built"
-    try:
-        _C.tensors_set_up(
-            torch.Tensor, torch.nn.Parameter, torch._C.TensorBase.is_neg, torch.empty,
-            (torch.float32, torch.bfloat16, torch.float16), _product, torch._C.__file__ if exports else None,
-        )  # fmt: skip
-    except (AttributeError, RuntimeError, ValueError) as error:
-        return f"torch {torch.__version__} has no usable exchange API: {error}"
-    return None
+    return marshal.set_up(_C, _product, exports=exports)
 
 
 def nothing(*args) -> None:
@@ -94,21 +86,13 @@ def kind_of(c, way) -> str:
     return way.kind if 1 in c.base[0].stride() else way.strided
 
 
-def copied(value):
-    """A tensor as an ordinary one of its own, likewise those of a tuple; anything else as it is."""
-    if isinstance(value, Tensor):
-        with torch._C.DisableTorchFunctionSubclass():
-            return value.detach().as_subclass(Tensor).resolve_neg().clone(memory_format=torch.contiguous_format)
-    return tuple(map(copied, value)) if type(value) is tuple else value
-
-
 def answered(entry, learn, args: tuple, *kind: str):
     """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is.
 
     What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
     """
     for careful in (False, True):
-        given = copied(args) if careful else args
+        given = marshal.copied(args) if careful else args
         done = entry(*given)
         if done is None and learn(*given, *kind):
             done = entry(*given)

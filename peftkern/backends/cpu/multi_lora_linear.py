@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..marshal import copied, memory
 from . import call, multi_call
 from .native import _C
 
@@ -31,15 +32,10 @@ def multi_lora_linear_route(c, way):
     return order, starts
 
 
-def _memory(w: Tensor) -> Tensor:
-    # The elements of a dense tensor as they lie: offsets of a table count these.
-    w = w.resolve_neg()
-    return w if w.is_contiguous() else w.as_strided((w.numel(),), (1,))
-
-
 def _adapters(c, max_rank: int, K: int, N: int):
-    weights, table, scaling = [_memory(w) for w in c.weights], c.table.contiguous(), c.scaling.contiguous()
-    return multi_call.adapters(weights, table, scaling, max_rank, K, N, False)
+    weights, vectors = ([memory(t) for t in tensors] for tensors in (c.weights, c.vectors or ()))
+    table, scaling = c.table.contiguous(), c.scaling.contiguous()
+    return multi_call.adapters(weights, table, scaling, max_rank, K, N, False, vectors)
 
 
 def _weight(c) -> Tensor | None:
@@ -47,27 +43,34 @@ def _weight(c) -> Tensor | None:
 
 
 def multi_lora_linear_fwd(c, way):
-    """(y, u); see peftkern.ops.multi_lora_linear."""
+    """(y, u, h); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.max_rank, c.x.shape[1], c.out_features)
     args = (
-        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True
+        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True,
+        c.save_base,
     )  # fmt: skip
-    return call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
+    y, u, h = call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
+    return y, u, c.x.new_empty(0) if h is None else h
 
 
 def multi_lora_linear_bwd(c, way):
-    """(dx, dbias, gradients like weights); see peftkern.ops.multi_lora_linear."""
+    """(dx, dbias, gradients like weights, gradients like vectors); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.u.shape[1], c.in_features, c.dy.shape[1])
     args = (
         way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, _weight(c), given, c.order, c.starts, c.dropout_p, c.seed,
-        c.need_x, c.need_bias, tuple(c.need),
+        c.need_x, c.need_bias, tuple(c.need), c.h, tuple(c.wants_vectors),
     )  # fmt: skip
-    dx, dbias, grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))
-    grads = [
-        w.new_empty(0) if g is None else g if w.is_contiguous() else g.as_strided(w.shape, w.stride())
-        for g, w in zip(grads, c.weights, strict=True)
+    dx, dbias, *grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))
+    grads, sums = map(_alike, grads, (c.weights, c.vectors or ()))
+    return c.dy.new_empty(0) if dx is None else dx, c.u.new_empty(0) if dbias is None else dbias, grads, sums
+
+
+def _alike(grads: list[Tensor | None], tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients in the layout of what they are of, empty where there is none."""
+    return [
+        t.new_empty(0) if g is None else g if t.is_contiguous() else g.as_strided(t.shape, t.stride())
+        for g, t in zip(grads, tensors, strict=True)
     ]
-    return c.dy.new_empty(0) if dx is None else dx, c.u.new_empty(0) if dbias is None else dbias, grads
 
 
 def _add(c, way) -> bool:
@@ -80,9 +83,7 @@ def sgmv_add(c, way):
     """Adds the branch to ``out``; see peftkern.ops.sgmv."""
     if _add(c, way):
         return
-    copy = c._replace(
-        out=call.copied(c.out), x=call.copied(c.x), order=call.copied(c.order), starts=call.copied(c.starts)
-    )
+    copy = c._replace(out=copied(c.out), x=copied(c.x), order=copied(c.order), starts=copied(c.starts))
     if not _add(copy, way):
         raise RuntimeError("the C++ extension takes no call like this one: arguments do not fit")
     c.out.copy_(copy.out)

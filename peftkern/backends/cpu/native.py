@@ -15,7 +15,6 @@ try:
 except ImportError:
     _C = None
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Below this many elements, waking a second thread costs more than it saves.
 _SERIAL_WORK = 1 << 17
 

@@ -15,6 +15,7 @@ from . import multi_lora_linear as cuda_multi
 from . import native
 
 NAME = "cuda"
+BASES = ("dense",)  # that its kernels read
 
 
 def unavailable(now: Settings) -> str | None:

@@ -1,22 +1,22 @@
-"""Tensors as the CUDA launchers take them, the device that they lie on, and scratch. No decisions beyond those."""
+"""Where a call runs and in which layout its tensors go to the CUDA kernels. No decisions beyond those."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import marshal
 
 try:
     from ... import _C
 except ImportError:
     _C = None
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HALVES = (torch.bfloat16, torch.float16)
-NO_MATRIX = (0, 0, 0, 1)
-NO_DROPOUT = (0, 0, 1.0)
 
 
 class Device(NamedTuple):
@@ -24,11 +24,6 @@ class Device(NamedTuple):
 
     arch: int
     multiprocessors: int
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a launch may start before the one that it depends on has ended."""
-        return self.arch >= 90
 
 
 @functools.cache
@@ -57,19 +52,28 @@ def capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def pointer(t: Tensor | None) -> int:
-    """Address, 0 for None."""
-    return 0 if t is None else t.data_ptr()
+# What outlives a call, by device, stream and contents: 32-bit zeros, which every kernel that takes them leaves as zeros,
+# and addresses of tensors in the device's memory. The native calls fill both (csrc/bindings/cuda/pass.h).
+kept_counters: dict[bytes, Tensor] = {}
+kept_addresses: dict[bytes, Tensor] = {}
 
 
-def matrix(t: Tensor | None) -> tuple[int, int, int, int]:
-    """(address, dtype code, row stride, column stride) of a 2-D tensor."""
-    return NO_MATRIX if t is None else (t.data_ptr(), CODES[t.dtype], *t.stride())
+def start(entry, like: Tensor, *args, into: Tensor | None = None):
+    """The result of one native call on the device of ``like``. ``into``: what it adds to.
 
-
-def dropout(p: float, seed: Tensor | None) -> tuple[int, int, float]:
-    """(address of the seed, threshold, scale of what is kept); the seed's value is read by the kernel."""
-    return NO_DROPOUT if p == 0.0 else (seed.data_ptr(), int(p * 2.0**32), 1.0 / (1.0 - p))
+    What is no plain tensor is copied: rare, and never wrong.
+    """
+    here = (*device(like), stream(like), capturing(), kept_counters, kept_addresses)
+    given = args if into is None else (into, *args)
+    done = entry(here, *given)
+    if done is None:
+        given = marshal.copied(given)
+        done = entry(here, *given)
+        if done is None:
+            raise RuntimeError("the C++ extension takes no call like this one: arguments do not fit")
+        if into is not None:
+            into.copy_(given[0])
+    return done
 
 
 def rows(t: Tensor) -> Tensor:
@@ -80,52 +84,11 @@ def rows(t: Tensor) -> Tensor:
     return t.contiguous() if min(t.shape) > 1 else torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def vector(t: Tensor | None) -> Tensor | None:
-    """A scale vector in contiguous fp32."""
-    return None if t is None else t.to(torch.float32).contiguous()
+def weight(t: Tensor) -> Tensor:
+    """``t`` with adjacent columns or adjacent rows; copied if there are neither."""
+    return t if t.stride(0) == 1 and t.stride(1) >= t.shape[0] else rows(t)
 
 
-def floats(count: int, like: Tensor) -> Tensor | None:
-    """Scratch for partial sums on the device of ``like``."""
-    return torch.empty(count, dtype=torch.float32, device=like.device) if count else None
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counters(words: int, like: Tensor) -> Tensor:
-    """At least so many 32-bit zeros, which every kernel that takes them leaves as zeros.
-
-    One launch at a time may use them: they are kept per stream, and a graph, which may be replayed on any stream, gets
-    its own, zeroed by the graph.
-    """
-    if capturing():
-        return torch.zeros(words, dtype=torch.int32, device=like.device)
-    key = like.device, stream(like)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < words:
-        kept = _counters[key] = torch.zeros(
-            max(1024, 1 << (words - 1).bit_length()), dtype=torch.int32, device=like.device
-        )
-    return kept
-
-
-_addresses: dict[tuple, Tensor] = {}
-
-
-def addresses(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """int64 on the device of ``like``: where each tensor begins. Kept for the stream that wrote them; a graph's are its own."""
-
-    def write() -> Tensor:
-        out = torch.empty(max(1, len(tensors)), dtype=torch.int64, device=like.device)
-        _C.cuda_store_addresses([t.data_ptr() for t in tensors], out.data_ptr(), stream(like))
-        return out
-
-    if capturing():
-        return write()
-    key = like.device, stream(like), *(t.data_ptr() for t in tensors)
-    if key not in _addresses:
-        if len(_addresses) >= 4096:
-            _addresses.clear()
-        _addresses[key] = write()
-    return _addresses[key]
+def vectors(scales: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Scale vectors in contiguous fp32."""
+    return tuple(None if t is None else t.to(torch.float32).contiguous() for t in scales)

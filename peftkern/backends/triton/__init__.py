@@ -13,6 +13,7 @@ from . import lora_linear, lora_row_norm, multi_lora_linear
 from .device import on_device
 
 NAME = "triton"
+BASES = ("dense", "identity")  # that its kernels read
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIMIT = 2**31
 

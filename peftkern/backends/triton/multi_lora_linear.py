@@ -20,11 +20,12 @@ def multi_lora_linear_route(c, way):
 
 
 def _batch(c, like, max_rank: int, way):
-    from ...kernels.multi import multi_lora_linear as kernels
+    from ...kernels.multi import batch
 
     dropout = getattr(c, "dropout_p", None), getattr(c, "seed", None)
-    adapters = kernels.Adapters(c.weights, c.table, c.scaling, max_rank, c.order, c.starts, *dropout)
-    return kernels.batch(adapters, like, kernel_settings(like, way))
+    vectors = [v.contiguous() for v in c.vectors or ()], frozenset(c.acting.split())
+    adapters = batch.Adapters(c.weights, c.table, c.scaling, max_rank, c.order, c.starts, *dropout, *vectors)
+    return adapters, batch.batch(adapters, like, kernel_settings(like, way))
 
 
 def _onto(c, columns: int):
@@ -34,22 +35,23 @@ def _onto(c, columns: int):
 
 
 def multi_lora_linear_fwd(c, way):
-    """(y, u), see ``peftkern.ops.multi_lora_linear``."""
+    """(y, u, h), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.x):
-        return kernels.forward(_batch(c, c.x, c.max_rank, way), c.x, _onto(c, c.out_features), c.bias)
+        _, batch = _batch(c, c.x, c.max_rank, way)
+        return kernels.forward(batch, c.x, _onto(c, c.out_features), c.bias, c.save_base)
 
 
 def multi_lora_linear_bwd(c, way):
-    """(dx, dbias, gradients like weights), see ``peftkern.ops.multi_lora_linear``."""
+    """(dx, dbias, gradients like weights, gradients like vectors), see ``peftkern.ops.multi_lora_linear``."""
     from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.dy):
-        batch = _batch(c, c.dy, c.u.shape[1], way)
-        du, dbias, grads = kernels.backward_adapter(batch, c.dy, c.x, c.u, c.weights, c.need, c.need_bias)
-        dx = kernels.backward_input(batch, c.dy, du, _onto(c, c.in_features)) if c.need_x else c.dy.new_empty(0)
-    return dx, dbias, grads
+        adapters, batch = _batch(c, c.dy, c.u.shape[1], way)
+        kept = kernels.Kept(c.x, c.u, c.h)
+        wanted = kernels.Wanted(c.need_x, c.need_bias, c.need, c.wants_vectors)
+        return kernels.backward(batch, adapters, c.dy, kept, wanted, _onto(c, c.in_features))
 
 
 def sgmv_add(c, way):
@@ -57,7 +59,7 @@ def sgmv_add(c, way):
     from ...kernels.multi import multi_lora_linear as kernels
 
     with on_device(c.x):
-        kernels.add(_batch(c, c.x, c.max_rank, way), c.out, c.x)
+        kernels.add(_batch(c, c.x, c.max_rank, way)[1], c.out, c.x)
 
 
 OPS = {

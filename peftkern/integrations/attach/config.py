@@ -19,21 +19,21 @@ from .weights import refuse
 CONFIG = "adapter_config.json"
 # Read here; PEFT's default where a file lacks it.
 DEFAULTS = {"r": 8, "lora_alpha": 8}
-_READ = {
+READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform", "lora_alpha",
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
 # Descriptions, training, and options of settings below that are refused themselves. VeLoRA and MonteCLoRA compute
 # something else than LoRA in training only. merge_weights is of the first releases (whether eval() merged), lora_dtype
 # of ms-swift, a trainer that writes PEFT's folders.
-_IGNORED = {
+IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "loftq_config", "lora_dropout", "lora_dtype", "lora_ga_config", "megatron_core",
     "merge_weights", "monteclora_config", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type", "velora_config",
 }  # fmt: skip
 # Those that change the function, and what they make of the adapter.
-_CHANGES = {
+CHANGES = {
     "alora_invocation_tokens": "aLoRA", "arrow_config": "an Arrow router", "kasa_config": "KaSA",
     "layer_replication": "a model with repeated layers", "lora_bias": "a branch with a bias",
     "megatron_config": "a layer of Megatron", "target_parameters": "adapters of parameters",
@@ -76,9 +76,9 @@ def check_config(config: dict[str, Any], file: Path, prefix: str = "") -> dict[s
         raise wrong("init_lora_weights", f"is {config['init_lora_weights']!r}, which changes the base weights")
     newer = _release(config.get("peft_version")) > _KNOWN_RELEASE
     for key, value in config.items():
-        if key in _CHANGES and (value or (key in _OBJECTS and isinstance(value, dict))):
-            raise wrong(key, f"is {value!r}, which means {_CHANGES[key]}: only plain LoRA and rsLoRA are served")
-        if key not in _READ | _IGNORED | _CHANGES.keys() and value and _may_matter(key, value, newer):
+        if key in CHANGES and (value or (key in _OBJECTS and isinstance(value, dict))):
+            raise wrong(key, f"is {value!r}, which means {CHANGES[key]}: only plain LoRA and rsLoRA are served")
+        if key not in READ | IGNORED | CHANGES.keys() and value and _may_matter(key, value, newer):
             written = f" (written by PEFT {config['peft_version']})" if newer else ""
             raise wrong(key, f"is {value!r}{written}: this setting is unknown and could change what is computed")
     if isinstance(config["r"], bool) or not isinstance(config["r"], int) or config["r"] < 1:

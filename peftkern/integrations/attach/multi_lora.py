@@ -197,6 +197,18 @@ class MultiLoRA:
         with self._lock:
             return [attached.name for attached in self._attached.values()]
 
+    @property
+    def banks(self) -> dict[str, AdapterBank]:
+        """The bank of each of these layers, by the layer's name."""
+        with self._lock:
+            return {attached.name: attached.bank for attached in self._attached.values()}
+
+    @property
+    def in_use(self) -> int:
+        """How many adapters are held by calls that run or by ``use`` blocks, those that were removed meanwhile included."""
+        with self._lock:
+            return sum(entry.users > 0 for entry in (*self._entries.values(), *self._leaving))
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

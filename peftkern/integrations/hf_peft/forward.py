@@ -42,7 +42,7 @@ class Mark:
     __slots__ = ("__weakref__",)
 
     def __init__(self) -> None:
-        _marks.add(self)
+        marks.add(self)
 
     def __deepcopy__(self, memo) -> Mark:
         return Mark()
@@ -64,13 +64,13 @@ class _Switch:
         self.hooks = None
 
 
-_marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 # Layers that a mixed batch trains: see _no_recomputation.
-_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+trained_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 switch = _Switch()
 # What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
 _EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
-_NONE_MIXED = at(_mixed.data, EMPTY)
+_NONE_MIXED = at(trained_mixed.data, EMPTY)
 
 
 def replaced_reason(cls: type) -> str | None:
@@ -93,13 +93,13 @@ def wanted(layer: nn.Module) -> bool:
 def _no_recomputation(layer: nn.Module) -> None:
     # A checkpoint that runs a layer again in backward, without the hooks that brought the names, would silently give
     # the gradients of another function.
-    if layer in _mixed:
+    if layer in trained_mixed:
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a layer of a batch with adapter_names is recomputed in backward, where the names are not known:"
                 " use the model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole model"
             )
-        _mixed.discard(layer)
+        trained_mixed.discard(layer)
 
 
 def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls: Calls) -> Plan | str:
@@ -127,7 +127,7 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     # The forward of a layer that is wanted, with a look at everything.
     names = kwargs.get("adapter_names")
     others = args or kwargs.keys() - {"adapter_names"}
-    if names is None and not others and _mixed and not torch.compiler.is_compiling():
+    if names is None and not others and trained_mixed and not torch.compiler.is_compiling():
         _no_recomputation(layer)
     # A graph that counted would be compiled anew at each call.
     calls = None if torch.compiler.is_dynamo_compiling() else calls_of(layer)
@@ -190,7 +190,7 @@ def _mixed_hooks(stock):
                 raise ValueError(f"Cannot pass `adapter_names` when the model is in training mode: {reason}")
         if reason is None:
             rest = {k: v for k, v in kwargs.items() if k != "adapter_names"}
-            _mixed.update(m for m in self.modules() if isinstance(m, Linear))
+            trained_mixed.update(m for m in self.modules() if isinstance(m, Linear))
             with training_hooks(stock, self, names, args, rest):
                 yield
         else:
@@ -221,7 +221,7 @@ def uninstall_if_unused() -> None:
     If another library has replaced one of them since, that stays; ours below it then passes every call on.
     """
     with switch.lock:
-        if switch.everywhere or len(_marks):
+        if switch.everywhere or len(marks):
             return
         for cls in [cls for cls, fused in switch.fused.items() if cls.forward is fused]:
             cls.forward = switch.stock[cls]

@@ -21,10 +21,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
-from ...checks import accumulate_dtype
+from ...equation import COEFFICIENTS
+from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
-from ...methods.linear import Linear
-from ...methods.registry import Plan
+from ...methods.linear import Linear, rank_scale
+from ...methods.registry import Held, Plan, variant_of
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -91,16 +92,30 @@ def mixed_plan(
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
+    for h in plan.held:
+        if h.dropout_p > 0.0 and "g_b" in h.method.coefficients:
+            return f"{h.method.name} with dropout trains on another base product than its batch"
     return layer, plan, batch
 
 
-def _adapter(y: Linear) -> tuple[Tensor, Tensor, float]:
-    # What one adapter makes of the layer.
-    (branch,) = y.branches
-    if isinstance(branch.scaling, Tensor):
-        # The op wants a number. A scaled B costs O(N R), a number from the device would make the host wait.
-        return branch.lora_A, branch.lora_B * branch.scaling, 1.0
-    return branch.lora_A, branch.lora_B, branch.scaling
+_NAMES = {c.symbol: c.name for c in COEFFICIENTS}
+
+
+def _adapter(plan: Plan, held: Held) -> Adapter:
+    # What one adapter makes of the layer. In training a branch with a share of the base reads another base product.
+    y = held.method.apply(Linear(plan.weight, plan.bias), held)
+    vectors: dict[str, Tensor | None] = {"p_b": y.p_b, "g_b": y.g_b}
+    A = B = None
+    s = 1.0
+    if y.branches:
+        ((A, B, s, _, d, p_d, g_d, _, _),) = y.branches
+        vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
+        if isinstance(s, Tensor):
+            # The op wants a number, and one from the device would make the host wait.
+            vectors["d"], s = rank_scale(y.branches[0]), 1.0
+    bias = y.whole_bias()
+    own = None if bias is plan.bias else bias
+    return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
 
 
 # Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
@@ -108,51 +123,40 @@ def _adapter(y: Linear) -> tuple[Tensor, Tensor, float]:
 _tables: WeakKeyDictionary[nn.Module, tuple[list, AdapterTable]] = WeakKeyDictionary()
 
 
-def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[tuple]:
+def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapter]:
     # The guard has just seen all weights of this call; checking them again for a table costs as much as it did.
     # The same Parameter may hold other data by now: dtype, device and rank say whether the table still fits it.
     key: list[Any] = [x.dtype, x.device]
     plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
     for h in plan.held:
-        (A, B, _), (s,) = h.tensors, h.numbers
-        plain = plain and type(s) is float
-        key += id(A), id(B), A.shape, A.dtype, s
-    known = _tables.get(layer) if plain else None
+        # The table of whole matrices shows what they hold. What is made of an adapter's tensors would be of one moment.
+        plain = plain and h.method.alone is not None and type(h.numbers[0]) is float and h.tensors[2] is None
+        if not plain:
+            return [_adapter(plan, h) for h in plan.held]
+        A, B, _ = h.tensors
+        key += id(A), id(B), A.shape, A.dtype, h.numbers[0]
+    known = _tables.get(layer)
     if known is not None and known[0] == key:
         return known[1]
-    adapters = [_adapter(h.method.apply(Linear(plan.weight), h)) for h in plan.held]
-    if not plain:
-        return adapters
-    table = table_of(adapters, x, x.dtype)
+    table = table_of([_adapter(plan, h) for h in plan.held], x, x.dtype)
     # A table of copies would miss what training does to the originals.
     if all(t is w for t, w in zip(table.weights, (w for h in plan.held for w in h.tensors[:2]), strict=True)):
         _tables[layer] = key, table
     return table
 
 
-def _branch_bias(y: Tensor, plan: Plan, ids: Tensor) -> Tensor:
-    # lora_bias is part of the branch: each sequence gets its adapter's, scaled; row 0 is for those without one.
-    dtype = accumulate_dtype(y.dtype)
-    none = y.new_zeros(y.shape[-1], dtype=dtype)
-    terms = [h.method.apply(Linear(plan.weight), h).added for h in plan.held]
-    each = torch.stack([none, *(none if t is None else t.to(dtype) for t in terms)])[ids.long() + 1]
-    return (y + each.view(ids.numel(), *[1] * (y.dim() - 2), y.shape[-1])).to(y.dtype)
-
-
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
-    """y of the layer for the mixed batch: one fused call, whatever the number of adapters."""
+    """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
     weight, bias, held = plan
     names, drops = [], []
-    dropping = biased = False
+    dropping = False
     for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
         names.append(h.name)
         drops.append(h.dropout_p)
         dropping = dropping or h.dropout_p > 0.0
-        biased = biased or h.tensors[2] is not None
     ids = batch.ids(tuple(names), x.device)
     adapters = _table(layer, plan, x)
-    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
-    return _branch_bias(y, plan, ids) if biased else y
+    return multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
 
 
 def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[LoraLinear], bool]) -> str | None:
@@ -164,9 +168,10 @@ def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[Lo
     for name, layer in layers:
         if isinstance(layer, LoraLinear) and not wanted(layer):
             return f"{name} is not accelerated"
-        for adapter in layer.lora_variant:
-            if adapter in adapters:
-                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(layer.lora_variant[adapter]).__name__})"
+        for adapter, variant in layer.lora_variant.items():
+            method = variant_of(type(variant))
+            if adapter in adapters and (method is None or not method.mixed):
+                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(variant).__name__})"
     return None
 
 

@@ -87,6 +87,7 @@ ADALORA = register(
         apply=apply,
         function=adalora_linear,
         examples=examples,
+        build=tuner.builder("AdaLoraConfig", "init_r", target_r=1, total_step=10),
         op="lora_linear",
         coefficients=("d",),
         saves="x if lora_A trains, and (M, R) in fp32",

@@ -89,6 +89,7 @@ DELORA = register(
         apply=apply,
         function=delora_linear,
         examples=examples,
+        build=tuner.builder("DeloraConfig"),
         op="lora_linear",
         coefficients=("d", "p_d"),
         saves="x if delora_A trains, and (M, R) in fp32",

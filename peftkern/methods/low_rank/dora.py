@@ -101,6 +101,7 @@ DORA = register(
         apply=apply,
         function=dora_linear,
         examples=examples,
+        build=tuner.builder("LoraConfig", use_dora=True),
         op="lora_linear",
         coefficients=("g_b", "g_d"),
         mixed=True,

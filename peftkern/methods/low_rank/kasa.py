@@ -34,6 +34,15 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return y.add(Branch(A, B, scaling, adapter.dropout_p, d=diagonal))
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one. One singular value of W has to stay."""
+    import peft
+
+    return tuner.builder("LoraConfig", kasa_config=peft.KasaConfig())(
+        linear, min(rank, *(n - 1 for n in linear.weight.shape))
+    )
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -56,6 +65,7 @@ KASA = register(
         held=held,
         apply=apply,
         examples=examples,
+        build=build,
         op="lora_linear",
         coefficients=("d",),
         mixed=True,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ...autograd.lora_linear import Options, lora_linear, lora_linear_with
+from ...autograd.lora_linear import Options, lora_linear_with
 from .. import tuner
 from ..linear import Branch, Linear, run, wide
 from ..look import PLAIN_TENSORS, Look, NotCovered
@@ -107,8 +107,8 @@ LORA = register(
         held=held,
         apply=apply,
         alone=alone,
-        function=lora_linear,
         examples=examples,
+        build=tuner.builder("LoraConfig"),
         op="lora_linear",
         mixed=True,
         saves="x if lora_A trains, and (M, R) in fp32",

@@ -35,6 +35,7 @@ MICA = register(
         held=held,
         apply=lora.apply,
         examples=examples,
+        build=tuner.builder("LoraConfig", init_lora_weights="mica"),
         op="lora_linear",
         mixed=True,
         saves="x",

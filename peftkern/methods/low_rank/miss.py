@@ -86,6 +86,7 @@ MISS = register(
         apply=apply,
         function=miss_linear,
         examples=examples,
+        build=tuner.builder("MissConfig"),
         op="lora_linear",
         saves="(M, R) in fp32",
         merges="W + B A",

@@ -58,6 +58,11 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return y.add(_branch(*adapter.tensors))
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one. The library's rank is that of what stays frozen, at least 1."""
+    return tuner.builder("OSFConfig", "effective_rank")(linear, max(1, min(linear.weight.shape) - rank))
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -83,6 +88,7 @@ OSF = register(
         apply=apply,
         function=osf_linear,
         examples=examples,
+        build=build,
         op="lora_linear",
         coefficients=("d",),
         saves="x, and (M, 2 R) in fp32",

@@ -82,6 +82,7 @@ UNILORA = register(
         apply=apply,
         function=unilora_linear,
         examples=examples,
+        build=tuner.builder("UniLoraConfig"),
         op="lora_linear",
         saves="x, (M, R) in fp32, and the gathered A and B",
         merges="W + B A",

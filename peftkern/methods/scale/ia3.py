@@ -93,6 +93,8 @@ IA3 = register(
         apply=apply,
         function=ia3_linear,
         examples=examples,
+        build=tuner.builder("IA3Config", None, feedforward_modules=[]),
+        rank=0,
         op="lora_linear",
         coefficients=("g_b",),
         saves="x W^T (M, N) for a vector of the output, x for one of the input",

@@ -126,7 +126,8 @@ def capture(case: Case) -> list[launch.Launch]:
         forward(Forward(x, weight, A, B, bias, 2.0, drop, scales, full), settings)
         backward(Backward(dy, x, u, h, weight, A, B, 2.0, drop, scales, needs), settings)
         dropout_mask(seed, M, K, 0.1)
-        row_norm(weight, A, B, 2.0, settings)
+        for w in (weight, empty(K, N).t()):
+            row_norm(w, A, B, 2.0, settings)
     return taken
 
 

@@ -15,7 +15,9 @@ import torch
 from peftkern.kernels import configs, launch
 from peftkern.kernels.call import Settings
 from peftkern.kernels.multi import multi_lora_linear
+from peftkern.kernels.multi.batch import Adapters, batch
 from peftkern.kernels.multi.route import route
+from peftkern.kernels.multi.tiles import COLUMNS
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
@@ -101,20 +103,20 @@ def capture(case: Case) -> list[launch.Launch]:
     else:
         weights = [t for _ in range(slots) for t in (empty(R, K, dtype=case.adapter_dtype),
                                                      empty(N, R, dtype=case.adapter_dtype))]  # fmt: skip
-    table = empty(slots, 10, dtype=torch.int64)
+    table = empty(slots, COLUMNS.value, dtype=torch.int64)
     scaling, p, seed = empty(slots, dtype=torch.float32), empty(slots, dtype=torch.float64), empty(1, dtype=torch.int64)
     settings = Settings(case.arch, fixed=configs.fixed(multi_base=case.base))
     with captured() as taken:
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)
-        given = multi_lora_linear.Adapters(weights, table, scaling, R, order, starts, *drop)
-        batch = multi_lora_linear.batch(given, x, settings)
-        _, u = multi_lora_linear.forward(batch, x, multi_lora_linear.Onto(N, weight), bias)
-        need = [not case.bank] * len(weights)
-        du, _, _ = multi_lora_linear.backward_adapter(batch, dy, x, u, weights, need, True)
-        multi_lora_linear.backward_input(batch, dy, du, multi_lora_linear.Onto(K, weight))
+        given = Adapters(weights, table, scaling, R, order, starts, *drop)
+        rows = batch(given, x, settings)
+        _, u, _ = multi_lora_linear.forward(rows, x, multi_lora_linear.Onto(N, weight), bias)
+        wanted = multi_lora_linear.Wanted(True, True, [not case.bank] * len(weights), [])
+        kept = multi_lora_linear.Kept(x, u, None)
+        multi_lora_linear.backward(rows, given, dy, kept, wanted, multi_lora_linear.Onto(K, weight))
         if not case.drop:
-            multi_lora_linear.add(batch, dy, x)
+            multi_lora_linear.add(rows, dy, x)
     return taken
 
 

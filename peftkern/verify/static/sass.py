@@ -10,17 +10,20 @@ from __future__ import annotations
 import collections
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
-_SECTION = re.compile(r"^\s*\.section\s+\.text\.([^\s,]+)")
-_LABEL = re.compile(r"^(\S+):\s*$")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+# A section, a label or an instruction: one search in text of a million lines.
+_LINE = re.compile(
+    r"^[ \t]*(?:\.section[ \t]+\.text\.([^\s,]+)|(\S+):[ \t]*$"
+    r"|/\*[0-9a-f]+\*/[ \t]+(?:@(!?U?P\w+)[ \t]+)?([A-Z][\w.]*)[ \t]*([^\n]*?)[ \t]*;)",
+    re.M,
+)
 _WIDTH = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 _FLOAT = re.compile(r"^(F16|F16x2|BF16|BF16x2|BF16_V2|F32|F32x2|F64|FTZ)$", re.I)
 WIDE = 128  # bits; an access of fewer is narrow
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """``guard``: the predicate on which it runs, or "". ``name``: with its modifiers."""
 
     guard: str
@@ -45,13 +48,13 @@ class Function:
 def functions(text: str) -> list[Function]:
     """The kernels of one ``nvdisasm -c``."""
     found: list[tuple[str, list[Instruction], dict[str, int]]] = []
-    for line in text.splitlines():
-        if section := _SECTION.match(line):
-            found.append((section[1], [], {}))
-        elif found and (label := _LABEL.match(line)):
-            found[-1][2][label[1]] = len(found[-1][1])
-        elif found and (instruction := _INSTRUCTION.match(line)):
-            found[-1][1].append(Instruction(instruction[1] or "", instruction[2], instruction[3]))
+    for section, label, guard, name, operands in _LINE.findall(text):
+        if section:
+            found.append((section, [], {}))
+        elif found and label:
+            found[-1][2][label] = len(found[-1][1])
+        elif found:
+            found[-1][1].append(Instruction(guard, name, operands))
     return [Function(name, tuple(code), labels) for name, code, labels in found]
 
 
@@ -73,8 +76,10 @@ def _kind(parts: list[str]) -> str | None:
 
 def mix(function: Function) -> dict[str, int]:
     """Instructions of each kind, only kinds that occur."""
-    counts = collections.Counter(_kind(i.parts) for i in function.code)
-    counts.pop(None, None)
+    counts: collections.Counter[str] = collections.Counter()
+    for name, count in collections.Counter(i.name for i in function.code).items():
+        if kind := _kind(name.split(".")):
+            counts[kind] += count
     return dict(sorted(counts.items()))
 
 

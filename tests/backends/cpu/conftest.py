@@ -92,7 +92,7 @@ class _Calls:
         """What a plain call takes after its settings, in order; ``changes`` replace some."""
         adapter = adapter or dtype
         t = dict(
-            threads=1, x=torch.randn(M, K).to(dtype), weight=torch.randn(N, K).to(dtype),
+            threads=1, x=torch.randn(M, K).to(dtype), kind="dense", weight=torch.randn(N, K).to(dtype),
             lora_A=torch.randn(R, K).to(adapter), lora_B=torch.randn(N, R).to(adapter), bias=None, scaling=2.0,
             dropout_p=0.0, seed=None, scales=None, want_u=False, want_h=False,
         )  # fmt: skip

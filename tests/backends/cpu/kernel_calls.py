@@ -15,7 +15,8 @@ from torch import Tensor
 
 from peftkern.backends.cpu import native
 from peftkern.backends.cpu.call import vendor_product
-from peftkern.backends.cpu.native import _C, CODES
+from peftkern.backends.cpu.native import _C
+from peftkern.backends.marshal import CODES
 
 _PAD = 16
 # Below this many multiply-adds, waking a second thread costs more than it saves.

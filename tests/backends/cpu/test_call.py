@@ -42,7 +42,7 @@ class Native(torch.autograd.Function):
         need_base_out = need_scales[3]
         rows = x.shape[:-1].numel()
         args = (
-            settings, torch.get_num_threads(), x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
+            settings, torch.get_num_threads(), x, "dense", weight, lora_A, lora_B, bias, scaling, dropout_p, seed,
             scales if any(s is not None for s in scales) else None, True, need_base_out,
         )  # fmt: skip
         assert call.forward(*args) is None
@@ -62,7 +62,7 @@ class Native(torch.autograd.Function):
         _, _, need_x, _, need_A, need_B, need_bias, _, _, _, *need_scales = ctx.needs_input_grad
         need = (need_x, need_A, need_B, need_bias, *need_scales)
         args = (
-            settings, torch.get_num_threads(), dy, x, u, h, weight, lora_A, lora_B, scaling, dropout_p, seed,
+            settings, torch.get_num_threads(), dy, x, u, h, "dense", weight, lora_A, lora_B, scaling, dropout_p, seed,
             tuple(scales) if any(s is not None for s in scales) else None,
             sum(1 << i for i, needed in enumerate(need) if needed),
             x.shape[-1], lora_A.shape[0], lora_A.dtype,
@@ -143,7 +143,7 @@ def test_every_subset_of_gradients(exports):
     t = problem.tensors()
     scales, seed = tuple(t[name] for name in SCALES), torch.tensor([5])
     forward = (
-        settings, 1, t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"], 0.7, 0.3, seed, scales, True, True
+        settings, 1, t["x"], "dense", t["weight"], t["lora_A"], t["lora_B"], t["bias"], 0.7, 0.3, seed, scales, True, True
     )  # fmt: skip
     assert call.learn_forward(*forward, "panels")
     _, u, h = call.forward(*forward)
@@ -155,13 +155,14 @@ def test_every_subset_of_gradients(exports):
             t["x"] if needs & 98 else None,
             u if needs & 276 else None,
             h if needs & 128 else None,
+            "dense",
             t["weight"] if dx else None,
             t["lora_A"] if dx or needs & 64 else None,
             t["lora_B"] if du or needs & 256 else None,
             0.7, 0.3, seed, scales, needs, 21, 5, torch.float32,
         )  # fmt: skip
         assert call.backward(*args) is None and call.learn_backward(*args, "panels")
-        for i in range(3, 9):  # nothing that is read may be missing
+        for i in range(3, 10):  # nothing that is read may be missing
             if args[i] is not None and i != 6:
                 assert call.backward(*args[:i], None, *args[i + 1 :]) is None
         return call.backward(*args)
@@ -204,7 +205,7 @@ def test_identity_base(exports):
     x, a, b = torch.randn(6, 40), torch.randn(4, 40), torch.randn(40, 4)
     p, g = torch.rand(40), torch.rand(40)
     scales = (None, p, None, g, None)
-    args = (settings, 1, x, None, a, b, None, 0.5, 0.0, None, scales, True, True)
+    args = (settings, 1, x, "identity", None, a, b, None, 0.5, 0.0, None, scales, True, True)
     with pytest.raises(ValueError, match="panels"):
         call.learn_forward(*args, "panels")
     assert call.learn_forward(*args, "identity")
@@ -212,7 +213,26 @@ def test_identity_base(exports):
     assert torch.equal(h, x * p)
     assert_close(y, g.double() * x.double() * p.double() + 0.5 * (x.double() @ a.double().t()) @ b.double().t())
     dy = torch.randn(6, 40)
-    back = (settings, 1, dy, x, u, h, None, a, b, 0.5, 0.0, None, scales, 1 | 32 | 128, 40, 4, torch.float32)
+    back = (
+        settings,
+        1,
+        dy,
+        x,
+        u,
+        h,
+        "identity",
+        None,
+        a,
+        b,
+        0.5,
+        0.0,
+        None,
+        scales,
+        1 | 32 | 128,
+        40,
+        4,
+        torch.float32,
+    )
     assert call.learn_backward(*back, "identity")
     dx, *_, dbase_in, _, dbase_out, _ = call.backward(*back)
     d = dy.double()
@@ -221,7 +241,7 @@ def test_identity_base(exports):
     assert_close(dbase_out, (d * x * p).sum(0))
     # A K that is not N has no identity.
     assert not call.learn_forward(
-        settings, 1, x, None, a, torch.randn(9, 4), None, 0.5, 0.0, None, None, False, False, "identity"
+        settings, 1, x, "identity", None, a, torch.randn(9, 4), None, 0.5, 0.0, None, None, False, False, "identity"
     )
 
 

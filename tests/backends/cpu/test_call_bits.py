@@ -98,7 +98,7 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
 
     c = forward(x, weight, A, B, bias=bias, save_base=save, **numbers, **scales._asdict())
     y, u, h = forward_steps(c, kind)
-    args = (None, threads, x, weight, A, B, bias, *numbers.values(), tuple(scales), True, save)
+    args = (None, threads, x, "dense", weight, A, B, bias, *numbers.values(), tuple(scales), True, save)
     assert call.learn_forward(*args, kind)
     got = call.forward(*args)
     pairs = [(got[0], y), (got[1], u)] + ([(got[2], h)] if save else [])
@@ -106,7 +106,8 @@ def assert_same_bits(problem: LoRALinearProblem, kind: str, threads: int) -> Non
     c = backward(dy, x, u, h if save else None, weight, A, B, needs=needs, **numbers, **scales._asdict())
     bits = sum(1 << i for i, need in enumerate(c.needs) if need)
     args = (
-        None, threads, dy, x, u, c.h, weight, A, B, *numbers.values(), tuple(scales), bits, problem.K, problem.R, A.dtype,
+        None, threads, dy, x, u, c.h, "dense", weight, A, B, *numbers.values(), tuple(scales), bits, problem.K, problem.R,
+        A.dtype,
     )  # fmt: skip
     assert call.learn_backward(*args, kind)
     found = call.backward(*args)

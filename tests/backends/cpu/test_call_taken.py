@@ -118,6 +118,18 @@ def test_arguments_that_do_not_fit_are_not_taken(calls, name, value):
     assert call.forward(calls, 1) is None and call.forward() is None
 
 
+def test_a_base_of_another_kind_is_not_taken_for_dense(calls):
+    """Whose first tensor may look like a weight."""
+    t = calls.arguments(N=20)
+    calls.known(t)
+    for changes in (dict(kind="nf4"), dict(kind="none"), dict(kind=None), dict(kind="identity")):
+        assert calls.forward(t | changes) is None and calls.learn(t | changes, "panels") is False
+    with pytest.raises(ValueError, match="panels"):
+        calls.learn(t | dict(kind="identity", weight=None), "panels")
+    with pytest.raises(ValueError, match="identity"):
+        calls.learn(t, "identity")
+
+
 def test_a_seed_that_does_not_fit_is_not_taken(calls):
     for seed in (
         None,

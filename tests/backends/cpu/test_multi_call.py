@@ -9,7 +9,7 @@ from torch import Tensor
 from peftkern import AdapterBank, multi_lora_linear, sgmv
 from peftkern.backends.cpu import call, multi_call, native
 from peftkern.many.table import AdapterTable, table_of
-from peftkern.ops.multi_lora_linear import COLUMNS
+from peftkern.ops.adapter_table import COLUMNS
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 
@@ -90,7 +90,7 @@ def known(table: AdapterTable, x: Tensor, W: Tensor, order: Tensor, starts: Tens
     settings = object()
     good = dict(
         threads=1, x=x, kind="dense", weight=W, bias=None, given=table.native(), order=order, starts=starts,
-        dropout_p=None, seed=None, want_u=False,
+        dropout_p=None, seed=None, want_u=False, want_h=False,
     )  # fmt: skip
 
     def again(**changes):
@@ -122,19 +122,19 @@ def test_what_is_not_ordinary_is_not_taken():
     with pytest.raises(ValueError, match="starts"):
         again(starts=torch.full_like(starts, 99))
     mixed = [listed[0][0].bfloat16(), *(w for A, B, _ in listed for w in (A, B))][: len(table.weights)]
-    assert again(given=table.given(mixed)) is None, "weights of several dtypes"
+    assert again(given=table.given(mixed, ())) is None, "weights of several dtypes"
 
 
 def test_tables_of_wrong_kinds_are_not_read():
     x = torch.randn(M, K)
     t = table_of(adapters(), x, x.dtype)
-    sizes = (t.max_rank, K, N, True)
+    sizes = (t.max_rank, K, N, True, [])
     for table, scaling in (
         (t.table.int(), t.scaling), (t.table[:, :-1], t.scaling), (t.table, t.scaling.double()), (t.table, t.scaling[1:]),
         (t.table.flatten(), t.scaling), (None, t.scaling), (t.table, None),
     ):  # fmt: skip
         assert multi_call.adapters(t.weights, table, scaling, *sizes) is None
     assert multi_call.adapters([w.double() for w in t.weights], t.table, t.scaling, *sizes) is None
-    assert multi_call.adapters(t.weights, t.table, t.scaling, -1, K, N, True) is None
+    assert multi_call.adapters(t.weights, t.table, t.scaling, -1, K, N, True, []) is None
     with pytest.raises(TypeError):
         multi_call.adapters(3, t.table, t.scaling, *sizes)

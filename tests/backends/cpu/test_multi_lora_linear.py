@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from peftkern.backends.cpu import call
+from peftkern.ops import adapter_table as tab
 from peftkern.ops import multi_lora_linear as op
+from peftkern.ops.adapter_table import table_row
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 ops = torch.ops.peftkern
@@ -49,22 +51,22 @@ class Adapters:
             value = NAN if slot not in self.used else 1.0
             A, B = (torch.randn(R, K) / max(K, 1) ** 0.5 * value), (torch.randn(N, R) / max(R, 1) ** 0.5 * value)
             if layout == "list":
-                rows.append([slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0])
+                rows.append(table_row(slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0))
                 self.weights += [A.to(dtype), B.to(dtype)]
             elif layout == "pool":
                 at_A, at_B = places[slot]
-                rows.append([slot, R, 0, at_A, pad[0], 0, at_B, 1, pad[1], 1])
+                rows.append(table_row(slot, R, 0, at_A, pad[0], 0, at_B, 1, pad[1], 1))
                 for at, width, part in ((at_A, pad[0], A), (at_B, pad[1], B.t())):
                     stored = self.weights[0][at : at + R * width].view(R, width)
                     stored.zero_()[:, : part.shape[1]].copy_(part)
             else:
                 row_A, row_B = K + 3, 2 * R + 1
                 both = torch.full((7 + R * row_A + N * row_B,), NAN, dtype=dtype)
-                rows.append([slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0])
+                rows.append(table_row(slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0))
                 both.as_strided((R, K), (row_A, 1), 7).copy_(A)
                 both.as_strided((N, R), (row_B, 2), 7 + R * row_A).copy_(B)
                 self.weights.append(both)
-        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(op.COLUMNS))
+        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(tab.COLUMNS))
 
     @property
     def max_rank(self) -> int:
@@ -164,7 +166,7 @@ def test_forward(level, guarded_results, numpy_keep, dtype, layout, drop):
             exact_x = torch.where(keep, exact_x, 0.0)
             x = make(M, K, dtype, layout).copy_(torch.where(keep, x, torch.tensor(NAN, dtype=dtype)))
         c = adapters.forward(x, adapters.route(ids), bias=bias, dropout=(p, seed))
-        y, u = ops.multi_lora_linear_fwd(*c)
+        y, u, _ = ops.multi_lora_linear_fwd(*c)
         results += 2
         c = c._replace(x=exact_x)
         want, size = (op.multi_lora_linear_fwd_ref(doubled(c, absolute)) for absolute in (False, True))
@@ -184,7 +186,7 @@ def test_backward(level, guarded_results, numpy_keep, dtype, layout, drop):
         ids, x, dy = adapters.ids(M), make(M, K, dtype, layout), make(M, N, dtype, LAYOUTS[number % 3])
         need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
         c = adapters.backward(dy, x, torch.randn(M, adapters.max_rank), adapters.route(ids), dropout=dropout, need=need)
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*c)
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*c)
         want, size = (op.multi_lora_linear_bwd_ref(doubled(c, absolute)) for absolute in (False, True))
         close(dx, want[0], size[0], 16, name="dx")
         if drop:
@@ -225,7 +227,7 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
             for share in (1.0, 0.5):
                 ids = adapters.ids(M, share)
                 route, need = adapters.route(ids), [False] * len(adapters.weights)
-                y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight], b))
+                y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight], b))
                 dx = ops.multi_lora_linear_bwd(
                     *adapters.backward(dy, None, torch.randn(M, 20), route, [weight], need=need, need_bias=False)
                 )[0]
@@ -233,7 +235,7 @@ def test_base_product_is_that_of_lora_linear(level, monkeypatch, setting, dtype)
                 assert torch.equal(y[alone], base[alone]) and torch.equal(dx[alone], back[alone])
                 assert not u[alone].any()
                 if share < 1.0:
-                    branch, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route))
+                    branch, *_ = ops.multi_lora_linear_fwd(*adapters.forward(x, route))
                     exact = base.double() + branch.double()
                     size = (
                         base.double().abs() + branch.double().abs() + (2 * b.double().abs() if b is not None else 0.0)
@@ -251,7 +253,7 @@ def test_bits_of_a_row_depend_on_nothing_else(level, dtype, layout):
 
     def branch(rows: Tensor) -> tuple[Tensor, ...]:
         route = adapters.route(ids[rows])
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x[rows], route))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x[rows], route))
         none = [False] * len(adapters.weights)
         dx = ops.multi_lora_linear_bwd(*adapters.backward(dy[rows], None, u, route, need=none, need_bias=False))[0]
         return y, u, dx
@@ -287,8 +289,8 @@ def test_nan_in_adapters_without_rows_reaches_nothing(level):
         adapters = Adapters((8, 5, 40, 2), K, N, torch.bfloat16, layout, used=(0, 2))
         ids, x, dy = adapters.ids(M), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
         route, weight = adapters.route(ids), torch.randn(N, K).bfloat16()
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight]))
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight]))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
         for t in (y, u, dx, dbias, *grads):
             assert not t.isnan().any()
         for slot in (1, 3):
@@ -305,7 +307,7 @@ def test_gradients_do_not_depend_on_threads(level):
 
     def run(threads: int, need: list[bool]) -> list[Tensor]:
         torch.set_num_threads(threads)
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, need=need))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, need=need))
         return [dx, dbias, *grads]
 
     both = [run(n, [True] * 4) for n in (1, 2)]
@@ -322,16 +324,16 @@ def test_no_rows_and_no_adapters(level):
         adapters = Adapters(ranks, 20, 30, torch.float32, "list")
         route = adapters.route(torch.full((M,), -1))
         x, weight, dy = torch.randn(M, 20), torch.randn(30, 20), torch.randn(M, 30)
-        y, u = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight])._replace(max_rank=3))
+        y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(x, route, [weight])._replace(max_rank=3))
         assert y.shape == (M, 30) and u.shape == (M, 3) and not u.any()
         torch.testing.assert_close(y, x @ weight.t())
-        dx, dbias, grads = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*adapters.backward(dy, x, u, route, [weight]))
         assert torch.allclose(dbias, dy.sum(0)) and not any(g.any() for g in grads)
         torch.testing.assert_close(dx, dy @ weight)
     # No columns.
     adapters = Adapters((2,), 0, 5, torch.float32, "list")
     route = adapters.route(torch.tensor([0, -1, 0]))
-    y, u = ops.multi_lora_linear_fwd(*adapters.forward(torch.empty(3, 0), route, [torch.empty(5, 0)]))
+    y, u, _ = ops.multi_lora_linear_fwd(*adapters.forward(torch.empty(3, 0), route, [torch.empty(5, 0)]))
     out = torch.ones(3, 5)
     c = adapters.forward(torch.empty(3, 0), route)
     ops.sgmv_add(out, c.x, c.weights, c.table, c.scaling, 2, *route)
@@ -348,7 +350,7 @@ def test_offsets_beyond_32_bits(level):
     except MemoryError:
         pytest.skip("4 GB of addresses are not to be had")
     small = Adapters((R,), K, N, torch.float16, "list")
-    table = torch.tensor([[0, R, 0, at, K, 0, at + R * K, R, 1, 0]])
+    table = torch.tensor([table_row(0, R, 0, at, K, 0, at + R * K, R, 1, 0)])
     pool[at : at + R * K] = small.weights[0].flatten()
     pool[at + R * K :] = small.weights[1].flatten()
     x, route = torch.randn(6, K).half(), small.route(torch.tensor([0, -1, 0, 0, 0, -1]))
@@ -359,8 +361,8 @@ def test_offsets_beyond_32_bits(level):
 
 @pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))
 def test_route(ids_dtype):
-    table = torch.zeros(6, len(op.COLUMNS), dtype=torch.int64)
-    table[:, op.ID] = torch.tensor([8, 1, op.FREE, 19, 4, op.FREE])
+    table = torch.zeros(6, len(tab.COLUMNS), dtype=torch.int64)
+    table[:, tab.ID] = torch.tensor([8, 1, tab.FREE, 19, 4, tab.FREE])
     for M in (0, 1, 7, 1000):
         ids = torch.tensor([8, 1, 19, 4, -1])[torch.randint(5, (M,))].to(ids_dtype)
         for view in (ids, torch.stack([ids, ids], 1)[:, 0], ids.view(-1, 1)):
@@ -373,7 +375,7 @@ def test_route(ids_dtype):
     for bad in (0, 2, 5, 6, 7, 16, 3, -2, 2**31 - 1):
         with pytest.raises(ValueError, match=f"adapter_ids holds {bad},"):
             ops.multi_lora_linear_route(torch.tensor([1, bad, 0], dtype=ids_dtype), table, 7)
-    many = torch.arange(5000).unsqueeze(1).repeat(1, len(op.COLUMNS))
+    many = torch.arange(5000).unsqueeze(1).repeat(1, len(tab.COLUMNS))
     ids = torch.tensor([4999, 17, -1, 4999, 0, 4998], dtype=ids_dtype)
     got, want = (
         ops.multi_lora_linear_route(ids, many, 8191),
@@ -388,27 +390,34 @@ def test_native_code_refuses_a_route_that_leads_astray():
     adapters = Adapters((2, 3), 8, 9, torch.float32, "list")
     order, starts = adapters.route(torch.tensor([0, 1, 0, -1, 1]))
 
-    def run(order=order, starts=starts, table=adapters.table, rank=3, p=None, weights=adapters.weights):
+    def run(order=order, starts=starts, table=adapters.table, rank=3, p=None, weights=adapters.weights, vectors=None):
         c = adapters.forward(torch.randn(5, 8), (order, starts), dropout=(p, SEED if p is not None else None))
-        return ops.multi_lora_linear_fwd(*c._replace(table=table, max_rank=rank, weights=weights))
+        return ops.multi_lora_linear_fwd(*c._replace(table=table, max_rank=rank, weights=weights, vectors=vectors))
 
     def changed(t: Tensor, index, value: int) -> Tensor:
         t = t.clone()
         t[index] = value
         return t
 
+    # A d of two elements in the first tensor of vectors.
+    d = tab.vector_column("d")
+    scaled = changed(adapters.table, (0, d), 0)
     run()
+    run(table=scaled, vectors=[torch.ones(2)])
     bad = (
         dict(order=changed(order, 1, 5)), dict(order=changed(order, 0, -1)), dict(order=changed(order, 1, 0)),
         dict(starts=changed(starts, 1, 9)), dict(starts=changed(starts, 1, -1)), dict(starts=changed(starts, 3, 4)),
         dict(starts=changed(starts, 0, 1)), dict(starts=changed(starts, 2, 6)), dict(starts=changed(starts, 2, 2)),
-        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, op.RANK), -1)),
-        dict(table=changed(adapters.table, (1, op.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, op.B_OFFSET), -1)),
-        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)), dict(table=changed(adapters.table, (1, op.A_OFFSET), 1)),
-        dict(table=changed(adapters.table, (0, op.A_ROW), 9)), dict(table=changed(adapters.table, (0, op.A_ROW), -1)),
-        dict(table=changed(adapters.table, (1, op.B_R), 2)), dict(table=changed(adapters.table, (1, op.B_N), 2**62)),
-        dict(table=changed(adapters.table, (1, op.B_OFFSET), 2**63 - 1)), dict(table=changed(adapters.table, (0, op.PADDED), 1)),
-        dict(weights=[w.flatten()[:-1] for w in adapters.weights]),
+        dict(starts=changed(starts, 2, 1)), dict(rank=2), dict(table=changed(adapters.table, (0, tab.RANK), -1)),
+        dict(table=changed(adapters.table, (1, tab.A_TENSOR), 4)), dict(table=changed(adapters.table, (1, tab.B_OFFSET), -1)),
+        dict(p=torch.tensor([0.0, 1.0], dtype=torch.float64)), dict(table=changed(adapters.table, (1, tab.A_OFFSET), 1)),
+        dict(table=changed(adapters.table, (0, tab.A_ROW), 9)), dict(table=changed(adapters.table, (0, tab.A_ROW), -1)),
+        dict(table=changed(adapters.table, (1, tab.B_R), 2)), dict(table=changed(adapters.table, (1, tab.B_N), 2**62)),
+        dict(table=changed(adapters.table, (1, tab.B_OFFSET), 2**63 - 1)), dict(table=scaled),
+        dict(table=changed(adapters.table, (0, tab.PADDED), 1)), dict(weights=[w.flatten()[:-1] for w in adapters.weights]),
+        dict(table=changed(scaled, (0, d + 1), 1), vectors=[torch.ones(2)]),
+        dict(table=changed(scaled, (0, d + 1), -1), vectors=[torch.ones(2)]),
+        dict(table=changed(scaled, (0, d), 1), vectors=[torch.ones(2)]),
     )  # fmt: skip
     for change in bad:
         with pytest.raises(ValueError):

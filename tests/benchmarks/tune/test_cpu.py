@@ -57,14 +57,14 @@ def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys)
         assert float((out.float() - whole).abs().max()) < 0.02 * float(whole.abs().max()) < float(branch.abs().max())
         asked.append((a.dtype, a.shape[0], now.cpu_kind, w.data_ptr()))
 
-    def watch_forward(now, threads, x, w, A, B, *rest):
-        y = forward(now, threads, x, w, A, B, *rest)
+    def watch_forward(now, threads, x, kind, w, A, B, *rest):
+        y = forward(now, threads, x, kind, w, A, B, *rest)
         if y is not None:
             seen(now, x, w, y, x.float() @ w.float().t(), x.float() @ A.t() @ B.t())
         return y
 
-    def watch_backward(now, threads, dy, x, u, h, w, A, B, *rest):
-        grads = backward(now, threads, dy, x, u, h, w, A, B, *rest)
+    def watch_backward(now, threads, dy, x, u, h, kind, w, A, B, *rest):
+        grads = backward(now, threads, dy, x, u, h, kind, w, A, B, *rest)
         if grads is not None:
             assert all(g is None for g in grads[1:])
             seen(now, dy, w, grads[0], dy.float() @ w.float(), dy.float() @ B @ A)

@@ -157,7 +157,7 @@ def state(model, multi=None):
     own = {name: {k: id(v) for k, v in values.items()} for name, values in own.items()}
     if multi is None:
         return own
-    banks = {a.name: (a.bank.names, id(a.bank)) for a in multi._attached.values()}
+    banks = {name: (bank.names, id(bank)) for name, bank in multi.banks.items()}
     return own, banks, multi.names, multi.layers
 
 

@@ -193,7 +193,7 @@ def test_generators_are_refused_and_context_managers_are_not(serving):
         stack.enter_context(helper())
         assert same(plain(ids).logits, expected["first"])
     assert same(plain(ids).logits, expected[None])
-    assert all(entry.users == 0 for entry in multi._entries.values())
+    assert multi.in_use == 0
 
 
 @torch.no_grad()
@@ -386,4 +386,4 @@ def test_requests_never_meet(serving):
         thread.join()
     pool.shutdown()
     assert not errors and len(answered) > 10
-    assert all(entry.users == 0 for entry in multi._entries.values())
+    assert multi.in_use == 0

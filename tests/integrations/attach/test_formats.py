@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import peftkern
 from peftkern.integrations.attach.checkpoint import CONFIG, Checkpoint
-from peftkern.integrations.attach.config import _CHANGES, _IGNORED, _READ
+from peftkern.integrations.attach.config import CHANGES, IGNORED, READ
 from peftkern.integrations.attach.weights import PICKLE, SAFETENSORS
 
 peft = pytest.importorskip("peft")
@@ -139,10 +139,10 @@ def test_layers_that_the_file_leaves_out(zoo, saved):
 def test_every_setting_of_pefts_is_judged():
     """A setting of a new release must be sorted: what it changes, or why it can be ignored."""
     fields = set(peft.LoraConfig.__dataclass_fields__) | {"merge_weights", "enable_lora", "lora_dtype"}
-    assert fields == _READ | _IGNORED | _CHANGES.keys()
-    assert not (_READ & _IGNORED or _READ & _CHANGES.keys() or _IGNORED & _CHANGES.keys())
+    assert fields == READ | IGNORED | CHANGES.keys()
+    assert not (READ & IGNORED or READ & CHANGES.keys() or IGNORED & CHANGES.keys())
     variants = {n for n, f in peft.LoraConfig.__dataclass_fields__.items() if f.metadata.get("is_lora_variant")}
-    assert variants - _CHANGES.keys() == {"velora_config", "monteclora_config"}
+    assert variants - CHANGES.keys() == {"velora_config", "monteclora_config"}
 
 
 MEANS = {

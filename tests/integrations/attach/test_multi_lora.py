@@ -143,7 +143,7 @@ def test_add_and_remove(zoo, served, calls):
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
     for name in ("first", "third"):
         multi.remove(name)
-    assert not multi.names and all(len(a.bank) == 0 for a in multi._attached.values())
+    assert not multi.names and not any(map(len, multi.banks.values()))
     with pytest.raises(KeyError, match="first"), multi.use(["first", None]):
         pass
     with pytest.raises(KeyError, match="first"):
@@ -170,7 +170,7 @@ def test_a_request_keeps_its_adapters_until_it_ends(zoo, served):
             assert not torch.equal(plain(**inputs).logits, expected)
         assert torch.equal(plain(**inputs).logits, expected)
     multi.add("fourth", folders["third"])
-    assert all(len(a.bank) <= 3 for a in multi._attached.values())
+    assert all(len(bank) <= 3 for bank in multi.banks.values())
 
 
 @torch.no_grad()
@@ -269,18 +269,17 @@ def test_threads_add_and_remove_while_others_run(zoo, served):
         for i in range(40):
             source = sources[i % 3]
             multi.remove(source)
-            try:
-                multi.add(source, folders[source])
-            except RuntimeError:  # full of adapters that are still in use
-                while len(multi) + len(multi._leaving) >= 8:
+            while source not in multi:
+                try:
+                    multi.add(source, folders[source])
+                except RuntimeError:  # full of adapters that are still in use
                     threading.Event().wait(0.01)
-                multi.add(source, folders[source])
     finally:
         stop.set()
         for thread in threads:
             thread.join()
     assert not errors and checked
-    assert not multi._leaving and all(len(a.bank) <= 4 for a in multi._attached.values())
+    assert multi.in_use == 0 and all(len(bank) <= 4 for bank in multi.banks.values())
 
 
 def test_batches_that_do_not_fit(zoo, served):
@@ -296,7 +295,7 @@ def test_batches_that_do_not_fit(zoo, served):
             multi.use(names)
     with multi.use(["first", "second", None]):
         plain(**inputs)
-    assert all(entry.users == 0 for entry in multi._entries.values())
+    assert multi.in_use == 0
 
 
 def test_gradients_of_a_model_that_is_not_frozen(zoo, served, calls):
@@ -335,7 +334,7 @@ def test_dtypes(zoo, served, tmp_path, model, stored):
     twin.to(getattr(torch, stored)).save_pretrained(tmp_path)
     plain.to(getattr(torch, model))
     multi = peftkern.attach_adapters(plain, folders)
-    kept = {a.bank.dtype for a in multi._attached.values()}
+    kept = {bank.dtype for bank in multi.banks.values()}
     assert kept == {torch.bfloat16 if (model, stored) == ("bfloat16", "bfloat16") else torch.float32}
     inputs = inputs_of(zoo, "llama", len(NAMES))
     exact = zoo.copy(twin).double()
@@ -357,7 +356,7 @@ def test_a_dtype_that_is_asked_for(zoo, served):
         peftkern.attach_adapters(plain, folders, dtype=torch.bfloat16)
     assert not any("forward" in vars(m) for m in plain.modules())
     multi = peftkern.attach_adapters(plain.bfloat16(), folders, dtype=torch.bfloat16)
-    assert {a.bank.dtype for a in multi._attached.values()} == {torch.bfloat16}
+    assert {bank.dtype for bank in multi.banks.values()} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ CHANGES = {
     "compilation": _patched(torch.compiler, "_is_compiling_flag", True),
     "vmap": lambda layer, x, check, patch: torch.func.vmap(lambda t: (check(x), t)[1])(x),
     "jit.trace": lambda layer, x, check, patch: torch.jit.trace(lambda t: (check(x), t)[1], x, check_trace=False),
-    "a mixed batch that trained": lambda layer, x, check, patch: (hf_peft_forward._mixed.add(layer), check(x)),
+    "a mixed batch that trained": lambda layer, x, check, patch: (hf_peft_forward.trained_mixed.add(layer), check(x)),
 }  # fmt: skip
 ON_BY_PATCH = {**CHANGES, "unpatch": _after(lambda m: hf_peft.unpatch())}
 
@@ -182,7 +182,7 @@ def without(pattern, path):
 @pytest.fixture
 def clean():
     yield
-    hf_peft_forward._mixed.clear()
+    hf_peft_forward.trained_mixed.clear()
 
 
 @pytest.mark.parametrize("how", ["accelerate", "patch"])
@@ -209,7 +209,7 @@ def test_each_change_is_seen_and_each_entry_sees_one(zoo, monkeypatch, clean, ho
 
             case(layer, x, check, patch)
             assert seen, name
-        hf_peft_forward._mixed.clear()
+        hf_peft_forward.trained_mixed.clear()
         hf_peft.unpatch()
         needed |= fewer.keys()
     # One pattern says nothing: it keeps the None that a plan has in the place of a tensor.

@@ -234,17 +234,16 @@ def test_bad_calls_raise_what_peft_raises(zoo, case):
     assert messages[0] == messages[1]
 
 
-def test_unknown_adapters_and_dora_are_refused_by_peft(zoo):
-    model = zoo.several("llama", plain={}, dora={"use_dora": True})
+def test_what_a_batch_may_not_have(zoo):
+    velora = zoo.peft.VeloraConfig(num_groups=4)
+    model = zoo.several("llama", plain={}, velora={"velora_config": velora})
     peftkern.accelerate(model)
     inputs = zoo.batch("llama")["input_ids"]
     with pytest.raises(ValueError, match=r"non-existing adapter.*other"):
         model(inputs, adapter_names=["plain", "other", "plain"])
-    with pytest.raises(ValueError, match="DoRA"):
-        model(inputs, adapter_names=["plain", "dora", "plain"])
     layer = next(iter(zoo.lora_layers(model).values()))
     x = torch.randn(2, 3, 32)
-    assert "'dora' is a LoRA variant" in hf_peft.why_not(layer, x, ["plain", "dora"])
+    assert "'velora' is a LoRA variant" in hf_peft.why_not(layer, x, ["plain", "velora"])
     assert hf_peft.why_not(layer, x, ["plain", "__base__"]) is None
     assert "adapter_names has 3 entries" in hf_peft.why_not(layer, x, ["plain"] * 3)
     assert hf_peft.why_not(layer, x, ["__base__"] * 2) == "it has no adapter of the batch"

@@ -204,7 +204,8 @@ def test_a_failed_step_leaves_no_names_behind(zoo, monkeypatch):
 
 
 def test_only_accelerated_models_train(zoo):
-    model = zoo.several("llama", first={}, dora={"use_dora": True})
+    velora = zoo.peft.VeloraConfig(num_groups=4)
+    model = zoo.several("llama", first={}, velora={"velora_config": velora})
     inputs = zoo.batch("llama", rows=2)["input_ids"]
     names = ["first", "__base__"]
     model.train()
@@ -220,8 +221,8 @@ def test_only_accelerated_models_train(zoo):
         model(inputs, adapter_names=names)
     peftkern.accelerate(model)
     model(inputs, adapter_names=names)
-    with pytest.raises(ValueError, match=stock + ".*'dora'.* is a LoRA variant"):
-        model(inputs, adapter_names=["first", "dora"])
+    with pytest.raises(ValueError, match=stock + ".*'velora'.* is a LoRA variant"):
+        model(inputs, adapter_names=["first", "velora"])
     with pytest.raises(ValueError, match=r"non-existing adapter.*other"):
         model(inputs, adapter_names=["first", "other"])
     peftkern.restore(model)
@@ -231,7 +232,7 @@ def test_only_accelerated_models_train(zoo):
 
 
 def test_the_class_gets_its_own_functions_back(zoo, monkeypatch):
-    monkeypatch.setattr(hf_peft_forward, "_marks", weakref.WeakSet())
+    monkeypatch.setattr(hf_peft_forward, "marks", weakref.WeakSet())
     hf_peft_forward.uninstall_if_unused()
     tuner = zoo.peft.tuners.lora.model.LoraModel
     stock = tuner._enable_peft_forward_hooks

@@ -9,6 +9,7 @@ import torch
 
 from peftkern.kernels import launch
 from peftkern.ops import multi_lora_linear as op
+from peftkern.ops.adapter_table import table_row
 from peftkern.testing.accuracy import check
 from peftkern.testing.problems import LoRALinearProblem, vectors
 
@@ -71,7 +72,7 @@ def test_many_adapters(dtype):
 
     x, dy, bias = normal(M, K).to(dtype), normal(M, K).to(dtype), normal(K)
     weights = [w for _ in range(2) for w in (normal(R, K) / K**0.5, normal(K, R))]
-    table = torch.tensor([[i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0] for i in range(2)])
+    table = torch.tensor([table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0) for i in range(2)])
     scaling, p = torch.tensor([0.5, 0.75]), torch.tensor([0.3, 0.0], dtype=torch.float64)
     seed = torch.tensor([7])
     route = ops.multi_lora_linear_route(torch.randint(-1, 2, (M,), generator=gen), table, 2**31 - 1)
@@ -88,8 +89,8 @@ def test_many_adapters(dtype):
             f(scaling) if bound else scaling, *route, p, seed, True, True, [True] * 4,
         )  # fmt: skip
 
-    y, u = ops.multi_lora_linear_fwd(*forward(lambda t: t, False))
-    dx, dbias, grads = ops.multi_lora_linear_bwd(*backward(lambda t: t, u, False))
+    y, u, _ = ops.multi_lora_linear_fwd(*forward(lambda t: t, False))
+    dx, dbias, grads, _ = ops.multi_lora_linear_bwd(*backward(lambda t: t, u, False))
     want = [t for f in (torch.Tensor.double, lambda t: t.double().abs()) for t in (
         op.multi_lora_linear_fwd_ref(forward(f, True))[0], op.multi_lora_linear_bwd_ref(backward(f, f(u), True))[0]
     )]  # fmt: skip

@@ -13,7 +13,9 @@ from peftkern.kernels import configs
 from peftkern.kernels.configs import LaunchConfig
 from peftkern.kernels.multi import tiles as multi_tiles
 from peftkern.kernels.multi.configs import BASES
+from peftkern.ops import adapter_table
 from peftkern.ops import multi_lora_linear as op
+from peftkern.ops.adapter_table import table_row
 from peftkern.settings import using
 from peftkern.testing.accuracy import check
 from peftkern.testing.arguments import base as base_of
@@ -26,9 +28,12 @@ SEED = torch.tensor([-0x1234_5678_9ABC_DEF1])
 
 
 def test_columns_of_the_table_are_those_of_the_op():
-    assert multi_tiles.COLUMNS.value == len(op.COLUMNS)
-    for name in op.COLUMNS[:-1]:
-        assert getattr(multi_tiles, name).value == getattr(op, name)
+    assert multi_tiles.COLUMNS.value == len(adapter_table.COLUMNS)
+    for i, name in enumerate(adapter_table.MATRICES[:-1]):
+        assert getattr(multi_tiles, name).value == i
+    for symbol in adapter_table.AXES:
+        place = getattr(multi_tiles, symbol.upper()).value
+        assert multi_tiles.VECTORS.value + 2 * place == adapter_table.vector_column(symbol)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -66,18 +71,18 @@ class Adapters:
             value = 1.0 if slot in self.used else NAN
             A, B = torch.randn(R, K) / K**0.5 * value, torch.randn(N, R) / max(R, 1) ** 0.5 * value
             if layout == "list":
-                rows.append([slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0])
+                rows.append(table_row(slot, R, 2 * slot, 0, K, 2 * slot + 1, 0, R, 1, 0))
                 self.weights += [A.to(dtype), B.to(dtype)]
             elif layout == "pool":
                 at_B = at + R * pad[0] + 16
-                rows.append([slot, R, 0, at, pad[0], 0, at_B, 1, pad[1], 1])
+                rows.append(table_row(slot, R, 0, at, pad[0], 0, at_B, 1, pad[1], 1))
                 for place, width, part in ((at, pad[0], A), (at_B, pad[1], B.t())):
                     pool[place : place + R * width].view(R, width)[:, : part.shape[1]] = part
                 at = at_B + R * pad[1] + 16
             else:
                 row_A, row_B = K + 3, 2 * R + 1
                 both = torch.full((7 + R * row_A + N * row_B,), NAN, dtype=dtype)
-                rows.append([slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0])
+                rows.append(table_row(slot, R, slot, 7, row_A, slot, 7 + R * row_A, row_B, 2, 0))
                 both.as_strided((R, K), (row_A, 1), 7).copy_(A)
                 both.as_strided((N, R), (row_B, 2), 7 + R * row_A).copy_(B)
                 self.weights.append(both)
@@ -130,13 +135,13 @@ def test_each_op_on_each_layout(layout, drop, dtypes):
         x, dy, bias = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype), torch.randn(N)
         route, table = adapters.route(ids), adapters.table
         W = torch.randn(N, K).to(dtype) if layout == "list" else None
-        y, u = ops.multi_lora_linear_fwd(
+        y, u, _ = ops.multi_lora_linear_fwd(
             x, *base_of(W), N, bias, adapters.weights, table, adapters.scaling, R, *route, p, seed
         )
         garbage = torch.where(torch.arange(R) < table[ids.clamp(min=0), 1][:, None], u, NAN)
         need = [layout != "list" or i % 5 != 3 for i in range(len(adapters.weights))]
         rest = *route, p, seed, True, True, need
-        dx, dbias, grads = ops.multi_lora_linear_bwd(
+        dx, dbias, grads, _ = ops.multi_lora_linear_bwd(
             dy, x, garbage, *base_of(W), K, adapters.weights, table, adapters.scaling, *rest
         )
         want, size = [], []
@@ -148,7 +153,7 @@ def test_each_op_on_each_layout(layout, drop, dtypes):
             )
             out += op.multi_lora_linear_fwd_ref(
                 op.MultiForward(f(x), *exact, N, f(bias), weights, table, s, R, *route, p, seed)
-            )
+            )[:2]
             out += op.multi_lora_linear_bwd_ref(
                 op.MultiBackward(f(dy), f(x), f(u), *exact, K, weights, table, s, *rest)
             )
@@ -183,8 +188,8 @@ def test_empty_sizes(empty):
     M, K, N, R = (0 if n == empty else v for n, v in zip("MKNR", (6, 5, 7, 3)))
     ranks = () if empty == "slots" else (R, R)
     weights = [t for r in ranks for t in (torch.randn(r, K), torch.randn(N, r))]
-    rows = [[i, r, 2 * i, 0, K, 2 * i + 1, 0, r, 1, 0] for i, r in enumerate(ranks)]
-    table = torch.tensor(rows, dtype=torch.int64).reshape(len(ranks), 10)
+    rows = [table_row(i, r, 2 * i, 0, K, 2 * i + 1, 0, r, 1, 0) for i, r in enumerate(ranks)]
+    table = torch.tensor(rows, dtype=torch.int64).reshape(len(ranks), len(adapter_table.COLUMNS))
     ids = torch.full((M,), -1) if empty == "slots" else torch.arange(M) % 3 - 1
     route = ops.multi_lora_linear_route(ids, table, EVERY_ID)
     x, W, dy, scaling = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N), torch.ones(len(ranks))
@@ -194,8 +199,8 @@ def test_empty_sizes(empty):
         c = op.MultiForward(
             x, *base, N, torch.randn(N), weights, table, scaling, max(ranks, default=0), *route, None, None
         )
-        y, u = ops.multi_lora_linear_fwd(*c)
-        assert_same((y, u), op.multi_lora_linear_fwd_ref(c))
+        y, u, _ = ops.multi_lora_linear_fwd(*c)
+        assert_same((y, u), op.multi_lora_linear_fwd_ref(c)[:2])
         need = [True] * len(weights)
         c = op.MultiBackward(dy, x, u, *base, K, weights, table, scaling, *route, None, None, True, True, need)
         assert_same(list(ops.multi_lora_linear_bwd(*c)), list(op.multi_lora_linear_bwd_ref(c)))
@@ -234,8 +239,8 @@ def test_rows_with_an_invalid_id_are_nan_where_nothing_can_be_raised(base):
     starts = torch.tensor([0, *(int((place <= i).sum()) for i in range(4))], dtype=torch.int32)
     with using(triton_fixed=configs.fixed(multi_base=base)):
         args, route, none = (adapters.weights, adapters.table, adapters.scaling), (order, starts), [False] * 4
-        y, u = ops.multi_lora_linear_fwd(x, *base_of(W), N, None, *args, 9, *route, None, None)
-        dx, _, _ = ops.multi_lora_linear_bwd(y, None, u, *base_of(W), K, *args, *route, None, None, True, False, none)
+        y, u, _ = ops.multi_lora_linear_fwd(x, *base_of(W), N, None, *args, 9, *route, None, None)
+        dx, *_ = ops.multi_lora_linear_bwd(y, None, u, *base_of(W), K, *args, *route, None, None, True, False, none)
         out = torch.zeros(M, N)
         ops.sgmv_add(out, x, *args, 9, *route)
     for t in (y, dx, out):
@@ -248,7 +253,7 @@ def test_a_tensor_that_came_later_makes_its_rows_nan():
     adapters = Adapters((4, 9), 32, 48, torch.float32, "list")
     ids, x = torch.tensor([0, 1, -1, 0]), torch.randn(4, 32)
     args = adapters.weights[:2], adapters.table, adapters.scaling, 9, *adapters.route(ids), None, None
-    y, u = ops.multi_lora_linear_fwd(x, *base_of(None), 48, None, *args)
+    y, u, _ = ops.multi_lora_linear_fwd(x, *base_of(None), 48, None, *args)
     assert torch.equal(y.isnan().any(1), ids == 1) and torch.equal(y.isnan().all(1), ids == 1) and not u[1].any()
 
 
@@ -262,7 +267,7 @@ def test_dropped_elements_contribute_exactly_nothing():
     route, probabilities = adapters.route(ids), torch.full((2,), p, dtype=torch.float64)
     x = torch.ones(M, K).masked_fill(~keep, NAN)
     args, rest = (adapters.weights, adapters.table, torch.ones(2)), (*route, probabilities, SEED)
-    _, u = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, *args, K, *rest)
+    _, u, _ = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, *args, K, *rest)
     value = torch.where(keep, torch.tensor(1.0 / (1.0 - p)), 0.0)
     assert torch.equal(u, value)
     # du is of ones.
@@ -271,7 +276,7 @@ def test_dropped_elements_contribute_exactly_nothing():
         B.zero_()[0] = 1
     dy, none = torch.zeros(M, N), [False] * 4
     dy[:, 0] = 1
-    dx, _, _ = ops.multi_lora_linear_bwd(dy, None, u, *base_of(None), K, *args, *rest, True, False, none)
+    dx, *_ = ops.multi_lora_linear_bwd(dy, None, u, *base_of(None), K, *args, *rest, True, False, none)
     assert torch.equal(dx.isinf(), keep) and not dx[~keep].any()
 
 
@@ -282,13 +287,13 @@ def test_offsets_beyond_32_bits():
     A, B = torch.randn(R, K).half(), torch.randn(N, R).half()
     pool[at : at + R * K].view(R, K).copy_(A)
     pool[at + R * K : at + R * (K + N)].view(N, R).copy_(B)
-    table = torch.tensor([[0, R, 0, at, K, 0, at + R * K, R, 1, 0]])
+    table = torch.tensor([table_row(0, R, 0, at, K, 0, at + R * K, R, 1, 0)])
     x, ids, scaling = torch.randn(3, K).half(), torch.zeros(3, dtype=torch.int64), torch.ones(1)
     route = ops.multi_lora_linear_route(ids, table, EVERY_ID)
-    y, u = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, [pool], table, scaling, R, *route, None, None)
+    y, u, _ = ops.multi_lora_linear_fwd(x, *base_of(None), N, None, [pool], table, scaling, R, *route, None, None)
     torch.testing.assert_close(u, x.float() @ A.float().t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.float(), u @ B.float().t(), rtol=2e-3, atol=2e-3)
-    dx, _, _ = ops.multi_lora_linear_bwd(
+    dx, *_ = ops.multi_lora_linear_bwd(
         y, None, u, *base_of(None), K, [pool], table, scaling, *route, None, None, True, False, [False]
     )
     torch.testing.assert_close(dx.float(), y.float() @ B.float() @ A.float(), rtol=2e-3, atol=2e-2)
@@ -296,7 +301,9 @@ def test_offsets_beyond_32_bits():
 
 def test_route_of_a_bank_with_generations():
     table = torch.zeros(40, 10, dtype=torch.int64)
-    table[:, 0] = torch.where(torch.arange(40) % 3 == 0, op.FREE, torch.arange(40) + 64 * (torch.arange(40) % 5))
+    table[:, 0] = torch.where(
+        torch.arange(40) % 3 == 0, adapter_table.FREE, torch.arange(40) + 64 * (torch.arange(40) % 5)
+    )
     taken = table[table[:, 0] >= 0, 0]
     ids = torch.cat([taken[torch.randint(len(taken), (300,))], torch.full((30,), -1)])[torch.randperm(330)]
     for t in (ids, ids.int()):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftkern.kernels import configs
 from peftkern.kernels.multi.configs import BASES
+from peftkern.ops.adapter_table import table_row
 from peftkern.settings import using
 from peftkern.testing.arguments import backward, forward
 from peftkern.testing.arguments import base as base_of
@@ -40,7 +41,7 @@ class Rows:
         self.ids = torch.randint(-1, 4, (30,), generator=torch.Generator().manual_seed(4))
         self.weights, rows = [], []
         for i, R in enumerate(RANKS):
-            rows.append([i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0])
+            rows.append(table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0))
             self.weights += [
                 normal(R, K, seed=5 + i, dtype=adapter_dtype) / K**0.5, normal(N, R, seed=9 + i, dtype=adapter_dtype)
             ]  # fmt: skip
@@ -50,8 +51,8 @@ class Rows:
         """(y, u, dx) of a batch; without the base product what sgmv makes of the batch too."""
         route = ops.multi_lora_linear_route(ids, self.table, EVERY_ID)
         weight, args, R = base_of(self.weight if base else None), (weights, self.table, self.scaling), max(RANKS)
-        y, u = ops.multi_lora_linear_fwd(x, *weight, N, None, *args, R, *route, None, None)
-        dx, _, _ = ops.multi_lora_linear_bwd(
+        y, u, _ = ops.multi_lora_linear_fwd(x, *weight, N, None, *args, R, *route, None, None)
+        dx, *_ = ops.multi_lora_linear_bwd(
             dy, None, u, *weight, K, *args, *route, None, None, True, False, [False] * len(weights)
         )
         if base:
@@ -83,8 +84,8 @@ class Rows:
             yield ours, place, x, dy, ids, weights
 
 
-@pytest.mark.parametrize("dtype, batches", [(torch.float16, 38), (torch.float32, 12)], ids=str)
-def test_a_rows_branch_in_fifty_batches(dtype, batches):
+@pytest.mark.parametrize("dtype, batches", [(torch.float16, 16), (torch.float32, 8)], ids=str)
+def test_a_rows_branch_in_any_batch(dtype, batches):
     rows = Rows(dtype, dtype)
     expected = rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=False)
     for ours, place, *batch in rows.compositions(batches):
@@ -96,7 +97,7 @@ def test_whole_rows_with_batch_invariance(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
     rows = Rows(torch.float16, torch.float32)
     expected = rows.run(rows.x, rows.dy, rows.ids, rows.weights, base=True)
-    for ours, place, *batch in rows.compositions(25):
+    for ours, place, *batch in rows.compositions(12):
         for got, want in zip(rows.run(*batch, base=True), expected, strict=True):
             assert torch.equal(got[place], want[ours])
 
@@ -169,9 +170,9 @@ def test_rows_without_an_adapter_have_the_bits_of_lora_linear(monkeypatch, base,
     route = ops.multi_lora_linear_route(ids, rows.table, EVERY_ID)
     with using(triton_fixed=configs.fixed(**alone, **(dict(multi_base=base) if base else {}))):
         args = rows.weights, rows.table, rows.scaling
-        y, u = ops.multi_lora_linear_fwd(x, *base_of(rows.weight), N, bias, *args, 40, *route, None, None)
+        y, u, _ = ops.multi_lora_linear_fwd(x, *base_of(rows.weight), N, bias, *args, 40, *route, None, None)
         expected, v, _ = ops.lora_linear_fwd(*forward(x, rows.weight, *none, bias=bias))
-        dx, _, _ = ops.multi_lora_linear_bwd(
+        dx, *_ = ops.multi_lora_linear_bwd(
             rows.dy,
             None,
             u,

@@ -1,0 +1,106 @@
+"""Reparameterised methods: a change of the weight in few numbers, LoRA and its kin first."""
+
+from __future__ import annotations
+
+from .row import by, later, section
+
+INIT = "an initialisation; the layer is LoRA's"
+OPTIMISER = "an optimiser; the layer is LoRA's"
+GATE = "its gate stands where AdaLoRA's singular values do"
+ROUTED = "a rank scale for each token, from a router over several adapters"
+DERIVED = "an entry that makes lora_A and lora_B of its parameters"
+BLOCKS = "lora_A or lora_B in blocks, without their zeros"
+WEIGHT = "a change of the weight that is never stored whole"
+SPECTRUM = "a transform in place of the whole weight change"
+
+LORA = section(
+    "reparameterised", "low rank",
+    by("LoRA", "LoRA", example="linear", called="peft.LORA"),
+    by("rsLoRA", "LoRA", "another scaling", example="rsLoRA, no bias"),
+    by("lora_bias", "LoRA", "a bias of the branch, scaled with it", example="lora_bias"),
+    by("LoRA-FA", "LoRA", "lora_A is frozen, so x is not saved", example="lora_A frozen"),
+    *(by(name, "LoRA", INIT, example="linear") for name in (
+        "PiSSA", "OLoRA", "EVA", "CorDA", "LoRA-GA", "orthogonal initialisation",
+    )),
+    by("LoRA+", "LoRA", OPTIMISER, example="linear"),
+    by("Riemannian LoRA", "LoRA", OPTIMISER, example="linear"),
+    by("PeriodicLoRA", "LoRA", "merges and starts anew: a schedule", example="linear"),
+    by("Laplace-LoRA", "LoRA", "a posterior for the weights after training", example="linear"),
+    by("LoRAHub", "LoRA", "a weighted sum of adapters", example="two adapters"),
+    by("MiCA", "MiCA", "lora_B is frozen"),
+    by("KaSA", "KaSA", "a diagonal in rank space; the base loses its last singular values"),
+    by("DoRA", "DoRA"),
+    by("VeRA", "VeRA", called="peft.VERA"),
+    by("PVeRA", "PVeRA", called="peft.PVERA"),
+    by("DeLoRA", "DeLoRA", called="peft.DELORA"),
+    by("OSF", "OSF", called="peft.OSF"),
+    by("TinyLoRA", "TinyLoRA", called="peft.TINYLORA"),
+    by("Uni-LoRA", "Uni-LoRA", called="peft.UNILORA"),
+    by("MiSS", "MiSS", called="peft.MISS"),
+    by("aLoRA", "aLoRA", "the adapter acts on the rows after its invocation"),
+    later("LoRA of adapters", "L", "an entry for that library's layers; the equation is LoRA's", "adapters.lora"),
+    later("MoSLoRA", "L", "an (R, R) mixer, multiplied into lora_A"),
+    later("PSOFT", "L", "an orthogonal (R, R), multiplied into a frozen lora_A", "peft.PSOFT"),
+    later("VB-LoRA", "L", DERIVED, "peft.VBLORA"),
+    later("RandLoRA", "L", DERIVED + "; their rank is the weight's", "peft.RANDLORA"),
+    later("HRA", "L", DERIVED + ": reflections are a branch whose lora_B is W times a thin matrix", "peft.HRA"),
+    later("DEFT", "L", "a branch that also reads the base's output", "peft.DEFT"),
+    later("MonteCLoRA", "L", DERIVED + ", the mean of samples in training"),
+    later("CapaBoost", "L", DERIVED + ", one adapter under several masks"),
+    later("LoRA dropout", "L", "random masks as scales of the branch's input and output"),
+    later("VeLoRA", "L", "a compressed x for the gradient of lora_A"),
+    later("GraLoRA", "L", BLOCKS, "peft.GRALORA"),
+    later("BD-LoRA", "L", BLOCKS),
+    later("AdaMSS", "L", BLOCKS + "; the base's bias is a column of lora_A", "peft.ADAMSS"),
+)  # fmt: skip
+
+RANKS = section(
+    "reparameterised",
+    "dynamic rank",
+    by("AdaLoRA", "AdaLoRA", called="peft.ADALORA"),
+    by("DyLoRA", "AdaLoRA", "the ranks beyond the one that a step has drawn are zeros"),
+    by("SoRA", "AdaLoRA", GATE),
+    by("AutoLoRA", "AdaLoRA", GATE),
+)
+
+MIXTURES = section(
+    "reparameterised",
+    "several LoRAs",
+    by("Arrow", "Arrow", "each token's best adapters by their prototypes"),
+    *(later(name, "L", ROUTED) for name in ("MOELoRA", "MoLORA", "MoA", "MoLE", "MixLoRA")),
+    later("X-LoRA", "L", ROUTED, "peft.XLORA"),
+    later("Poly", "L", "lora_A and lora_B mixed for each sequence", "peft.POLY"),
+    later("Lily", "L", DERIVED + ": lora_B is a mixture by the batch's mean routing", "peft.LILY"),
+)
+
+QUANTISED = section(
+    "reparameterised",
+    "quantised",
+    later("QLoRA", "L", "a loader of the 4-bit weight"),
+    later("QA-LoRA", "L", "a loader of GPTQ's weight; x is pooled in groups"),
+    by("LoftQ", "LoRA", INIT + "; a quantised base is QLoRA's", example="linear"),
+)
+
+OTHERS = section(
+    "reparameterised", "other forms",
+    later("OFT", "S", "a rotation of blocks of x before the GEMM", "peft.OFT"),
+    later("BOFT", "S", "several such rotations, permuted, and a scale of the output", "peft.BOFT"),
+    later("LoHa", "S", "a branch of rank R^2 of column-wise products where R is small", "peft.LOHA"),
+    later("LoKr", "S", "two small products on x as a matrix", "peft.LOKR"),
+    later("KronA", "S", "two small products on x as a matrix"),
+    later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
+    later("Compacter", "B", "a bottleneck of Kronecker products, built once a step; family B's kernel",
+          "adapters.compacter adapters.compacter++"),
+    later("FourierFT", "S", SPECTRUM, "peft.FOURIERFT"),
+    later("WaveFT", "S", SPECTRUM, "peft.WAVEFT"),
+    later("C3A", "S", "circular convolutions of blocks of x", "peft.C3A"),
+    later("HiRA", "S", "the weight times a low-rank matrix, entry by entry, as it is loaded", "peft.HIRA"),
+    later("GLoRA", "S", "the same with an addition, and the bias", "peft.GLORA"),
+    later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
+    later("SV-Diff", "S", "a scale of the weight's singular values"),
+    later("SAID", "S", WEIGHT + ", of a random projection"),
+    later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
+    later("PEANuT", "S", WEIGHT + ", of a small network on the weight", "peft.PEANUT"),
+)  # fmt: skip
+
+REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

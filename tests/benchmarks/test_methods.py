@@ -1,0 +1,99 @@
+"""``bench --methods``: every method of the registry that has a layer to time, from the command line to JSON, table, plot and
+document."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from peftkern.benchmarks import bench as command
+from peftkern.benchmarks import methods, report
+from peftkern.benchmarks.core.presets import Choice
+from peftkern.benchmarks.measure.probe import TINY as TINY_LAYER
+from peftkern.methods import METHODS
+
+pytest.importorskip("peft", reason="HF PEFT is not installed")
+M, K, N, R = 24, 40, 32, 4
+TINY = ["--device", "cpu", "--shape", f"{M},{K},{N}", "--seconds", "0.01", "--repeats", "5"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("methods")
+    argv = ["--methods", "LoRA", *TINY, "--rank", str(R), "--dropout", "0", "0.1", "--dtype", "fp32", "bf16"]
+    assert command.main([*argv, "--json", str(folder / "r.json"), "--plot", str(folder)]) == 0
+    assert sorted(p.name for p in folder.glob("*.png")) == ["methods-bf16.png", "methods-fp32.png"]
+    return folder, json.loads((folder / "r.json").read_text())
+
+
+def test_rows(result):
+    _, result = result
+    assert result["header"]["op"] == "methods"
+    for which in ("fwd", "fwd_bwd"):
+        for dropout in (0.0, 0.1):
+            for dtype in ("fp32", "bf16"):
+                row = {
+                    r["provider"]: r for r in result["rows"]
+                    if (r["dtype"], r["pass"], r["dropout"]) == (dtype, which, dropout)
+                }  # fmt: skip
+                assert row.keys() == {"library", "peftkern"}
+                ours, theirs = row["peftkern"], row["library"]
+                assert (ours["op"], ours["method"], ours["R"]) == ("lora_linear", "LoRA", R)
+                assert ours["skipped"] is None and ours["ratio_to_base"] > 0 and theirs["speed_up"] is None
+                assert ours["speed_up"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1e-3)
+
+
+def test_saved_bytes_leave_parameters_out(result):
+    _, result = result
+    saved = {
+        (r["provider"], r["dropout"]): r["saved_bytes"] for r in result["rows"]
+        if r["pass"] == "fwd_bwd" and r["dtype"] == "fp32"
+    }  # fmt: skip
+    assert saved["base", None] == 0
+    assert saved["library", 0.0] == saved["peftkern", 0.0] == 4 * M * (K + R)
+    # The mask and the input without what it drops.
+    assert saved["library", 0.1] > 4 * M * 2 * K and saved["peftkern", 0.1] <= 4 * M * (K + R) + 64
+
+
+def test_document(result, tmp_path):
+    folder, _ = result
+    document = tmp_path / "README.md"
+    document.write_text("<!-- benchmarks:methods -->\n<!-- /benchmarks:methods -->\n")
+    assert report.main(["--readme", str(document), "--results", str(folder)]) == 0
+    lines = document.read_text().splitlines()
+    assert sum(line.startswith(f"| LoRA | {M}x{K}x{N} | {R} | 0") for line in lines) == 4
+    assert any(
+        line.startswith("fp32, forward + backward, fp32 adapters: time over the frozen linear") for line in lines
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer])
+def test_a_method_has_a_layer_that_computes_what_the_library_does(name):
+    ((bench, choice),) = methods.benches([name], Choice(dtypes=["fp32", "bf16"]))
+    cases = bench.cases("quick", "cpu", choice)
+    assert len(cases) == 4
+    for case in cases[::2]:
+        assert case.adapter_dtype == torch.float32 and case.R == METHODS[name].rank
+        assert bench.gate(case) is None
+    # What tells whether a dtype is slow is timed on a layer that is smaller than some ranks.
+    K, N = TINY_LAYER[1:]
+    assert METHODS[name].build(nn.Linear(K, N), 16)(torch.randn(3, K)).shape == (3, N)
+
+
+def test_only_what_a_method_has_is_varied():
+    asked = Choice(ranks=[8], dropouts=[0.0, 0.1])
+    has = {bench.name: (choice.ranks, choice.dropouts) for bench, choice in methods.benches(["LoRA", "(IA)^3"], asked)}
+    assert has == {"LoRA": ([8], [0.0, 0.1]), "(IA)^3": (None, None)}
+
+
+def test_an_unknown_method_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--methods", "no such", *TINY])
+    assert "no method to time is called no such; there are " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--methods", "LoRA", *TINY, "--provider", "peftkern"])
+    assert "mean nothing to --methods" in capsys.readouterr().err
