@@ -265,6 +265,8 @@ def lora_linear_with(
     if dropout_p > 0.0:
         rest = (seed_tensor(seed, x.device), *rest)
     if scales is not None:
+        if now is None and scales[4] is not None:  # may be g_b itself (DoRA), and dynamo takes no tensor twice
+            scales = (*scales[:4], scales[4].view_as(scales[4]))
         rest = (*scales, *rest)
     if torch.is_grad_enabled():
         for t in base.tensors:

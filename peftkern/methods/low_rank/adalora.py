@@ -94,6 +94,6 @@ ADALORA = register(
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B diag(E) A",
         peft_type="ADALORA",
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )
