@@ -8,9 +8,11 @@ it, and both runs must take the same path (else they draw different dropout bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import peft
 import torch
 from packaging.version import InvalidVersion, Version
 from peft.tuners.lora.layer import ParamWrapper
@@ -21,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
-from ...methods.registry import METHODS, Plan, method_of
+from ...methods.registry import METHODS, Method, Plan, method_of
 from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
 from . import fsdp as _fsdp
 
@@ -36,13 +38,16 @@ Read = Callable[[nn.Module, str], Any]
 FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
 
 
-def version_reason(library: str, version: str) -> str | None:
-    """Why this release of a library is not covered, or None."""
+def version_reason(library: str, version: str, methods: Iterable[Method] | None = None) -> str | None:
+    """Why this release of a library is not covered by any of these methods (default: all), or None."""
     try:
         release = Version(version).release
     except InvalidVersion:
         release = ()
-    tested = [method.tested[library] for method in METHODS.values() if library in method.tested]
+    methods = METHODS.values() if methods is None else methods
+    tested = [method.tested[library] for method in methods if library in method.tested]
+    if not tested:
+        return None
     low, high = min(low for low, _ in tested), max(high for _, high in tested)
     if low <= release[:2] <= high:
         return None
@@ -167,9 +172,17 @@ def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
             if reason is not None:
                 return reason
             inner.class_stays()
-        return tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
+        plan = tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
     except NotCovered as reason:
         return str(reason)
+    # An adapter may make another method of the layer, which other releases have been tested with.
+    return next(filter(None, (_release_reason(h.method.name, peft.__version__) for h in plan.held)), plan)
+
+
+@functools.cache
+def _release_reason(method: str, version: str) -> str | None:
+    reason = version_reason("peft", version, [METHODS[method]])
+    return None if reason is None else f"{method}: {reason}"
 
 
 def look_at_call(
