@@ -112,7 +112,8 @@ def _fused(branches: tuple[Branch, ...]) -> tuple[Branch, tuple[Branch, ...]]:
     dropping = [b for b in rest if b.dropout_p > 0.0]
     if not rest:
         nothing = apart[0]
-        return Branch(nothing.lora_A[:0], nothing.lora_B[:, :0]), apart
+        # Detached: x is kept for an A that requires grad, though it has no rows.
+        return Branch(nothing.lora_A[:0].detach(), nothing.lora_B[:, :0].detach()), apart
     if not dropping:
         return (rest[0] if len(rest) == 1 else _stacked(rest)), apart
     return dropping[0], (*apart, *(b for b in rest if b is not dropping[0]))

@@ -10,31 +10,41 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
+from ..autograd.row_norm import row_norm
 from ..checks import accumulate_dtype, check_number
+from ..methods.low_rank.dora import dora_linear
 from ..ops.dropout_mask import check_p
 from .flat_parameter import trains
 from .plain_linear import linear_reason, tensor_reason
+
+# Of DoRA's factors: dividing by less does not bring a merged row back.
+_SMALL = 2.0**-6
 
 
 class LoRALinear(nn.Module):
     """y = x W^T + bias + s (drop(x) A^T) B^T, s = lora_alpha / r (lora_alpha / sqrt(r) with ``use_rslora``).
 
+    With ``use_dora`` y = f * (x (W + s B A)^T) + bias, f[n] = m[n] / |row n of W + s B A|, the norm taken as a constant; in
+    training with dropout the function of two base products that ``dora_linear`` shows.
+
     A drop-in for ``nn.Linear``: same attributes ``in_features``, ``out_features``, ``weight``, ``bias`` and state-dict
     keys, plus ``lora_A`` (r, in_features) and ``lora_B`` (out_features, r). weight and bias are frozen
-    (``train_bias=True`` trains the bias); lora_A starts Kaiming-uniform, lora_B zero, so a new layer equals its base.
-    Matches LoRA (Hu et al. 2021) and rsLoRA (Kalajdzievski 2023) as HF PEFT defines them.
+    (``train_bias=True`` trains the bias); lora_A starts Kaiming-uniform, lora_B zero, and with DoRA ``lora_magnitude``
+    (out_features), m, as the norms of the weight's rows, so a new layer equals its base. Matches LoRA (Hu et al. 2021),
+    rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) as HF PEFT defines them.
 
     Args:
         in_features, out_features: K and N.
         r: rank, >= 1. lora_alpha: scaling numerator. lora_dropout: drop probability of the branch's input, in [0, 1).
         bias: whether the base has a bias.
-        use_rslora: scale by lora_alpha / sqrt(r). use_dora: not available, raises NotImplementedError.
+        use_rslora: scale by lora_alpha / sqrt(r). use_dora: train magnitudes too.
         train_bias: the bias gets a gradient.
-        lora_dtype: dtype of lora_A and lora_B, float32 (default) or the weight's.
+        lora_dtype: dtype of lora_A, lora_B and lora_magnitude, float32 (default) or the weight's.
         device, dtype: of weight and bias, as in ``nn.Linear``.
 
-    A plain ``nn.Linear`` checkpoint loads with ``strict=False``. The state dict of a merged layer holds the unmerged
-    weight, up to one rounding. The layer runs and trains inside FSDP1 (``use_orig_params=True``) and FSDP2.
+    A plain ``nn.Linear`` checkpoint loads with ``strict=False``; the magnitudes, which it lacks, become the norms of the
+    rows that were loaded. The state dict of a merged layer holds the unmerged weight, up to one rounding. The layer runs
+    and trains inside FSDP1 (``use_orig_params=True``) and FSDP2.
     """
 
     def __init__(
@@ -88,8 +98,6 @@ class LoRALinear(nn.Module):
         return layer
 
     def _build(self, base, r, lora_alpha, lora_dropout, use_rslora, use_dora, train_bias, lora_dtype) -> None:
-        if use_dora:
-            raise NotImplementedError("use_dora=True: DoRA (weight-decomposed LoRA) is not implemented")
         if isinstance(r, bool) or not isinstance(r, int):
             raise TypeError(f"r must be an int, got {type(r).__name__}")
         if r < 1:
@@ -116,22 +124,45 @@ class LoRALinear(nn.Module):
         options = {"device": weight.device, "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **options))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **options))
-        # Of a merged layer: what was merged (these move with the layer), its scaling, and the unmerged weight if others hold
-        # it, in a tuple, where it is no parameter of this layer.
-        self.register_buffer("_merged_A", None, persistent=False)
-        self.register_buffer("_merged_B", None, persistent=False)
+        self.register_parameter("lora_magnitude", None)
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(torch.empty(self.out_features, **options))
+        # Of a merged layer: what was merged (these move with the layer), DoRA's factors, the scaling, and the unmerged
+        # weight if others hold it, in a tuple, where it is no parameter of this layer.
+        for name in ("_merged_A", "_merged_B", "_merged_factor"):
+            self.register_buffer(name, None, persistent=False)
         self._merged_scaling = 1.0
         self._unmerged: tuple[Tensor, ...] = ()
         self.register_state_dict_post_hook(_unmerged_state)
-        self.register_load_state_dict_pre_hook(_load_unmerged)
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self._lacks_magnitude = False
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero: the branch is zero. Raises RuntimeError while merged."""
+        """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero, magnitudes the weight's: the layer equals its base.
+
+        Raises RuntimeError while merged.
+        """
         if self.merged:
             raise RuntimeError("reset_lora_parameters: the layer is merged; call unmerge() first")
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
+
+    def _reset_magnitude(self) -> None:
+        if self.use_dora and not self.weight.is_meta:
+            self._check_weight("lora_magnitude")
+            with torch.no_grad():
+                self.lora_magnitude.copy_(self._norm())
+
+    def _norm(self) -> Tensor:
+        return row_norm(self.weight.detach(), self.lora_A, self.lora_B, self.scaling)
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether the layer has magnitudes."""
+        return self._parameters["lora_magnitude"] is not None
 
     @property
     def merged(self) -> bool:
@@ -153,7 +184,10 @@ class LoRALinear(nn.Module):
             if (kept.dtype, kept.device, kept.shape) == (weight.dtype, weight.device, weight.shape):
                 return kept
         delta = self._product(self._merged_A, self._merged_B, self._merged_scaling)
-        return (weight.to(delta.dtype) - delta).to(weight.dtype)
+        total = weight.to(delta.dtype)
+        if self._merged_factor is not None:
+            total = total / self._merged_factor[:, None]
+        return (total - delta).to(weight.dtype)
 
     def _set_weight(self, values: Tensor) -> None:
         # In place only where nobody else sees it: not another layer, nor whoever holds the weight in another tensor. That
@@ -187,12 +221,13 @@ class LoRALinear(nn.Module):
             raise RuntimeError(f"{what}: the weight {reason}")
 
     def merge(self) -> None:
-        """weight += s B A, in place, rounded once. A second call does nothing. Training while merged raises.
+        """weight += s B A, with DoRA times f, in place, rounded once. A second call does nothing. Training while merged raises.
 
         What others hold stays as it is: if the weight is tied to another layer's, or anything else has it (an optimizer
         that lists it, a state dict), this layer gets a weight of its own until ``unmerge``. Only a weight that is a
         part of a larger tensor (FSDP1's flat parameter) always changes in place, with a warning. The layer remembers
-        what it merged: an adapter that is changed while merged takes effect after ``unmerge``.
+        what it merged: an adapter that is changed while merged takes effect after ``unmerge``. Where DoRA makes a row
+        (nearly) zero, the unmerged weight is kept too.
 
         Raises RuntimeError for a weight that has become something else since: quantised, sharded, offloaded.
         """
@@ -200,9 +235,15 @@ class LoRALinear(nn.Module):
             return
         self._check_weight("merge")
         with torch.inference_mode(False), torch.no_grad():
-            # Not in a variable of this function: that would hold the weight.
-            self._set_weight(_rounded_sum(self.weight, self.get_delta_weight()))
+            factor = None
+            if self.use_dora:
+                factor = self.lora_magnitude.to(accumulate_dtype(self.weight.dtype)) / self._norm()
+            # A variable of this function that has the weight holds it.
+            held = self.weight if factor is not None and bool((factor.abs() < _SMALL).any()) else None
+            self._set_weight(_rounded(self.weight, self.get_delta_weight(), factor))
+            del held
             self._merged_A, self._merged_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+            self._merged_factor = factor
         self._merged_scaling = self.scaling
 
     def unmerge(self) -> None:
@@ -219,12 +260,12 @@ class LoRALinear(nn.Module):
                 self.weight = before
             else:
                 self._set_weight(before)
-        self._merged_A = self._merged_B = None
+        self._merged_A = self._merged_B = self._merged_factor = None
         self._unmerged = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        weight, bias = self.weight, self.bias
+        weight, bias, magnitude = self.weight, self.bias, self.lora_magnitude
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("the layer is merged: call unmerge() before training, or eval()")
@@ -232,27 +273,30 @@ class LoRALinear(nn.Module):
         if weight.requires_grad and not trains(self, "weight", weight):
             weight = weight.detach()
             bias = bias if bias is None or trains(self, "bias", bias) else bias.detach()
-        return lora_linear(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_B,
-            bias=bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
+            if magnitude is not None and not trains(self, "lora_magnitude", magnitude):
+                magnitude = magnitude.detach()
+        options = {
+            "bias": bias,
+            "scaling": self.scaling,
+            "dropout_p": self.lora_dropout,
+            "training": self.training,
+        }
+        if magnitude is not None:
+            return dora_linear(x, weight, self.lora_A, self.lora_B, magnitude, **options)
+        return lora_linear(x, weight, self.lora_A, self.lora_B, **options)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_dora={self.use_dora}, "
+            f"merged={self.merged}"
         )
 
 
-def _rounded_sum(weight: Tensor, delta: Tensor) -> Tensor:
-    return (weight.to(delta.dtype) + delta).to(weight.dtype)
+def _rounded(weight: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:
+    total = weight.to(delta.dtype) + delta
+    return (total if factor is None else total.mul_(factor[:, None])).to(weight.dtype)
 
 
 def _unmerged_state(module: LoRALinear, state: dict, prefix: str, local_metadata: dict) -> None:
@@ -261,6 +305,13 @@ def _unmerged_state(module: LoRALinear, state: dict, prefix: str, local_metadata
             state[prefix + "weight"] = module._without_merged().detach()
 
 
-def _load_unmerged(module: LoRALinear, *args) -> None:
+def _before_loading(module: LoRALinear, state: dict, prefix: str, *args) -> None:
     # A checkpoint holds the unmerged weight, so a merged layer is one no longer after loading it.
     module.unmerge()
+    module._lacks_magnitude = prefix + "weight" in state and prefix + "lora_magnitude" not in state
+
+
+def _after_loading(module: LoRALinear, incompatible_keys) -> None:
+    if module._lacks_magnitude:
+        module._lacks_magnitude = False
+        module._reset_magnitude()

@@ -9,6 +9,7 @@ import torch
 
 import peftkern
 from peftkern.integrations import hf_peft
+from peftkern.methods import tuner
 
 K, N = 24, 20
 _ULPS = 4.0
@@ -24,7 +25,7 @@ def _near(errors, what):
     ours, stock, exact = (torch.cat([t.flatten().double() for t in each]) for each in zip(*errors, strict=True))
     if not exact.numel():
         return
-    bits = {torch.float32: 24, torch.bfloat16: 8}[errors[0][0].dtype]
+    bits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}[errors[0][0].dtype]
     floor = _ULPS * exact.abs().max().item() * 2.0**-bits
     error, allowed = ((t - exact).square().mean().sqrt().item() for t in (ours, stock))
     assert error <= max(1.5 * allowed, floor), f"{what}: error {error:.3g}, the library's {allowed:.3g}"
@@ -51,8 +52,43 @@ def _agree(ours, stock, inputs, what):
         _near(errors, f"{what}: {name}")
 
 
+@pytest.fixture
+def agree():
+    """(ours, the library's model, inputs, what): outputs and all gradients are near each other."""
+    return _agree
+
+
 def _layers(model):
     return [m for m in model.modules() if hf_peft.why_not(m) is None]
+
+
+@pytest.fixture
+def on_base(monkeypatch):
+    """Sets the dtype of the layers that examples put adapters on. The library makes adapters in fp32 for a half base."""
+    layer = tuner.layer
+
+    def to(dtype):
+        monkeypatch.setattr(tuner, "layer", lambda linear, *configs: layer(linear.to(dtype), *configs))
+
+    return to
+
+
+@pytest.fixture
+def half_parity(on_base):
+    """A check of one method on a base in half precision: every example, forward and all gradients, with autocast or not."""
+
+    def check(method, dtype, autocast):
+        on_base(torch.float32 if autocast else dtype)
+        for case, stock in method.examples(K, N).items():
+            stock, ours = (copy.deepcopy(stock).train(method.trains) for _ in range(2))
+            peftkern.accelerate(ours)
+            inputs = [torch.randn(*shape).to(torch.float32 if autocast else dtype) for shape in ((5, K), (2, 3, K)) * 2]
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                _agree(ours, stock, inputs, f"{method.name}, {case}, {dtype}")
+            status = peftkern.status(ours)
+            assert (status.fused, status.stock) == (4, 0)
+
+    return check
 
 
 @pytest.fixture
@@ -88,7 +124,7 @@ def parity():
             try:
                 for layer in both:
                     layer.merge()
-            except ValueError:  # what the library cannot merge
+            except (ValueError, NotImplementedError):  # what the library cannot merge
                 continue
             assert torch.equal(ours(inputs[0]), stock(inputs[0])), f"{method.name}, {case}, merged"
             for layer in both:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from peftkern.dispatch import registry as dispatch
 from peftkern.methods import METHODS, registry
@@ -11,9 +12,19 @@ from peftkern.methods import METHODS, registry
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer is not None])
+LAYERS = [name for name, method in METHODS.items() if method.layer is not None]
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_parity(parity, name):
     parity(METHODS[name])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half base", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_half_precision(half_parity, name, dtype, autocast):
+    half_parity(METHODS[name], dtype, autocast)
 
 
 @pytest.mark.parametrize("name", METHODS)

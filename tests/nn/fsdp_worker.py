@@ -17,20 +17,25 @@ from peftkern import LoRALinear
 torch.set_num_threads(1)
 CPU = {"use_orig_params": True, "device_id": torch.device("cpu")}
 _fused = 0
-_op = ours.lora_linear
 
 
-def _count(*args, **kwargs):
-    global _fused
-    _fused += 1
-    return _op(*args, **kwargs)
+def _counted(function):
+    def count(*args, **kwargs):
+        global _fused
+        _fused += 1
+        return function(*args, **kwargs)
+
+    return count
 
 
 def _model():
     torch.manual_seed(0)
     # The last layer's input needs a gradient, and so the weights of a gathered parameter in backward.
-    model = nn.Sequential(LoRALinear(10, 6, r=3), nn.Tanh(), LoRALinear(6, 5, r=2, train_bias=True))
-    for layer in (model[0], model[2]):
+    model = nn.Sequential(
+        LoRALinear(10, 6, r=3), nn.Tanh(), LoRALinear(6, 5, r=2, train_bias=True), nn.Tanh(),
+        LoRALinear(5, 4, r=2, use_dora=True),
+    )  # fmt: skip
+    for layer in model[::2]:
         nn.init.normal_(layer.lora_B, std=0.1)
     return model
 
@@ -40,13 +45,13 @@ def _whole(model):
 
 
 def _apart(model):
-    for i in (0, 2):
+    for i in (0, 2, 4):
         model[i] = FullyShardedDataParallel(model[i], **CPU)
     return FullyShardedDataParallel(model, **CPU)
 
 
 def _fsdp2(model):
-    for i in (0, 2):
+    for i in (0, 2, 4):
         fully_shard(model[i])
     return fully_shard(model)
 
@@ -90,7 +95,7 @@ def _merge(model):
 def main() -> None:
     """Train alone, then in each wrapping."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    ours.lora_linear = _count
+    ours.lora_linear, ours.dora_linear = _counted(ours.lora_linear), _counted(ours.dora_linear)
     result = {}
     for name, wrap in {"alone": lambda model: model, "whole": _whole, "apart": _apart, "fsdp2": _fsdp2}.items():
         model = wrap(_model())

@@ -21,7 +21,7 @@ def test_trains_as_it_does_alone():
     alone = runs.pop("alone")
     assert alone["losses"][-1] < alone["losses"][0] and set(runs) == {"whole", "apart", "fsdp2"}
     for name, run in runs.items():
-        assert run["fused"] == 6, f"{name}: 3 steps of 2 layers"
+        assert run["fused"] == 9, f"{name}: 3 steps of 3 layers"
         assert run["losses"] == pytest.approx(alone["losses"]), name
         assert set(run["parameters"]) == set(alone["parameters"])
         for parameter, value in alone["parameters"].items():

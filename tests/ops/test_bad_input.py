@@ -147,7 +147,6 @@ LAYER_CASES = [
     (dict(lora_dropout=1.0), ValueError, "lora_dropout"),
     (dict(lora_dropout=-0.5), ValueError, "lora_dropout"),
     (dict(lora_dtype=torch.float16), TypeError, "lora_dtype"),
-    (dict(use_dora=True), NotImplementedError, "DoRA"),
 ]
 
 

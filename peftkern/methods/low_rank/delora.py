@@ -95,6 +95,7 @@ DELORA = register(
         saves="x if delora_A trains, and (M, R) in fp32",
         merges="W + B diag(d) A diag(w)",
         peft_type="DELORA",
-        tested={"peft": ((0, 18), (0, 21))},
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

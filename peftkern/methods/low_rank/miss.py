@@ -91,6 +91,7 @@ MISS = register(
         saves="(M, R) in fp32",
         merges="W + B A",
         peft_type="MISS",
-        tested={"peft": ((0, 18), (0, 21))},
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

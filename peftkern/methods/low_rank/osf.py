@@ -94,6 +94,7 @@ OSF = register(
         saves="x, and (M, 2 R) in fp32",
         merges="W + U diag(S) V - U_0 diag(S_0) V_0",
         peft_type="OSF",
-        tested={"peft": ((0, 18), (0, 21))},
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

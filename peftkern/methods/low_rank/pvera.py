@@ -72,6 +72,7 @@ PVERA = register(
         saves="(M, R) in fp32",
         merges="W + diag(b) B diag(d) A",
         peft_type="PVERA",
+        keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

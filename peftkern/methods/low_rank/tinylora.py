@@ -91,6 +91,7 @@ TINYLORA = register(
         saves="(M, R) in fp32",
         merges="W + B R A",
         peft_type="TINYLORA",
+        keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

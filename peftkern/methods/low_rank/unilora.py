@@ -87,6 +87,7 @@ UNILORA = register(
         saves="x, (M, R) in fp32, and the gathered A and B",
         merges="W + B A",
         peft_type="UNILORA",
+        keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -96,6 +96,7 @@ VERA = register(
         saves="(M, R) in fp32",
         merges="W + diag(b) B diag(d) A",
         peft_type="VERA",
-        tested={"peft": ((0, 18), (0, 21))},
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )
