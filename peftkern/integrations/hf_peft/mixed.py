@@ -82,9 +82,9 @@ _REMEMBERED = 16
 
 
 def batch_of(names: Any, offsets: Any = None) -> Batch | None:
-    """The batch of this list of names, or of one name for all, and of a list of offsets: the same one as long as the lists
-    are the same and hold the same; None if it is something else."""
-    given = (names,) * len(offsets) if isinstance(names, str) else names
+    """The batch of this list of names, or of one name for all offsets, and of a list of offsets: the same one as long as the
+    lists are the same and hold the same; None if it is something else."""
+    given = (names,) * len(offsets) if isinstance(names, str) and offsets is not None else names
     known = None if torch.compiler.is_compiling() else _recent.get((id(names), id(offsets)))
     if known is not None and known[0] is names and known[1] is offsets:
         batch = known[2]
