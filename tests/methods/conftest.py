@@ -74,6 +74,9 @@ def half_parity(on_base):
     def check(method, dtype, autocast):
         on_base(torch.float32 if autocast else dtype)
         for case, stock in method.examples(K, N).items():
+            for p in stock.parameters():  # some start at zero
+                if p.requires_grad:
+                    torch.nn.init.normal_(p)
             stock, ours = (copy.deepcopy(stock).train(method.trains) for _ in range(2))
             peftkern.accelerate(ours)
             inputs = [torch.randn(*shape).to(torch.float32 if autocast else dtype) for shape in ((5, K), (2, 3, K)) * 2]
