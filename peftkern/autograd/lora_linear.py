@@ -23,7 +23,7 @@ from ..equation import NO_SCALES, PLACES, Needs, Scales, fold, names
 from ..ops.dropout_mask import acting, seed_tensor
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, rows_of
+from .shapes import as_shape, autocast_dtype, cast, cast_base, escaped, no_transforms, rows_of, unlooked
 
 _fwd, _bwd = caller("lora_linear_fwd"), caller("lora_linear_bwd")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -150,9 +150,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return (dx, dA, dB, dbias, None, *vectors, *[None] * (len(rest) - 5))
 
 
-# Function.apply without a look for tensors that have escaped from a torch.func transform: a third of its time.
-_apply = super(torch.autograd.Function, LoRALinearFunction).apply
-_escaped = torch._C._functorch.is_functorch_wrapped_tensor
+_apply = unlooked(LoRALinearFunction)
 
 
 def _careful_backward(ctx, dy: Tensor, saved: tuple, need: list[bool]) -> list[Tensor | None]:
@@ -278,7 +276,7 @@ def lora_linear_with(
                 )
         for t in (x, lora_A, lora_B, bias, *(scales or ())):
             if t is not None and t.requires_grad:
-                apply = LoRALinearFunction.apply if now is None or _escaped(x) else _apply
+                apply = LoRALinearFunction.apply if now is None or escaped(x) else _apply
                 return apply(x, lora_A, lora_B, bias, call, *rest)
     return call.forward(x if dtype is None else cast(x, dtype), lora_A, lora_B, bias, rest, False, False)
 

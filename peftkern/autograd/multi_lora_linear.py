@@ -28,7 +28,7 @@ from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
 from ..settings import Settings, current
 from .saved import kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, cast_base, no_transforms, rows_of
+from .shapes import as_shape, autocast_dtype, cast, cast_base, escaped, no_transforms, rows_of, unlooked
 
 _fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
@@ -172,14 +172,18 @@ class MultiLoRALinearFunction(torch.autograd.Function):
                 dy, x, u, base, kind, state.in_features, _contiguous(weights), table, scaling, order, starts, dropout_p, seed,
                 need_x, need_bias, list(need), _contiguous(vectors), state.acting, h, list(need_vectors),
             )  # fmt: skip
+            dx = dx.view(ctx.x_shape) if need_x else None
             grads = (
                 dx,
                 dbias,
                 *([g if n else None for g, n in zip(*pair)] for pair in ((grads, need), (sums, need_vectors))),
             )
         dx, dbias, grads, sums = grads
-        dx = cast(dx.view(ctx.x_shape), ctx.x_dtype) if need_x else None
+        dx = cast(dx, ctx.x_dtype) if need_x else None
         return dx, cast(dbias, ctx.bias_dtype) if need_bias else None, None, None, *[None] * parts.base, *grads, *sums
+
+
+_apply = unlooked(MultiLoRALinearFunction)
 
 
 def _state(adapters, x: Tensor, dtype: torch.dtype, base: Base | None = None) -> AdapterTable:
@@ -215,7 +219,8 @@ def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
         for t in (x, bias, *weights, *vectors):
             if t is not None and t.requires_grad:
                 parts = Parts(len(base.tensors), len(weights), batch.state.owners)
-                return MultiLoRALinearFunction.apply(x, bias, batch, parts, *base.tensors, *weights, *vectors)
+                apply = MultiLoRALinearFunction.apply if batch.now is None or escaped(x) else _apply
+                return apply(x, bias, batch, parts, *base.tensors, *weights, *vectors)
     given = x if batch.autocast is None else cast(x, batch.autocast)
     return batch.forward(given, bias, (base.tensors, weights, vectors), False, False)
 

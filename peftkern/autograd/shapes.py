@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..bases.base import kind_of
+
+# Whether a tensor has escaped from a torch.func transform.
+escaped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def unlooked(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without its look for tensors that have ``escaped``: a third of its time."""
+    return super(torch.autograd.Function, function).apply
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

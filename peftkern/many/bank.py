@@ -131,6 +131,7 @@ class AdapterBank:
         self.pairs: dict[Hashable, _Matrices] = {}  # by what they were copied from
         self._ranks: Counter[int] = Counter()
         self._symbols: Counter[str] = Counter()  # of vectors
+        self._captured: set[str] = set()  # what acted in the states that CUDA graphs have captured
         self._present = 0  # the tokens of all ids
         self._rows = Rows(max_adapters, dtype, self.device)
         self._state: AdapterTable | None = self._snapshot()
@@ -142,7 +143,7 @@ class AdapterBank:
         """Copy an adapter in, and return its id. lora_A (R, K), lora_B (N, R), 1 <= R <= max_rank, any dtype; or neither.
 
         ``coefficients`` and ``bias`` as in ``Adapter``. Raises ValueError for a name that is there, or shapes that do not
-        fit; RuntimeError if the bank is full.
+        fit; RuntimeError if the bank is full, or for a kind of vector that CUDA graphs which were captured before leave out.
         """
         adapter = Adapter(lora_A, lora_B, scaling, bias=bias, **coefficients)
 
@@ -220,6 +221,8 @@ class AdapterBank:
         if state is None:  # a change is being written
             with self._lock:
                 state = self._state
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.add(state.acting)
         return state
 
     def _find(self, name: str) -> _Adapter:
@@ -254,6 +257,12 @@ class AdapterBank:
     def _store(self, name: str, adapter: Adapter, number: Callable[[], int]) -> int:
         """Make this the adapter ``name``. ``number`` gives its id or raises, under the lock."""
         vectors = self._check(name, adapter)
+        for acting in self._captured:
+            if unknown := [symbol for symbol in vectors if symbol not in acting.split()]:
+                raise RuntimeError(
+                    f"a CUDA graph was captured when no adapter of the bank had {unknown[0]}, and would leave it out:"
+                    " add one such adapter before the capture"
+                )
         with self._lock:
             number()  # raises before the work
         # Copied without the lock: it may take long, and nobody knows this memory yet.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from ..ops.adapter_table import AXES, BESIDE, table_row
 from .adapter import Adapter, vectors_of
 
 INT32_MASK = 2**31 - 1
+# (slot, symbol) of vectors.
+Owners = tuple[tuple[int, str], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +44,7 @@ class AdapterTable:
     fixed: bool = False
     vectors: Sequence[Tensor] = ()
     acting: str = ""
-    owners: tuple[tuple[int, str], ...] = ()
+    owners: Owners = ()
     beside: str | None = None
     _given: object = None
 
@@ -103,8 +105,9 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
     ranks = tuple(A.shape[0] for A in given[::2])
     vectors = _vectors(adapters, x, {"K": K, "N": N}, ranks) if whole else {}
     acting = {symbol for _, symbol in vectors}
+    scaling = _constant(tuple(scalings), wide, x.device, lambda: scalings)
     return AdapterTable(
-        given, _rows(ranks, K, N, x.device, tuple(vectors)), _constant(tuple(scalings), wide, x.device), INT32_MASK,
+        given, _rows(ranks, K, N, x.device, tuple(vectors)), scaling, INT32_MASK,
         max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in AXES if s in acting),
         tuple(vectors), _beside(adapters) if acting.intersection(BESIDE) else None,
     )  # fmt: skip
@@ -156,15 +159,16 @@ def _beside(adapters: Sequence) -> str:
 _constants: dict[tuple, Tensor] = {}
 
 
-def _constant(values: tuple, dtype: torch.dtype, device: torch.device, repeats: int = 1) -> Tensor:
-    # Made once per content: a copy to a GPU would make the host wait, and may not be captured in a graph.
+def _constant(key: tuple, dtype: torch.dtype, device: torch.device, values: Callable[[], Sequence]) -> Tensor:
+    # Made once per content, which ``key`` tells: a copy to a GPU would make the host wait, and may not be captured in a
+    # graph.
     def make() -> Tensor:
         with torch.inference_mode(False):
-            return torch.tensor(values * repeats, dtype=dtype, device=device)
+            return torch.tensor(values(), dtype=dtype, device=device)
 
     if torch.compiler.is_compiling():
         return make()
-    key = (values, dtype, device, repeats)
+    key = (*key, dtype, device)
     if key not in _constants:
         if len(_constants) >= 1024:
             _constants.clear()
@@ -174,15 +178,15 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device, repeats: 
 
 def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -> Tensor:
     """Drop probabilities as the op takes them: fp64 (slots,), ``each`` that many times over."""
-    return _constant(each, torch.float64, device, repeats)
+    return _constant((each, repeats), torch.float64, device, lambda: each * repeats)
 
 
-def _rows(
-    ranks: tuple[int, ...], K: int, N: int, device: torch.device, owners: tuple[tuple[int, str], ...]
-) -> Tensor:  # fmt: skip
+def _rows(ranks: tuple[int, ...], K: int, N: int, device: torch.device, owners: Owners) -> Tensor:
     # Whole matrices and vectors, each a tensor of its own.
-    vectors: list[dict[str, tuple[int, int]]] = [{} for _ in ranks]
-    for i, (slot, symbol) in enumerate(owners):
-        vectors[slot][symbol] = (i, 0)
-    rows = (table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0, **vectors[i]) for i, R in enumerate(ranks))
-    return _constant(tuple(map(tuple, rows)), torch.int64, device)
+    def rows() -> list[list[int]]:
+        vectors: list[dict[str, tuple[int, int]]] = [{} for _ in ranks]
+        for i, (slot, symbol) in enumerate(owners):
+            vectors[slot][symbol] = (i, 0)
+        return [table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0, **vectors[i]) for i, R in enumerate(ranks)]
+
+    return _constant((ranks, K, N, owners), torch.int64, device, rows)

@@ -145,6 +145,11 @@ class Look:
         self.record.whole = False
         return only_aligns(self.module, cls)
 
+    def class_stays(self) -> None:
+        """Make the forward that its class has now part of the look: calling this part would run it."""
+        cls = type(self.module)
+        self.pattern[3]["__class__"] = instance(type(cls), {}, {"forward": same(cls.forward)})
+
     def tensor(self, name: str, *, frozen: bool = False) -> Any:
         """A parameter or buffer of this part, or None. ``frozen``: whether it requires a gradient is part of the look."""
         record = self.record

@@ -75,6 +75,8 @@ class Method:
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
         mixed: whether rows of a batch may have adapters of their own.
+        nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
+            input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``.
@@ -103,6 +105,7 @@ class Method:
     variant: bool = False
     peft_type: str | None = None
     mixed: bool = False
+    nests: bool = False
     keeps_dtype: bool = False
 
 

@@ -8,15 +8,38 @@ from typing import Any
 from torch import Tensor, nn
 
 from .look import PLAIN_TENSORS, Look, NotCovered
-from .registry import Method, Plan, loaded
+from .registry import Method, Plan, loaded, method_of
 
 
 def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan:
     """What a call of this layer computes; ``mixed``: the adapters of a batch in which each row takes one of them."""
-    check_state(look)
-    weight, bias = base(look)
-    shape = weight.shape
-    return Plan(weight, bias, [method.held(look, name, shape) for name in adapters(look, method.adapters, mixed)])
+    nested = levels(look)
+    if mixed is not None and len(nested) > 1:
+        raise NotCovered("a batch with adapter_names is not covered for a layer around another")
+    for level in nested:
+        check_state(level)
+    weight, bias = base(nested[-1])
+    held = []
+    for level in reversed(nested):  # each level works on what the one inside it gives
+        of = method_of(type(level.module))
+        held += [of.held(level, name, weight.shape) for name in adapters(level, of.adapters, mixed)]
+    if not held:
+        raise NotCovered(_without_adapter(look, method.adapters, mixed))
+    return Plan(weight, bias, held)
+
+
+def levels(look: Look) -> list[Look]:
+    """The layer and the layers around which it stands, the outermost first, as far as a plan takes them together."""
+    found, method = [look], method_of(type(look.module))
+    while method.nests:
+        part = look.part("base_layer")
+        method = None if part is None else method_of(type(part.module))
+        if method is None or not method.nests:
+            break
+        part.require(type(part.module), "base_layer")
+        found.append(part)
+        look = part
+    return found
 
 
 def check_state(look: Look) -> None:
@@ -54,25 +77,30 @@ def base(look: Look) -> tuple[Tensor, Tensor | None]:
     return (part.transposed(weight) if transposed else weight), bias
 
 
+def _asked(look: Look, mixed: Iterable[str] | None) -> list[str]:
+    active = look.value("_active_adapter")
+    return list(mixed) if mixed is not None else [active] if isinstance(active, str) else active
+
+
 def adapters(look: Look, held_by: str, mixed: Iterable[str] | None) -> list[str]:
     """The adapters of a call that the layer has: the active ones, or those of a mixed batch.
 
     ``held_by``: name of the dict that has an entry for each adapter.
     """
-    active = look.value("_active_adapter")
-    asked = list(mixed) if mixed is not None else [active] if isinstance(active, str) else active
-    parts = look.part(held_by)
-    found = [name for name in asked if parts.holds(name)]
-    if found:
-        return found
-    present = list(parts.module)
+    asked, parts = _asked(look, mixed), look.part(held_by)
+    return [name for name in asked if parts.holds(name)]
+
+
+def _without_adapter(look: Look, held_by: str, mixed: Iterable[str] | None) -> str:
+    # Why a call has none of the layer's adapters.
+    asked, present = _asked(look, mixed), list(look.part(held_by).module)
     whose = "active" if mixed is None else "batch's"
     if not asked:
-        raise NotCovered("it has no active adapter" if mixed is None else "it has no adapter of the batch")
+        return "it has no active adapter" if mixed is None else "it has no adapter of the batch"
     if not present:
-        raise NotCovered("it has no adapter")
+        return "it has no adapter"
     asked, present = (", ".join(f"{n!r}" for n in names) for names in (asked, present))
-    raise NotCovered(f"it has none of the {whose} adapters ({asked}), it has {present}")
+    return f"it has none of the {whose} adapters ({asked}), it has {present}"
 
 
 def number(scaling: Any, name: str) -> float | Tensor:

@@ -140,6 +140,18 @@ def test_vectors_are_used_again_only_when_nobody_reads_them():
     assert not bank.snapshot().vectors and bank.snapshot().acting == ""
 
 
+def test_vectors_that_a_captured_graph_would_leave_out_are_refused(monkeypatch):
+    bank, (A, B) = AdapterBank(K, N, max_adapters=4, max_rank=8), adapter(5, 0)
+    bank.add("a", A, B, rank_scale=torch.ones(5))
+    bank.device = torch.device("cuda")  # what decides; its memory stays where it is
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    bank.snapshot()
+    bank.add("b", A, B, rank_scale=torch.ones(5))
+    with pytest.raises(RuntimeError, match="captured when no adapter of the bank had g_b"):
+        bank.add("c", A, B, base_out_scale=torch.ones(N))
+    assert bank.names == ["a", "b"]
+
+
 def test_coefficients_of_a_bank_are_checked():
     bank = AdapterBank(K, N, max_adapters=2, max_rank=8)
     A, B = adapter(5, 0)

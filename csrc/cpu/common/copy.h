@@ -79,11 +79,17 @@ struct Copy {
   void rows(int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
     for (int64_t r = r0; r < r1; ++r) {
       const vf factor = splat(row_factor(r));
-      for (int64_t c = c0; c < c1; c += W) {
-        const int n = static_cast<int>(min64(W, c1 - c));
-        vf x = factor * load_n(in + r * in_row + c, n);
-        if (col_scale != nullptr) x *= load_n(col_scale + c, n);
-        store_n(out + r * out_row + c, x, n);
+      const TI* from = in + r * in_row;
+      TO* to = out + r * out_row;
+      int64_t c = c0;
+      for (; c + W <= c1; c += W) {
+        const vf x = factor * load(from + c);
+        store(to + c, col_scale != nullptr ? x * load(col_scale + c) : x);
+      }
+      if (c < c1) {
+        const int n = static_cast<int>(c1 - c);
+        const vf x = factor * load_n(from + c, n);
+        store_n(to + c, col_scale != nullptr ? x * load_n(col_scale + c, n) : x, n);
       }
     }
   }

@@ -45,12 +45,19 @@ static void finish_row(const float* delta, float alpha, const uint8_t* bits, con
 // Without a branch there is no delta to add: not even a zero, which would turn -0 into 0.
 template <class TO, class TS>
 static void finish_row_base(const TS* src, const BlockVectors& v, int64_t n, TO* out) {
-  for (int64_t c = 0; c < n; c += W) {
-    const int k = static_cast<int>(min64(W, n - c));
-    vf y = src != nullptr ? load_n(src + c, k) : zero();
-    if (v.base != nullptr) y *= load_n(v.base + c, k);
-    if (v.bias != nullptr) y += load_n(v.bias + c, k);
-    store_n(out + c, y, k);
+  const auto element = [&](vf y, vf base_scale, vf b) {
+    if (v.base != nullptr) y *= base_scale;
+    return v.bias != nullptr ? y + b : y;
+  };
+  int64_t c = 0;
+  for (; c + W <= n; c += W) {
+    const auto at = [c](const auto* p) { return p != nullptr ? load(p + c) : zero(); };
+    store(out + c, element(at(src), at(v.base), at(v.bias)));
+  }
+  if (c < n) {
+    const int k = static_cast<int>(n - c);
+    const auto at = [c, k](const auto* p) { return p != nullptr ? load_n(p + c, k) : zero(); };
+    store_n(out + c, element(at(src), at(v.base), at(v.bias)), k);
   }
 }
 

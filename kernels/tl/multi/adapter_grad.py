@@ -38,10 +38,10 @@ def _store(
 ):  # fmt: skip
     if COL:
         c, there, _ = find_vector(vectors, count, table, segment, segment >= 0, G_D if SIDE_B else P_D)
-        value *= load_vector(c, there, col, C)[:, None]
+        value *= load_vector(c, there, col, C, 1.0)[:, None]
     if ROW:
         d, there, _ = find_vector(vectors, count, table, segment, segment >= 0, D)
-        value *= load_vector(d, there, rank, R)[None, :]
+        value *= load_vector(d, there, rank, R, 1.0)[None, :]
     value = narrow(value, DTYPE)
     if wide:
         weight = pointer_to(address, DTYPE, True)

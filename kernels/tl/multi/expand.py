@@ -104,7 +104,7 @@ def multi_expand_kernel(
             if seed is not None:
                 acc = tl.where(keep_tile(key, row, col0, threshold, BLOCK_N), acc, 0.0)
             if COL:
-                acc *= load_vector(c, c_there, col, N)[None, :]
+                acc *= load_vector(c, c_there, col, N, 1.0)[None, :]
             if GEMM:
                 acc = product(
                     acc, x, w, None, 0, col0, row, col, M, N, K, stride_x, stride_w,
@@ -113,10 +113,10 @@ def multi_expand_kernel(
             elif base is not None:
                 under = tl.load(base + row[:, None] * stride_base + col[None, :], mask=inside, other=0.0).to(tl.float32)
                 if BASE:
-                    under *= load_vector(z, z_there, col, N)[None, :]
+                    under *= load_vector(z, z_there, col, N, 1.0)[None, :]
                 acc += under
             if OWN_BIAS:
-                added = tl.load(beta + col, mask=col < tl.where(beta_there, N, 0), other=0.0)
+                added = load_vector(beta, beta_there, col, N, 0.0)
                 if bias is not None:
                     added += tl.load(bias + col, mask=col < tl.where(beta_there, 0, N), other=0.0).to(tl.float32)
                 acc += added[None, :]

@@ -23,8 +23,10 @@ def sum_ranks(
         at = row[:, None] * stride_v + rank[None, :]
         vt = tl.load(v + at, mask=inside_m[:, None] & (rank < MAX_RANK)[None, :], other=0.0) * factor
         if ROW:
-            vt = vt * load_vector(d, d_there, rank, R)[None, :]
+            vt = vt * load_vector(d, d_there, rank, R, 1.0)[None, :]
         vt = tl.where((rank < R)[None, :], vt, 0.0)
         bt = load_weights(weight, rank[:, None], col[None, :], R, C, stride_r, stride_c, RANK_FAST, WIDE)
+        if V_TERMS == 0:
+            bt = bt.to(tl.float32)
         acc = split_dot(vt, bt, acc, V_TERMS, B_TERMS, PRECISION)
     return acc

@@ -47,7 +47,7 @@ def _sum_blocks(
             xt = tl.where(keep_tile(key, row, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
         wt = load_weights(weight, rank[None, :], k[:, None], R, C, stride_r, stride_c, RANK_FAST, WIDE)
         if COL:
-            wt = wt.to(tl.float32) * load_vector(c, c_there, k, C)[:, None]
+            wt = wt.to(tl.float32) * load_vector(c, c_there, k, C, 1.0)[:, None]
         product = split_dot(xt, wt, None, X_TERMS, A_TERMS, PRECISION)
         fresh = block % SPAN == 0
         total += tl.where(fresh, span, 0.0)

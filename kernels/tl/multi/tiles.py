@@ -111,9 +111,15 @@ def find_vector(vectors, count, table, slot, inside, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_vector(vector, there, index, length):
-    """Elements of a vector, 1 where the adapter has none, and beyond its end."""
-    return tl.load(vector + index, mask=index < tl.where(there, length, 0), other=1.0)
+def load_vector(vector, there, index, length, OTHER: tl.constexpr):
+    """Elements of a vector, OTHER where the adapter has none, and beyond its end."""
+    return tl.load(vector + index, mask=index < tl.where(there, length, 0), other=OTHER)
+
+
+@triton.jit
+def store_vector(vector, value, index, length):
+    """The counterpart of ``load_vector``."""
+    tl.store(vector + index, value, mask=index < length)
 
 
 @triton.jit

@@ -19,14 +19,24 @@ from torch import Tensor
 from .. import configs, launch
 from ..configs import cdiv
 from ..dropout import keep_tile
-from ..lora_linear import expand_terms
 from ..operand import row_stride, rows_of
 from ..tiles import narrow
 from . import configs as multi_configs
 from . import tiles
 from .batch import Batch
 from .ranks import sum_ranks
-from .tiles import COLUMNS, RANK, D, dropout_of, find_matrix, find_tile, find_vector, load_vector, pointer_to
+from .tiles import (
+    COLUMNS,
+    RANK,
+    D,
+    dropout_of,
+    find_matrix,
+    find_tile,
+    find_vector,
+    load_vector,
+    pointer_to,
+    store_vector,
+)
 
 
 @triton.jit(do_not_specialize=["M", "slots", "count", "numbers"])
@@ -48,7 +58,7 @@ def multi_scale_rows_kernel(
             length = tl.cast(C, tl.int32)
             if BY_RANK:
                 length = tl.load(table + tl.cast(segment, tl.int64) * COLUMNS + RANK).to(tl.int32)
-            scaled = value.to(tl.float32) * load_vector(vector, there, col, length)[None, :]
+            scaled = value.to(tl.float32) * load_vector(vector, there, col, length, 1.0)[None, :]
             value = narrow(scaled, out.dtype.element_ty)
         tl.store(out + row[:, None] * stride_out + col[None, :], value, mask=inside)
 
@@ -58,13 +68,12 @@ def multi_column_sums_kernel(
     grads, p, q, v, addresses, tensors, vectors, count, table, order, starts, scaling, dropout_p, seed,
     C, MAX_RANK, slots, stride_p, stride_q, stride_v,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, VECTOR: tl.constexpr, BY_RANK: tl.constexpr,
-    ROW: tl.constexpr, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, DTYPE: tl.constexpr, V_TERMS: tl.constexpr,
-    B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    ROW: tl.constexpr, SIDE_B: tl.constexpr, RANK_FAST: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, column blocks). grads: addresses of the vectors' gradients, 0 for one that is not wanted.
 
     The second factor is ``q`` (M, C), or ``v`` (M, MAX_RANK), times d with ROW, times the adapter's matrix, or 1. With
-    ``seed`` p is dropped. BY_RANK: C is the largest rank, the vectors have their adapter's.
+    ``seed`` p is dropped. BY_RANK: C is the largest rank, the vectors have their adapter's, beyond which nothing counts.
     """
     slot = tl.program_id(0)
     begin = tl.load(starts + slot)
@@ -84,28 +93,35 @@ def multi_column_sums_kernel(
             threshold, factor = dropout_of(dropout_p, slot)
             key = tl.load(seed)
         if v is not None:
-            address, R, stride_r, stride_c, _, _, _ = find_matrix(
+            address, R, stride_r, stride_c, wide, _, _ = find_matrix(
                 addresses, tensors, table, slot, SIDE_B, RANK_FAST, DTYPE
             )
             d, d_there, _ = find_vector(vectors, count, table, slot, slot >= 0, D)
         total = tl.zeros((BLOCK_C,), tl.float32)
+        # The gradient of a vector in fp32 is exact to fp32, whatever the rows' dtype.
         for first in tl.range(begin, end, BLOCK_M):
             place = first + tl.arange(0, BLOCK_M)
             inside_m = place < end
             row = tl.load(order + place, mask=inside_m, other=0).to(tl.int64)
-            inside = inside_m[:, None] & (col < length)[None, :]
+            inside = inside_m[:, None] & (col < C)[None, :]
             value = tl.load(p + row[:, None] * stride_p + col[None, :], mask=inside, other=0.0).to(tl.float32)
             if seed is not None:
                 value = tl.where(keep_tile(key, row, col0, threshold, BLOCK_C), value, 0.0)
             if q is not None:
                 value *= tl.load(q + row[:, None] * stride_q + col[None, :], mask=inside, other=0.0).to(tl.float32)
             if v is not None:
-                value *= sum_ranks(
-                    v, pointer_to(address, DTYPE, False), d, d_there, row, inside_m, col, C, R, MAX_RANK, stride_v,
-                    stride_r, stride_c, 1.0, BLOCK_M, BLOCK_C, BLOCK_R, RANK_FAST, False, ROW, V_TERMS, B_TERMS, PRECISION,
-                )  # fmt: skip
+                if wide:
+                    value *= sum_ranks(
+                        v, pointer_to(address, DTYPE, True), d, d_there, row, inside_m, col, C, R, MAX_RANK, stride_v,
+                        stride_r, stride_c, 1.0, BLOCK_M, BLOCK_C, BLOCK_R, RANK_FAST, True, ROW, 0, 0, "ieee",
+                    )  # fmt: skip
+                else:
+                    value *= sum_ranks(
+                        v, pointer_to(address, DTYPE, False), d, d_there, row, inside_m, col, C, R, MAX_RANK, stride_v,
+                        stride_r, stride_c, 1.0, BLOCK_M, BLOCK_C, BLOCK_R, RANK_FAST, False, ROW, 0, 0, "ieee",
+                    )  # fmt: skip
             total += tl.sum(value, axis=0)
-        tl.store(grad + col, total * factor, mask=col < length)
+        store_vector(grad, total * factor, col, length)
 
 
 def _place(symbol: str) -> int:
@@ -170,10 +186,8 @@ class VectorGrads:
             seed=b.seed if drops else None, MAX_RANK=b.max_rank, stride_p=row_stride(p),
             stride_q=0 if q is None else row_stride(q), stride_v=0 if v is None else row_stride(v), **b.weights, **b.vectors,
         )  # fmt: skip
-        v_terms, b_terms = expand_terms(p.dtype, b.dtype, False)
         constants = dict(
             BLOCK_M=multi_configs.TILE_ROWS, BLOCK_C=64, BLOCK_R=min(configs.rank_block(max(b.max_rank, 1)), 32),
-            VECTOR=_place(symbol), BY_RANK=symbol == "d", ROW=side_b and "d" in b.acting, **b.matrix(side_b), V_TERMS=v_terms,
-            B_TERMS=b_terms, PRECISION=b.s.precision,
+            VECTOR=_place(symbol), BY_RANK=symbol == "d", ROW=side_b and "d" in b.acting, **b.matrix(side_b),
         )  # fmt: skip
         launch.submit(launch.Launch(multi_column_sums_kernel, (b.slots, cdiv(C, 64)), args, constants))

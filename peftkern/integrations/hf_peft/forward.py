@@ -25,9 +25,9 @@ from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
-from .guard import PROCESS, call_plan, look_at_call
+from .guard import FUSED, PROCESS, call_plan, look_at_call, replaced_reason
 from .kept import keep
-from .mixed import left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
+from .mixed import activated_plan, left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
 from .status import KEY as CALLS
 from .status import Calls, calls_of, clear_calls, note_stock
 
@@ -53,13 +53,12 @@ class Mark:
 
 
 class _Switch:
-    """Process-wide state, changed under the lock only. ``stock``, ``fused``: the forward of each class that has ours."""
+    """Process-wide state, changed under the lock only. ``stock``: the own forward of each class that has ours."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.everywhere = False
         self.stock: dict[type, Callable] = {}
-        self.fused: dict[type, Callable] = {}
         self.stock_hooks = LoraModel._enable_peft_forward_hooks
         self.hooks = None
 
@@ -71,17 +70,6 @@ switch = _Switch()
 # What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
 _EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
 _NONE_MIXED = at(trained_mixed.data, EMPTY)
-
-
-def replaced_reason(cls: type) -> str | None:
-    """Why the forward of this class is not ours to replace (another library did), or None."""
-    current = cls.forward
-    if current is switch.fused.get(cls):
-        return None
-    module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
-        return None
-    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
 
 def wanted(layer: nn.Module) -> bool:
@@ -118,15 +106,17 @@ def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls
     return plan
 
 
-def _plan(layer: nn.Module, x: Tensor, names, plan_of: Callable):
-    # Of a call without arguments of its own but adapter_names.
-    return plan_of(None) if names is None else mixed_plan(layer, x, names, plan_of)
+def _plan(layer: nn.Module, x: Tensor, names, offsets, plan_of: Callable):
+    # Of a call without arguments of its own but adapter_names and alora_offsets.
+    if names is not None:
+        return mixed_plan(layer, x, names, plan_of, offsets)
+    return plan_of(None) if offsets is None else activated_plan(layer, x, offsets, plan_of)
 
 
 def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     # The forward of a layer that is wanted, with a look at everything.
-    names = kwargs.get("adapter_names")
-    others = args or kwargs.keys() - {"adapter_names"}
+    names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+    others = args or kwargs.keys() - {"adapter_names", "alora_offsets"}
     if names is None and not others and trained_mixed and not torch.compiler.is_compiling():
         _no_recomputation(layer)
     # A graph that counted would be compiled anew at each call.
@@ -134,15 +124,15 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if others:
         plan = "the call has arguments of its own"
     elif calls is None:
-        plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed))
+        plan = _plan(layer, x, names, offsets, lambda mixed: call_plan(layer, x, mixed))
     else:
-        plan = _plan(layer, x, names, lambda mixed: _looked_up(layer, x, mixed, calls))
+        plan = _plan(layer, x, names, offsets, lambda mixed: _looked_up(layer, x, mixed, calls))
     if calls is not None and type(plan) is str:
         inside = [] if others else units(layer, names)
         if inside:
             # Once the shards of these units are whole. If PEFT's own code runs anyway, then in no unit of ours.
             with plain_parts(inside):
-                plan = _plan(layer, x, names, lambda mixed: call_plan(layer, x, mixed, _whole))
+                plan = _plan(layer, x, names, offsets, lambda mixed: call_plan(layer, x, mixed, _whole))
             if type(plan) is not str:
                 return run_inside(inside, x, lambda x: type(layer).forward(layer, x, **kwargs))
         note_stock(layer, plan)
@@ -206,9 +196,9 @@ def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
         for cls, _ in layers():
-            if replaced_reason(cls) is None and cls.forward is not switch.fused.get(cls):
+            if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
                 switch.stock[cls] = cls.forward
-                switch.fused[cls] = cls.forward = _fused_forward(cls.forward)
+                FUSED[cls] = cls.forward = _fused_forward(cls.forward)
         if LoraModel._enable_peft_forward_hooks is not switch.hooks:
             switch.stock_hooks = LoraModel._enable_peft_forward_hooks
             switch.hooks = _mixed_hooks(switch.stock_hooks)
@@ -223,9 +213,9 @@ def uninstall_if_unused() -> None:
     with switch.lock:
         if switch.everywhere or len(marks):
             return
-        for cls in [cls for cls, fused in switch.fused.items() if cls.forward is fused]:
+        for cls in [cls for cls, fused in FUSED.items() if cls.forward is fused]:
             cls.forward = switch.stock[cls]
-            del switch.fused[cls], switch.stock[cls]
+            del FUSED[cls], switch.stock[cls]
         if switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
             LoraModel._enable_peft_forward_hooks = switch.stock_hooks
             switch.hooks = None

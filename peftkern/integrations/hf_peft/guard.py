@@ -8,9 +8,11 @@ it, and both runs must take the same path (else they draw different dropout bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import peft
 import torch
 from packaging.version import InvalidVersion, Version
 from peft.tuners.lora.layer import ParamWrapper
@@ -21,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
-from ...methods.registry import METHODS, Plan, method_of
+from ...methods.registry import METHODS, Method, Plan, method_of
 from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
 from . import fsdp as _fsdp
 
@@ -33,15 +35,19 @@ _GLOBAL_HOOKS = (
 )  # fmt: skip
 
 Read = Callable[[nn.Module, str], Any]
+FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
 
 
-def version_reason(library: str, version: str) -> str | None:
-    """Why this release of a library is not covered, or None."""
+def version_reason(library: str, version: str, methods: Iterable[Method] | None = None) -> str | None:
+    """Why this release of a library is not covered by any of these methods (default: all), or None."""
     try:
         release = Version(version).release
     except InvalidVersion:
         release = ()
-    tested = [method.tested[library] for method in METHODS.values() if library in method.tested]
+    methods = METHODS.values() if methods is None else methods
+    tested = [method.tested[library] for method in methods if library in method.tested]
+    if not tested:
+        return None
     low, high = min(low for low, _ in tested), max(high for _, high in tested)
     if low <= release[:2] <= high:
         return None
@@ -61,6 +67,17 @@ def type_reason(layer: nn.Module) -> str | None:
     if "forward" in layer.__dict__ and not only_aligns(layer, cls):
         return "its forward was replaced on the instance"
     return None
+
+
+def replaced_reason(cls: type) -> str | None:
+    """Why the forward of this class is not ours to replace (another library did), or None."""
+    current = cls.forward
+    if current is FUSED.get(cls):
+        return None
+    module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
+    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
+        return None
+    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
 
 def wrapped_parameters(layer: ParamWrapper) -> list[ParamWrapper]:
@@ -116,7 +133,7 @@ def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
         return f"the input is {x.dtype}, the base layer is not"
     if x.dtype not in _FLOATS and x.dtype != torch.float64:
         return f"the input is {x.dtype}"
-    widens = look.value("cast_input_dtype_enabled", True)
+    widens = all(level.value("cast_input_dtype_enabled", True) for level in tuner.levels(look))
     for h in held:
         dtype = h.tensors[0].dtype
         if dtype != x.dtype and not (dtype == torch.float32 and widens):
@@ -150,9 +167,22 @@ def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
     if mixed is not None and not method.mixed:
         return f"a batch with adapter_names is not covered for {method.name}"
     try:
-        return tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
+        for inner in tuner.levels(look)[1:]:
+            reason = replaced_reason(type(inner.module))
+            if reason is not None:
+                return reason
+            inner.class_stays()
+        plan = tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
     except NotCovered as reason:
         return str(reason)
+    # An adapter may make another method of the layer, which other releases have been tested with.
+    return next(filter(None, (_release_reason(h.method.name, peft.__version__) for h in plan.held)), plan)
+
+
+@functools.cache
+def _release_reason(method: str, version: str) -> str | None:
+    reason = version_reason("peft", version, [METHODS[method]])
+    return None if reason is None else f"{method}: {reason}"
 
 
 def look_at_call(

@@ -25,6 +25,7 @@ from ...equation import COEFFICIENTS
 from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
 from ...methods.linear import Linear, rank_scale
+from ...methods.low_rank.alora import ALORA, acting, invoked
 from ...methods.registry import Held, Plan, variant_of
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -35,56 +36,108 @@ class Batch:
 
     Attributes:
         names: one per sequence. adapters: each of them once, in the order in which they come, without the base.
+        offsets: where an aLoRA adapter's invocation begins, one per sequence, counted from its end.
     """
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], offsets: Sequence[int | None] | None = None):
         self.names = tuple(names)
+        self.offsets = (None,) * len(self.names) if offsets is None else tuple(offsets)
         self.adapters = tuple(dict.fromkeys(n for n in self.names if n != BASE))
         self._ids: dict[tuple, Tensor] = {}
 
-    def ids(self, adapters: tuple[str, ...], device: torch.device) -> Tensor:
-        """int32, one per sequence: the position of its adapter in ``adapters``, or -1."""
-        key = adapters, device
+    def tokens(self, names: Sequence[str], of: int) -> list[int]:
+        """How many of the last of its tokens each sequence has its adapter on: all, unless it is one of these names."""
+        return [
+            acting(offset, of) if name in names else of for name, offset in zip(self.names, self.offsets, strict=True)
+        ]
+
+    def ids(
+        self, adapters: tuple[str, ...], device: torch.device, tokens: Sequence[int] | None = None, of: int = 1
+    ) -> Tensor:
+        """int32, one per sequence: the position of its adapter in ``adapters``, or -1. With ``tokens``, those of ``of`` that
+        have the adapter, one per token if a sequence is divided."""
+        key = adapters, device, None if tokens is None else (of, *tokens)
         ids = self._ids.get(key)
         if ids is None:
             position = {name: i for i, name in enumerate(adapters)}
+            slots = [position.get(n, -1) for n in self.names]
+            divided = False
+            if tokens is not None:
+                slots = [slot if some else -1 for slot, some in zip(slots, tokens, strict=True)]
+                divided = any(0 < some < of for some in tokens)
             # No tensor of an inference_mode block: it has no version, so its route could not be remembered.
             with torch.inference_mode(False):
-                ids = torch.tensor([position.get(n, -1) for n in self.names], dtype=torch.int32, device=device)
+                ids = torch.tensor(slots, dtype=torch.int32)
+                if divided:
+                    after = torch.arange(of) >= of - torch.tensor(tokens)[:, None]
+                    ids = torch.where(after, ids[:, None], -1).flatten()
+                ids = ids.to(device)
             self._ids[key] = ids
         return ids
 
 
 # id(list) -> the list itself, so that its id is not another's, and its batch. The layers of a call get one list.
-_recent: OrderedDict[int, tuple[Sequence[str], Batch]] = OrderedDict()
+_recent: OrderedDict[tuple[int, int], tuple[Any, Any, Batch]] = OrderedDict()
 _REMEMBERED = 16
 
 
-def batch_of(names: Any) -> Batch | None:
-    """The batch of this list of names, the same one as long as the list is the same and holds the same names; None if
-    it is something else."""
-    known = None if torch.compiler.is_compiling() else _recent.get(id(names))
-    if known is not None and known[0] is names and known[1].names == tuple(names):
-        return known[1]
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+def batch_of(names: Any, offsets: Any = None) -> Batch | None:
+    """The batch of this list of names, or of one name for all, and of a list of offsets: the same one as long as the lists
+    are the same and hold the same; None if it is something else."""
+    given = (names,) * len(offsets) if isinstance(names, str) else names
+    known = None if torch.compiler.is_compiling() else _recent.get((id(names), id(offsets)))
+    if known is not None and known[0] is names and known[1] is offsets:
+        batch = known[2]
+        if batch.names == tuple(given) and (offsets is None or batch.offsets == tuple(offsets)):
+            return batch
+    if not isinstance(given, (list, tuple)) or not all(isinstance(n, str) for n in given):
         return None
-    batch = Batch(names)
+    batch = Batch(given, offsets)
     if not torch.compiler.is_compiling():
-        _recent[id(names)] = names, batch
+        _recent[id(names), id(offsets)] = names, offsets, batch
         while len(_recent) > _REMEMBERED:
             with contextlib.suppress(KeyError):  # another thread was faster
                 _recent.popitem(last=False)
     return batch
 
 
+def _offsets_reason(x: Any, offsets: Any) -> str | None:
+    # Why these alora_offsets are not known on the host, or do not fit.
+    if offsets is None:
+        return None
+    if not isinstance(offsets, (list, tuple)) or not all(o is None or type(o) is int for o in offsets):
+        return "alora_offsets is not a list of whole numbers"
+    shape = tuple(getattr(x, "shape", ()))
+    if len(shape) not in (2, 3) or len(offsets) != shape[0]:
+        return f"alora_offsets has {len(offsets)} entries, the input has shape {shape}"
+    return None
+
+
+def activated_plan(
+    layer: nn.Module, x: Any, offsets: Any, plan_of: Callable[[None], Plan | str]
+) -> Plan | tuple[nn.Module, Plan, Batch] | str:
+    """What a call with ``alora_offsets=offsets`` and without ``adapter_names`` computes, in the form of ``mixed_plan`` if an
+    aLoRA adapter is active."""
+    plan = plan_of(None)
+    if isinstance(plan, str) or all(h.method is not ALORA for h in plan.held):
+        return plan
+    if len(plan.held) > 1:
+        return "an aLoRA adapter is active beside another"
+    reason = _offsets_reason(x, offsets)
+    return reason or (layer, plan, batch_of(plan.held[0].name, offsets))
+
+
 def mixed_plan(
-    layer: nn.Module, x: Any, names: Any, plan_of: Callable[[tuple[str, ...]], Plan | str]
+    layer: nn.Module, x: Any, names: Any, plan_of: Callable[[tuple[str, ...]], Plan | str], offsets: Any = None
 ) -> tuple[nn.Module, Plan, Batch] | str:
     """The layer, and what a call with ``adapter_names=names`` computes, or the reason why PEFT's own code does (or raises).
 
-    ``plan_of``: adapters of the batch -> their plan for this layer and input.
+    ``plan_of``: adapters of the batch -> their plan for this layer and input. ``offsets``: alora_offsets of the call.
     """
-    batch = batch_of(names)
+    reason = _offsets_reason(x, offsets)
+    if reason is not None:
+        return reason
+    batch = batch_of(names, offsets)
     if batch is None:
         return "adapter_names is not a list of names"
     plan = plan_of(batch.adapters)
@@ -148,13 +201,26 @@ def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapt
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
     weight, bias, held = plan
-    names, drops = [], []
+    names, drops, activated = [], [], []
     dropping = False
     for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
         names.append(h.name)
         drops.append(h.dropout_p)
         dropping = dropping or h.dropout_p > 0.0
-    ids = batch.ids(tuple(names), x.device)
+        if h.method is ALORA:
+            activated.append(h.name)
+    if activated:
+        of = x.shape[1] if x.dim() == 3 else 1
+        tokens = batch.tokens(activated, of)
+        without, plan = plan, Plan(weight, bias, [invoked(h) if h.method is ALORA else h for h in held])
+        if set(batch.names) == set(names) and len(held) == 1 and not any(0 < n < of for n in tokens):
+            if all(tokens):
+                return plan.run(x)
+            if not any(tokens):
+                return without.run(x)
+        ids = batch.ids(tuple(names), x.device, tokens, of)
+    else:
+        ids = batch.ids(tuple(names), x.device)
     adapters = _table(layer, plan, x)
     return multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
 

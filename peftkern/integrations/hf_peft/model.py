@@ -43,7 +43,7 @@ def _version_reason() -> str | None:
 
 def _type_reason(layer: nn.Module) -> str | None:
     # What holds for all layers of this type.
-    return _version_reason() or _guard.type_reason(layer) or _forward.replaced_reason(type(layer))
+    return _version_reason() or _guard.type_reason(layer) or _guard.replaced_reason(type(layer))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -172,7 +172,7 @@ def patch() -> None:
 
     Warns and changes nothing if the installed PEFT is outside the tested range.
     """
-    reason = _version_reason() or next(filter(None, (_forward.replaced_reason(cls) for cls, _ in layers())), None)
+    reason = _version_reason() or next(filter(None, (_guard.replaced_reason(cls) for cls, _ in layers())), None)
     if reason is not None:
         warnings.warn(f"peftkern.patch does nothing: {reason}", RuntimeWarning, stacklevel=2)
         return

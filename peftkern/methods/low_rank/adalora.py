@@ -90,9 +90,10 @@ ADALORA = register(
         build=tuner.builder("AdaLoraConfig", "init_r", target_r=1, total_step=10),
         op="lora_linear",
         coefficients=("d",),
+        nests=True,
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B diag(E) A",
         peft_type="ADALORA",
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

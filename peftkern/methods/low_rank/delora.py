@@ -96,6 +96,6 @@ DELORA = register(
         merges="W + B diag(d) A diag(w)",
         peft_type="DELORA",
         keeps_dtype=True,
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

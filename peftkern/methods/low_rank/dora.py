@@ -108,6 +108,6 @@ DORA = register(
         saves="as LoRA, and x W^T (M, N) if the magnitudes train",
         merges="f * (W + s B A)",
         peft_type="LORA",
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

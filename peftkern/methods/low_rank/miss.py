@@ -92,6 +92,6 @@ MISS = register(
         merges="W + B A",
         peft_type="MISS",
         keeps_dtype=True,
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -95,6 +95,6 @@ OSF = register(
         merges="W + U diag(S) V - U_0 diag(S_0) V_0",
         peft_type="OSF",
         keeps_dtype=True,
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

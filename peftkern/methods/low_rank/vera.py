@@ -97,6 +97,6 @@ VERA = register(
         merges="W + diag(b) B diag(d) A",
         peft_type="VERA",
         keeps_dtype=True,
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -100,6 +100,6 @@ IA3 = register(
         saves="x W^T (M, N) for a vector of the output, x for one of the input",
         merges="l * W and l * bias, or W * l",
         peft_type="IA3",
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -21,6 +21,7 @@ from peftkern.kernels.multi.tiles import COLUMNS
 
 from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
+SYMBOLS = ("d", "p_b", "p_d", "g_b", "g_d", "beta")
 BOUNDS = "triton_multi_lora_linear"
 # Blocks of the tensors that are read or written in bulk; the others are a few numbers of a segment.
 TILES = {
@@ -34,15 +35,22 @@ TILES = {
         "t": "BLOCK_M BLOCK_C", "v": "BLOCK_M BLOCK_R", "weight": "BLOCK_C BLOCK_R", "parts": "BLOCK_C BLOCK_R",
     },
     "multi_finish_kernel": {"parts": "BLOCK_C BLOCK_R", "weight": "BLOCK_C BLOCK_R"},
+    "multi_scale_rows_kernel": {"out": "BLOCK_M BLOCK_C", "t": "BLOCK_M BLOCK_C"},
+    "multi_column_sums_kernel": {
+        "p": "BLOCK_M BLOCK_C", "q": "BLOCK_M BLOCK_C", "v": "BLOCK_M BLOCK_R", "weight": "BLOCK_C BLOCK_R",
+    },
     "multi_segment_kernel": {"ids": "BLOCK", "segments": "BLOCK"},
     "multi_address_kernel": {},
 }  # fmt: skip
-FEW = {"starts", "order", "table", "addresses", "scaling", "dropout_p", "seed"}
+FEW = {"starts", "order", "table", "addresses", "scaling", "dropout_p", "seed", "vectors", "grads", "vector"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A route and one call of every op. ``bank``: adapters in one tensor, which get no gradient; else a list."""
+    """A route and one call of every op. ``bank``: adapters in one tensor, which get no gradient; else a list.
+
+    ``vectors``: all that there are, of every adapter.
+    """
 
     arch: int
     M: int = 8192
@@ -55,10 +63,12 @@ class Case:
     base: str = "vendor"
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.float32
+    vectors: bool = False
 
     def __str__(self) -> str:
         types = f"{NAMES[self.dtype]}-{NAMES[self.adapter_dtype]}"
         where = f"{'bank' if self.bank else 'list'}{self.slots}"
+        where += "-vectors" * self.vectors
         return f"sm_{self.arch}-{self.M}x{self.K}x{self.N}-r{self.R}-{types}-{where}{'-drop' * self.drop}-{self.base}"
 
 
@@ -69,6 +79,7 @@ def standard_cases(arch: int) -> list[Case]:
         Case(arch, R=64, adapter_dtype=torch.bfloat16),
         Case(arch, M=32, R=64, slots=1000, bank=True, drop=False, adapter_dtype=torch.bfloat16),
         Case(arch, K=2048, base="fused", adapter_dtype=torch.bfloat16),
+        Case(arch, vectors=True),
     ]
 
 
@@ -109,11 +120,13 @@ def capture(case: Case) -> list[launch.Launch]:
     with captured() as taken:
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)
-        given = Adapters(weights, table, scaling, R, order, starts, *drop)
+        vectors = [empty(max(K, N), dtype=torch.float32)] * (len(SYMBOLS) * slots * case.vectors)
+        acting = frozenset(SYMBOLS * case.vectors)
+        given = Adapters(weights, table, scaling, R, order, starts, *drop, vectors, acting)
         rows = batch(given, x, settings)
-        _, u, _ = multi_lora_linear.forward(rows, x, multi_lora_linear.Onto(N, weight), bias)
-        wanted = multi_lora_linear.Wanted(True, True, [not case.bank] * len(weights), [])
-        kept = multi_lora_linear.Kept(x, u, None)
+        _, u, h = multi_lora_linear.forward(rows, x, multi_lora_linear.Onto(N, weight), bias, case.vectors)
+        wanted = multi_lora_linear.Wanted(True, True, [not case.bank] * len(weights), [True] * len(vectors))
+        kept = multi_lora_linear.Kept(x, u, h if case.vectors else None)
         multi_lora_linear.backward(rows, given, dy, kept, wanted, multi_lora_linear.Onto(K, weight))
         if not case.drop:
             multi_lora_linear.add(rows, dy, x)
@@ -142,7 +155,7 @@ def widths(r: Report) -> list[str]:
         return []
     tiles, widest, found = TILES[r.item.name], {}, []
     given = {k: t.element_size() for k, t in tensors(r.item).items()}
-    if "DTYPE" in r.item.constants:
+    if "DTYPE" in r.item.constants and r.item.args.get("v", 0) is not None:  # without v no adapter is read
         given["weight"] = r.item.constants["DTYPE"].primitive_bitwidth // 8
     for access in r.accesses:
         name = access.tensor

@@ -319,6 +319,15 @@ def test_the_installed_version_is_in_the_tested_range(zoo):
     assert hf_peft_guard.version_reason("peft", zoo.peft.__version__) is None
 
 
+def test_a_method_knows_other_releases_than_its_layer(zoo, monkeypatch):
+    model, layer = zoo.layer(use_dora=True)
+    peftkern.accelerate(model)
+    assert hf_peft.why_not(layer) is None
+    monkeypatch.setattr(zoo.peft, "__version__", "0.18.1")
+    assert hf_peft.why_not(layer) == "DoRA: PEFT 0.18.1 is outside the tested range 0.21 to 0.21"
+    assert hf_peft.why_not(zoo.layer()[1]) == "it is not accelerated: call accelerate or patch"
+
+
 def test_a_forward_that_another_library_replaced_is_left_alone(zoo, fused, monkeypatch):
     model, layer = zoo.layer()
 
