@@ -63,25 +63,30 @@ def apply(y: Linear, adapter: Held) -> Linear:
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer, whose prototypes have been made."""
-    from peft.tuners.lora.config import ArrowConfig
-
-    def model(linear: nn.Linear, experts: int, **options) -> nn.Module:
-        names = [str(i) for i in range(experts)]
-        made = tuner.layer(linear, lora.config(), *[lora.config(lora_alpha=3 + i) for i in range(experts)])
-        settings = ArrowConfig(**options)
-        settings.task_adapter_names, settings.gks_adapter_names = ["default", *names], []
-        made.add_adapter("arrow_router", lora.config(arrow_config=settings))
-        made.base_model.set_adapter("arrow_router")
-        for name, p in made.named_parameters():
-            p.requires_grad_("lora_" in name and "arrow_router" not in name)
-        made(torch.randn(1, in_features, dtype=linear.weight.dtype))
-        return made
-
     K, N = in_features, out_features
     return {
-        "two of three": model(nn.Linear(K, N), 2, top_k=2, router_temperature=0.7),
-        "all, no bias": model(nn.Linear(K, N, bias=False), 1, top_k=2),
+        "two of three": _model(nn.Linear(K, N), 3, top_k=2, router_temperature=0.7),
+        "all, no bias": _model(nn.Linear(K, N, bias=False), 2, top_k=2),
     }
+
+
+def _model(linear: nn.Linear, adapters: int, R: int = 4, **options) -> nn.Module:
+    from peft.tuners.lora.config import ArrowConfig
+
+    made = tuner.layer(linear, *[lora.config(r=R, lora_alpha=3 + i) for i in range(adapters)])
+    settings = ArrowConfig(**options)
+    settings.task_adapter_names, settings.gks_adapter_names = list(made.peft_config), []
+    made.add_adapter("arrow_router", lora.config(r=R, arrow_config=settings))
+    made.base_model.set_adapter("arrow_router")
+    for name, p in made.named_parameters():
+        p.requires_grad_("lora_" in name and "arrow_router" not in name)
+    made(linear.weight.new_ones(1, linear.in_features))
+    return made
+
+
+def build(linear: nn.Linear, R: int) -> nn.Module:
+    """A choice between three adapters."""
+    return _model(linear, 3, R, top_k=2)
 
 
 ARROW = register(
@@ -94,6 +99,7 @@ ARROW = register(
         held=held,
         apply=apply,
         examples=examples,
+        build=build,
         op="lora_linear",
         saves="x, and (M, R) of all adapters twice",
         merges="not at all: each token has its own",
