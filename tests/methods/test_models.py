@@ -120,7 +120,8 @@ def _train(model, kind):
 
 
 def test_every_method_that_trains_is_here():
-    assert CONFIGS.keys() == {name for name, m in METHODS.items() if m.layer is not None and m.trains}
+    elsewhere = {"aLoRA"}  # acts on tokens from its invocation on: tests/integrations/test_alora.py
+    assert CONFIGS.keys() == {name for name, m in METHODS.items() if m.layer is not None and m.trains} - elsewhere
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)

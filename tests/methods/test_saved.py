@@ -53,7 +53,8 @@ def _expected(x, h, columns, dtype):
 
 
 def test_every_method_is_here():
-    assert KEPT.keys() == {name for name, m in METHODS.items() if m.layer is not None}
+    elsewhere = {"aLoRA"}  # many adapters in one call, whose keeping tests/autograd/test_multi_lora_linear.py holds
+    assert KEPT.keys() == {name for name, m in METHODS.items() if m.layer is not None} - elsewhere
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,5 @@
 """What is not covered runs PEFT's own code, with the same result bit for bit, and its reason can be looked up."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -43,8 +41,8 @@ def _subclass(zoo):
     return zoo.randomise(model), model.base_model.model[0]
 
 
-def _variant(zoo, **options):
-    return zoo.layer(**options)
+def _velora(zoo):
+    return zoo.layer(velora_config=zoo.peft.VeloraConfig(num_groups=4))
 
 
 def _lora_subclass(zoo):
@@ -65,7 +63,7 @@ def _changed(change):
 CASES = {
     "subclass of nn.Linear": (_subclass, "base_layer is a"),
     "subclass of lora.Linear": (_lora_subclass, "layer type"),
-    "a LoRA variant": (functools.partial(_variant, velora_config={}), "Velora"),
+    "VeLoRA": (_velora, "Velora"),
     "forward hook on base_layer": (
         _changed(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] + 1)),
         "base_layer carries a hook",
@@ -281,7 +279,8 @@ def test_other_layers_are_listed_and_left_alone(zoo, fused):
 
 def test_a_plain_adapter_beside_a_variant(zoo, fused):
     model, layer = zoo.layer()
-    model.add_adapter("velora", zoo.peft.LoraConfig(target_modules=["0"], velora_config={}))
+    velora = zoo.peft.VeloraConfig(num_groups=4)
+    model.add_adapter("velora", zoo.peft.LoraConfig(target_modules=["0"], velora_config=velora))
     zoo.randomise(model)
     assert peftkern.accelerate(model).accelerated
     x = torch.randn(3, 24)
