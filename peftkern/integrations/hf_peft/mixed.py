@@ -146,6 +146,8 @@ def mixed_plan(
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
     for h in plan.held:
+        if not h.method.mixed:
+            return f"a batch with adapter_names is not covered for {h.method.name}"
         if h.dropout_p > 0.0 and "g_b" in h.method.coefficients:
             return f"{h.method.name} with dropout trains on another base product than its batch"
     return layer, plan, batch
@@ -161,7 +163,7 @@ def _adapter(plan: Plan, held: Held) -> Adapter:
     A = B = None
     s = 1.0
     if y.branches:
-        ((A, B, s, _, d, p_d, g_d, _, _),) = y.branches
+        ((A, B, s, _, d, p_d, g_d, *_),) = y.branches
         vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
         if isinstance(s, Tensor):
             # The op wants a number, and one from the device would make the host wait.
