@@ -8,6 +8,7 @@ bias changed. ``run`` computes what has come out. The symbols are those of peftk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Branch(NamedTuple):
     """lora_A (R, K), lora_B (N, R), and the branch's scales. ``seed``: of its dropout, as in ``lora_linear``.
 
     ``share`` (N): this much of the base product of the branch's input too, share * (drop(x) W^T).
+    ``route``: the branch's input (..., K) -> a scale of its own for every row and group of ranks, all of one size (..., groups).
     """
 
     lora_A: Tensor
@@ -35,6 +37,12 @@ class Branch(NamedTuple):
     g_d: Tensor | None = None
     share: Tensor | None = None
     seed: int | Tensor | None = None
+    route: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the op with the base cannot have it."""
+        return self.share is not None or self.route is not None
 
 
 class Linear(NamedTuple):
@@ -91,11 +99,11 @@ def run(y: Linear, x: Tensor) -> Tensor:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
     others: tuple[Branch, ...] = ()
-    if len(branches) > 1 or branches[0].share is not None:
+    if len(branches) > 1 or branches[0].apart:
         fused, others = _fused(branches)
     else:
         (fused,) = branches
-    A, B, scaling, p, d, p_d, g_d, _, seed = fused
+    A, B, scaling, p, d, p_d, g_d, _, seed, _ = fused
     plain = d is None and p_d is None and g_d is None and p_b is None and g_b is None
     scales = None if plain else Scales(d, p_b, p_d, g_b, g_d)
     result = lora_linear_with(x, weight, A, B, bias, Options(scaling, p, seed), scales)
@@ -106,9 +114,9 @@ def run(y: Linear, x: Tensor) -> Tensor:
 
 def _fused(branches: tuple[Branch, ...]) -> tuple[Branch, tuple[Branch, ...]]:
     # Masks are independent, so one branch that drops can share the op with the base: one that does, since that costs the
-    # composition the most memory. Branches without dropout add up to one. What has a share of the base is apart.
-    apart = tuple(b for b in branches if b.share is not None)
-    rest = tuple(b for b in branches if b.share is None)
+    # composition the most memory. Branches without dropout add up to one. Some are apart.
+    apart = tuple(b for b in branches if b.apart)
+    rest = tuple(b for b in branches if not b.apart)
     dropping = [b for b in rest if b.dropout_p > 0.0]
     if not rest:
         nothing = apart[0]
@@ -144,6 +152,9 @@ def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:
         return lora_linear_with(dropped, weight, b.lora_A, b.lora_B, None, Options(b.scaling), scales)
     down = dropped.to(b.lora_A.dtype) if b.p_d is None else (dropped * b.p_d).to(b.lora_A.dtype)
     u = F.linear(down, b.lora_A)
+    if b.route is not None:
+        by = b.route(down)
+        u = (u.unflatten(-1, (by.shape[-1], -1)) * by[..., None]).flatten(-2)
     delta = F.linear(u if b.d is None else (u * b.d).to(b.lora_B.dtype), b.lora_B)
     return (delta if b.g_d is None else delta * b.g_d) * b.scaling
 

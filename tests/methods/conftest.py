@@ -80,13 +80,21 @@ def half_parity(on_base):
     def check(method, dtype, autocast):
         on_base(torch.float32 if autocast else dtype)
         for case, stock in method.examples(K, N).items():
+            for p in stock.parameters():  # some start at zero
+                if p.requires_grad:
+                    torch.nn.init.normal_(p)
             stock, ours = (copy.deepcopy(stock).train(method.trains) for _ in range(2))
             peftkern.accelerate(ours)
-            inputs = [torch.randn(*shape).to(torch.float32 if autocast else dtype) for shape in ((5, K), (2, 3, K)) * 2]
+            inputs = [torch.randn(*shape).to(torch.float32 if autocast else dtype) for shape in ((5, K), (2, 3, K)) * 4]
             with torch.autocast("cpu", dtype, enabled=autocast):
+                try:
+                    stock(inputs[0])
+                except RuntimeError:  # the library's own code mixes the two dtypes that autocast gives it
+                    assert autocast and ours(inputs[0]).isfinite().all()
+                    continue
                 _agree(ours, stock, inputs, f"{method.name}, {case}, {dtype}")
             status = peftkern.status(ours)
-            assert (status.fused, status.stock) == (4, 0)
+            assert (status.fused, status.stock) == (8, 0)
 
     return check
 
@@ -125,6 +133,9 @@ def parity():
                 for layer in both:
                     layer.merge()
             except (ValueError, NotImplementedError):  # what the library cannot merge
+                continue
+            except RuntimeError as error:
+                assert "Cannot merge" in str(error)
                 continue
             assert torch.equal(ours(inputs[0]), stock(inputs[0])), f"{method.name}, {case}, merged"
             for layer in both:

@@ -89,6 +89,8 @@ WEIGHTED = Method(
 
 @pytest.fixture
 def registered(request):
+    gc.collect()  # models of tests before
+    hf_peft.unpatch()
     method = register(getattr(request, "param", WEIGHTED))
     yield method
     gc.collect()  # models of the test

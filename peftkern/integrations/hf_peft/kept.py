@@ -49,9 +49,9 @@ class Kept:
         weight = now[self._weight]
         if self._transposed:
             weight = weight.t()
-        held = [
-            _new(Held, (name, method, [now[slot] for slot in slots], *rest)) for name, method, slots, rest in self._held
-        ]
+        held, of = [], now.__getitem__
+        for name, method, slots, rest in self._held:  # a comprehension would be one more frame
+            held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
         return _new(Plan, (weight, now[self._bias], held))
 
 

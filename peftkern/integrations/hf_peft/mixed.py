@@ -82,9 +82,9 @@ _REMEMBERED = 16
 
 
 def batch_of(names: Any, offsets: Any = None) -> Batch | None:
-    """The batch of this list of names, or of one name for all, and of a list of offsets: the same one as long as the lists
-    are the same and hold the same; None if it is something else."""
-    given = (names,) * len(offsets) if isinstance(names, str) else names
+    """The batch of this list of names, or of one name for all offsets, and of a list of offsets: the same one as long as the
+    lists are the same and hold the same; None if it is something else."""
+    given = (names,) * len(offsets) if isinstance(names, str) and offsets is not None else names
     known = None if torch.compiler.is_compiling() else _recent.get((id(names), id(offsets)))
     if known is not None and known[0] is names and known[1] is offsets:
         batch = known[2]
@@ -146,6 +146,8 @@ def mixed_plan(
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
     for h in plan.held:
+        if not h.method.mixed:
+            return f"a batch with adapter_names is not covered for {h.method.name}"
         if h.dropout_p > 0.0 and "g_b" in h.method.coefficients:
             return f"{h.method.name} with dropout trains on another base product than its batch"
     return layer, plan, batch
@@ -161,7 +163,7 @@ def _adapter(plan: Plan, held: Held) -> Adapter:
     A = B = None
     s = 1.0
     if y.branches:
-        ((A, B, s, _, d, p_d, g_d, _, _),) = y.branches
+        ((A, B, s, _, d, p_d, g_d, *_),) = y.branches
         vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
         if isinstance(s, Tensor):
             # The op wants a number, and one from the device would make the host wait.

@@ -57,7 +57,7 @@ LORA = section(
 RANKS = section(
     "reparameterised",
     "dynamic rank",
-    by("AdaLoRA", "AdaLoRA", called="peft.ADALORA"),
+    by("AdaLoRA", "AdaLoRA", "stacked with LoRA by PeftMixedModel too", called="peft.ADALORA"),
     by("DyLoRA", "AdaLoRA", "the ranks beyond the one that a step has drawn are zeros"),
     by("SoRA", "AdaLoRA", GATE),
     by("AutoLoRA", "AdaLoRA", GATE),

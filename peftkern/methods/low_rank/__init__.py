@@ -1,7 +1,7 @@
 """Methods whose adapter is a branch of low rank beside the base."""
 
-from . import adalora, alora, delora, dora, kasa, lora, mica, miss, osf, pvera, tinylora, unilora, vera
+from . import adalora, alora, arrow, delora, dora, kasa, lora, mica, miss, osf, pvera, tinylora, unilora, vera
 
 __all__ = [
-    "adalora", "alora", "delora", "dora", "kasa", "lora", "mica", "miss", "osf", "pvera", "tinylora", "unilora", "vera",
+    "adalora", "alora", "arrow", "delora", "dora", "kasa", "lora", "mica", "miss", "osf", "pvera", "tinylora", "unilora", "vera",
 ]  # fmt: skip

@@ -65,6 +65,13 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     }
 
 
+def build(linear: nn.Linear, R: int) -> nn.Module:
+    """What users make, called with offsets."""
+    made = tuner.builder("LoraConfig", alora_invocation_tokens=INVOCATION)(linear, R)
+    made.base_model.model[0].register_forward_pre_hook(_with_offsets, with_kwargs=True)
+    return made
+
+
 ALORA = register(
     Method(
         name="aLoRA",
@@ -75,6 +82,7 @@ ALORA = register(
         held=held,
         apply=apply,
         examples=examples,
+        build=build,
         op="multi_lora_linear",
         mixed=True,
         saves="as LoRA",

@@ -1,7 +1,5 @@
 """What is not covered runs PEFT's own code, with the same result bit for bit, and its reason can be looked up."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -43,8 +41,8 @@ def _subclass(zoo):
     return zoo.randomise(model), model.base_model.model[0]
 
 
-def _variant(zoo, **options):
-    return zoo.layer(**options)
+def _velora(zoo):
+    return zoo.layer(velora_config=zoo.peft.VeloraConfig(num_groups=4))
 
 
 def _lora_subclass(zoo):
@@ -65,7 +63,7 @@ def _changed(change):
 CASES = {
     "subclass of nn.Linear": (_subclass, "base_layer is a"),
     "subclass of lora.Linear": (_lora_subclass, "layer type"),
-    "DoRA": (functools.partial(_variant, use_dora=True), "Dora"),
+    "VeLoRA": (_velora, "Velora"),
     "forward hook on base_layer": (
         _changed(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] + 1)),
         "base_layer carries a hook",
@@ -274,31 +272,23 @@ def test_other_layers_are_listed_and_left_alone(zoo, fused):
     assert not report.accelerated
     assert "Conv2d is not covered" in report.skipped["base_model.model.0"]
     assert "MultiheadAttention is not covered" in report.skipped["base_model.model.1"]
-    ia3 = zoo.peft.IA3Config(target_modules=["0"], feedforward_modules=[])
-    report = peftkern.accelerate(zoo.peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), ia3))
-    assert not report.accelerated and "ia3" in report.skipped["base_model.model.0"]
+    loha = zoo.peft.LoHaConfig(target_modules=["0"])
+    report = peftkern.accelerate(zoo.peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), loha))
+    assert not report.accelerated and "loha" in report.skipped["base_model.model.0"]
 
 
 def test_a_plain_adapter_beside_a_variant(zoo, fused):
     model, layer = zoo.layer()
-    model.add_adapter("dora", zoo.peft.LoraConfig(target_modules=["0"], use_dora=True))
+    velora = zoo.peft.VeloraConfig(num_groups=4)
+    model.add_adapter("velora", zoo.peft.LoraConfig(target_modules=["0"], velora_config=velora))
     zoo.randomise(model)
     assert peftkern.accelerate(model).accelerated
     x = torch.randn(3, 24)
     layer(x)
-    model.base_model.set_adapter(["default", "dora"])
-    assert "'dora' is a LoRA variant" in hf_peft.why_not(layer)
+    model.base_model.set_adapter(["default", "velora"])
+    assert "'velora' is a LoRA variant" in hf_peft.why_not(layer)
     layer(x)
     assert len(fused) == 1
-
-
-def test_a_variant_with_arguments_of_its_own(zoo, fused):
-    model = zoo.build("llama", alora_invocation_tokens=[1, 2]).eval()
-    inputs = {"input_ids": torch.tensor([[5, 1, 2, 7], [1, 2, 9, 8]])}
-    expected = model(**inputs).logits
-    report = peftkern.accelerate(model)
-    assert len(report.skipped) == 12 and all("ALora" in reason for reason in report.skipped.values())
-    assert torch.equal(model(**inputs).logits, expected) and not fused
 
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.22.0", "0.22.0.dev0", "1.0", "strange"])

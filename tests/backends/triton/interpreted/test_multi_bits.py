@@ -117,26 +117,11 @@ def test_the_other_adapters_do_not_change_bits(others):
     x, A, B = normal(9, 300, seed=1), normal(6, 300, seed=2), normal(40, 6, seed=3)
     ranks, results = [130] + [3] * (others - 1), []
     for weights in ([A, B], [A, B, *(t for R in ranks for t in (normal(R, 300, seed=4), normal(40, R, seed=5)))]):
-        table = torch.tensor([
-            [i, weights[2 * i].shape[0], 2 * i, 0, 300, 2 * i + 1, 0, weights[2 * i].shape[0], 1, 0]
-            for i in range(len(weights) // 2)
-        ])  # fmt: skip
+        held = [A.shape[0] for A in weights[::2]]
+        table = torch.tensor([table_row(i, R, 2 * i, 0, 300, 2 * i + 1, 0, R, 1, 0) for i, R in enumerate(held)])
         route = ops.multi_lora_linear_route(torch.tensor([0, -1, 0, 0, 0, -1, 0, 0, 0]), table, EVERY_ID)
-        results.append(
-            ops.multi_lora_linear_fwd(
-                x,
-                *base_of(None),
-                40,
-                None,
-                weights,
-                table,
-                torch.ones(len(table)),
-                int(table[:, 1].max()),
-                *route,
-                None,
-                None,
-            )
-        )
+        args = weights, table, torch.ones(len(held)), max(held), *route, None, None
+        results.append(ops.multi_lora_linear_fwd(x, *base_of(None), 40, None, *args))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1][:, :6])
 
 
