@@ -40,7 +40,7 @@ def test_every_method_that_drops_is_here():
         if method.op == "lora_linear" and method.layer is not None and method.trains
         and any("dropout" in part for part, _ in next(iter(method.examples(K, N).values())).named_modules())
     }  # fmt: skip
-    assert drops == DROPS.keys()
+    assert drops - {"Arrow"} == DROPS.keys()  # its training with dropout stays the library's
 
 
 def _differences(call, tensors, dy):

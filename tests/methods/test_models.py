@@ -121,9 +121,8 @@ def _train(model, kind):
 
 
 def test_every_method_that_trains_is_here():
-    assert CONFIGS.keys() == {
-        name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains
-    }
+    here = {name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains}
+    assert CONFIGS.keys() == here - {"Arrow"}  # routes among trained adapters: test_arrow.py
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)

@@ -53,7 +53,8 @@ def _expected(x, h, columns, dtype):
 
 
 def test_every_method_is_here():
-    assert KEPT.keys() == {name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None}
+    here = {name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None}
+    assert KEPT.keys() == here - {"Arrow"}  # torch's composition, which keeps what torch keeps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from peftkern.ops.adapter_table import table_row
+from peftkern.ops.adapter_table import COLUMNS, table_row
 
 MODES = [(schedule, completion) for schedule in (0, 1) for completion in (0, 1)]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -57,7 +57,7 @@ class Batch:
                 self.pools[which] = torch.cat([self.pools[which], flat])
             b_strides = (1, b_row) if transposed else (rank, 1)
             self.rows.append(table_row(slot, rank, 0, places[0], a_row, 1, places[1], *b_strides, 0))
-        self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 10)
+        self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
         if ids is None:
             ids = torch.tensor([rng.randrange(-1, len(ranks)) for _ in range(M)], dtype=torch.int64)
         self.route(ids)
@@ -76,7 +76,7 @@ class Batch:
             if i >= len(self.rows):
                 y[t] = float("nan")
             elif i >= 0:
-                _, rank, _, at_a, a_row, _, at_b, b_n, b_r, _ = self.rows[i]
+                _, rank, _, at_a, a_row, _, at_b, b_n, b_r, *_ = self.rows[i]
                 a = self.pools[0].double().as_strided((rank, self.K), (a_row, 1), at_a)
                 b = self.pools[1].double().as_strided((self.N, rank), (b_n, b_r), at_b)
                 y[t] += self.scaling[i].double() * (b @ (a @ self.x[t].double()))

@@ -131,7 +131,7 @@ def test_a_preferred_back_end_takes_what_it_can(small, monkeypatch):
     ops = {
         "lora_linear_fwd": functools.partial(cpu.OPS["lora_linear_fwd"], way=CpuWay(kind="vendor", strided="vendor"))
     }
-    named = types.SimpleNamespace(OPS=ops, unavailable=cpu.unavailable, decline=cpu.decline)
+    named = types.SimpleNamespace(OPS=ops, BASES=cpu.BASES, unavailable=cpu.unavailable, decline=cpu.decline)
     monkeypatch.setitem(choose.ORDER, "cpu", ("cuda",))
     for module in (choose, registry):
         monkeypatch.setattr(module, "load", lambda name: named)

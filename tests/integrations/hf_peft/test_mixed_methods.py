@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import peftkern
+from peftkern.integrations import hf_peft
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 
@@ -84,5 +85,5 @@ def test_what_cannot_be_mixed_is_named(model):
     layer = model.base_model.model[0]
     peftkern.accelerate(model.train())
     names = ["drops"] * len(NAMES)
-    assert "another base product" in peftkern.integrations.hf_peft.why_not(layer, x, names)
-    assert peftkern.integrations.hf_peft.why_not(layer.eval(), x, names) is None
+    assert "another base product" in hf_peft.why_not(layer, x, names)
+    assert hf_peft.why_not(layer.eval(), x, names) is None

@@ -301,7 +301,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
 
 
 def test_route_of_a_bank_with_generations():
-    table = torch.zeros(40, 10, dtype=torch.int64)
+    table = torch.zeros(40, len(adapter_table.COLUMNS), dtype=torch.int64)
     table[:, 0] = torch.where(
         torch.arange(40) % 3 == 0, adapter_table.FREE, torch.arange(40) + 64 * (torch.arange(40) % 5)
     )
