@@ -30,8 +30,12 @@ def triton_backend(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def without_idle_work():
     """The interpreter at twice the speed: what it does again and again, or for nothing, it does once, or not at all."""
+    import triton
     from triton.runtime import interpreter
 
+    if not triton.__version__.startswith("3.9."):  # what is replaced below is private, and differs in other releases
+        yield
+        return
     patch, done = interpreter._patch_lang, set()
 
     @functools.cache
