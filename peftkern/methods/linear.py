@@ -135,10 +135,10 @@ def _stacked(branches: tuple[Branch, ...]) -> Branch:
     first = branches[0].scaling
     if all(b.d is None and not isinstance(b.scaling, Tensor) and b.scaling == first for b in branches):
         return Branch(A, B, first)
-    return Branch(A, B, d=torch.cat([rank_scale(b) for b in branches]))
+    return Branch(A, B, d=torch.cat([whole_d(b) for b in branches]))
 
 
-def rank_scale(b: Branch) -> Tensor:
+def whole_d(b: Branch) -> Tensor:
     """d times the scaling, (R) in fp32 or better: what a branch with scaling 1 has for d."""
     d = b.lora_A.new_ones(1) if b.d is None else b.d
     return (d.to(accumulate_dtype(d.dtype)) * wide(b.scaling, d)).expand(b.lora_A.shape[0])

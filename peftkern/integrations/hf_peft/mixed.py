@@ -24,7 +24,7 @@ from ...autograd.multi_lora_linear import multi_lora_linear
 from ...equation import COEFFICIENTS
 from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
-from ...methods.linear import Linear, rank_scale
+from ...methods.linear import Linear, whole_d
 from ...methods.low_rank.alora import ALORA, acting, invoked
 from ...methods.registry import Held, Plan, variant_of
 
@@ -167,7 +167,7 @@ def _adapter(plan: Plan, held: Held) -> Adapter:
         vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
         if isinstance(s, Tensor):
             # The op wants a number, and one from the device would make the host wait.
-            vectors["d"], s = rank_scale(y.branches[0]), 1.0
+            vectors["d"], s = whole_d(y.branches[0]), 1.0
     bias = y.whole_bias()
     own = None if bias is plan.bias else bias
     return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
