@@ -96,7 +96,7 @@ IA3 = register(
         build=tuner.builder("IA3Config", None, feedforward_modules=[]),
         rank=0,
         op="lora_linear",
-        coefficients=("g_b",),
+        coefficients=("p_b", "g_b"),
         saves="x W^T (M, N) for a vector of the output, x for one of the input",
         merges="l * W and l * bias, or W * l",
         peft_type="IA3",
