@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..autograd.lora_linear import Options, lora_linear_with
 from ..checks import accumulate_dtype
-from ..equation import Scales
+from ..equation import COEFFICIENTS, Scales
+from ..many.adapter import Adapter
 from ..ops.dropout_mask import dropout_mask
 
 
@@ -110,6 +111,25 @@ def run(y: Linear, x: Tensor) -> Tensor:
     for branch in others:
         result = result + _alone(weight, branch, x).to(result.dtype)
     return result
+
+
+_NAMES = {c.symbol: c.name for c in COEFFICIENTS}
+
+
+def entry(y: Linear, bias: Tensor | None) -> Adapter:
+    """A layer with one adapter as an entry of a list of adapters over a base with this bias."""
+    vectors: dict[str, Tensor | None] = {"p_b": y.p_b, "g_b": y.g_b}
+    A = B = None
+    s: float | Tensor = 1.0
+    if y.branches:
+        ((A, B, s, _, d, p_d, g_d, *_),) = y.branches
+        vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
+        if isinstance(s, Tensor):
+            # The op wants a number, and one from the device would make the host wait.
+            vectors["d"], s = whole_d(y.branches[0]), 1.0
+    whole = y.whole_bias()
+    own = None if whole is bias else whole
+    return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
 
 
 def _fused(branches: tuple[Branch, ...]) -> tuple[Branch, tuple[Branch, ...]]:

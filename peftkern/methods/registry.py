@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .linear import Linear, run
+from ..many.adapter import Adapter
+from .linear import Linear, entry, run
 from .look import Look
 
 
@@ -30,6 +31,10 @@ class Held(NamedTuple):
     numbers: tuple[Any, ...] = ()
     dropout_p: float = 0.0
     rank: int = 0
+
+    def adapter(self, weight: Tensor, bias: Tensor | None) -> Adapter:
+        """What it makes of a layer (N, K), as one entry of a list of adapters."""
+        return entry(self.method.apply(Linear(weight, bias), self), bias)
 
 
 class Plan(NamedTuple):

@@ -21,12 +21,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
-from ...equation import COEFFICIENTS
 from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
-from ...methods.linear import Linear, whole_d
 from ...methods.low_rank.alora import ALORA, acting, invoked
-from ...methods.registry import Held, Plan, variant_of
+from ...methods.registry import Plan, variant_of
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -153,26 +151,6 @@ def mixed_plan(
     return layer, plan, batch
 
 
-_NAMES = {c.symbol: c.name for c in COEFFICIENTS}
-
-
-def _adapter(plan: Plan, held: Held) -> Adapter:
-    # What one adapter makes of the layer. In training a branch with a share of the base reads another base product.
-    y = held.method.apply(Linear(plan.weight, plan.bias), held)
-    vectors: dict[str, Tensor | None] = {"p_b": y.p_b, "g_b": y.g_b}
-    A = B = None
-    s = 1.0
-    if y.branches:
-        ((A, B, s, _, d, p_d, g_d, *_),) = y.branches
-        vectors |= {"d": d, "p_d": p_d, "g_d": g_d}
-        if isinstance(s, Tensor):
-            # The op wants a number, and one from the device would make the host wait.
-            vectors["d"], s = whole_d(y.branches[0]), 1.0
-    bias = y.whole_bias()
-    own = None if bias is plan.bias else bias
-    return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
-
-
 # Layer -> what its adapters looked like, and their table: made again as soon as one of them is another. Entries go with
 # their layers.
 _tables: WeakKeyDictionary[nn.Module, tuple[list, AdapterTable]] = WeakKeyDictionary()
@@ -187,13 +165,13 @@ def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapt
         # The table of whole matrices shows what they hold. What is made of an adapter's tensors would be of one moment.
         plain = plain and h.method.alone is not None and type(h.numbers[0]) is float and h.tensors[2] is None
         if not plain:
-            return [_adapter(plan, h) for h in plan.held]
+            return [h.adapter(plan.weight, plan.bias) for h in plan.held]
         A, B, _ = h.tensors
         key += id(A), id(B), A.shape, A.dtype, h.numbers[0]
     known = _tables.get(layer)
     if known is not None and known[0] == key:
         return known[1]
-    table = table_of([_adapter(plan, h) for h in plan.held], x, x.dtype)
+    table = table_of([h.adapter(plan.weight, plan.bias) for h in plan.held], x, x.dtype)
     # A table of copies would miss what training does to the originals.
     if all(t is w for t, w in zip(table.weights, (w for h in plan.held for w in h.tensors[:2]), strict=True)):
         _tables[layer] = key, table
