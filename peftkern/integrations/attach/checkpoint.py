@@ -161,16 +161,16 @@ class Checkpoint:
     def _check(self, key: str, axes: str, sizes: dict[str, int]) -> None:
         """Whether the header's shape has these axes. ``sizes``: of those known so far, to which the others are added."""
         shape, dtype, stored = self._weights.header[key]
+        expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes) + "," * (len(axes) == 1)
         if len(shape) != len(axes):
-            dimensions = {1: "one dimension", 2: "two dimensions"}[len(axes)]
-            raise refuse(self.file, key, f"has shape {shape}, expected {dimensions}")
+            raise refuse(self.file, key, f"has shape {shape}, expected ({expected})")
         if dtype is None:
             raise refuse(self.file, key, f"is stored as {stored}, expected floats of 8 to 64 bits")
         for size, axis in zip(shape, axes, strict=True):
             if sizes.setdefault(axis, size) != size:
                 if axis == "R":
                     raise refuse(self.file, key, f"has shape {shape}, but the config gives it rank {sizes['R']}")
-                raise refuse(self.file, key, f"has shape {shape}, expected {sizes[axis]} for {axis}")
+                raise refuse(self.file, key, f"has shape {shape}, expected ({expected})")
 
     def _check_shared(self) -> None:
         part = next(iter(self.parts.values()))

@@ -125,7 +125,8 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, reason: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.reason = reason
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # y itself, not a view of it, which a model could not write to
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):

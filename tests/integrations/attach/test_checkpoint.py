@@ -106,7 +106,7 @@ WRONG = {
             ),
         ),
         WEIGHTS,
-        "lora_magnitude_vector: has shape (31,), expected 32 for N",
+        "lora_magnitude_vector: has shape (31,), expected (32,)",
     ),
     "DoRA's magnitudes": (
         weights(lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})),
