@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .stored import Settings, Stored, Unfit, check_number, check_rank, is_number, is_pattern, of_module
+from .stored import Settings, Stored, Unfit, check_number, check_patterns, check_rank, of_module
 
 READS = {
     "r": 8, "lora_alpha": 8, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False, "use_dora": False,
@@ -44,14 +44,8 @@ def _check(settings: Settings) -> None:
     check_init(settings)
     check_rank(settings, "r")
     check_number(settings, "lora_alpha")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = settings[key] or {}
-        if not isinstance(patterns, dict):
-            raise Unfit(key, f"is {patterns!r}, expected an object")
-        for pattern, value in patterns.items():
-            fits = isinstance(value, int) and value > 0 if key == "rank_pattern" else True
-            if not (is_number(value) and fits and is_pattern(pattern)):
-                raise Unfit(key, f"has the entry {pattern!r}: {value!r}")
+    check_patterns(settings, "rank_pattern", ranks=True)
+    check_patterns(settings, "alpha_pattern")
     if settings["lora_bias"] and settings["use_dora"]:
         raise Unfit("lora_bias", f"is {settings['lora_bias']!r} along with use_dora, which has no such bias")
 

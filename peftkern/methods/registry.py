@@ -169,7 +169,7 @@ def layers() -> list[tuple[type, Method]]:
 
 def checkpoint_types() -> list[str]:
     """The ``peft_type`` of the checkpoints whose form is known."""
-    return list(dict.fromkeys(m.peft_type for m in METHODS.values() if m.stored is not None))
+    return sorted({m.peft_type for m in METHODS.values() if m.stored is not None})
 
 
 def stored_as(settings: Settings) -> Method | None:

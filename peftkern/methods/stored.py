@@ -98,6 +98,17 @@ def check_number(settings: Settings, key: str) -> None:
         raise Unfit(key, f"is {settings[key]!r}, expected a number")
 
 
+def check_patterns(settings: Settings, key: str, ranks: bool = False) -> None:
+    """``Unfit`` unless the setting gives patterns of modules a number each, with ``ranks`` a rank, or is empty."""
+    patterns = settings[key] or {}
+    if not isinstance(patterns, dict):
+        raise Unfit(key, f"is {patterns!r}, expected an object")
+    for pattern, value in patterns.items():
+        fits = is_number(value) and (not ranks or (isinstance(value, int) and value > 0))
+        if not (fits and is_pattern(pattern)):
+            raise Unfit(key, f"has the entry {pattern!r}: {value!r}")
+
+
 def check_names(settings: Settings, key: str, pattern: bool = True) -> None:
     """``Unfit`` unless the setting is a list of names, or with ``pattern`` a regular expression, or empty."""
     names = settings.get(key) or []

@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from ...methods.registry import METHODS
+
 PREFIX = "base_model.model."
 _SHARED = "base_model"
 # diffusers' own spellings, the older ones with the projection's name in that of the tensor.
@@ -15,7 +17,6 @@ _DIFFUSERS = re.compile(
 )
 # What training alone reads (VeLoRA, MonteCLoRA).
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler)(\..+)?")
-_ADAPTERS = re.compile(r"\.(lora|vera|ia3)_")
 _WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save(\.[^.]+)?)(?=\.[^.]+$)")
 # How the keys of other tools look; the first that fits counts.
 _TOOLS = {
@@ -97,7 +98,9 @@ def for_training(key: str) -> bool:
 def copied(key: str) -> str | None:
     """The weight of the base model that a key of PEFT's repeats, if it is one."""
     name = _WRAPPED.sub("", key.removeprefix(PREFIX))
-    plain = key.startswith(PREFIX) and not _ADAPTERS.search(name) and "." in name and _tool(key) is None
+    families = {part.partition("_")[0] for m in METHODS.values() if m.stored is not None for part in m.stored.names}
+    adapters = re.search(rf"\.({'|'.join(families)})_", name)
+    plain = key.startswith(PREFIX) and not adapters and "." in name and _tool(key) is None
     return name if plain else None
 
 

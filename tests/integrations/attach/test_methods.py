@@ -36,6 +36,10 @@ def adalora(targets, forward):
     return peft.AdaLoraConfig(init_r=6, target_r=2, total_step=3, lora_alpha=5, target_modules=targets)
 
 
+def delora(**options):
+    return lambda targets, forward: peft.DeloraConfig(r=5, delora_lambda=3, target_modules=targets, **options)
+
+
 # Name -> its config, from the layers of the model and those that are feed-forward.
 ADAPTERS = {
     "LoRA": lora(),
@@ -50,7 +54,11 @@ ADAPTERS = {
     "IA3": ia3,
     "AdaLoRA": adalora,
     "AdaLoRA, pruned": adalora,
+    "BEFT": lambda targets, forward: peft.BeftConfig(target_modules=targets),
+    "DeLoRA": delora(),
+    "DeLoRA, patterns": delora(rank_pattern={"k_proj": 3}, lambda_pattern={"k_proj": 7}),
 }
+NO_CONV1D = ("BEFT", "DeLoRA", "DeLoRA, patterns")  # PEFT's know nn.Linear alone
 
 
 def prune(model):
@@ -80,6 +88,8 @@ def saved(zoo, made):
             plain = plain.to(dtype).eval()
             folders = {}
             for i, (name, config) in enumerate(ADAPTERS.items()):
+                if kind == "gpt2" and name in NO_CONV1D:
+                    continue
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     model = peft.get_peft_model(zoo.copy(plain), config(targets, FORWARD[kind]))
@@ -184,7 +194,7 @@ def test_swaps_evictions_and_what_they_cost(zoo, saved):
     with multi.use([name]):
         multi.remove(name)
         multi.add(name, folders["IA3"])
-        torch.testing.assert_close(plain(**inputs).logits[:1], expected["AdaLoRA, pruned"][:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain(**inputs).logits[:1], expected[name][:1], rtol=1e-4, atol=1e-5)
     with multi.use([name]):
         torch.testing.assert_close(plain(**inputs).logits[:1], expected["IA3"][:1], rtol=1e-4, atol=1e-5)
 
@@ -376,7 +386,17 @@ WRONG = {
     "AdaLoRA with DoRA": ("AdaLoRA", config(use_dora=True), "use_dora: is True, which means DoRA"),
     "KaSA": ("LoRA", config(kasa_config={}), "kasa_config: is {}, which means KaSA, which has changed the base"),
     "aLoRA": ("LoRA", config(alora_invocation_tokens=[1]), "means aLoRA, which acts on some tokens"),
-    "BOFT": ("LoRA", config(peft_type="BOFT"), "peft_type: is 'BOFT', expected 'ADALORA' or 'LORA'"),
+    "DeLoRA without norms": (
+        "DeLoRA",
+        tensors(lambda t: t.pop(f"{L}.delora_w_norm")),
+        f"{L}.delora_w_norm: is missing",
+    ),
+    "BEFT of another size": (
+        "BEFT",
+        tensors(lambda t: t.update({f"{L}.beft_bias": torch.ones(1, 15)})),
+        f"{L}.beft_bias: has shape (1, 15), expected (1, 16)",
+    ),
+    "BOFT": ("LoRA", config(peft_type="BOFT"), "peft_type: is 'BOFT', expected 'ADALORA' or 'BEFT' or 'DELORA' or"),
 }
 
 
