@@ -80,7 +80,7 @@ class Method:
             rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
-        mixed: whether rows of a batch may have adapters of their own.
+        mixed: whether the library's layer may be called with an adapter of its own for each row (``adapter_names``).
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
