@@ -43,6 +43,13 @@ def _takes(module: nn.Module) -> bool:
     return isinstance(module, AuxiliaryTrainingWrapper)
 
 
+def _takers(model: nn.Module) -> list[nn.Module]:
+    # Those that get names by hooks. A layer inside another gets them from that one, which takes the place of both.
+    found = [m for m in model.modules() if _takes(m)]
+    inside = {m._modules.get("base_layer") for m in found}
+    return [m for m in found if m not in inside]
+
+
 def _reason(model: nn.Module, names: Sequence[str], wanted: Wanted) -> str | None:
     # Why layers of this model cannot take these names by themselves, or None.
     adapters = set(names) - {BASE}
@@ -88,13 +95,13 @@ def _own(tuner: BaseTuner, names: Sequence[str], num_beams: Any = None) -> conte
     unknown = set(names) - {BASE} - tuner.peft_config.keys()
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-    parts, repeated, before = [m for m in tuner.modules() if _takes(m)], names, set()
+    repeated, before = names, set()
     if isinstance(num_beams, int) and num_beams > 1:
         # Beams stand side by side, but an encoder runs before there are any.
         repeated = [name for name in names for _ in range(num_beams)]
         encoder = tuner.model.get_encoder() if hasattr(tuner.model, "get_encoder") else None
         before = set() if encoder is None or encoder is tuner.model else set(encoder.modules())
-    return _given([(part, names if part in before else repeated) for part in parts])
+    return _given([(part, names if part in before else repeated) for part in _takers(tuner)])
 
 
 def _checkpoint_with_names(checkpoint, parts, function, *args, **kwargs):
@@ -112,7 +119,7 @@ def _checkpoints_keep(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
-            parts = [(m, names) for m in module.modules() if _takes(m)]
+            parts = [(part, names) for part in _takers(module)]
             module._gradient_checkpointing_func = functools.partial(_checkpoint_with_names, checkpoint, parts)
             changed.append((module, checkpoint))
     try:
