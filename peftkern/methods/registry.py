@@ -173,6 +173,5 @@ def layers() -> list[tuple[type, Method]]:
 
 
 def checkpoint_types() -> list[str]:
-    """The ``peft_type`` of the adapters that rows of a batch may have each their own of."""
-    types = (method.peft_type for method in METHODS.values() if method.mixed)
-    return list(dict.fromkeys(t for t in types if t is not None))
+    """The ``peft_type`` of the checkpoints that ``attach_adapters`` reads."""
+    return ["LORA"]
