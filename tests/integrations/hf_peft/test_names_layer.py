@@ -66,15 +66,13 @@ def test_autocast(zoo, fused_mixed, name):
     x = torch.randn(len(NAMES), 6, K)
     exact = alone(zoo.copy(layer).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):
-        stock = alone(layer, x) if name != "AdaLoRA" else None  # which PEFT cannot compute there
+        stock = alone(layer, x)
         peftkern.accelerate(model)
         ours, base = layer(x, adapter_names=NAMES), layer(x, adapter_names=["__base__"] * len(NAMES))
         layer.set_adapter(["b"])
         assert ours.dtype == base.dtype == layer(x).dtype
     assert len(fused_mixed) == 1
-    if stock is not None:
-        zoo.as_accurate(ours, stock, exact)
-    torch.testing.assert_close(ours.double(), exact, rtol=0.02, atol=0.2)
+    zoo.as_accurate(ours, stock, exact)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -96,8 +94,8 @@ def test_what_changes_between_calls_is_seen(zoo, name):
     peftkern.accelerate(model)
 
     def in_place(m):
-        for p in m.parameters():
-            if p.requires_grad:
+        for part in m.adapter_layer_names:
+            for p in getattr(m, part).parameters():
                 p.data.mul_(1.5)
 
     def replaced(m):
@@ -139,7 +137,8 @@ def test_dropout_is_that_of_the_gradients(name):
     torch.testing.assert_close((x.double() * x.grad.double()).sum(), total, rtol=1e-4, atol=1e-4)
     for part in layer.adapter_layer_names:
         pairs = [(p.double(), p.grad.double()) for p in getattr(layer, part).parameters()]
-        torch.testing.assert_close(sum((p * g).sum() for p, g in pairs), total, rtol=1e-4, atol=1e-4)
+        found = sum((p * g).sum() for p, g in pairs)
+        assert not pairs or torch.allclose(found, total, rtol=1e-4, atol=1e-4), part
     assert 0.4 < (x.grad[[0, 1, 3, 4]] == 0).double().mean() < 0.6
 
 
