@@ -80,7 +80,8 @@ class Method:
             rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
-        mixed: whether the library's layer may be called with an adapter of its own for each row (``adapter_names``).
+        routes: whether what a row takes of an adapter depends on the row itself.
+        one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
@@ -112,9 +113,16 @@ class Method:
     variant: bool = False
     peft_type: str | None = None
     stored: Stored | None = None
-    mixed: bool = False
+    routes: bool = False
+    one_active: bool = False
     nests: bool = False
     keeps_dtype: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of a batch may have adapters of their own: an adapter is coefficients of a linear layer, which holds
+        it by its name."""
+        return self.family == "L" and self.plan is None and not self.routes
 
 
 METHODS: dict[str, Method] = {}  # by name

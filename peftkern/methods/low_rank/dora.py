@@ -104,7 +104,6 @@ DORA = register(
         build=tuner.builder("LoraConfig", use_dora=True),
         op="lora_linear",
         coefficients=("g_b", "g_d"),
-        mixed=True,
         saves="as LoRA, and x W^T (M, N) if the magnitudes train",
         merges="f * (W + s B A)",
         peft_type="LORA",

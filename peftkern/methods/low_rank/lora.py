@@ -110,7 +110,6 @@ LORA = register(
         examples=examples,
         build=tuner.builder("LoraConfig"),
         op="lora_linear",
-        mixed=True,
         nests=True,
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B A",
