@@ -67,6 +67,17 @@ def test_dropout_stays_random():
     )
 
 
+def test_what_dora_adds_drops_what_its_branch_drops():
+    made = layer(use_dora=True, lora_dropout=0.5)
+    nn.init.uniform_(made.lora_magnitude, 0.5, 2.0)
+    trace = traced(made, torch.randn(4, 10), check_trace=False)
+    y = trace(torch.ones(4000, 10))
+    # One mask for all of what the adapter adds: with p = 1/2 the variance is the sum of its squared terms.
+    total = made.weight + made.get_delta_weight()
+    adds = total * (made.lora_magnitude / total.norm(dim=1))[:, None] - made.weight
+    torch.testing.assert_close(y.var(0), adds.square().sum(1), rtol=0.15, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype, adapter_dtype", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
 def test_scale_vectors(dtype, adapter_dtype):
     g = torch.Generator().manual_seed(0)
