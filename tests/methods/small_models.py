@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import peft
 import torch
 import transformers
+from torch import nn
 
-VOCABULARY, STEPS = 32, 20
+from peftkern.methods import METHODS
+
+VOCABULARY, STEPS, RANK = 32, 20, 4
+# Arrow routes among adapters that are trained already: test_arrow.py.
+TRAINED = [n for n, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains and n != "Arrow"]
+# What a method needs beside the config that its benchmark has: a schedule, names of layers, or values that a small model
+# learns by.
+_OPTIONS = {
+    "VeRA": lambda targets: {"d_initial": 0.5},
+    "AdaLoRA": lambda targets: {"target_r": 2, "tinit": 2, "tfinal": 4, "total_step": STEPS},
+    "DeLoRA": lambda targets: {"delora_lambda": 4},
+    "(IA)^3": lambda targets: {"feedforward_modules": targets[-1:]},
+    "OSF": lambda targets: {"effective_rank": 3},
+    "Uni-LoRA": lambda targets: {"theta_d_length": 64},
+}
 
 
 def _llama():
@@ -47,11 +65,24 @@ def task(kind):
     return "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
 
 
-def batch(kind, seed):
+def build(name, kind, targets=None):
+    """A PEFT model with an adapter of this method, by the config that its benchmark has."""
+    config = METHODS[name].build(nn.Linear(16, 16), RANK).peft_config["default"]
+    model, usual = base(kind)
+    targets = targets or usual
+    options = {"target_modules": targets, "task_type": task(kind)}
+    if hasattr(config, "fan_in_fan_out"):
+        options["fan_in_fan_out"] = kind == "gpt2"
+    if name in _OPTIONS:
+        options |= _OPTIONS[name](targets)
+    return peft.get_peft_model(model, dataclasses.replace(config, **options))
+
+
+def batch(kind, seed, rows=3, length=6):
     """Token ids and labels."""
     g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (3, 6), generator=g)
-    labels = torch.randint(0, 3, (3,), generator=g) if kind == "bert" else ids
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=g)
+    labels = torch.randint(0, 3, (rows,), generator=g) if kind == "bert" else ids
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
