@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,6 @@ import torch
 import peftkern
 from peftkern.integrations import hf_peft
 from peftkern.methods import tuner
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # small_models
 
 K, N = 24, 20
 # Where rounding alone decides: ulps of the largest value in fp32, where sums of another order differ by several, and in half
