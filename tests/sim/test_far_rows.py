@@ -162,9 +162,9 @@ class Kernels:
         partials = self._count("sim_sgmv_partials", ctypes.c_int64(M), ctypes.c_int64(K), *kernel)
         counters = self._count("sim_sgmv_counters", ctypes.c_int64(M), *kernel)
         self._sim.run(
-            "sim_sgmv_add", ints(CODES[BF16], adapter, out[2], x[2], *sizes, 1, arch), at(out[0]), at(x[0]),
+            "sim_sgmv_add", ints(CODES[BF16], adapter, out[2], x[2], *sizes, 1, arch, 2, 0, 0, 0), at(out[0]), at(x[0]),
             *map(at, addresses), at(self._operands.scratch(partials)),
-            at(self._operands.scratch(counters, np.uint32)),
+            at(self._operands.scratch(counters, np.uint32)), None, None,
         )  # fmt: skip
 
 
