@@ -87,6 +87,11 @@ class Batch:
         counts = torch.bincount(place, minlength=slots + 2)
         self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
 
+    @staticmethod
+    def column(name: str) -> int:
+        """Of the table: a column by name, or a vector's tensor by symbol."""
+        return vector_column(name) if name in AXES else COLUMNS.index(name)
+
     def matrices(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in fp64."""
         _, rank, _, at_a, a_row, _, at_b, b_n, b_r, *_ = self.rows[slot]
@@ -134,10 +139,38 @@ class Batch:
             sim.written_before(beside[0])
         return (addresses, *(memory.put(raw(t)) for t in parts)), beside
 
-    def run(self, sim, arch=80, launches=1, dependent=False, **how) -> torch.Tensor:
+    def sizes(self, arch: int, dependent: bool = False) -> np.ndarray:
+        """As launchers take them."""
+        return np.array([
+            CODES[self.dtype], CODES[self.pools[0].dtype], self.N + self.gap, self.K + self.gap, self.M, self.N, self.K,
+            len(self.rows), self.max_rank, int(dependent), arch, len(self.pools), len(self.vectors), self.N,
+            0 if self.bias is None else CODES[self.bias.dtype],
+        ])  # fmt: skip
+
+    def put_x(self, memory) -> ctypes.c_void_p:
+        """The last row ends at the guard page, with a gap that nothing may touch before each other row."""
+        padded = torch.nn.functional.pad(self.x, (self.gap, 0), value=float("nan"))
+        x = memory.put(raw(padded), 16 if self.bank else None)
+        return ctypes.c_void_p(x.address + self.gap * self.x.element_size())
+
+    def scale(self, sim, **how) -> torch.Tensor:
+        """x as it enters the base product."""
+        with sim.memory() as memory:
+            (addresses, table, _, order, starts), _ = self.put(memory, sim, False)
+            out = memory.empty((self.M, self.K + self.gap), np.int16, 16 if self.bank else None)
+            sizes = self.sizes(90)
+            sizes[2] = self.K + self.gap
+            at = ctypes.c_void_p(out.address + self.gap * self.x.element_size())
+            sim.run("sim_scale_rows", memory.put(sizes), at, self.put_x(memory), addresses, table, order, starts, **how)
+            got = torch.from_numpy(out.array.copy())
+            assert (got[:, : self.gap] == -1).all(), "something was written between the rows"
+            return got[:, self.gap :].view(self.dtype)
+
+    def run(self, sim, arch=80, launches=1, dependent=False, u=True, **how) -> torch.Tensor:
         """``out`` after the launches; arch 90 takes the kernel for clusters, if it is for the dtype.
 
-        That kernel makes u too, and u is checked here; of two launches the second one makes none, and the same bits.
+        That kernel makes u too, if it is wanted, and u is checked here; of two launches the second one makes none, and the
+        same bits.
         """
         library = sim.library
         library.sim_sgmv_partials.restype = library.sim_sgmv_counters.restype = ctypes.c_int64
@@ -146,20 +179,12 @@ class Batch:
         partials = library.sim_sgmv_partials(as64(self.M), as64(self.K), *kernel)
         counters = library.sim_sgmv_counters(as64(self.M), *kernel)
         assert (counters == 0) == (arch >= 90 and self.dtype != torch.float32)
-        sizes = [
-            CODES[self.dtype], CODES[self.pools[0].dtype], self.N + self.gap, self.K + self.gap, self.M, self.N, self.K,
-            len(self.rows), self.max_rank, int(dependent), arch, len(self.pools), len(self.vectors), self.N,
-            0 if self.bias is None else CODES[self.bias.dtype],
-        ]  # fmt: skip
         with sim.memory(at_end=how.pop("at_end", True)) as memory:
             adapters, beside = self.put(memory, sim, dependent)
-            # The last row ends at the guard page, with a gap that nothing may touch before each other row.
-            pad = torch.nn.functional.pad
-            x = memory.put(raw(pad(self.x, (self.gap, 0), value=float("nan"))), 16 if self.bank else None)
-            x_at = ctypes.c_void_p(x.address + self.gap * self.x.element_size())
+            x_at, pad = self.put_x(memory), torch.nn.functional.pad
             y = raw(pad(self.y, (self.gap, 0), value=1.0))
-            count = partial = u = None
-            if not counters:
+            count, partial, want_u, u = None, None, u and not counters, None
+            if want_u:
                 u = memory.empty((self.M, self.max_rank), np.float32)
             if counters:
                 count = memory.put(np.zeros(counters, np.uint32))
@@ -175,7 +200,7 @@ class Batch:
                             sim.written_before(buffer)
                 at = ctypes.c_void_p(out.address + self.gap * self.y.element_size())
                 sim.run(
-                    "sim_sgmv_add", memory.put(np.array(sizes)), at, x_at, *adapters, None if launch else u, partial,
+                    "sim_sgmv_add", memory.put(self.sizes(arch, dependent)), at, x_at, *adapters, None if launch else u, partial,
                     count, *beside, **how,
                 )  # fmt: skip
                 assert count is None or not count.array.any(), "the counters are not ready for the next launch"
@@ -201,3 +226,10 @@ def check(batch: Batch, got: torch.Tensor) -> None:
     if batch.src is None and batch.bias is None:
         base = batch.ids == -1
         assert torch.equal(got[base], batch.y[base]), "rows without an adapter have changed"
+
+
+def check_scaled(batch: Batch, got: torch.Tensor) -> None:
+    """Rows times their p_b, rounded once; others bit by bit."""
+    for t, slot in enumerate(batch.ids.tolist()):
+        own = batch.own[slot] if 0 <= slot < len(batch.rows) else {}
+        assert torch.equal(got[t], (batch.x[t].float() * own.get("p_b", 1.0)).to(batch.dtype))

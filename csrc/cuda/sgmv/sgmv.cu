@@ -56,9 +56,11 @@ PEFTKERN_DEVICE Item item_at(const SgmvArgs& args, int64_t position, int part) {
   }
   item.slot = low;
   if ((position - args.starts[low]) % kRows != 0) return item;
+  const int64_t* table = args.table + low * cpu::kMultiColumns;
+  item.invalid = !known(args, table, args.vectors != nullptr);
+  if (table[cpu::kRank] == 0 && !item.invalid) return item;
   const int64_t left = args.starts[low + 1] - position;
   item.rows = left < kRows ? static_cast<int>(left) : kRows;
-  item.invalid = !known(args, args.table + low * cpu::kMultiColumns, args.vectors != nullptr);
   return item;
 }
 
