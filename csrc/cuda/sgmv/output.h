@@ -1,6 +1,6 @@
 // What becomes of the columns of a row, 8 adjacent ones at a time:
 //
-//   out = g_b base + g_d branch + bias      base is what is there, or lies elsewhere; bias the adapter's own
+//   out = g_b base + g_d branch + bias      base: out itself, or `src`; bias: the adapter's, else the layer's
 //
 // In a launch without vectors, which adds no bias either, that is one addition.
 #pragma once
@@ -44,8 +44,7 @@ struct Run {
   }
 };
 
-// 8 adjacent values of a vector from p + n on, as many as are left; `other` where there is no vector (p
-// null).
+// 8 adjacent values of a vector from p + n on, as many as are left; `other` if there is no vector, p null.
 template <class E>
 PEFTKERN_DEVICE void load_vector(float (&to)[8], const E* p, int n, int left, float other) {
   Eight<E> v{};
@@ -67,9 +66,17 @@ struct Output {
   // Those of the adapter in a row of the table.
   PEFTKERN_DEVICE void find(const int64_t* row) {
     if constexpr (Vectors) {
-      g_b = vector(args, row, cpu::kGb), g_d = vector(args, row, cpu::kGd);
-      beta = vector(args, row, cpu::kBeta);
+      g_b = vector_of(args, row, cpu::kGb), g_d = vector_of(args, row, cpu::kGd);
+      beta = vector_of(args, row, cpu::kBeta);
     }
+  }
+
+  // Columns first to last - 1 of the vectors on their way to L2, by a warp each; first is a multiple of 4.
+  PEFTKERN_DEVICE void prefetch(int warp, int first, int last) const {
+    const float* v = warp == 0 ? g_b : warp == 1 ? g_d : warp == 2 ? beta : nullptr;
+    const int count = (last - first) / 4;  // of 16 bytes
+    if (v == nullptr || count == 0 || reinterpret_cast<uintptr_t>(v) % 16 != 0 || lane_index() != 0) return;
+    prefetch_bulk(v + first, static_cast<uint32_t>(16 * count));
   }
 
   // Whether rows change that have no branch.

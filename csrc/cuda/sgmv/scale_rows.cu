@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const SgmvArgs arg
   const int slot = find_segment(slots + 2, position, [&](int s) { return args.starts[s]; });
   const int64_t* table = args.table + int64_t{slot} * cpu::kMultiColumns;
   // sgmv_add makes rows of NaN of those that are not known.
-  const float* scale = slot < slots && known(args, table, true) ? vector(args, table, cpu::kPb) : nullptr;
+  const float* scale = slot < slots && known(args, table, true) ? vector_of(args, table, cpu::kPb) : nullptr;
 
   const int64_t row = args.order[position];
   const int n = chunk * kColumns + 8 * static_cast<int>(threadIdx.x), left = static_cast<int>(args.K) - n;

@@ -39,27 +39,16 @@ struct Item {
 
 // What is there to do from a position of `order` on: nothing (rows = 0) unless an item begins there.
 PEFTKERN_DEVICE Item item_at(const SgmvArgs& args, int64_t position, int part) {
-  Item item{position, part, 0, 0, false};
-  if (position >= args.starts[args.slots]) {
-    item.invalid = position >= args.starts[args.slots + 1];
-    item.rows = item.invalid;
-    return item;
-  }
-  int64_t low = 0, high = args.slots;  // starts[low] <= position < starts[high]
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (args.starts[middle] <= position) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  item.slot = low;
-  if ((position - args.starts[low]) % kRows != 0) return item;
-  const int64_t* table = args.table + low * cpu::kMultiColumns;
+  const int slots = static_cast<int>(args.slots), at = static_cast<int>(position);
+  const int slot = find_segment(slots + 2, at, [&](int s) { return args.starts[s]; });
+  // Each invalid row is an item.
+  Item item{position, part, slot > slots, slot, slot > slots};
+  const int64_t start = args.starts[slot];
+  if (slot >= slots || (position - start) % kRows != 0) return item;
+  const int64_t* table = args.table + slot * cpu::kMultiColumns;
   item.invalid = !known(args, table, args.vectors != nullptr);
   if (table[cpu::kRank] == 0 && !item.invalid) return item;
-  const int64_t left = args.starts[low + 1] - position;
+  const int64_t left = args.starts[slot + 1] - position;
   item.rows = left < kRows ? static_cast<int>(left) : kRows;
   return item;
 }
@@ -85,7 +74,7 @@ PEFTKERN_DEVICE void shrink(const SgmvArgs& args, const Item& item, int64_t spli
   const int t = static_cast<int>(threadIdx.x), lane = lane_index(), warp = t / 32;
   const int64_t first = int64_t{item.part} * kDepth, left = args.K - first;
   const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
-  const float* p_d = vector(args, table, cpu::kPd);
+  const float* p_d = vector_of(args, table, cpu::kPd);
   for (int row = 0; row < item.rows; ++row) {
     const T* x = static_cast<const T*>(args.x) + args.order[item.position + row] * args.x_row + first;
     for (int k = t; k < kDepth; k += kThreads) shared[row * kDepth + k] = k < left ? to_float(x[k]) : 0.0f;
@@ -141,7 +130,7 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
   if (t == 0) wait_at_least(args.counters + kDoneCounter + item.position, static_cast<uint32_t>(splits));
   sync_threads();
   const float scaling = args.scaling[item.slot];
-  const float *d = vector(args, table, cpu::kD), *g_d = vector(args, table, cpu::kGd);
+  const float *d = vector_of(args, table, cpu::kD), *g_d = vector_of(args, table, cpu::kGd);
   for (int64_t i = t; i < item.rows * rank; i += kThreads) {
     const int64_t row = i / rank, r = i % rank;
     const float* partial = args.partial + (item.position + row) * splits * args.max_rank + r;

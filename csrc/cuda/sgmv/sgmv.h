@@ -14,7 +14,7 @@ PEFTKERN_DEVICE const Adapter* matrix(const SgmvArgs& args, const int64_t* row, 
 }
 
 // An adapter's vector, null where it has none.
-PEFTKERN_DEVICE const float* vector(const SgmvArgs& args, const int64_t* row, cpu::MultiVector which) {
+PEFTKERN_DEVICE const float* vector_of(const SgmvArgs& args, const int64_t* row, cpu::MultiVector which) {
   if (args.vectors == nullptr) return nullptr;
   const int64_t tensor = row[cpu::kVectors + 2 * which];
   if (tensor < 0) return nullptr;

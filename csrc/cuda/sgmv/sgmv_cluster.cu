@@ -2,9 +2,10 @@
 //
 //   out[t] += s[a] B[a] (A[a] x[t])
 //
-// or, with vectors that adapters may have, whatever out was before (base: out itself, or `src`),
+// or, with vectors that adapters may have (base: out itself, or `src`; bias: the adapter's, else the
+// layer's),
 //
-//   out[t] = g_b[a] base[t] + s[a] g_d[a] (B[a] (d[a] A[a] (p_d[a] x[t]))) + bias[a]
+//   out[t] = g_b[a] base[t] + s[a] g_d[a] (B[a] (d[a] A[a] (p_d[a] x[t]))) + bias
 //
 // A cluster of 8 blocks takes up to 64 rows of one adapter. Each block shrinks its slice of K, the slices are
 // added up and scaled through each other's shared memory (exchange.h), and each expands its slice of N.
@@ -42,7 +43,7 @@ constexpr int shared_bytes(int rows, int rank) {
 static_assert(shared_bytes(16, kMaxRank) <= kSharedAnywhere &&
               shared_bytes(64, kMaxRankOfManyRows) <= kSharedAnywhere);
 
-// A row of the table.
+// Columns of the table's row of an adapter.
 using Row = int64_t[cpu::kMultiColumns];
 
 template <class T, class Adapter, bool Vectors>
@@ -76,7 +77,7 @@ struct Branch {
         scaling(args.scaling[item.slot]),
         sums_of_all(shared_memory(), rows, (rank + kTile - 1) / kTile * (kTile / 4), row_floats(rank)),
         parts(sums_of_all.v + (rows <= kTile ? kTile : most_rows) * sums_of_all.stride) {
-    if constexpr (Vectors) d = vector(args, table, cpu::kD), p_d = vector(args, table, cpu::kPd);
+    if constexpr (Vectors) d = vector_of(args, table, cpu::kD), p_d = vector_of(args, table, cpu::kPd);
   }
 
   PEFTKERN_DEVICE static int g() { return lane_index() / 4; }
@@ -277,10 +278,15 @@ struct Branch {
     }
   }
 
+  // Not Vectors: `shrink_all<true>` is not made at all.
   PEFTKERN_DEVICE void run() const {
     const int groups = (N + kGroup - 1) / kGroup, each = (groups + kCluster - 1) / kCluster;
     const int begin = block() * each, end = begin + each < groups ? begin + each : groups;
-    if (begin < end) prefetch_b(begin * kGroup, end * kGroup < N ? end * kGroup : N);
+    if (begin < end) {
+      const int first = begin * kGroup, last = end * kGroup < N ? end * kGroup : N;
+      prefetch_b(first, last);
+      if constexpr (Vectors) output.prefetch(warp(), first, last);
+    }
     if (Vectors && p_d != nullptr) {
       shrink_all<Vectors>();
     } else {
