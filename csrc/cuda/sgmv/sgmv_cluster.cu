@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 || Vectors ? 3 
     // Its row of the table at once: what waits for one of these loads has waited for all.
     Row row = {};
     Output<T, Vectors> output(args);
-    bool valid = item.slot <= args.slots;
+    bool valid = true;
     if (item.rows > 0 && item.slot < args.slots) {
       constexpr int kColumns = Vectors ? int{cpu::kMultiColumns} : cpu::kBR + 1;
 #pragma unroll
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 || Vectors ? 3 
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
       clear_u(args, item, 0);
-      if (!valid) {
+      if (!valid || (item.rows > 0 && item.slot > args.slots)) {
         fill_nan<T>(args, item);
       } else if (output.acts_alone()) {
         store_base(output, item);

@@ -132,12 +132,7 @@ struct SgmvArgs {
   const void* x;
   int64_t x_row;
   int64_t M, N, K, slots, max_rank;
-  const uint64_t *tensors, *vectors;
-  int64_t tensor_count, vector_count;
-  const void* src;
-  int64_t src_row;
-  const void* bias;
-  DType bias_dtype;
+  const uint64_t* tensors;
   const int64_t* table;
   const float* scaling;
   const int32_t* order;
@@ -148,6 +143,12 @@ struct SgmvArgs {
   bool dependent;
   int arch;  // compute capability of the device: 80, 90, 100
   void* stream;
+  int64_t tensor_count, vector_count;
+  const uint64_t* vectors;
+  const void* src;
+  int64_t src_row;
+  const void* bias;
+  DType bias_dtype;
 };
 int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int arch);
 int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch);
