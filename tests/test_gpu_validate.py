@@ -52,8 +52,11 @@ def run(out: Path, *arguments: str, python: str = sys.executable) -> tuple[int, 
 def test_dry_run(tmp_path):
     pytest.importorskip("peftkern._C", reason="the dry run takes the extension that is there")
     out, python = tmp_path / "out", tmp_path / "python"
-    # A stage that fails: the others run all the same.
-    python.write_text(f'#!/bin/sh\ncase "$*" in *"bench --tune"*) exit 3 ;; esac\nexec {sys.executable} "$@"\n')
+    # A stage that fails: the others run all the same. Of the golden vectors, which have a test of their own, a few do.
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *"bench --tune"*) exit 3 ;; *test_golden.py*) set -- "$@" -k "tile or wgmma" ;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     status, said = run(out, python=str(python))
     summary = json.loads((out / "summary.json").read_text())
@@ -78,7 +81,7 @@ def test_dry_run(tmp_path):
         summary["ok"] and summary["dry_run"] and "timing" in summary["not_run"] and f"not run: {report.NOT_RUN}" in said
     )
     tests = json.loads((out / "tests.json").read_text())
-    assert tests["collected"] > 300 and tests["counts"]["passed"] > 60 and not tests["failures"]
+    assert tests["collected"] > 300 and tests["counts"]["passed"] >= 4 and not tests["failures"]
     for name in ("bench", "decode"):
         plan = json.loads((out / f"{name}.json").read_text())
         assert plan["cases"] and any(p.startswith("peftkern") for p in plan["providers"])

@@ -51,7 +51,8 @@ def adapter_grad_kernel(
     total = tl.zeros((BLOCK_C, RANK), tl.float32)
     column_sum = tl.zeros((BLOCK_C,), tl.float32)
     column_product = tl.zeros((BLOCK_C,), tl.float32)
-    ones = tl.full((BLOCK_M, 16), 1.0, t.dtype.element_ty)
+    # By way of fp32: the interpreters of Triton before 3.9 know no constant of bf16.
+    ones = tl.full((BLOCK_M, 16), 1.0, tl.float32).to(t.dtype.element_ty)
     # 64-bit addresses for the corner of a tile only: offsets within a tile are small and the same in every step.
     local = tl.arange(0, BLOCK_M)
     at_tile = local[:, None] * stride_t + col[None, :]

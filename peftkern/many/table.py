@@ -94,20 +94,22 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
     dtypes = {w.dtype for w in given}
     wide = accumulate_dtype(dtype)
     if dtypes not in ({dtype}, {torch.float32}, set()):
-        given = [w.to(wide) for w in given]
-    given = [w.contiguous() for w in given]
+        given = _cast(given, wide)
     if len(given) < len(weights):
         made, kept = iter(given), given[0].dtype if given else wide
         nothing = x.new_empty((0, K), dtype=kept), x.new_empty((N, 0), dtype=kept)
         given = [nothing[j % 2] if w is None else next(made) for j, w in enumerate(weights)]
+    ranks = tuple(A.shape[0] for A in given[::2])
+    apart = [_step(w) if j % 2 == 0 else None for j, w in enumerate(given)]
+    given = [w.contiguous() if step is None else _memory(w) for w, step in zip(given, apart)]
+    steps = tuple(step or K for step in apart[::2])
     if torch.compiler.is_compiling():
         given = [w.view(w.shape) for w in given]  # it refuses a function that gets one tensor twice, as of VeRA
-    ranks = tuple(A.shape[0] for A in given[::2])
     vectors = _vectors(adapters, x, {"K": K, "N": N}, ranks) if whole else {}
     acting = {symbol for _, symbol in vectors}
     scaling = _constant(tuple(scalings), wide, x.device, lambda: scalings)
     return AdapterTable(
-        given, _rows(ranks, K, N, x.device, tuple(vectors)), scaling, INT32_MASK,
+        given, _rows(ranks, steps, N, x.device, tuple(vectors)), scaling, INT32_MASK,
         max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in AXES if s in acting),
         tuple(vectors), _beside(adapters) if acting.intersection(BESIDE) else None,
     )  # fmt: skip
@@ -130,6 +132,32 @@ def _check_pair(i: int, A, B, x: Tensor, N: int | None) -> int:
     if B.shape != (N, A.shape[0]):
         raise ValueError(f"adapters[{i}] lora_B has shape {tuple(B.shape)}, expected (N, R) = {(N, A.shape[0])}")
     return N
+
+
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in this dtype; those that adapters share and that get no gradient, as VeRA's, once."""
+    known: dict[tuple, Tensor] = {}
+
+    def cast(w: Tensor) -> Tensor:
+        if w.requires_grad or type(w) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+            return w.to(dtype)
+        key = w.data_ptr(), w.dtype, w.shape, w.stride()
+        if key not in known:
+            known[key] = w.to(dtype)
+        return known[key]
+
+    return [cast(w) for w in weights]
+
+
+def _step(A: Tensor) -> int | None:
+    """From a row to the next of an A that is columns of a larger matrix and need not be copied, as VeRA's."""
+    ours = not (A.requires_grad or A.is_contiguous() or torch.compiler.is_compiling())
+    return A.stride(0) if ours and A.stride(1) == 1 and A.stride(0) > A.shape[1] > 0 else None
+
+
+def _memory(A: Tensor) -> Tensor:
+    """All elements from the first to the last of a matrix with gaps between its rows, (elements,)."""
+    return A.as_strided(((A.shape[0] - 1) * A.stride(0) + A.shape[1],), (1,))
 
 
 def _out_features(base: Base | None, x: Tensor) -> int:
@@ -181,12 +209,15 @@ def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -
     return _constant((each, repeats), torch.float64, device, lambda: each * repeats)
 
 
-def _rows(ranks: tuple[int, ...], K: int, N: int, device: torch.device, owners: Owners) -> Tensor:
-    # Whole matrices and vectors, each a tensor of its own.
+def _rows(ranks: tuple[int, ...], steps: tuple[int, ...], N: int, device: torch.device, owners: Owners) -> Tensor:
+    # Matrices and vectors, each a tensor of its own. steps: from a row of A to the next.
     def rows() -> list[list[int]]:
         vectors: list[dict[str, tuple[int, int]]] = [{} for _ in ranks]
         for i, (slot, symbol) in enumerate(owners):
             vectors[slot][symbol] = (i, 0)
-        return [table_row(i, R, 2 * i, 0, K, 2 * i + 1, 0, R, 1, 0, **vectors[i]) for i, R in enumerate(ranks)]
+        return [
+            table_row(i, R, 2 * i, 0, step, 2 * i + 1, 0, R, 1, 0, **vectors[i])
+            for i, (R, step) in enumerate(zip(ranks, steps))
+        ]
 
-    return _constant((ranks, K, N, owners), torch.int64, device, rows)
+    return _constant((ranks, steps, N, owners), torch.int64, device, rows)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..many.adapter import Adapter
 from .linear import Linear, entry, run
 from .look import Look
+from .stored import Settings, Stored
 
 
 class Held(NamedTuple):
@@ -79,12 +80,14 @@ class Method:
             rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
-        mixed: whether rows of a batch may have adapters of their own.
+        routes: whether what a row takes of an adapter depends on the row itself.
+        one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
         saves: what backward keeps. merges: how the adapter goes into the weight.
-        peft_type: name of the method in an adapter's ``adapter_config.json``.
+        peft_type: name of the method in an adapter's ``adapter_config.json``. stored: the form of such a checkpoint, of a
+            method that ``attach_adapters`` serves.
         tested: library -> the oldest and the newest release that the tests know, as (major, minor).
     """
 
@@ -109,9 +112,17 @@ class Method:
     coefficients: tuple[str, ...] = ()
     variant: bool = False
     peft_type: str | None = None
-    mixed: bool = False
+    stored: Stored | None = None
+    routes: bool = False
+    one_active: bool = False
     nests: bool = False
     keeps_dtype: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of a batch may have adapters of their own: an adapter is coefficients of a linear layer, which holds
+        it by its name."""
+        return self.family == "L" and self.plan is None and not self.routes
 
 
 METHODS: dict[str, Method] = {}  # by name
@@ -165,6 +176,14 @@ def layers() -> list[tuple[type, Method]]:
 
 
 def checkpoint_types() -> list[str]:
-    """The ``peft_type`` of the adapters that rows of a batch may have each their own of."""
-    types = (method.peft_type for method in METHODS.values() if method.mixed)
-    return list(dict.fromkeys(t for t in types if t is not None))
+    """The ``peft_type`` of the checkpoints whose form is known."""
+    return sorted({m.peft_type for m in METHODS.values() if m.stored is not None})
+
+
+def stored_as(settings: Settings) -> Method | None:
+    """The method of a checkpoint with these settings, if its form is known."""
+    known = [m for m in METHODS.values() if m.stored is not None and m.peft_type == settings.get("peft_type")]
+    for method in known:
+        if method.stored.switch is not None and settings.get(method.stored.switch):
+            return method
+    return next((method for method in known if method.stored.switch is None), None)

@@ -14,15 +14,17 @@ from .registry import Method, Plan, loaded, method_of
 def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan:
     """What a call of this layer computes; ``mixed``: the adapters of a batch in which each row takes one of them."""
     nested = levels(look)
-    if mixed is not None and len(nested) > 1:
-        raise NotCovered("a batch with adapter_names is not covered for a layer around another")
     for level in nested:
         check_state(level)
     weight, bias = base(nested[-1])
     held = []
     for level in reversed(nested):  # each level works on what the one inside it gives
         of = method_of(type(level.module))
+        if of.one_active and mixed is None and len(_asked(level, None)) > 1:
+            raise NotCovered("it has several active adapters")
         held += [of.held(level, name, weight.shape) for name in adapters(level, of.adapters, mixed)]
+    if mixed is not None and len({h.name for h in held}) < len(held):
+        raise NotCovered("layers around each other have adapters of the same name")
     if not held:
         raise NotCovered(_without_adapter(look, method.adapters, mixed))
     return Plan(weight, bias, held)

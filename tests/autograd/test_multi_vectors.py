@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkern import Adapter, AdapterBank, dropout_mask, lora_linear, multi_lora_linear, sgmv
 from peftkern.bases.base import IDENTITY
 from peftkern.equation import COEFFICIENTS, PLACES
+from peftkern.many.table import table_of
 from peftkern.testing import equations
 
 AXES = {c.name: next(p.axis for p in PLACES if p.symbol == c.symbol) for c in COEFFICIENTS} | {"bias": "N"}
@@ -273,6 +274,44 @@ def test_the_branch_alone():
     with torch.no_grad():
         want = out + sgmv(t.x, t.adapters(), t.ids)
         torch.testing.assert_close(sgmv(t.x, t.adapters(), t.ids, out=out.clone()), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_shared_columns_of_a_larger_matrix_are_not_copied(dtype):
+    """VeRA's A and B, made for the largest layer of a model: neither a copy for each adapter nor one for all."""
+    M, K, N, R = 50, 37, 30, 11
+    x, weight = (torch.randn(*shape).to(dtype).requires_grad_(i == 0) for i, shape in enumerate(((M, K), (N, K))))
+    large_A, large_B = torch.full((R + 2, K + 9), math.nan), torch.full((N + 5, R), math.nan)
+    large_A[1 : R + 1, 2 : K + 2], large_B[:N] = torch.randn(R, K), torch.randn(N, R)
+    d, b = ([torch.randn(size, requires_grad=True) for _ in range(3)] for size in (R, N))
+    ids, dy = torch.arange(M) % 4 - 1, torch.randn(M, N).to(dtype)
+
+    def adapters(like=lambda t: t):
+        matrices = [(like(large_A[1 : R + 1, 2 : K + 2]), like(large_B[:N])) for _ in d]
+        return [Adapter(*pair, 0.5, rank_scale=r, delta_out_scale=g) for pair, r, g in zip(matrices, d, b)]
+
+    table = table_of(adapters(), x, dtype)
+    for whole, mine in ((large_A[1:, 2:], table.weights[::2]), (large_B, table.weights[1::2])):
+        assert {w.data_ptr() for w in mine} == {whole.data_ptr()}
+    results = []
+    for given in (adapters(), adapters(lambda t: t.clone())):
+        y = multi_lora_linear(x, weight, given, ids)
+        results.append([y, *torch.autograd.grad(y, [x, *d, *b], dy)])
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+    # In another dtype than any that a kernel reads: one copy for all.
+    cast = table_of([*adapters(lambda t: t.half()), Adapter(torch.randn(2, K), torch.randn(N, 2))], x, dtype)
+    assert len(set(map(id, cast.weights))) > 4  # not the same tensors
+    A, B = large_A[1 : R + 1, 2 : K + 2].half(), large_B[:N].half()
+    cast = table_of([*(Adapter(A[:], B[:]) for _ in d), Adapter(torch.randn(2, K), torch.randn(N, 2))], x, dtype)
+    assert len(set(map(id, cast.weights))) == 4
+    # What trains has a gradient of its own shape.
+    A = large_A[1 : R + 1, 2 : K + 2].clone().requires_grad_()
+    y = multi_lora_linear(x, weight, [Adapter(A[:, :], large_B[:N])] * 3, ids)
+    assert torch.autograd.grad(y, A, dy)[0].isfinite().all()
+    wide = large_A.nan_to_num().requires_grad_()
+    y = multi_lora_linear(x, weight, [Adapter(wide[:R, :K], large_B[:N])], ids.clamp(max=0))
+    assert torch.autograd.grad(y, wide, dy)[0][:R, :K].any()
 
 
 def test_refusals():

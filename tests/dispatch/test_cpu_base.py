@@ -18,7 +18,6 @@ from peftkern.problem import Problem
 from peftkern.settings import Settings, current, using
 
 FP32, BF16 = torch.float32, torch.bfloat16
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 MILAN = cpu_table.CpuModel("AuthenticAMD", 25, 1)
 MKL = cpu_table.Level("avx2", "AVX2", True)
 
@@ -241,48 +240,3 @@ def test_packaged_tables():
         assert file.stem == f"cpu-{tuned.slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
         found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), tuned.FOLDER)
         assert found.name == file.name and found.rows
-
-
-def zen5_rows() -> list[dict]:
-    """What the committed results of the Zen 5 say of fp32: the frozen linear, which is the vendor's product alone, against
-    a whole layer of ours (R = 16, no dropout), or against our product alone where that was timed (``base_own``)."""
-    ms: dict[tuple, dict[int, dict[str, float]]] = {}
-    for op, mine in (("lora_linear", "peftkern"), ("multi_lora_linear", "base_own")):
-        blocks: dict[tuple, dict[tuple[str, str], float]] = {}
-        for r in json.loads((RESULTS / f"{op}-cpu-zen5.json").read_text())["rows"]:
-            plain = r["R"] == 16 and not r["dropout"] and r["adapter_dtype"] in (None, "fp32")
-            if r["dtype"] == "fp32" and plain and r["provider"] in ("base", mine) and r["median_ms"]:
-                block = blocks.setdefault((r["M"], r["K"], r["N"]), {})
-                block.setdefault((r["provider"], r["pass"]), r["median_ms"])
-        for (M, K, N), block in blocks.items():
-            for which, size in (("forward", (N, K)), ("dx", (K, N))):
-                times = {
-                    p: block[p, "fwd"] if which == "forward" else block[p, "fwd_bwd"] - block[p, "fwd"]
-                    for p in ("base", mine)
-                    if (p, "fwd" if which == "forward" else "fwd_bwd") in block
-                }
-                if len(times) == 2:
-                    # The header says who computed: one pass over W up to 64 rows, panels beyond.
-                    ours = "few" if M <= 64 else "panels"
-                    found = {"vendor": round(times["base"] * 1e3, 1), ours: round(times[mine] * 1e3, 1)}
-                    ms.setdefault((which, *size), {}).setdefault(M, found)
-    rows = []
-    for (which, D, C), by_rows in ms.items():
-        counts = sorted(by_rows)
-        kinds = [kind for kind in cpu_table.KINDS if any(kind in by_rows[M] for M in counts)]
-        us = {kind: [by_rows[M].get(kind) for M in counts] for kind in kinds}
-        rows.append({"dtype": "fp32", "pass": which, "D": D, "C": C, "M": counts, "us": us})
-    return rows
-
-
-def test_the_zen5_table_follows_from_the_committed_results():
-    data = json.loads((tuned.FOLDER / "cpu-authenticamd-26-0-31.json").read_text())
-    assert data["rows"] == zen5_rows()
-    header = json.loads((RESULTS / "lora_linear-cpu-zen5.json").read_text())["header"]
-    meta = data["meta"]
-    assert meta["level"] == {"isa": "avx512", "torch_isa": header["cpu"]["torch_isa"], "mkl": True}
-    assert (meta["date"], meta["threads"], meta["commit"]) == (header["date"], header["threads"], header["commit"])
-    table = cpu_table.Table(data, "zen5")
-    assert {cpu_table.nearest(table, Product(FP32, True, M, 4096, 4096)).order[0] for M in (1, 16, 40)} == {"few"}
-    assert cpu_table.nearest(table, Product(FP32, True, 4096, 4096, 4096)).order[0] == "panels"
-    assert cpu_table.nearest(table, Product(BF16, True, 512, 4096, 4096)) is None

@@ -4,26 +4,56 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .checkpoint import Checkpoint
+from ...checks import accumulate_dtype
+from ...many.adapter import Adapter
+from ...many.pool import Pool
+from ...methods.registry import Held
+from ...methods.stored import Size
+from .checkpoint import Checkpoint, Part
 from .keys import PREFIX, complaint
-from .layer import features, layer_reason
+from .layer import base_of, device_of, features, layer_reason
 from .reach import bypass
 from .weights import refuse
 
 
 class Fitted(NamedTuple):
-    """A checkpoint and the layer of the model for each of its parts, both by the model's names."""
+    """A checkpoint and the layer of the model for each of its parts, both by the model's names.
+
+    ``sizes``: of the layers, in the model's order.
+    """
 
     checkpoint: Checkpoint
     layers: dict[str, nn.Module]
+    sizes: list[Size]
+
+    def adapters(self, pool: Pool) -> Iterator[tuple[nn.Module, Adapter, list[Tensor]]]:
+        """(layer, its adapter, the tensors that it has from ``pool``) of every part, one after the other.
+
+        What an adapter takes of the layer's weight and bias it takes now, once.
+        """
+        shared = self.checkpoint.shared_tensors(self.sizes)
+        pooled: dict[tuple, dict[str, Tensor]] = {}
+        for name, own in self.checkpoint.tensors():
+            part, layer = self.checkpoint.parts[name], self.layers[name]
+            where = device_of(layer), accumulate_dtype(layer.weight.dtype)
+            if where not in pooled:
+                pooled[where] = {name: pool.get(t, *where) for name, t in shared.items()}
+            tensors = {name: t.to(*where) for name, t in own.items()} | pooled[where]
+            stored = part.method.stored
+            held = Held(name, part.method, *stored.take(part.settings, part.module, tensors), rank=part.rank)
+            weight, bias = base_of(layer) if stored.base(part.settings) else (layer.weight, layer.bias)
+            with torch.no_grad():
+                adapter = held.adapter(weight.t() if type(layer) is Conv1D else weight, bias)
+            yield layer, adapter, list(pooled[where].values())
 
 
 def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Container[nn.Module]) -> Fitted:
@@ -44,21 +74,15 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
         part = checkpoint.parts[name]
         layer = modules.get(name)
         if layer is None:
-            raise refuse(checkpoint.file, part.key_A, _absent(name, modules))
+            raise refuse(checkpoint.file, part.key, _absent(name, modules))
         reason = None if layer in attached else layer_reason(layer) or bypass(name, modules)
         if reason is not None:
-            raise refuse(checkpoint.file, part.key_A, f"{name} {reason}")
+            raise refuse(checkpoint.file, part.key, f"{name} {reason}")
         if checkpoint.targets(name) is False and checkpoint.targets(old) is False:
-            raise refuse(checkpoint.file, part.key_A, "is of a layer that the config's target_modules do not name")
+            raise refuse(checkpoint.file, part.key, "is of a layer that the config's target_modules do not name")
         if layer in covered:
-            raise refuse(checkpoint.file, part.key_A, f"{name} shares its module with another key of the file")
-        K, N = features(layer)
-        if part.in_features != K:
-            shape = (part.rank, part.in_features)
-            raise refuse(checkpoint.file, part.key_A, f"has shape {shape}, expected ({part.rank}, {K})")
-        if part.out_features != N:
-            shape = (part.out_features, part.rank)
-            raise refuse(checkpoint.file, part.key_B, f"has shape {shape}, expected ({N}, {part.rank})")
+            raise refuse(checkpoint.file, part.key, f"{name} shares its module with another key of the file")
+        _check_shapes(checkpoint, part, layer)
         layers[name] = layer
         covered.add(layer)
     _check_copies(checkpoint, find)
@@ -73,7 +97,25 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
             f"({missing[0]}{', ...' if len(missing) > 1 else ''}): the adapter has no effect there",
             stacklevel=2,
         )
-    return Fitted(checkpoint, layers)
+    if missing and checkpoint.incomplete:
+        shared = " and ".join(next(iter(checkpoint.parts.values())).method.stored.shared)
+        reason = f"is missing, and {shared}, which the file lacks too, are made for the largest of all layers"
+        raise refuse(checkpoint.file, f"{PREFIX}{missing[0]}", reason)
+    sizes = [Size(*features(m), m.weight.dtype) for m in modules.values() if m in covered]
+    return Fitted(checkpoint, layers, sizes)
+
+
+def _check_shapes(checkpoint: Checkpoint, part: Part, layer: nn.Module) -> None:
+    K, N = features(layer)
+    sizes = {"K": K, "N": N, "R": part.rank, "1": 1}
+    for name, key in part.keys.items():
+        shape, expected = checkpoint.shape(key), tuple(sizes[axis] for axis in part.axes[name])
+        if shape != expected:
+            raise refuse(checkpoint.file, key, f"has shape {shape}, expected {expected}")
+    for name, key in checkpoint.shared.items():
+        shape, least = checkpoint.shape(key), tuple(sizes[axis] for axis in part.method.stored.shared[name])
+        if any(n < m for n, m in zip(shape, least, strict=True)):
+            raise refuse(checkpoint.file, key, f"has shape {shape}, expected at least {least}")
 
 
 class _Finder:

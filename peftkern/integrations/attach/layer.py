@@ -55,6 +55,18 @@ def device_of(layer: nn.Module) -> torch.device:
     return layer.weight.device
 
 
+def base_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias where the layer computes, also if accelerate keeps them off the layer between calls."""
+    weight, bias = layer.weight, layer.bias
+    hook = layer.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if weight.device.type == "meta" and getattr(one, "offload", False):
+            device = device_of(layer)
+            weight = one.weights_map["weight"].to(device)
+            bias = None if bias is None else one.weights_map["bias"].to(device)
+    return weight, bias
+
+
 def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a covered layer."""
     N, K = layer.weight.shape
@@ -105,6 +117,24 @@ class Replacement:
     def __reduce__(self):
         # When this runs at loading, the module has no attributes yet: it is the method of its class.
         return getattr, (self.module, self.method)
+
+
+class NoGradient(torch.autograd.Function):
+    """y; a backward pass that asks for the gradients of weight or bias raises RuntimeError, instead of leaving them out."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, reason: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.reason = reason
+        ctx.mark_dirty(y)  # y itself, not a view of it, which a model could not write to
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        if any(ctx.needs_input_grad[2:]):
+            raise RuntimeError(
+                f"{ctx.reason}, whose weight and bias get no gradient through it: freeze them with requires_grad_(False)"
+            )
+        return dy, None, None, None
 
 
 class AttachedLinear(Replacement):
@@ -158,15 +188,22 @@ class AttachedLinear(Replacement):
         if each.differ:
             rows, copies = self._rows(request, batch, x), batch.copies
         ids = request.ids(self, x.shape if x.dim() > 1 else (1, *x.shape), x.device, rows if copies else _FIRST, copies)
-        if torch.is_grad_enabled() and weight.requires_grad:
+        trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        beside = self.bank.snapshot().beside if trains else None
+        if trains and weight.requires_grad and beside is None:
             # The base stays trainable as it was; the fused op has no gradient for a weight.
             y = self._base(x, weight, bias) + sgmv(x, self.bank, ids)
         else:
-            y = multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
+            y = self._fused(x, weight if beside is None else weight.detach(), bias, ids)
+            if beside is not None:
+                y = NoGradient.apply(y, f"{self.name}: {beside} acts on the base", weight, bias)
         if batch is not None and batch.trace is not None:
             batch.trace.mark(y, UNKNOWN if rows is None else rows)
             batch.trace.computed(y)
         return y
+
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
 
     def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight is self.module.weight:

@@ -1,4 +1,4 @@
-"""Serving many LoRA adapters on one transformers model, a batch at a time, whatever its mix of adapters.
+"""Serving many adapters on one transformers model, a batch at a time, whatever its mix of methods.
 
 ``attach_adapters`` reads PEFT checkpoints into one AdapterBank per layer. The model keeps its modules, parameters and
 state dict; outside of ``use`` it is the base model. PEFT itself is not needed.
@@ -17,6 +17,7 @@ from torch import nn
 
 from ...checks import accumulate_dtype
 from ...many.bank import AdapterBank
+from ...many.pool import Pool
 from .checkpoint import Checkpoint
 from .entry import AttachedEntry, AttachedGenerate, entries_above
 from .fit import Fitted, fit
@@ -40,13 +41,23 @@ def attach_adapters(
     dtype: torch.dtype | None = None,
     outside: str = "base",
 ) -> MultiLoRA:
-    """Attach PEFT LoRA checkpoints to a plain transformers model, all of them ready to be mixed in one batch.
+    """Attach PEFT checkpoints to a plain transformers model, all of them ready to be mixed in one batch.
 
-    A layer computes y = W x + s[a] B[a] A[a] x + bias, a the adapter of the sequence that x belongs to. Covered are
-    LoRA and rsLoRA adapters, ``rank_pattern`` and ``alpha_pattern``, on ``torch.nn.Linear`` and transformers'
-    ``Conv1D``; the adapters may differ in ranks and in the layers that they change. A setting that could mean another
-    function is refused by name, whatever else a config notes is ignored, as PEFT ignores it. Modules that an adapter
-    saves whole (``modules_to_save``) must be the model's own.
+    A layer computes the equation of ``multi_lora_linear`` with the coefficients of the adapter of the sequence that x
+    belongs to. Covered are LoRA and rsLoRA (``rank_pattern``, ``alpha_pattern``, ``lora_bias``), DoRA, AdaLoRA, VeRA and
+    (IA)^3, on ``torch.nn.Linear`` and transformers' ``Conv1D``; the adapters may differ in method, in ranks and in the
+    layers that they change. A setting that could mean another function is refused by name, whatever else a config notes
+    is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``) must be the model's own.
+
+    What is computed from the layer's own weight and bias (DoRA's scale m / norm, the scaled bias of (IA)^3, the sum of the
+    layer's bias and ``lora_bias``) is computed once, when the adapter is added: after a change of the model's weights,
+    remove the adapter and add it again. Gradients of such a weight or bias are refused in the backward pass.
+
+    A layer's bank holds R * (K + N) elements of an adapter with matrices in ``dtype`` and its vectors in fp32. VeRA's
+    matrices, which its adapters share, it holds once for all adapters that bring the same ones (found by their contents),
+    in ``dtype`` and cut to the layer's size: each further one costs R + N fp32 numbers a layer. Besides, a VeRA checkpoint's
+    whole matrices are kept once a model and device, in fp32. A checkpoint without them (``save_projection=False``) gets
+    those that PEFT draws from ``projection_prng_key``.
 
     Args:
         model: on the device where it will run. Its parameters and state dict stay as they are; accelerate's hooks go on
@@ -63,7 +74,7 @@ def attach_adapters(
 
     Raises:
         ValueError: a checkpoint that does not fit the model (missing or corrupt file, other shapes, unknown keys,
-            another method than plain LoRA), with file and key. Then the model is as it was.
+            another method), with file and key. Then the model is as it was.
         TypeError: an argument of another type.
     """
     if not isinstance(model, nn.Module):
@@ -103,7 +114,7 @@ class MultiLoRA:
         self._attached: dict[nn.Module, AttachedLinear] = {}
         self._edges: list[Edge] = []  # the way to each of them
         self._replaced: dict[str, Replacement] = {}  # the model's own methods, where batches come in
-        self._serial = count()
+        self._serial, self._pool = count(), Pool()
         # One change at a time; what use() looks at is changed under the second lock, and only for a moment.
         self._changing, self._lock = threading.RLock(), threading.RLock()
 
@@ -318,7 +329,7 @@ class MultiLoRA:
         for checkpoint, part in parts:
             if part.rank > self._max_rank:
                 reason = f"has rank {part.rank}, but attach_adapters was called for ranks up to {self._max_rank}"
-                raise refuse(checkpoint.file, part.key_A, reason)
+                raise refuse(checkpoint.file, part.key, reason)
         return self._max_rank
 
     def _new_layers(self, fitted: dict[str, Fitted], max_rank: int) -> dict[nn.Module, AttachedLinear]:
@@ -345,16 +356,22 @@ class MultiLoRA:
         )
 
     def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:
-        for name, A, B in fitted.checkpoint.tensors():
-            layer = attached[fitted.layers[name]]
-            entry.ids[layer] = layer.bank.add(entry.key, A, B, fitted.checkpoint.parts[name].scaling)
+        for module, adapter, shared in fitted.adapters(self._pool):
+            A, B, scaling, coefficients = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.coefficients
+            if A is not None and not A.shape[0] and not adapter.beside():
+                continue  # all of its ranks are pruned: the layer is the base's
+            layer = attached[module]
+            entry.ids[layer] = layer.bank.add(entry.key, A, B, scaling, bias=adapter.bias, **coefficients)
+            entry.shared += shared
 
 
 def _reserve(fitted: Mapping[str, Fitted], attached: Mapping[nn.Module, AttachedLinear]) -> None:
-    # One piece of memory in each bank for all that come at once.
+    # One piece of memory in each bank for all that come at once. What adapters share is not counted: it may be there.
     ranks: dict[AttachedLinear, list[int]] = {}
     for one in fitted.values():
         for name, layer in one.layers.items():
-            ranks.setdefault(attached[layer], []).append(one.checkpoint.parts[name].rank)
+            part = one.checkpoint.parts[name]
+            if part.rank and not part.method.stored.shared:
+                ranks.setdefault(attached[layer], []).append(part.rank)
     for layer, each in ranks.items():
         layer.bank.reserve(each)

@@ -30,12 +30,14 @@ class Layer(Protocol):
 class Entry:
     """An adapter of a model: its id in the bank of every layer that it changes.
 
-    ``users`` requests run with it; once it was removed, the last of them frees it.
+    ``users`` requests run with it; once it was removed, the last of them frees it. ``shared``: tensors that others may
+    have too, which are known as long as one of them is there.
     """
 
     def __init__(self, key: str):
         self.key = key  # its name in the banks: no two entries ever share one
         self.ids: dict[Layer, int] = {}
+        self.shared: list[Tensor] = []
         self.users = 0
         self.freed = False
 

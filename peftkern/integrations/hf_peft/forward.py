@@ -1,23 +1,24 @@
-"""The forward of a PEFT LoRA layer on the fused op, and the switch that puts it in place.
+"""The forward of a PEFT layer on the fused op, and the switch that puts it in place.
 
-The switch replaces ``peft.tuners.lora.layer.Linear.forward`` once, with a function that runs PEFT's own
+The switch replaces the ``forward`` of each layer's class once, with a function that runs PEFT's own
 forward unless the instance carries a mark (``accelerate``) or every layer is wanted (``patch``). So an
 accelerated layer keeps its type, its parameters, its hooks and its pickle; the mark is one entry of its
-``__dict__``. ``LoraModel._enable_peft_forward_hooks`` is replaced likewise, so that ``adapter_names`` may train. When
+``__dict__``. What gives ``adapter_names`` to layers is replaced likewise (``names.py``). When
 the last mark is gone and no patch is in force, the classes get their own functions back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft import PeftMixedModel
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -27,7 +28,8 @@ from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, PROCESS, call_plan, look_at_call, replaced_reason
 from .kept import keep
-from .mixed import activated_plan, left_as_after_success, mixed_plan, run_mixed, training_hooks, training_reason
+from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
+from .names import CONTEXT, call_of, context_of
 from .status import KEY as CALLS
 from .status import Calls, calls_of, clear_calls, note_stock
 
@@ -53,14 +55,14 @@ class Mark:
 
 
 class _Switch:
-    """Process-wide state, changed under the lock only. ``stock``: the own forward of each class that has ours."""
+    """Process-wide state, changed under the lock only. ``stock``: the own forward of each class that has ours. ``replaced``:
+    (class, name) -> its own function, if it has one, and ours, of what gives names to layers."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.everywhere = False
         self.stock: dict[type, Callable] = {}
-        self.stock_hooks = LoraModel._enable_peft_forward_hooks
-        self.hooks = None
+        self.replaced: dict[tuple[type, str], tuple[Callable | None, Callable]] = {}
 
 
 marks: weakref.WeakSet[Mark] = weakref.WeakSet()
@@ -135,9 +137,13 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
                 plan = _plan(layer, x, names, offsets, lambda mixed: call_plan(layer, x, mixed, _whole))
             if type(plan) is not str:
                 return run_inside(inside, x, lambda x: type(layer).forward(layer, x, **kwargs))
-        note_stock(layer, plan)
-    elif calls is not None:
-        calls.fused += 1
+    if type(plan) is str and names is not None and not takes_names(layer):
+        return run_apart(layer, x, names, stock, plan)
+    if calls is not None:
+        if type(plan) is str:
+            note_stock(layer, plan)
+        else:
+            calls.fused += 1
     if type(plan) is Plan:
         return plan.run(x)
     if type(plan) is tuple:
@@ -168,28 +174,11 @@ def _fused_forward(stock):
     return forward
 
 
-def _mixed_hooks(stock):
-    @contextlib.contextmanager
-    @functools.wraps(stock)
-    def hooks(self, *args, **kwargs):
-        names = kwargs.get("adapter_names")
-        reason = ""
-        if names is not None and self.training and kwargs.get("alora_offsets") is None:
-            reason = training_reason(self, names, wanted)
-            if reason:
-                raise ValueError(f"Cannot pass `adapter_names` when the model is in training mode: {reason}")
-        if reason is None:
-            rest = {k: v for k, v in kwargs.items() if k != "adapter_names"}
-            trained_mixed.update(m for m in self.modules() if isinstance(m, Linear))
-            with training_hooks(stock, self, names, args, rest):
-                yield
-        else:
-            context = stock(self, *args, **kwargs)
-            ours = names is not None and any(isinstance(m, Linear) and wanted(m) for m in self.modules())
-            with left_as_after_success(context) if ours else context:
-                yield
-
-    return hooks
+def _giving_names() -> dict[tuple[type, str], Callable]:
+    # What makes of PEFT's own functions those that give names to accelerated layers.
+    context, call = partial(context_of, wanted=wanted, trained=trained_mixed.add), partial(call_of, wanted=wanted)
+    contexts = {(cls, CONTEXT): context for cls in (LoraModel, BaseTuner)}
+    return contexts | {(PeftMixedModel, name): call for name in ("forward", "generate")}
 
 
 def install() -> None:
@@ -199,10 +188,12 @@ def install() -> None:
             if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
                 switch.stock[cls] = cls.forward
                 FUSED[cls] = cls.forward = _fused_forward(cls.forward)
-        if LoraModel._enable_peft_forward_hooks is not switch.hooks:
-            switch.stock_hooks = LoraModel._enable_peft_forward_hooks
-            switch.hooks = _mixed_hooks(switch.stock_hooks)
-            LoraModel._enable_peft_forward_hooks = switch.hooks
+        for (cls, name), make in _giving_names().items():
+            now = vars(cls).get(name)
+            if now is None or now is not switch.replaced.get((cls, name), (None, None))[1]:
+                ours = make(now)
+                switch.replaced[cls, name] = now, ours
+                setattr(cls, name, ours)
 
 
 def uninstall_if_unused() -> None:
@@ -216,9 +207,11 @@ def uninstall_if_unused() -> None:
         for cls in [cls for cls, fused in FUSED.items() if cls.forward is fused]:
             cls.forward = switch.stock[cls]
             del FUSED[cls], switch.stock[cls]
-        if switch.hooks is not None and LoraModel._enable_peft_forward_hooks is switch.hooks:
-            LoraModel._enable_peft_forward_hooks = switch.stock_hooks
-            switch.hooks = None
+        for cls, name in list(switch.replaced):
+            stock, ours = switch.replaced[cls, name]
+            if vars(cls).get(name) is ours:
+                delattr(cls, name) if stock is None else setattr(cls, name, stock)
+                del switch.replaced[cls, name]
 
 
 def set_mark(layer: nn.Module) -> None:

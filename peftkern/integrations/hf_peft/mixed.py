@@ -1,7 +1,7 @@
 """Batches in which every sequence has its own adapter: PEFT's ``adapter_names``, fused, and in training too.
 
-PEFT hands the list of names to every layer through forward pre-hooks. A layer that is covered turns it into ids and
-runs one multi_lora_linear; any other runs PEFT's own loop over adapters. The layers of a model share the ids tensor,
+Hooks hand the list of names to every layer (``names.py``). A layer that is covered turns it into ids and runs one
+multi_lora_linear; any other of LoRA runs PEFT's own loop over adapters. The layers of a model share the ids tensor,
 and with it the route of the batch.
 """
 
@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
 from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
 from ...methods.low_rank.alora import ALORA, acting, invoked
-from ...methods.registry import Plan, variant_of
+from ...methods.registry import Plan, method_of
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -202,80 +200,31 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     else:
         ids = batch.ids(tuple(names), x.device)
     adapters = _table(layer, plan, x)
-    return multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
+    y = multi_lora_linear(x, weight, adapters, ids, bias=bias, dropout_p=drops, training=dropping)
+    return y.to(x.dtype) if held[0].method.keeps_dtype else y
 
 
-def training_reason(model: nn.Module, names: Sequence[str], wanted: Callable[[LoraLinear], bool]) -> str | None:
-    """Why ``adapter_names`` cannot train this model, or None. Without accelerated layers the reason is empty."""
-    adapters = set(names) - {BASE}
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not any(isinstance(layer, LoraLinear) and wanted(layer) for _, layer in layers):
-        return ""
-    for name, layer in layers:
-        if isinstance(layer, LoraLinear) and not wanted(layer):
-            return f"{name} is not accelerated"
-        for adapter, variant in layer.lora_variant.items():
-            method = variant_of(type(variant))
-            if adapter in adapters and (method is None or not method.mixed):
-                return f"adapter {adapter!r} of {name} is a LoRA variant ({type(variant).__name__})"
-    return None
+def takes_names(layer: nn.Module) -> bool:
+    """Whether the library's own code may run a batch with names: of PEFT's layers that of LoRA around the base layer itself."""
+    return not isinstance(layer, BaseTunerLayer) or (
+        type(layer) is LoraLinear and not isinstance(layer.base_layer, BaseTunerLayer)
+    )
 
 
-def _give_names(module, args, kwargs, *, names):
-    kwargs["adapter_names"] = names
-    return args, kwargs
+def run_apart(layer: nn.Module, x: Tensor, names: Any, stock: Callable[..., Tensor], reason: str) -> Tensor:
+    """y of a layer that does not take names by itself, in a call that is not fused for this reason: the base layer's, if
+    none of the adapters acts. ``stock``: PEFT's own forward.
 
-
-def _checkpoint_with_names(checkpoint, parts: list[nn.Module], names, function, *args, **kwargs):
-    # Runs in forward and again in backward, when PEFT's hooks are long gone: so it brings hooks of its own.
-    def with_names(*inputs, **options):
-        give = partial(_give_names, names=names)
-        handles = [part.register_forward_pre_hook(give, with_kwargs=True) for part in parts]
-        try:
-            return function(*inputs, **options)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    return checkpoint(with_names, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _checkpoints_keep(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    changed = []
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and getattr(module, "gradient_checkpointing", False):
-            parts = [m for m in module.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))]
-            module._gradient_checkpointing_func = partial(_checkpoint_with_names, checkpoint, parts, names)
-            changed.append((module, checkpoint))
-    try:
-        yield
-    finally:
-        for module, checkpoint in changed:
-            module._gradient_checkpointing_func = checkpoint
-
-
-@contextlib.contextmanager
-def left_as_after_success(context) -> Iterator[None]:
-    """PEFT's context for mixed batches. Left as PEFT leaves it, it keeps the hooks of a forward that raised, and they
-    give the names of that batch to later ones."""
-    context.__enter__()
-    try:
-        yield
-    finally:
-        context.__exit__(None, None, None)
-
-
-@contextlib.contextmanager
-def training_hooks(stock, model: nn.Module, names: Sequence[str], args, kwargs) -> Iterator[None]:
-    """PEFT's context for mixed batches, ``stock``, for a model in training mode."""
-    # PEFT's checks and hooks are right in training too; the flag of the outermost module is all it objects to.
-    model.training = False
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(left_as_after_success(stock(model, *args, adapter_names=names, **kwargs)))
-        finally:
-            model.training = True
-        with _checkpoints_keep(model, names):
-            yield
+    Raises:
+        ValueError: it is more than that.
+    """
+    nested = isinstance(layer.base_layer, BaseTunerLayer)
+    if layer._disable_adapters and not nested:
+        return stock(layer, x)
+    batch, held_by = batch_of(names), getattr(layer, method_of(type(layer)).adapters)
+    if batch is not None and len(batch.names) == len(x):
+        acting = layer.merged_adapters or any(name in held_by for name in batch.adapters)
+        if layer._disable_adapters or not acting:
+            y = layer.base_layer(x, **({"adapter_names": names} if nested else {}))
+            return y.to(x.dtype) if method_of(type(layer)).keeps_dtype else y
+    raise ValueError(f"Cannot pass `adapter_names`: {reason}")

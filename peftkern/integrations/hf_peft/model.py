@@ -6,7 +6,9 @@ stay as they are; what changes is how a call computes base + branch. A call that
 own forward, with the same arguments.
 
 ``adapter_names`` batches run fused too, and train: then every adapter of the batch gets gradients (PEFT raises there;
-``set_requires_grad`` or ``set_adapter`` of the tuner chooses which ones do).
+``set_requires_grad`` or ``set_adapter`` of the tuner chooses which ones do). Every tuner has them whose adapters are
+coefficients of a linear layer, where PEFT knows such batches of LoRA alone and drops the names of most others, and so has a
+PeftMixedModel. Where a layer of another tuner than LoRA cannot run fused, such a call raises ValueError with the reason.
 
 Results equal PEFT's to rounding. Dropout masks differ from PEFT's, their law does not;
 ``torch.manual_seed`` makes them reproducible. Under autocast fp32 adapters are used in fp32 where PEFT

@@ -50,7 +50,7 @@ def record(row: Row) -> dict:
         "op": method and method.op,
         "function": method and method.function and method.function.__name__,
         "backends": method and back_ends.of(method),
-        "many_adapters": method and method.mixed,
+        "many_adapters": method and (method.mixed or method.stored is not None),
         "tested_against": method and tested(method),
         "saves": method and method.saves,
         "merges": method and method.merges,

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dropout_mask import acting
-from .. import tuner
+from .. import lora_stored, tuner
 from ..linear import Branch, Linear, run
 from ..look import Look
 from ..registry import Held, Method, register
+from ..stored import Settings, Stored, Unfit, check_number, check_rank
 
 
 def adalora_linear(
@@ -49,6 +50,47 @@ def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     (A, B, E, n), (alpha,) = adapter.tensors, adapter.numbers
     return y.add(Branch(A, B, alpha / (n + 1e-5), adapter.dropout_p, d=E.flatten()))
+
+
+def _check(settings: Settings) -> None:
+    lora_stored.check_init(settings)
+    check_rank(settings, "init_r")
+    check_number(settings, "lora_alpha")
+    patterns = settings["rank_pattern"] or {}
+    if not isinstance(patterns, dict):
+        raise Unfit("rank_pattern", f"is {patterns!r}, expected an object")
+    for name, kept in patterns.items():
+        if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept):
+            raise Unfit("rank_pattern", f"has the entry {name!r}: {kept!r}, expected which of the ranks are kept")
+
+
+def _rank(settings: Settings, module: str) -> int:
+    # The pattern says of each rank whether it is kept; the file has those alone.
+    kept = (settings["rank_pattern"] or {}).get(f"{module}.lora_E")
+    return settings["init_r"] if kept is None else sum(kept)
+
+
+def _take(settings: Settings, module: str, tensors: Mapping[str, Tensor]) -> tuple[tuple, tuple]:
+    A, B, E = (tensors[name] for name in ("lora_A", "lora_B", "lora_E"))
+    alpha = settings["lora_alpha"] if settings["lora_alpha"] > 0 else _rank(settings, module)
+    # Whatever was pruned, n stays the rank at the start.
+    return (A, B, E, E.new_full((1,), settings["init_r"])), (float(alpha),)
+
+
+STORED = Stored(
+    names=("lora_A", "lora_B", "lora_E"),
+    shapes=lambda settings, module: {"lora_A": "RK", "lora_B": "NR", "lora_E": "R1"},
+    take=_take,
+    rank=_rank,
+    reads={"init_r": 12, "lora_alpha": 8, "rank_pattern": None, "init_lora_weights": True},
+    check=_check,
+    # LoRA's own settings say nothing here: there is one rank at the start, and one alpha.
+    ignores={
+        *lora_stored.IGNORES, "alpha_pattern", "beta1", "beta2", "deltaT", "lora_bias", "orth_reg_weight", "r", "target_r",
+        "tfinal", "tinit", "total_step", "use_rslora",
+    },
+    changes={**lora_stored.CHANGES, "use_dora": "DoRA"},
+)  # fmt: skip
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -94,6 +136,7 @@ ADALORA = register(
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B diag(E) A",
         peft_type="ADALORA",
+        stored=STORED,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

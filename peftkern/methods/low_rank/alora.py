@@ -84,7 +84,6 @@ ALORA = register(
         examples=examples,
         build=build,
         op="multi_lora_linear",
-        mixed=True,
         saves="as LoRA",
         merges="not at all: it acts on some tokens",
         peft_type="LORA",

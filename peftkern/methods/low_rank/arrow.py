@@ -101,6 +101,7 @@ ARROW = register(
         examples=examples,
         build=build,
         op="lora_linear",
+        routes=True,
         saves="x, and (M, R) of all adapters twice",
         merges="not at all: each token has its own",
         peft_type="LORA",

@@ -18,6 +18,7 @@ from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look
 from ..registry import Held, Method, register
+from ..stored import Settings, Stored, check_patterns, check_rank, of_module
 
 
 def _branch(
@@ -55,6 +56,23 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     return y.add(_branch(*adapter.tensors, adapter.dropout_p))
+
+
+def _check(settings: Settings) -> None:
+    check_rank(settings, "r")
+    check_patterns(settings, "rank_pattern", ranks=True)
+
+
+_SHAPES = {"delora_A": "RK", "delora_B": "NR", "delora_lambda": "1", "delora_w_norm": "K"}
+STORED = Stored(
+    names=tuple(_SHAPES),
+    shapes=lambda settings, module: _SHAPES,
+    take=lambda settings, module, tensors: (tuple(tensors[name] for name in _SHAPES), ()),
+    rank=lambda settings, module: of_module(settings["rank_pattern"], module, settings["r"]),
+    reads={"r": 8, "rank_pattern": None},
+    check=_check,
+    ignores={"delora_lambda", "init_weights", "lambda_pattern", "module_dropout"},  # lambda is a tensor of the file
+)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -95,6 +113,7 @@ DELORA = register(
         saves="x if delora_A trains, and (M, R) in fp32",
         merges="W + B diag(d) A diag(w)",
         peft_type="DELORA",
+        stored=STORED,
         keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...autograd.row_norm import row_norm
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
-from .. import tuner
+from .. import lora_stored, tuner
 from ..linear import Branch, Linear, run
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register
@@ -104,10 +104,10 @@ DORA = register(
         build=tuner.builder("LoraConfig", use_dora=True),
         op="lora_linear",
         coefficients=("g_b", "g_d"),
-        mixed=True,
         saves="as LoRA, and x W^T (M, N) if the magnitudes train",
         merges="f * (W + s B A)",
         peft_type="LORA",
+        stored=lora_stored.DORA,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -68,7 +68,6 @@ KASA = register(
         build=build,
         op="lora_linear",
         coefficients=("d",),
-        mixed=True,
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B diag(t) A",
         tested={"peft": ((0, 21), (0, 21))},

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ...autograd.lora_linear import Options, lora_linear_with
-from .. import tuner
+from .. import lora_stored, tuner
 from ..linear import Branch, Linear, run, wide
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register, variant_of
@@ -110,11 +110,11 @@ LORA = register(
         examples=examples,
         build=tuner.builder("LoraConfig"),
         op="lora_linear",
-        mixed=True,
         nests=True,
         saves="x if lora_A trains, and (M, R) in fp32",
         merges="W + s B A",
         peft_type="LORA",
+        stored=lora_stored.LORA,
         tested={"peft": ((0, 18), (0, 21))},
     )
 )

@@ -37,7 +37,6 @@ MICA = register(
         examples=examples,
         build=tuner.builder("LoraConfig", init_lora_weights="mica"),
         op="lora_linear",
-        mixed=True,
         saves="x",
         merges="W + s B A",
         tested={"peft": ((0, 21), (0, 21))},

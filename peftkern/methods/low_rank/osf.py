@@ -41,10 +41,7 @@ def osf_linear(
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
-    """What ``osf.Linear`` holds of an adapter. The library takes the first active one alone."""
-    active = look.value("_active_adapter")
-    if not isinstance(active, str) and list(active) != [name]:
-        raise NotCovered("it has several active adapters")
+    """What ``osf.Linear`` holds of an adapter."""
     part = look.part("osf_svd_params").part(name)
     now = [part.tensor(key) for key in _NOW]
     first = tuner.tensors(look, name, dict.fromkeys(_FIRST))
@@ -90,6 +87,7 @@ OSF = register(
         examples=examples,
         build=build,
         op="lora_linear",
+        one_active=True,
         coefficients=("d",),
         saves="x, and (M, 2 R) in fp32",
         merges="W + U diag(S) V - U_0 diag(S_0) V_0",

@@ -8,7 +8,8 @@ and the first N rows of B. The vectors d (R) and b (N) train.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look
 from ..registry import Held, Method, register
+from ..stored import Settings, Size, Stored, Unfit, check_rank
 
 
 def with_vera(y: Linear, tensors: tuple[Tensor, ...], dropout_p: float, seed: int | Tensor | None = None) -> Linear:
@@ -54,6 +56,47 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     return with_vera(y, adapter.tensors, adapter.dropout_p)
+
+
+def _check(settings: Settings) -> None:
+    check_rank(settings, "r")
+    key = settings["projection_prng_key"]
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise Unfit("projection_prng_key", f"is {key!r}, expected a whole number")
+
+
+def _made(settings: Settings, layers: Sequence[Size]) -> dict[str, Tensor]:
+    """vera_A and vera_B where a checkpoint leaves them to their key: uniform, as PEFT draws them for the largest layer."""
+    R, g = settings["r"], torch.Generator().manual_seed(settings["projection_prng_key"])
+    made = {}
+    for name, shape in (
+        ("vera_A", (R, max(layer.in_features for layer in layers))),
+        ("vera_B", (max(layer.out_features for layer in layers), R)),
+    ):
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+        t = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=g)
+        for layer in layers:  # each layer has rounded them to its own weight's dtype
+            t = t.to(layer.dtype)
+        made[name] = t
+    return made
+
+
+def _take(settings: Settings, module: str, tensors: Mapping[str, Tensor]) -> tuple[tuple, tuple]:
+    return tuple(tensors[name] for name in ("vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b")), ()
+
+
+STORED = Stored(
+    names=("vera_lambda_d", "vera_lambda_b"),
+    shapes=lambda settings, module: {"vera_lambda_d": "R", "vera_lambda_b": "N"},
+    take=_take,
+    rank=lambda settings, module: settings["r"],
+    reads={"r": 256, "projection_prng_key": 0, "save_projection": True},
+    check=_check,
+    ignores={"d_initial", "init_weights", "vera_dropout"},
+    shared={"vera_A": "RK", "vera_B": "NR"},
+    saves_shared=lambda settings: bool(settings["save_projection"]),
+    made=_made,
+)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -96,6 +139,7 @@ VERA = register(
         saves="(M, R) in fp32",
         merges="W + diag(b) B diag(d) A",
         peft_type="VERA",
+        stored=STORED,
         keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},
     )

@@ -14,6 +14,7 @@ from .. import tuner
 from ..linear import Linear
 from ..look import Look
 from ..registry import Held, Method, register
+from ..stored import Stored
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
@@ -58,6 +59,13 @@ BEFT = register(
         saves="nothing",
         merges="bias + b",
         peft_type="BEFT",
+        stored=Stored(
+            names=("beft_bias",),
+            shapes=lambda settings, module: {"beft_bias": "1N"},
+            take=lambda settings, module, tensors: ((tensors["beft_bias"],), ()),
+            ignores={"init_weights"},
+            base=lambda settings: True,
+        ),
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

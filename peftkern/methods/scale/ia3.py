@@ -8,6 +8,7 @@ Vectors of several adapters are multiplied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ from .. import tuner
 from ..linear import Linear, run, times
 from ..look import Look
 from ..registry import Held, Method, register
+from ..stored import Settings, Stored, Unfit, check_names
 
 
 def with_ia3(y: Linear, ia3_l: Tensor, is_feedforward: bool) -> Linear:
@@ -56,6 +58,31 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     return with_ia3(y, adapter.tensors[0].flatten(), *adapter.numbers)
+
+
+def _inside(settings: Settings, module: str) -> bool:
+    # A feed-forward layer is one whose name ends like this, be it in the middle of a word, or fits the pattern.
+    names = settings["feedforward_modules"]
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module.endswith(name) for name in names)
+
+
+def _check(settings: Settings) -> None:
+    check_names(settings, "feedforward_modules")
+    if settings["feedforward_modules"] is None:
+        raise Unfit("feedforward_modules", "is missing: PEFT's choice by the type of the model is not made here")
+
+
+STORED = Stored(
+    names=("ia3_l",),
+    shapes=lambda settings, module: {"ia3_l": "1K" if _inside(settings, module) else "N1"},
+    take=lambda settings, module, tensors: ((tensors["ia3_l"],), (_inside(settings, module),)),
+    reads={"feedforward_modules": None},
+    check=_check,
+    ignores={"init_ia3_weights"},
+    base=lambda settings: True,
+)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -100,6 +127,7 @@ IA3 = register(
         saves="x W^T (M, N) for a vector of the output, x for one of the input",
         merges="l * W and l * bias, or W * l",
         peft_type="IA3",
+        stored=STORED,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -46,6 +46,11 @@ def config(**values):
     return apply
 
 
+def both(*changes):
+    """Several changes of a folder."""
+    return lambda folder: [change(folder) for change in changes]
+
+
 def data(file, change):
     """Rewrites the bytes of a file."""
 
@@ -87,15 +92,28 @@ WRONG = {
     "config that is no JSON": (data(CONFIG, lambda raw: raw[:-20]), CONFIG, "no JSON"),
     "config in no encoding": (data(CONFIG, lambda raw: b"\xff\xfe\x00" + raw), CONFIG, "no JSON"),
     "config that is a list": (data(CONFIG, lambda raw: b"[]"), CONFIG, "holds a list"),
-    "another method": (config(peft_type="IA3"), CONFIG, "peft_type"),
+    "another method": (config(peft_type="LOKR"), CONFIG, "peft_type"),
     "no method": (config(peft_type="delete"), CONFIG, "peft_type"),
-    "DoRA": (config(use_dora=True), CONFIG, "use_dora"),
+    "DoRA without magnitudes": (config(use_dora=True), WEIGHTS, "proj.lora_magnitude_vector: is missing"),
+    "DoRA with a bias": (config(use_dora=True, lora_bias=True), CONFIG, "lora_bias: is True along with use_dora"),
+    "DoRA with magnitudes of another size": (
+        both(
+            config(use_dora=True),
+            weights(
+                lambda t: t.update(
+                    {k.replace("B.weight", "magnitude_vector"): torch.ones(31) for k in t if "B.weight" in k}
+                )
+            ),
+        ),
+        WEIGHTS,
+        "lora_magnitude_vector: has shape (31,), expected (32,)",
+    ),
     "DoRA's magnitudes": (
         weights(lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)})),
         WEIGHTS,
         f"{Q}.lora_magnitude_vector",
     ),
-    "lora_bias": (config(lora_bias=True), CONFIG, "lora_bias"),
+    "no lora_bias": (config(lora_bias=True), WEIGHTS, "proj.lora_B.bias: is missing"),
     "the bias of a branch": (weights(lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(32)})), WEIGHTS, "lora_B.bias"),
     "biases": (config(bias="lora_only"), CONFIG, "bias"),
     "whole modules": (
@@ -275,13 +293,12 @@ def test_ranks_and_scalings_are_pefts(zoo, tmp_path, case):
     checkpoint = Checkpoint(tmp_path / "one")
     layers = {n.removeprefix("base_model.model."): m for n, m in zoo.lora_layers(twin).items()}
     assert checkpoint.parts.keys() == layers.keys()
-    for name, part in checkpoint.parts.items():
-        assert part.rank == layers[name].r["one"]
-        assert part.scaling == pytest.approx(layers[name].scaling["one"], rel=1e-12)
-    tensors = {name: (A, B) for name, A, B in checkpoint.tensors()}
-    for name, layer in layers.items():
-        assert torch.equal(tensors[name][0], layer.lora_A["one"].weight)
-        assert torch.equal(tensors[name][1], layer.lora_B["one"].weight)
+    for name, tensors in checkpoint.tensors():
+        part, layer = checkpoint.parts[name], layers[name]
+        (A, B, bias), (scaling,) = part.method.stored.take(part.settings, part.module, tensors)
+        assert part.rank == layer.r["one"] and scaling == pytest.approx(layer.scaling["one"], rel=1e-12)
+        assert torch.equal(A, layer.lora_A["one"].weight) and torch.equal(B, layer.lora_B["one"].weight)
+        assert bias is None
     inputs = zoo.batch("llama", rows=2)["input_ids"]
     expected = twin(inputs).logits
     plain = twin.unload()

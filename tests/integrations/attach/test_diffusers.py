@@ -173,14 +173,17 @@ def _other(tensors, settings):
 
 
 REFUSED = {
-    "DoRA": (_settings(**{"unet.use_dora": True}), "lora_adapter_metadata: unet.use_dora: is True"),
+    "DoRA": (_settings(**{"unet.use_dora": True}), ".lora_magnitude_vector: is missing"),
     "LoKr": (_settings(**{"unet.peft_type": "LOKR"}), "unet.peft_type: is 'LOKR'"),
     "another rank": (_settings(**{"unet.r": 5}), "but the config gives it rank 5"),
     "two models that fit": (_twice, "holds adapters for unet and unet_2, which all fit this model"),
     "a convolution": (_convolution, "transformer_blocks.0.proj is a torch.nn.modules.conv.Conv1d"),
     "another model": (_other, "the model has no module"),
     "kohya's keys": (lambda t, s: t.update(lora_unet_a_b=torch.ones(2)), "lora_unet_a_b: is written as kohya's"),
-    "a control LoRA's": (lambda t, s: t.update({"unet.norm.down": torch.ones(2)}), "unet.norm.down: is no LoRA"),
+    "a control LoRA's": (
+        lambda t, s: t.update({"unet.norm.down": torch.ones(2)}),
+        "unet.norm.down: is no part of the adapter",
+    ),
 }
 
 

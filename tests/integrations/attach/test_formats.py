@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import peftkern
 from peftkern.integrations.attach.checkpoint import CONFIG, Checkpoint
-from peftkern.integrations.attach.config import CHANGES, IGNORED, READ
+from peftkern.integrations.attach.config import IGNORED, READ
 from peftkern.integrations.attach.weights import PICKLE, SAFETENSORS
+from peftkern.methods.registry import METHODS
 
 peft = pytest.importorskip("peft")
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -136,13 +137,23 @@ def test_layers_that_the_file_leaves_out(zoo, saved):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_setting_of_pefts_is_judged():
+STORED = {method.name: method for method in METHODS.values() if method.stored is not None}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_setting_of_pefts_is_judged(name):
     """A setting of a new release must be sorted: what it changes, or why it can be ignored."""
-    fields = set(peft.LoraConfig.__dataclass_fields__) | {"merge_weights", "enable_lora", "lora_dtype"}
-    assert fields == READ | IGNORED | CHANGES.keys()
-    assert not (READ & IGNORED or READ & CHANGES.keys() or IGNORED & CHANGES.keys())
-    variants = {n for n, f in peft.LoraConfig.__dataclass_fields__.items() if f.metadata.get("is_lora_variant")}
-    assert variants - CHANGES.keys() == {"velora_config", "monteclora_config"}
+    stored, cls = STORED[name].stored, peft.PEFT_TYPE_TO_CONFIG_MAPPING[STORED[name].peft_type]
+    fields = set(cls.__dataclass_fields__)
+    if issubclass(cls, peft.LoraConfig):
+        fields |= {"merge_weights", "enable_lora", "lora_dtype"}
+    sets = READ, IGNORED, set(stored.reads), set(stored.ignores), set(stored.changes)
+    assert fields - {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"} <= set().union(*sets)
+    assert set().union(*sets[2:]) <= fields
+    assert not any(a & b for i, a in enumerate(sets) for b in sets[:i])
+    variants = {n for n, f in cls.__dataclass_fields__.items() if f.metadata.get("is_lora_variant")}
+    if name in ("LoRA", "DoRA"):
+        assert variants - stored.changes.keys() == {"use_dora", "velora_config", "monteclora_config"}
 
 
 MEANS = {
@@ -150,9 +161,7 @@ MEANS = {
     "kasa_config": {},
     "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [3, 4],
-    "use_dora": True,
     "use_qalora": True,
-    "lora_bias": True,
     "target_parameters": ["mlp.experts.down_proj"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 2], [1, 2]],

@@ -109,7 +109,9 @@ def test_patterns_mean_the_names_of_their_file(tmp_path):
     rename(folder, *ERAS["4.40"])
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace("model.language_model.layers.0.*", key))
-    assert Checkpoint(folder).parts[key].scaling == 20
+    checkpoint = Checkpoint(folder)
+    part, tensors = checkpoint.parts[key], dict(checkpoint.tensors())[key]
+    assert part.method.stored.take(part.settings, part.module, tensors)[1] == (20,)
     multi = peftkern.attach_adapters(model, {"one": folder})
     torch.testing.assert_close(under(multi, inputs), expected, rtol=1e-4, atol=1e-5)
 
