@@ -96,7 +96,7 @@ def test_a_bias_and_no_vectors(sim, dtype, bias_dtype):
     ids = torch.tensor([0, -1, 2, 1, 9, -1, 1])
     batch = Batch(7, 40, 57, (4, 0, 9), dtype, torch.float32, seed=1, ids=ids)
     batch.bias = torch.randn(57, generator=torch.Generator().manual_seed(1)).to(bias_dtype or dtype)
-    check(batch, batch.run(sim, 90))
+    check(batch, batch.run(sim, 90, launches=2))
 
 
 def test_every_schedule_gives_the_same_bits(sim):
