@@ -46,7 +46,7 @@ def test_vectors(sim, M, K, N, ranks, arch, dtype, adapter_dtype):
 @pytest.mark.parametrize("dtype, adapter_dtype", PAIRS[1:])
 def test_wide_loads(sim, arch, dtype, adapter_dtype):
     """As they lie in a bank: one tile of rows, and several."""
-    for M, K, N in ((15, 264, 640), (230, 72, 136)):
+    for M, K, N in ((15, 264, 640), (230, 72, 136), (6, 40, 66)):
         ids = torch.arange(M) % 6 - 1
         batch = Batch(M, K, N, (16, 8, 24, 40, 5), dtype, adapter_dtype, M, True, ids, bank=True, gap=8)
         check(give(batch, arch), batch.run(sim, arch, seed=M))
