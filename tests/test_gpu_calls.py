@@ -28,7 +28,7 @@ def test_calls_run_and_change(name):
 
 def test_ids_alone_change_the_result():
     with calls.using("reference"):
-        for name in ("multi_lora_linear", "sgmv"):
+        for name in ("multi_lora_linear", "multi_lora_linear-vectors", "sgmv"):
             call = calls.call(name, "cpu")
             first = call.run()[0]
             call.inputs["ids"].copy_(call.inputs["ids"].roll(1))

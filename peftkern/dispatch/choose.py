@@ -82,7 +82,7 @@ def _not_preferred(name: str, problem: Problem, now: Settings) -> str | None:
         return None
     if problem.op == "multi_lora_linear_fwd":
         # What differs between the candidates is the branch, and that was measured.
-        problem = dataclasses.replace(problem, op="sgmv_add", flags=frozenset())
+        problem = dataclasses.replace(problem, op="sgmv_add")
     measured = tuned.entry(problem, now)
     if measured is not None and measured.candidate == "cuda":
         return None

@@ -94,6 +94,32 @@ def _many(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
     return Call("multi_lora_linear", inputs, compute, ("multi_lora_linear_route", "multi_lora_linear_fwd"))
 
 
+# Vectors of the adapters of one batch, as methods have them; the last one has no matrices.
+_OWN = (
+    ("base_out_scale", "delta_out_scale"), ("rank_scale", "delta_out_scale"), (), ("bias",), ("rank_scale", "delta_in_scale"),
+    ("base_in_scale", "bias"),
+)  # fmt: skip
+
+
+def _methods(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    make = _normal(device, dtype, 5)
+    inputs = dict(x=make(M, K), weight=make(N, K, scale=K**-0.5), bias=make(N))
+    inputs |= dict(ids=torch.arange(M, device=device) % (COUNT + 1) - 1) | _adapters(make, adapter_dtype)
+    for i, names in enumerate(_OWN):
+        sizes = {"rank_scale": inputs[f"A{i}"].shape[0], "base_in_scale": K, "delta_in_scale": K}
+        inputs |= {f"{name}{i}": make(sizes.get(name, N), dtype=torch.float32) for name in names}
+
+    def compute(t):
+        adapters = []
+        for i, names in enumerate(_OWN):
+            matrices = (None, None) if i == COUNT - 1 else (t[f"A{i}"], t[f"B{i}"])
+            adapters.append(peftkern.Adapter(*matrices, 1.0 + i, **{name: t[f"{name}{i}"] for name in names}))
+        with torch.inference_mode():
+            return [peftkern.multi_lora_linear(t["x"], t["weight"], adapters, t["ids"].view(-1), bias=t["bias"])]
+
+    return Call("multi_lora_linear-vectors", inputs, compute, ("multi_lora_linear_route", "multi_lora_linear_fwd"))
+
+
 def _branch(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
     make = _normal(device, dtype, 3)
     inputs = dict(x=make(M, K), y=make(M, N), ids=torch.arange(M, device=device) % (COUNT + 1) - 1)
@@ -132,12 +158,15 @@ def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch
     """All of them."""
     return [
         _training(device, dtype, adapter_dtype, 0.0), _training(device, dtype, adapter_dtype, 0.25),
-        _many(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype), _norm(device, dtype, adapter_dtype),
-        _mask(device),
+        _many(device, dtype, adapter_dtype), _methods(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype),
+        _norm(device, dtype, adapter_dtype), _mask(device),
     ]  # fmt: skip
 
 
-NAMES = ("lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "sgmv", "lora_row_norm", "dropout_mask")
+NAMES = (
+    "lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "multi_lora_linear-vectors", "sgmv", "lora_row_norm",
+    "dropout_mask",
+)  # fmt: skip
 
 
 def call(name: str, device: str = "cuda", **kinds) -> Call:

@@ -5,6 +5,8 @@ The worst error over its bound is recorded with each test, so that a report can 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from peftkern.problem import DTYPES
 from peftkern.settings import current
 from peftkern.testing.accuracy import check, judged
 from peftkern.testing.equations import mm
+from peftkern.testing.multi_problems import MultiLoRALinearProblem
 from peftkern.testing.problems import LoRALinearProblem
 from peftkern.verify import main as verify
 
@@ -136,6 +139,35 @@ def taker_is_another(backend: str, run) -> str | None:
             return str(error).rpartition("]: ")[2]
     last = mode.taken[-1]
     return None if last.backend == backend else f"{last.backend} took it; {last.declined}"
+
+
+# Vectors of the adapters of a batch, as methods have them.
+METHODS = (
+    ("base_out_scale", "delta_out_scale"), ("rank_scale", "delta_out_scale"), ("base_in_scale", "bias"), ("delta_in_scale",), (),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+@pytest.mark.parametrize("sizes", [(40, 4096, 1024, 16), (1100, 264, 520, 24), (9, 333, 77, 130)], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_methods_in_a_batch(name, dtype, sizes, adapters, record_property):
+    """Every kind of vector beside a plain adapter, in a bank; the output alone."""
+    (target,) = verify.targets([name], None, "multi_lora_linear", "cuda")
+    if target.reason():
+        pytest.skip(target.reason())
+    M, K, N, R = sizes
+    kind, count = DTYPES[dtype], len(METHODS)
+    ranks = tuple(max(1, R // (i + 1)) for i in range(count))
+    problem = MultiLoRALinearProblem(
+        seed=M, M=M, K=K, N=N, ranks=ranks, dtype=kind, adapter_dtype=torch.float32 if adapters == "fp32" else kind,
+        scalings=(2.0,) * count, dropout_p=(0.0,) * count, base_share=0.2, bias=True, bank=True, vectors=METHODS,
+    )  # fmt: skip
+    problem = replace(problem, frozen=frozenset(problem.tensors()))
+    with target.active():
+        results = check(problem, "cuda")
+    head = dict(backend=name, problem=f"methods {M}x{K}x{N}", dtype=dtype, adapters=adapters)
+    _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
 
 
 # M rows, adapters, K, N, ranks.

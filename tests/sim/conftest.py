@@ -21,6 +21,8 @@ import numpy as np
 import pybind11
 import pytest
 
+from peftkern.backends import marshal
+from peftkern.backends.cuda import native as cuda_native
 from peftkern.verify.static import cuda_launches, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,3 +227,42 @@ def sim():
     simulator = Simulator(build(folder))
     yield simulator
     cuda_launches.settle(simulator.launches())
+
+
+class Watched:
+    """A module whose calls are noted."""
+
+    def __init__(self, module):
+        self._module, self.calls = module, []
+
+    def __getattr__(self, name: str):
+        function = getattr(self._module, name)
+
+        def call(*args):
+            self.calls.append(name)
+            return function(*args)
+
+        return call
+
+
+@pytest.fixture
+def simulated(sim, monkeypatch):
+    """The simulator's module in place of the extension. Its memory comes from torch.empty, poisoned."""
+    assert marshal.set_up(sim.module, None, exports=False) is None
+    sim.configure()
+    module = Watched(sim.module)
+    monkeypatch.setattr(cuda_native, "_C", module)
+    return module
+
+
+@pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
+def device(request, simulated, monkeypatch):
+    """The back end on a simulated device with few multiprocessors; its architecture."""
+    monkeypatch.setattr(cuda_native, "device", lambda t: cuda_native.Device(request.param, 3))
+    monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
+    monkeypatch.setattr(cuda_native, "capturing", lambda: False)
+    monkeypatch.setattr(cuda_native, "kept_counters", {})
+    monkeypatch.setattr(cuda_native, "kept_addresses", {})
+    yield request.param
+    assert not any(c.any() for c in cuda_native.kept_counters.values()), "counters are not ready for the next launch"

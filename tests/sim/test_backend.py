@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
@@ -23,70 +21,43 @@ from peftkern.testing.arguments import backward, base, forward
 from peftkern.verify.static import cuda_launches
 
 
-class Watched:
-    """A module whose calls are noted."""
-
-    def __init__(self, module):
-        self._module, self.calls = module, []
-
-    def __getattr__(self, name: str):
-        function = getattr(self._module, name)
-
-        def call(*args):
-            self.calls.append(name)
-            return function(*args)
-
-        return call
-
-
-@pytest.fixture
-def simulated(sim, monkeypatch):
-    """The simulator's module in place of the extension. Its memory comes from torch.empty, poisoned."""
-    assert marshal.set_up(sim.module, None, exports=False) is None
-    sim.configure()
-    module = Watched(sim.module)
-    monkeypatch.setattr(cuda_native, "_C", module)
-    return module
-
-
-@pytest.fixture(params=(80, 90), ids=("sm_80", "sm_90"))
-def device(request, simulated, monkeypatch):
-    """The back end on a simulated device with few multiprocessors; its architecture."""
-    monkeypatch.setattr(cuda_native, "device", lambda t: cuda_native.Device(request.param, 3))
-    monkeypatch.setattr(cuda_native, "on_device", lambda t: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_native, "stream", lambda t: 0)
-    monkeypatch.setattr(cuda_native, "capturing", lambda: False)
-    monkeypatch.setattr(cuda_native, "kept_counters", {})
-    monkeypatch.setattr(cuda_native, "kept_addresses", {})
-    yield request.param
-    assert not any(c.any() for c in cuda_native.kept_counters.values()), "counters are not ready for the next launch"
-
-
 def test_dropout_mask(device):
     seed = torch.tensor([-5])
     assert torch.equal(OPS["dropout_mask"](Mask(seed, 5, 43, 0.3)), dropout_mask_ref(seed, 5, 43, 0.3))
 
 
-def batch(dtype, ids, ranks=(8, 3), max_rank=8):
-    """(x, arguments of the branch) of rows that take the bank's adapters "0", "1", ..., None for none."""
+# Vectors of the bank's adapters by name; those of the base, which sgmv does without.
+OF_BRANCH = ({"rank_scale": 8, "delta_out_scale": 40}, {"delta_in_scale": 24})
+OF_BASE = ({"base_in_scale": 24, "bias": 40}, {"base_out_scale": 40})
+
+
+def batch(dtype, ids, ranks=(8, 3), max_rank=8, vectors=()):
+    """(x, arguments of the branch, vectors and which act) of rows that take the bank's adapters "0", "1", ..., None for none.
+
+    ``vectors``: sizes by name, for each adapter.
+    """
     gen = torch.Generator().manual_seed(1)
     bank = AdapterBank(24, 40, max_adapters=len(ranks) + 1, max_rank=max_rank, dtype=dtype)
     for name, rank in enumerate(ranks):
         A, B = torch.randn(rank, 24, generator=gen), torch.randn(40, rank, generator=gen)
-        bank.add(str(name), A, B, scaling=0.5 * name)
+        own = vectors[name] if name < len(vectors) else {}
+        own = {of: torch.randn(size, generator=gen) for of, size in own.items()}
+        bank.add(str(name), A, B, 0.5 * name + bool(vectors), **own)
     state = bank.snapshot()
     order, starts = multi_lora_linear_route_ref(Route(bank.ids(ids), state.table, state.mask))
     x = torch.randn(len(ids), 24, generator=gen).to(dtype)
-    return x, (list(state.weights), state.table, state.scaling, state.max_rank, order, starts)
+    rest = list(state.weights), state.table, state.scaling, state.max_rank, order, starts
+    return x, rest, (list(state.vectors), state.acting)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sgmv_add(device, dtype):
-    x, rest = batch(dtype, ["1", None, "0", "1", "0"])
+@pytest.mark.parametrize("vectors", [(), OF_BRANCH], ids=["plain", "vectors"])
+def test_sgmv_add(device, dtype, vectors):
+    x, rest, own = batch(dtype, ["1", None, "0", "1", "0"], vectors=vectors)
     out = torch.randn(5, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = out.clone()
-    sgmv_add_ref(Add(expected, x, *rest))
-    OPS["sgmv_add"](Add(out, x, *rest))
+    sgmv_add_ref(Add(expected, x, *rest, *own))
+    OPS["sgmv_add"](Add(out, x, *rest, *own))
     torch.testing.assert_close(out, expected)
 
 
@@ -113,7 +84,7 @@ def test_every_launch_fits_the_devices_that_run_it():
 @pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])
 def test_many_adapters(device, bias_dtype):
     """The whole layer: u too, zeros in it where a row has no such rank, and a scaling of zero."""
-    x, rest = batch(torch.bfloat16, ["1", None, "2", "1", "0", None], ranks=(24, 3, 40), max_rank=64)
+    x, rest, _ = batch(torch.bfloat16, ["1", None, "2", "1", "0", None], ranks=(24, 3, 40), max_rank=64)
     if device < 90:
         problem = Problem(
             "multi_lora_linear_fwd", "cuda", "sm_80", x.dtype, x.dtype, 6, 40, 24, 64, frozenset({"base"})
@@ -129,6 +100,44 @@ def test_many_adapters(device, bias_dtype):
     torch.testing.assert_close(y, expected_y, rtol=2e-2, atol=4e-2)
     torch.testing.assert_close(u, expected_u, rtol=1e-5, atol=1e-5)
     assert (u[1] == 0).all() and (u[0, 3:] == 0).all() and (u[4, :24] != 0).all()
+
+
+# Vectors of the adapters "0", "1" and "2".
+METHODS = {
+    "dora": ({"base_out_scale": 40, "delta_out_scale": 40}, {}, {"base_out_scale": 40}),
+    "vera": ({"rank_scale": 24, "delta_out_scale": 40}, {"rank_scale": 3}),
+    "ia3": ({"base_in_scale": 24}, {"base_out_scale": 40, "bias": 40}, {"delta_in_scale": 24}),
+    "bias": ({}, {"bias": 40}),
+}
+
+
+@pytest.mark.parametrize("device", [90], indirect=True)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("save_base", [False, True])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float16, torch.float32])
+def test_many_adapters_with_vectors(device, simulated, method, save_base, bias_dtype):
+    """h comes back as a backward pass wants it; whatever acts, one call follows the product, and p_b takes one before."""
+    ids = ["1", None, "2", "1", "0", None, "0"]
+    x, rest, own = batch(torch.float16, ids, ranks=(24, 3, 40), max_rank=64, vectors=METHODS[method])
+    gen = torch.Generator().manual_seed(3)
+    weight = (torch.randn(40, 24, generator=gen) / 5).to(x.dtype)
+    bias = None if bias_dtype is None else torch.randn(40, generator=gen).to(bias_dtype)
+    c = MultiForward(x, *base(weight), 40, bias, *rest, None, None, *own, save_base)
+    flags = frozenset({"base", *own[1].split()} | ({"save_base"} if save_base else set()))
+    problem = Problem("multi_lora_linear_fwd", "cuda", "sm_90", x.dtype, x.dtype, 7, 40, 24, 64, flags)
+    assert cuda_multi.decline(problem, current()) is None
+    simulated.calls.clear()
+    y, u, h = OPS["multi_lora_linear_fwd"](c)
+    assert simulated.calls == ["cuda_scale_rows"] * (method == "ia3") + ["cuda_sgmv_add"]
+    expected_y, expected_u, expected_h = multi_lora_linear_fwd_ref(double(c))
+    # y has another rounding, that of the base product, and with a p_b that of what enters it.
+    error = (y.double() - expected_y).abs()
+    assert (error <= 2.0**-11 * (expected_y.abs() + 20)).all(), error.max()
+    close(u, expected_u, torch.float32)
+    if save_base:
+        close(h, expected_h, x.dtype)
+    else:
+        assert h.numel() == 0
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -246,23 +255,29 @@ def passes():
     t = layer(33, 24, 40, 8, torch.bfloat16, True, True, True, True)
     numbers = dict(scaling=2.0, dropout_p=t["p"], seed=t["seed"], d=t["d"], p_d=t["p_d"], g_d=t["g_d"])
     u = torch.randn(33, 8, generator=torch.Generator().manual_seed(8))
-    x, rest = batch(torch.bfloat16, ["1", None, "0", "1", "0"])
+    both = [a | b for a, b in zip(OF_BRANCH, OF_BASE)]
+    x, rest, own = batch(torch.bfloat16, ["1", None, "0", "1", "0"], vectors=OF_BRANCH)
+    whole = batch(torch.bfloat16, ["1", None, "0", "1", "0"], vectors=both)
+    weight, bias = torch.ones(40, 24).to(x.dtype), torch.ones(40).to(x.dtype)
     needs = ("x", "A", "B", "bias", "d")
     return {
         "lora_linear_fwd": forward(t["x"], t["weight"], t["A"], t["B"], bias=t["bias"], **numbers),
         "lora_linear_bwd": backward(t["dy"], t["x"], u, None, t["weight"], t["A"], t["B"], needs=needs, **numbers),
-        "multi_lora_linear_fwd": MultiForward(x, *base(torch.ones(40, 24).to(x.dtype)), 40, None, *rest, None, None),
-        "sgmv_add": Add(torch.ones(5, 40).to(x.dtype), x, *rest),
+        "multi_lora_linear_fwd": MultiForward(
+            whole[0], *base(weight), 40, bias, *whole[1], None, None, *whole[2], save_base=True
+        ),
+        "sgmv_add": Add(torch.ones(5, 40).to(x.dtype), x, *rest, *own),
         "lora_row_norm": RowNorm([t["weight"]], "dense", t["A"], t["B"], -1.5),
     }
 
 
+# What starts a pass. Vectors p_b, of which one adapter has one, go in front of the vendor's product.
 NATIVE = {
-    "lora_linear_fwd": "cuda_lora_linear_forward",
-    "lora_linear_bwd": "cuda_lora_linear_backward",
-    "multi_lora_linear_fwd": "cuda_sgmv_add",
-    "sgmv_add": "cuda_sgmv_add",
-    "lora_row_norm": "cuda_lora_row_norm",
+    "lora_linear_fwd": ["cuda_lora_linear_forward"],
+    "lora_linear_bwd": ["cuda_lora_linear_backward"],
+    "multi_lora_linear_fwd": ["cuda_scale_rows", "cuda_sgmv_add"],
+    "sgmv_add": ["cuda_sgmv_add"],
+    "lora_row_norm": ["cuda_lora_row_norm"],
 }
 
 
@@ -275,7 +290,7 @@ def test_a_pass_is_one_native_call(device, simulated, op):
     for _ in range(2):
         simulated.calls.clear()
         OPS[op](c)
-        assert simulated.calls == [NATIVE[op]]
+        assert simulated.calls == NATIVE[op]
 
 
 def flat(results):
@@ -325,7 +340,7 @@ def test_what_outlives_a_call(device, monkeypatch):
     for _ in range(2):
         OPS["sgmv_add"](c)
     kept = [*cuda_native.kept_addresses.values(), *cuda_native.kept_counters.values()]
-    assert kept[0].view(torch.int64).tolist() == [w.data_ptr() for w in c.weights]
+    assert kept[0].view(torch.int64).tolist() == [t.data_ptr() for t in (*c.weights, *c.vectors)]
     assert len(cuda_native.kept_addresses) == 1 and len(cuda_native.kept_counters) == 1
     monkeypatch.setattr(cuda_native, "stream", lambda t: 7)
     OPS["sgmv_add"](c)
@@ -357,6 +372,10 @@ MISFITS = {
     "sgmv_add": dict(
         out=lambda t: t[1:], table=lambda t: t[:, 1:], weights=lambda w: [w[0].half(), *w[1:]],
         scaling=lambda t: t[1:], order=lambda t: t.long(), starts=lambda t: t[1:], max_rank=lambda r: -1,
+        vectors=lambda v: [t.double() for t in v],
+    ),
+    "multi_lora_linear_fwd": dict(
+        bias=lambda t: t[1:], table=lambda t: t[:, 1:], starts=lambda t: t[1:], vectors=lambda v: [t.half() for t in v],
     ),
     "lora_row_norm": dict(lora_A=lambda t: t[:, 1:], lora_B=lambda t: t[1:], scaling=lambda s: "two"),
 }  # fmt: skip
@@ -365,6 +384,8 @@ MISFITS = {
 @pytest.mark.parametrize("op, name", [(op, name) for op, changes in MISFITS.items() for name in changes])
 def test_nothing_runs_on_what_does_not_fit(device, op, name):
     """Whatever was checked before: no kernel reads or writes beside a tensor."""
+    if op == "multi_lora_linear_fwd" and device < 90:
+        pytest.skip("declined below sm_90")
     c = passes()[op]
     with pytest.raises(RuntimeError, match="takes no call like this one"):
         OPS[op](c._replace(**{name: MISFITS[op][name](getattr(c, name))}))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lora_linear_args import Arguments, Dropout, Matrix
 
+from peftkern.ops.adapter_table import table_row
 from peftkern.ops.dropout_mask import dropout_rows_ref, threshold
 
 FAR = 2**30 + 8
@@ -155,17 +156,27 @@ class Kernels:
             floats(1.0, drop[2]), tensors, **how,
         )  # fmt: skip
 
-    def sgmv(self, arch: int, out, x, sizes, adapter: int, addresses) -> None:
-        """``sizes``: M, N, K, slots, max_rank; ``addresses``: of tensors, table, scaling, order, starts and u."""
+    def sgmv(self, arch: int, out, x, sizes, adapter: int, addresses, src=None) -> None:
+        """``sizes``: M, N, K, slots, max_rank; ``addresses``: of tensors, table, scaling, order, starts and u.
+
+        With ``src`` a third of the tensors is one of vectors.
+        """
         M, _, K, _, max_rank = sizes
         kernel = ctypes.c_int64(max_rank), CODES[BF16], arch
         partials = self._count("sim_sgmv_partials", ctypes.c_int64(M), ctypes.c_int64(K), *kernel)
         counters = self._count("sim_sgmv_counters", ctypes.c_int64(M), *kernel)
         self._sim.run(
-            "sim_sgmv_add", ints(CODES[BF16], adapter, out[2], x[2], *sizes, 1, arch), at(out[0]), at(x[0]),
-            *map(at, addresses), at(self._operands.scratch(partials)),
-            at(self._operands.scratch(counters, np.uint32)),
+            "sim_sgmv_add",
+            ints(CODES[BF16], adapter, out[2], x[2], *sizes, 1, arch, 2, *((1, src[2]) if src else (0, 0)), 0),
+            at(out[0]), at(x[0]), *map(at, addresses), at(self._operands.scratch(partials)),
+            at(self._operands.scratch(counters, np.uint32)), at(src[0]) if src else None, None,
         )  # fmt: skip
+
+    def scale_rows(self, out, x, sizes, addresses) -> None:
+        """``sizes``: M, K; ``addresses``: of tensors, of which the third is one of vectors, table, order and starts."""
+        M, K = sizes
+        numbers = ints(CODES[BF16], 0, out[2], x[2], M, 0, K, 1, 0, 0, 90, 2, 1, 0, 0)
+        self._sim.run("sim_scale_rows", numbers, at(out[0]), at(x[0]), *map(at, addresses))
 
 
 @pytest.fixture
@@ -337,6 +348,32 @@ def test_sgmv(kernels, operands, arch, transposed, adapter):
     close(out, y.double() + 0.5 * low @ b.double().t(), BF16, 100)
     if arch == 90:
         close(u, torch.nn.functional.pad(low, (0, max_rank - rank)), F32, 10)
+
+
+@pytest.mark.parametrize("rank", [0, 18])
+def test_vectors_of_adapters(kernels, operands, rank):
+    """All there are in one tensor, far from its begin; the base product in far rows, too."""
+    M, N, K, first, stride, far = 20, 72, 72, MANY, 2**17 + 8, 2**33
+    x, h, a, b = random(M, K, dtype=BF16), random(M, N, dtype=BF16), random(rank, K), random(N, rank)
+    rows = dict(stride=stride, first=first)
+    to, out = operands.far(torch.zeros(M, N, dtype=BF16), **rows)
+    of_x, of_h = operands.far(x, **rows)[0], operands.far(h, **rows)[0]
+    sizes = dict(d=rank, p_b=K, p_d=K, g_b=N, g_d=N, beta=N)
+    v, places, begin = {symbol: random(size) for symbol, size in sizes.items()}, {}, 0
+    for symbol, size in sizes.items():
+        places[symbol] = 0, far + begin
+        begin += size
+    table = torch.tensor([table_row(0, rank, 0, 0, K, 1, 0, rank, 1, 0, **places)])
+    vectors = operands.put(torch.cat(list(v.values())))
+    tensors = torch.tensor([operands.put(a), operands.put(b), vectors - 4 * far])
+    order, starts = torch.arange(first, first + M, dtype=torch.int32), torch.tensor([0, M, M, M], dtype=torch.int32)
+    addresses = [operands.put(t) for t in (tensors, table, torch.tensor([0.5]), order, starts)]
+    kernels.sgmv(90, to, of_x, (M, N, K, 1, rank), CODES[F32], (*addresses, 0), of_h)
+    v = {symbol: vector.double() for symbol, vector in v.items()}
+    low = 0.5 * v["d"] * ((x.double() * v["p_d"]) @ a.double().t())
+    close(out, v["g_b"] * h.double() + v["g_d"] * (low @ b.double().t()) + v["beta"], BF16, 1000)
+    kernels.scale_rows(to, of_x, (M, K), (*addresses[:2], *addresses[3:]))
+    close(out, v["p_b"] * x.double(), BF16)
 
 
 def test_dropout_mask(sim, operands):

@@ -15,10 +15,9 @@ namespace peftkern::cuda {
 template <int Blocks, int Threads>
 struct Exchange {
   int rows, quads, stride;  // stride: floats from a row of v to the next
-  float scaling;
-  uint32_t barriers;  // whether all parts have come, whether all of v has
-  float* inbox;       // of each quad that this block owns, the parts of all blocks
-  float* v;           // rows x stride: scaling times the sums
+  uint32_t barriers;        // whether all parts have come, whether all of v has
+  float* inbox;             // of each quad that this block owns, the parts of all blocks
+  float* v;                 // rows x stride: the sums times their factors
 
   // Bytes before v.
   __host__ __device__ static constexpr int front(int rows, int quads) {
@@ -26,11 +25,10 @@ struct Exchange {
   }
 
   // With all threads; `send` comes later, behind cluster_wait.
-  PEFTKERN_DEVICE Exchange(unsigned char* shared, int rows, int quads, int stride, float scaling)
+  PEFTKERN_DEVICE Exchange(unsigned char* shared, int rows, int quads, int stride)
       : rows(rows),
         quads(quads),
         stride(stride),
-        scaling(scaling),
         barriers(shared_address(shared)),
         inbox(reinterpret_cast<float*>(shared + 16)),
         v(reinterpret_cast<float*>(shared + front(rows, quads))) {
@@ -55,12 +53,13 @@ struct Exchange {
     cluster_store_async(cluster_address(shared_address(slot), owner), part, cluster_address(barriers, owner));
   }
 
-  // With all threads. Then v is there.
-  PEFTKERN_DEVICE void collect() const {
+  // With all threads. Then v is there; factor(rank) is that of a column.
+  template <class Factor>
+  PEFTKERN_DEVICE void collect(const Factor& factor) const {
     if (static_cast<int>(threadIdx.x) < owned()) mbarrier_wait_cluster(barriers, 0);
     each_owned([&](int row, int quad, Float4 sum) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum.value[e] *= scaling;
+      for (int e = 0; e < 4; ++e) sum.value[e] *= factor(4 * quad + e);
       const uint32_t to = shared_address(v + row * stride + quad * 4);
 #pragma unroll
       for (uint32_t b = 0; b < Blocks; ++b) {

@@ -65,35 +65,24 @@ PEFTKERN_DEVICE Eight<E> load_eight(const E* p, int left) {
   return v;
 }
 
-// Up to 8 adjacent values of a row of out, which is added to.
-template <class T>
-struct Run {
-  Vec16 words;
-
-  PEFTKERN_DEVICE static bool at_once(const T* p, int left) {
-    return left >= 8 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+template <class E>
+PEFTKERN_DEVICE float value_of(const Eight<E>& v, int e) {
+  if constexpr (sizeof(E) == 4) {
+    return v.half[e / 4].value[e % 4];
+  } else {
+    const uint32_t word = v.words.word[e / 2];
+    return e % 2 == 0 ? low_half<E>(word) : high_half<E>(word);
   }
+}
 
-  PEFTKERN_DEVICE void load(const T* p, int left) {
-    if (at_once(p, left)) words = *reinterpret_cast<const Vec16*>(p);
-  }
-
-  PEFTKERN_DEVICE void add_and_store(T* p, const float (&more)[8], int left) {
-    if (at_once(p, left)) {
+// Each value times a factor.
+template <class E>
+PEFTKERN_DEVICE Eight<float> times(const Eight<E>& v, const Eight<float>& factors) {
+  Eight<float> product;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float low = low_half<T>(words.word[i]), high = high_half<T>(words.word[i]);
-        words.word[i] = pack<T>(low + more[2 * i], high + more[2 * i + 1]);
-      }
-      *reinterpret_cast<Vec16*>(p) = words;
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (e < left) p[e] = from_float<T>(to_float(p[e]) + more[e]);
-      }
-    }
-  }
-};
+  for (int e = 0; e < 8; ++e) product.half[e / 4].value[e % 4] = value_of(v, e) * value_of(factors, e);
+  return product;
+}
 
 // As words of two values of 16 bits, term by term.
 template <class E, int Terms>

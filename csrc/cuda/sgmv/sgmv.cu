@@ -1,7 +1,9 @@
 // The branch of a batch whose rows take different adapters, added to an output: shrink and expand in one
 // launch, for fp32, and for every device (sgmv_cluster.cu is what sm_90 and up do with half precision).
 //
-//   out[t] += s[a] B[a] (A[a] x[t])      a the slot of row t; rows without an adapter are not touched
+//   out[t] += s[a] g_d[a] (B[a] (d[a] A[a] (p_d[a] x[t])))
+//
+// with a the slot of row t and vectors that adapters may have; rows without an adapter are not touched.
 //
 // Work comes in items, taken by ticket: first all shrink items (some rows of one adapter, 1024 columns of K),
 // whose partial sums go through memory, then all expand items (the same rows, 512 columns of out), which wait
@@ -32,28 +34,21 @@ struct Item {
   int part;          // which columns
   int rows;
   int64_t slot;
-  bool invalid;  // the row asked for an adapter that does not exist
+  bool invalid;  // the rows asked for an adapter that does not exist, or that the launch does not know
 };
 
 // What is there to do from a position of `order` on: nothing (rows = 0) unless an item begins there.
 PEFTKERN_DEVICE Item item_at(const SgmvArgs& args, int64_t position, int part) {
-  Item item{position, part, 0, 0, false};
-  if (position >= args.starts[args.slots]) {
-    item.invalid = position >= args.starts[args.slots + 1];
-    return item;
-  }
-  int64_t low = 0, high = args.slots;  // starts[low] <= position < starts[high]
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (args.starts[middle] <= position) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  item.slot = low;
-  if ((position - args.starts[low]) % kRows != 0) return item;
-  const int64_t left = args.starts[low + 1] - position;
+  const int slots = static_cast<int>(args.slots), at = static_cast<int>(position);
+  const int slot = find_segment(slots + 2, at, [&](int s) { return args.starts[s]; });
+  // Each invalid row is an item.
+  Item item{position, part, slot > slots, slot, slot > slots};
+  const int64_t start = args.starts[slot];
+  if (slot >= slots || (position - start) % kRows != 0) return item;
+  const int64_t* table = args.table + slot * cpu::kMultiColumns;
+  item.invalid = !known(args, table, args.vectors != nullptr);
+  if (table[cpu::kRank] == 0 && !item.invalid) return item;
+  const int64_t left = args.starts[slot + 1] - position;
   item.rows = left < kRows ? static_cast<int>(left) : kRows;
   return item;
 }
@@ -78,13 +73,16 @@ PEFTKERN_DEVICE void shrink(const SgmvArgs& args, const Item& item, int64_t spli
   constexpr int kEach = 16 / static_cast<int>(sizeof(Adapter)), kVectors = kDepth / 32 / kEach;
   const int t = static_cast<int>(threadIdx.x), lane = lane_index(), warp = t / 32;
   const int64_t first = int64_t{item.part} * kDepth, left = args.K - first;
+  const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
+  const float* p_d = vector_of(args, table, cpu::kPd);
   for (int row = 0; row < item.rows; ++row) {
     const T* x = static_cast<const T*>(args.x) + args.order[item.position + row] * args.x_row + first;
     for (int k = t; k < kDepth; k += kThreads) shared[row * kDepth + k] = k < left ? to_float(x[k]) : 0.0f;
+    if (p_d == nullptr) continue;
+    for (int k = t; k < kDepth && k < left; k += kThreads) shared[row * kDepth + k] *= p_d[first + k];
   }
   sync_threads();
 
-  const int64_t* table = args.table + item.slot * cpu::kMultiColumns;
   const int64_t rank = table[cpu::kRank];
   const Adapter* a = matrix<Adapter>(args, table, cpu::kATensor, cpu::kAOffset) + first;
   for (int64_t r = warp; r < rank; r += kWarps) {
@@ -132,12 +130,13 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
   if (t == 0) wait_at_least(args.counters + kDoneCounter + item.position, static_cast<uint32_t>(splits));
   sync_threads();
   const float scaling = args.scaling[item.slot];
+  const float *d = vector_of(args, table, cpu::kD), *g_d = vector_of(args, table, cpu::kGd);
   for (int64_t i = t; i < item.rows * rank; i += kThreads) {
     const int64_t row = i / rank, r = i % rank;
     const float* partial = args.partial + (item.position + row) * splits * args.max_rank + r;
     float sum = 0;
     for (int64_t s = 0; s < splits; ++s) sum += load_published(partial + s * args.max_rank);
-    shared[row * args.max_rank + r] = scaling * sum;
+    shared[row * args.max_rank + r] = d == nullptr ? scaling * sum : scaling * d[r] * sum;
   }
   sync_threads();
 
@@ -168,6 +167,9 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
         }
       }
     }
+    if (g_d == nullptr) continue;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) sums[c][row] *= g_d[n];
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
@@ -180,10 +182,12 @@ PEFTKERN_DEVICE void expand(const SgmvArgs& args, const Item& item, int64_t spli
 
 template <class T>
 PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
-  T* out = static_cast<T*>(args.out) + args.order[item.position] * args.out_row;
-  for (int c = static_cast<int>(threadIdx.x); c < kColumns; c += kThreads) {
-    const int64_t n = int64_t{item.part} * kColumns + c;
-    if (n < args.N) out[n] = from_float<T>(NAN);
+  for (int row = 0; row < item.rows; ++row) {
+    T* out = static_cast<T*>(args.out) + args.order[item.position + row] * args.out_row;
+    for (int c = static_cast<int>(threadIdx.x); c < kColumns; c += kThreads) {
+      const int64_t n = int64_t{item.part} * kColumns + c;
+      if (n < args.N) out[n] = from_float<T>(NAN);
+    }
   }
 }
 
@@ -199,12 +203,15 @@ __global__ void __launch_bounds__(kThreads, 2) sgmv_kernel(const SgmvArgs args) 
   const int64_t ticket = *broadcast, shrinks = args.M * splits;
   if (ticket < shrinks) {
     const Item item = item_at(args, ticket / splits, static_cast<int>(ticket % splits));
-    if (item.rows > 0) shrink<T, Adapter>(args, item, splits, shared);
+    if (item.rows > 0 && !item.invalid) shrink<T, Adapter>(args, item, splits, shared);
   } else {
     const int64_t rest = ticket - shrinks;
     const Item item = item_at(args, rest / chunks, static_cast<int>(rest % chunks));
-    if (item.rows > 0) expand<T, Adapter>(args, item, splits, shared);
-    if (item.invalid) fill_nan<T>(args, item);
+    if (item.invalid) {
+      fill_nan<T>(args, item);
+    } else if (item.rows > 0) {
+      expand<T, Adapter>(args, item, splits, shared);
+    }
   }
 
   // Whoever is last makes the counters ready for the next launch: nobody waits any more.
@@ -247,7 +254,7 @@ const char* sgmv_add(const SgmvArgs& args) {
   const int64_t blocks = args.M * (splits + chunks);
   if (args.M == 0 || (args.N == 0 && args.u == nullptr)) return nullptr;
   if (sgmv_in_clusters(args.max_rank, args.dtype, args.arch)) return sgmv_cluster_add(args);
-  if (args.u != nullptr) return "cudaErrorInvalidValue";
+  if (args.u != nullptr || args.src != nullptr || args.bias != nullptr) return "cudaErrorInvalidValue";
   if (blocks > 0x7fffffff) return "cudaErrorInvalidConfiguration";
   const auto shared = static_cast<size_t>(shared_bytes(args.max_rank));
   Launch how{{static_cast<unsigned>(blocks)}, {kThreads}, shared, args.stream};

@@ -2,6 +2,11 @@
 //
 //   out[t] += s[a] B[a] (A[a] x[t])
 //
+// or, with vectors that adapters may have (base: out itself, or `src`; bias: the adapter's, else the
+// layer's),
+//
+//   out[t] = g_b[a] base[t] + s[a] g_d[a] (B[a] (d[a] A[a] (p_d[a] x[t]))) + bias
+//
 // A cluster of 8 blocks takes up to 64 rows of one adapter. Each block shrinks its slice of K, the slices are
 // added up and scaled through each other's shared memory (exchange.h), and each expands its slice of N.
 // Adapters are read once per cluster, each block's slices of A and B under way at
@@ -9,31 +14,21 @@
 //
 // A row's sum runs in an order that K and the rank alone decide: by warp along K, then by warp, then by
 // block; then along the rank. So its bits are the same in any batch, alone or among 64.
-#include <cmath>
-
 #include "cuda/instructions/cluster.h"
 #include "cuda/instructions/launch.h"
 #include "cuda/instructions/mma.h"
 #include "cuda/instructions/sync.h"
-#include "cuda/instructions/warp.h"
 #include "cuda/sgmv/exchange.h"
-#include "cuda/sgmv/pieces.h"
-#include "cuda/sgmv/sgmv.h"
+#include "cuda/sgmv/items.h"
+#include "cuda/sgmv/output.h"
 
 namespace peftkern::cuda {
 namespace {
 
-constexpr int kCluster = 8, kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kTile = 16;   // rows of a product, and ranks of a chunk
 constexpr int kStep = 32;   // columns of K that a warp multiplies at a time
 constexpr int kGroup = 64;  // columns of out that a warp makes at a time
 constexpr int kMaxRank = 512, kManyRows = 1024, kMaxRankOfManyRows = 128;
-
-struct Parameters {
-  SgmvArgs args;
-  int shift;         // an item has up to 1 << shift rows: 16 or 64
-  bool by_position;  // how items are numbered
-};
 
 // Floats from a row of sums to the next: a multiple of 16 that keeps rows apart in the banks.
 __host__ __device__ constexpr int row_floats(int rank) {
@@ -48,49 +43,27 @@ constexpr int shared_bytes(int rows, int rank) {
 static_assert(shared_bytes(16, kMaxRank) <= kSharedAnywhere &&
               shared_bytes(64, kMaxRankOfManyRows) <= kSharedAnywhere);
 
-struct Item {
-  int first;  // position of its first row in `order`
-  int rows;   // 0: nothing to do
-  int slot;   // args.slots and up: no adapter, or an invalid one
-};
+// Columns of the table's row of an adapter.
+using Row = int64_t[cpu::kMultiColumns];
 
-// Segments (those of the slots, the rows without an adapter, the invalid ones) are cut into items. Item
-// `index` is the one that begins at that position of `order`; or, with fewer items than rows, segment s has
-// the numbers from (starts[s] >> shift) + s on: as many as it needs, before the next segment's.
-PEFTKERN_DEVICE Item find_item(const Parameters& p, int index) {
-  const int32_t* starts = p.args.starts;
-  const auto number = [&](int s) { return p.by_position ? starts[s] : (starts[s] >> p.shift) + s; };
-  const int slots = static_cast<int>(p.args.slots), most = 1 << p.shift;
-  int low = 0, high = slots + 2;  // number(low) <= index < number(high)
-  while (high - low > 1) {
-    const int step = (high - low + 31) / 32, probe = low + lane_index() * step;
-    const uint32_t below = ballot(probe < high && number(probe) <= index);
-    low += (count_ones(below) - 1) * step;
-    high = low + step < high ? low + step : high;
-  }
-  const int start = starts[low], offset = p.by_position ? index - start : (index - number(low)) << p.shift;
-  const int left = starts[low + 1] - start - offset;
-  // Rows without an adapter are left alone, but for their row of u.
-  const bool begins = left > 0 && (offset & (most - 1)) == 0 && (low != slots || p.args.u != nullptr);
-  return {start + offset, !begins ? 0 : left < most ? left : most, low};
-}
-
-template <class T, class Adapter>
+template <class T, class Adapter, bool Vectors>
 struct Branch {
-  using How = Kind<T, Adapter>;
   const SgmvArgs& args;
+  const Output<T, Vectors>& output;
   const int32_t* order;  // of this item's rows
   int rows, K, N;
   int rank;
   const Adapter* a;
   const Adapter* b;
   int64_t a_row, b_n, b_r;
+  float scaling;
+  const float *d = nullptr, *p_d = nullptr;
   const Exchange<kCluster, kThreads> sums_of_all;
   float* parts;  // warps x rows x 16: the warps' sums of a chunk
 
-  PEFTKERN_DEVICE Branch(const SgmvArgs& args, const Item& item, int most_rows,
-                         const int64_t (&table)[cpu::kMultiColumns])
-      : args(args),
+  PEFTKERN_DEVICE Branch(const Output<T, Vectors>& output, const Item& item, int most_rows, const Row& table)
+      : args(output.args),
+        output(output),
         order(args.order + item.first),
         rows(item.rows),
         K(static_cast<int>(args.K)),
@@ -101,9 +74,11 @@ struct Branch {
         a_row(table[cpu::kARow]),
         b_n(table[cpu::kBN]),
         b_r(table[cpu::kBR]),
-        sums_of_all(shared_memory(), rows, (rank + kTile - 1) / kTile * (kTile / 4), row_floats(rank),
-                    args.scaling[item.slot]),
-        parts(sums_of_all.v + (rows <= kTile ? kTile : most_rows) * sums_of_all.stride) {}
+        scaling(args.scaling[item.slot]),
+        sums_of_all(shared_memory(), rows, (rank + kTile - 1) / kTile * (kTile / 4), row_floats(rank)),
+        parts(sums_of_all.v + (rows <= kTile ? kTile : most_rows) * sums_of_all.stride) {
+    if constexpr (Vectors) d = vector_of(args, table, cpu::kD), p_d = vector_of(args, table, cpu::kPd);
+  }
 
   PEFTKERN_DEVICE static int g() { return lane_index() / 4; }
   PEFTKERN_DEVICE static int t() { return lane_index() % 4; }
@@ -111,11 +86,12 @@ struct Branch {
   PEFTKERN_DEVICE static int block() { return static_cast<int>(cluster_rank()); }
 
   // Sums over this block's slice of K for rows row0 to row0 + 16 Tiles - 1 of the item, sent to who adds up
-  // the slices.
-  template <int Tiles, bool Vector>
+  // the slices. Scaled: by p_d, which A's columns are multiplied by, in fp32.
+  template <int Tiles, bool Vector, bool Scaled>
   PEFTKERN_DEVICE void shrink(int row0) const {
+    using How = Kind<T, std::conditional_t<Scaled, float, Adapter>>;
     // Under way per block with one tile of rows: 8 loads of 16 bytes of A by each of 128 lanes, 16 KiB.
-    constexpr int kDepth = Tiles == 1 && Vector ? (sizeof(Adapter) == 4 ? 2 : 4) : 1;
+    constexpr int kDepth = Tiles == 1 && Vector ? (sizeof(Adapter) == 4 || Scaled ? 2 : 4) : 1;
     constexpr int kAhead = Tiles == 1 ? kDepth : 2;  // tiles of x under way
     const int steps = (K + kStep - 1) / kStep, each = (steps + kCluster - 1) / kCluster;
     const int begin = block() * each, end = begin + each < steps ? begin + each : steps;
@@ -131,6 +107,7 @@ struct Branch {
       for (int step = begin + warp(); step < end; step += kWarps * kDepth) {
         Eight<Adapter> a_piece[kDepth][2];
         Eight<T> x_piece[kAhead][2];
+        Eight<float> scale_piece[kDepth];
         const int k = step * kStep;
         const auto load_x = [&](int i) {
           const int d = i / Tiles, left = left_from(step + d * kWarps, end);
@@ -150,18 +127,26 @@ struct Branch {
             const bool inside = r0 + g() + 8 * h < rank;
             a_piece[d][h] = load_eight<Vector>(from + d * kWarps * kStep, inside ? left : 0);
           }
+          if constexpr (Scaled)
+            scale_piece[d] = load_eight<Vector>(p_d + 8 * t() + k + d * kWarps * kStep, left);
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) load_x(i);
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
           uint32_t of_a[2][How::kTermsA][4];
-          to_terms(a_piece[d][0], of_a[0]);
-          to_terms(a_piece[d][1], of_a[1]);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if constexpr (Scaled) {
+              to_terms(times(a_piece[d][h], scale_piece[d]), of_a[h]);
+            } else {
+              to_terms(a_piece[d][h], of_a[h]);
+            }
+          }
 #pragma unroll
           for (int m = 0; m < Tiles; ++m) {
             const int i = d * Tiles + m;
-            multiply(x_piece[i % kAhead], of_a, sums[m]);
+            multiply<How>(x_piece[i % kAhead], of_a, sums[m]);
             if (i + kAhead < kDepth * Tiles) load_x(i + kAhead);
           }
         }
@@ -198,6 +183,7 @@ struct Branch {
   }
 
   // 32 columns of K of 16 rows and 16 ranks: terms i of x and j of A, the smallest products first.
+  template <class How>
   PEFTKERN_DEVICE static void multiply(const Eight<T> (&x)[2], const uint32_t (&of_a)[2][How::kTermsA][4],
                                        float (&sums)[2][4]) {
     uint32_t of_x[2][How::kTermsX][4];
@@ -230,6 +216,7 @@ struct Branch {
 
   // out += v B^T for columns n0 to n0 + 63; `square` holds the first 16 ranks.
   PEFTKERN_DEVICE void expand(int n0, Square<Adapter>& square) const {
+    using How = Kind<T, Adapter>;
     for (int row0 = 0; row0 < rows; row0 += kTile) {
       float sums[8][4] = {};
       for (int r0 = 0; r0 < rank; r0 += kTile) {
@@ -259,42 +246,57 @@ struct Branch {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row0 + g() + 8 * h, n = n0 + 16 * t(), left = row < rows ? N - n : 0;
-        T* out = static_cast<T*>(args.out) + (row < rows ? order[row] : 0) * args.out_row + n;
-        Run<T> before[2];
+        const int64_t of_out = row < rows ? order[row] : 0;
+        Run<T> base[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) before[i].load(out + 8 * i, left - 8 * i);
+        for (int i = 0; i < 2; ++i) base[i].load(output.from(of_out) + n + 8 * i, left - 8 * i);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float more[8];
+          float branch[8];
 #pragma unroll
-          for (int j = 0; j < 8; ++j) more[j] = sums[j][2 * h + i];
-          before[i].add_and_store(out + 8 * i, more, left - 8 * i);
+          for (int j = 0; j < 8; ++j) branch[j] = sums[j][2 * h + i];
+          output.store(of_out, n + 8 * i, left - 8 * i, base[i], branch);
         }
       }
     }
   }
 
+  template <bool Scaled>
+  PEFTKERN_DEVICE void shrink_all() const {
+    constexpr bool kWide = sizeof(Adapter) == 4 || Scaled;
+    const auto addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(args.x) |
+                           (Scaled ? reinterpret_cast<uintptr_t>(p_d) : 0);
+    const int64_t strides = a_row * static_cast<int64_t>(sizeof(Adapter)) | args.x_row * 2 | args.K * 2;
+    if (addresses % 16 != 0 || strides % 16 != 0) {
+      for (int row0 = 0; row0 < rows; row0 += kTile) shrink<1, false, Scaled>(row0);
+    } else if (rows <= kTile) {
+      shrink<1, true, Scaled>(0);
+    } else if constexpr (kWide) {
+      for (int row0 = 0; row0 < rows; row0 += 2 * kTile) shrink<2, true, Scaled>(row0);
+    } else {
+      shrink<4, true, Scaled>(0);
+    }
+  }
+
+  // Not Vectors: `shrink_all<true>` is not made at all.
   PEFTKERN_DEVICE void run() const {
     const int groups = (N + kGroup - 1) / kGroup, each = (groups + kCluster - 1) / kCluster;
     const int begin = block() * each, end = begin + each < groups ? begin + each : groups;
-    if (begin < end) prefetch_b(begin * kGroup, end * kGroup < N ? end * kGroup : N);
-
-    const auto addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(args.x);
-    const int64_t strides = a_row * static_cast<int64_t>(sizeof(Adapter)) | args.x_row * 2 | args.K * 2;
-    if (addresses % 16 != 0 || strides % 16 != 0) {
-      for (int row0 = 0; row0 < rows; row0 += kTile) shrink<1, false>(row0);
-    } else if (rows <= kTile) {
-      shrink<1, true>(0);
-    } else if constexpr (sizeof(Adapter) == 4) {
-      for (int row0 = 0; row0 < rows; row0 += 2 * kTile) shrink<2, true>(row0);
+    if (begin < end) {
+      const int first = begin * kGroup, last = end * kGroup < N ? end * kGroup : N;
+      prefetch_b(first, last);
+      if constexpr (Vectors) output.prefetch(warp(), first, last);
+    }
+    if (Vectors && p_d != nullptr) {
+      shrink_all<Vectors>();
     } else {
-      shrink<4, true>(0);
+      shrink_all<false>();
     }
 
     int group = begin + warp();
     Square<Adapter> square;
     if (group < end) square = load_b(group * kGroup, 0);
-    sums_of_all.collect();
+    sums_of_all.collect([&](int r) { return d != nullptr && r < rank ? scaling * d[r] : scaling; });
     while (group < end) {
       expand(group * kGroup, square);
       group += kWarps;
@@ -336,56 +338,51 @@ struct Branch {
   }
 };
 
-// Zeros in u for the item's rows, from a rank on.
-PEFTKERN_DEVICE void clear_u(const SgmvArgs& args, const Item& item, int64_t first) {
-  if (args.u == nullptr) return;
-  for (int row = 0; row < item.rows; ++row) {
-    float* u = args.u + args.order[item.first + row] * args.max_rank;
-    for (int64_t r = first + cluster_rank() * kThreads + threadIdx.x; r < args.max_rank;
-         r += kCluster * kThreads) {
-      u[r] = 0;
-    }
-  }
-}
-
-template <class T>
-PEFTKERN_DEVICE void fill_nan(const SgmvArgs& args, const Item& item) {
-  for (int row = 0; row < item.rows; ++row) {
-    T* out = static_cast<T*>(args.out) + args.order[item.first + row] * args.out_row;
-    for (int64_t n = cluster_rank() * kThreads + threadIdx.x; n < args.N; n += kCluster * kThreads) {
-      out[n] = from_float<T>(NAN);
-    }
-  }
-}
-
-template <class T, class Adapter>
-__global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 ? 3 : 4)
+// Vectors: adapters may have them, a bias is added here, or the base product lies elsewhere.
+template <class T, class Adapter, bool Vectors>
+__global__ void __launch_bounds__(kThreads, sizeof(Adapter) == 4 || Vectors ? 3 : 4)
     sgmv_cluster_kernel(const __grid_constant__ Parameters p) {
   if constexpr (kHasClusters) {
     const SgmvArgs& args = p.args;
     const Item item = find_item(p, static_cast<int>(blockIdx.x) / kCluster);
     // Its row of the table at once: what waits for one of these loads has waited for all.
-    int64_t row[cpu::kMultiColumns] = {};
+    Row row = {};
+    Output<T, Vectors> output(args);
+    bool valid = true;
     if (item.rows > 0 && item.slot < args.slots) {
+      constexpr int kColumns = Vectors ? int{cpu::kMultiColumns} : cpu::kBR + 1;
 #pragma unroll
-      for (int i = cpu::kRank; i <= cpu::kBR; ++i) row[i] = args.table[item.slot * cpu::kMultiColumns + i];
+      for (int i = cpu::kRank; i < kColumns; ++i) row[i] = args.table[item.slot * cpu::kMultiColumns + i];
+      valid = known(args, row, Vectors);
+      if (valid) output.find(row);
     }
-    if (row[cpu::kRank] > 0) {
-      Branch<T, Adapter>(args, item, 1 << p.shift, row).run();
+    if (row[cpu::kRank] > 0 && valid) {
+      Branch<T, Adapter, Vectors>(output, item, 1 << p.shift, row).run();
       clear_u(args, item, (row[cpu::kRank] + kTile - 1) / kTile * kTile);
     } else {
       // Also where nothing is to be done: whoever comes after this launch relies on the one before it.
       grid_wait();
       clear_u(args, item, 0);
-      if (item.rows > 0 && item.slot > args.slots) fill_nan<T>(args, item);
+      if (!valid || (item.rows > 0 && item.slot > args.slots)) {
+        fill_nan<T>(args, item);
+      } else if (output.acts_alone()) {
+        store_base(output, item);
+      }
     }
   }
 }
 
+template <class T, class Adapter>
+const char* start(const Parameters& p, const Launch& how) {
+  const SgmvArgs& args = p.args;
+  const bool vectors = args.vectors != nullptr || args.bias != nullptr || args.src != nullptr;
+  return vectors ? launch(how, sgmv_cluster_kernel<T, Adapter, true>, p)
+                 : launch(how, sgmv_cluster_kernel<T, Adapter, false>, p);
+}
+
 template <class T>
 const char* start(const Parameters& p, const Launch& how) {
-  if (p.args.adapter_dtype == DType::f32) return launch(how, sgmv_cluster_kernel<T, float>, p);
-  return launch(how, sgmv_cluster_kernel<T, T>, p);
+  return p.args.adapter_dtype == DType::f32 ? start<T, float>(p, how) : start<T, T>(p, how);
 }
 
 }  // namespace
@@ -396,7 +393,8 @@ bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch) {
 
 const char* sgmv_cluster_add(const SgmvArgs& args) {
   // With few rows in all, many blocks count for more than reading an adapter once for 64 of them.
-  Parameters p{args, args.M < kManyRows || args.max_rank > kMaxRankOfManyRows ? 4 : 6, true};
+  const bool all_rows = args.u != nullptr || args.bias != nullptr || args.src != nullptr;
+  Parameters p{args, args.M < kManyRows || args.max_rank > kMaxRankOfManyRows ? 4 : 6, true, all_rows};
   const int rows = 1 << p.shift;
   const int64_t by_segment = (args.M + rows - 1) / rows + args.slots + 2;
   p.by_position = args.M <= by_segment;

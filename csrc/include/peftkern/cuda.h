@@ -117,9 +117,14 @@ const char* store_addresses(const uint64_t* host, int64_t count, uint64_t* out, 
 // have adjacent columns. tensors (addresses of `weights`), table, scaling, order and starts (see
 // peftkern/ops/multi_lora_linear.py) are in device memory. partial: sgmv_partials floats, null if that is 0.
 // counters: sgmv_counters words, null if that is 0, zero before the first launch that uses them and after
-// each; not for two launches at the same time. dependent: the launch before may still run, and writes out;
-// until it has ended nothing is written. u, with sgmv_in_clusters, or null: A[a] x, fp32 (M, max_rank)
-// without gaps, zeros beyond a row's rank.
+// each; not for two launches at the same time. dependent: the launch before may still run, and writes out
+// and src; until it has ended nothing is written. u, with sgmv_in_clusters, or null: A[a] x, fp32
+// (M, max_rank) without gaps, zeros beyond a row's rank.
+//
+// vectors: addresses of the tensors that adapters' vectors lie in, null if no adapter has any. d, p_d and g_d
+// act everywhere; with sgmv_in_clusters also, in every row,
+//   out = g_b[a] * (src, or what is in out) + the branch + (beta[a], or the bias)
+// where `src` (M, N) and `bias` (N), in fp32 or out's type, may be null. p_b: scale_rows.
 struct SgmvArgs {
   DType dtype, adapter_dtype;
   void* out;
@@ -138,6 +143,12 @@ struct SgmvArgs {
   bool dependent;
   int arch;  // compute capability of the device: 80, 90, 100
   void* stream;
+  int64_t tensor_count, vector_count;
+  const uint64_t* vectors;
+  const void* src;
+  int64_t src_row;
+  const void* bias;
+  DType bias_dtype;
 };
 int64_t sgmv_partials(int64_t M, int64_t K, int64_t max_rank, DType dtype, int arch);
 int64_t sgmv_counters(int64_t M, int64_t max_rank, DType dtype, int arch);
@@ -146,5 +157,7 @@ bool sgmv_in_clusters(int64_t max_rank, DType dtype, int arch);
 // Whether a block's shared memory suffices for the ranks: up to 6335 on every device.
 bool sgmv_takes(int64_t max_rank, DType dtype, int arch);
 const char* sgmv_add(const SgmvArgs& args);  // fp32 too
+// out (M, K) = x * p_b[a] row by row, x where there is no p_b, in halves: what enters a base product.
+const char* scale_rows(const SgmvArgs& args);
 
 }  // namespace peftkern::cuda
