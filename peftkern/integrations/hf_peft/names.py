@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.compiler import is_compiling
 
 from ...methods.registry import method_of, variant_of
 from .mixed import BASE
@@ -70,9 +72,18 @@ def _reason(model: nn.Module, names: Sequence[str], wanted: Wanted) -> str | Non
     return None
 
 
-def _give(module, args, kwargs, *, names):
-    kwargs["adapter_names"] = names
+def _give(module, args, kwargs, *, names, part, thread):
+    # The hooks of calls in several threads lie on one module; what replicates a model runs the replicas in threads of its own.
+    if module is not part or is_compiling() or threading.get_ident() == thread:
+        kwargs["adapter_names"] = names
     return args, kwargs
+
+
+def _names_for(part: nn.Module, names: Sequence[str]) -> Sequence[str]:
+    # A wrapper of saved modules knows the adapters that saved one; for all others the module is the base model's.
+    if not isinstance(part, AuxiliaryTrainingWrapper):
+        return names
+    return [name if name in part._adapters else BASE for name in names]
 
 
 @contextlib.contextmanager
@@ -80,7 +91,8 @@ def _given(parts: Sequence[tuple[nn.Module, Sequence[str]]]) -> Iterator[None]:
     handles = []
     try:
         for part, names in parts:
-            give = functools.partial(_give, names=names)
+            names = _names_for(part, names)
+            give = functools.partial(_give, names=names, part=part, thread=threading.get_ident())
             handles.append(part.register_forward_pre_hook(give, with_kwargs=True))
         yield
     finally:
@@ -94,7 +106,7 @@ def _own(tuner: BaseTuner, names: Sequence[str], num_beams: Any = None) -> conte
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     unknown = set(names) - {BASE} - tuner.peft_config.keys()
     if unknown:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}")
     repeated, before = names, set()
     if isinstance(num_beams, int) and num_beams > 1:
         # Beams stand side by side, but an encoder runs before there are any.
