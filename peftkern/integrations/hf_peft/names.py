@@ -1,8 +1,8 @@
 """How the layers of a model get the ``adapter_names`` of a call: by hooks, for as long as the call runs.
 
-PEFT has contexts with such hooks for some tuners, which know LoRA's layers and refuse training. They stay in charge of their
-models. A model of any other tuner, for which PEFT drops the names or trips over them, gets a context of ours once
-layers of it are accelerated.
+PEFT has contexts with such hooks for some tuners, which know LoRA's layers, refuse training and give the names to every thread
+that calls the model meanwhile. Ours take their place where all layers are accelerated, and serve any other tuner, for which PEFT
+drops the names or trips over them. PEFT's stay in charge of models of LoRA that are accelerated in part, and of aLoRA's offsets.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def _names_for(part: nn.Module, names: Sequence[str]) -> Sequence[str]:
     # A wrapper of saved modules knows the adapters that saved one; for all others the module is the base model's.
     if not isinstance(part, AuxiliaryTrainingWrapper):
         return names
-    return [name if name in part._adapters else BASE for name in names]
+    held = vars(part)["_adapters"]
+    return [name if name in held else BASE for name in names]
 
 
 @contextlib.contextmanager
@@ -101,7 +102,7 @@ def _given(parts: Sequence[tuple[nn.Module, Sequence[str]]]) -> Iterator[None]:
 
 
 def _own(tuner: BaseTuner, names: Sequence[str], num_beams: Any = None) -> contextlib.AbstractContextManager:
-    # The context of a tuner for which PEFT has none.
+    # The context of a model whose layers all take names.
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     unknown = set(names) - {BASE} - tuner.peft_config.keys()
@@ -182,17 +183,19 @@ def context_of(stock: Callable | None, wanted: Wanted, trained: Callable[[nn.Mod
                 yield
             return
 
+        activated = rest.get("alora_offsets") is not None
+        training = self.training and not activated
+        reason = None if activated else _reason(self, names, wanted)
+        ours = stock is None or not (activated or reason)
+
         def enter():
-            if stock is None:
+            if ours:
                 return _own(self, names, rest.get("num_beams"))
             return _left_as_after_success(stock(self, *args, adapter_names=names, **rest))
 
-        training = self.training and rest.get("alora_offsets") is None
-        if training or stock is None:
-            reason = _reason(self, names, wanted)
-            if reason is not None:
-                when = " when the model is in training mode" if training else ""
-                raise ValueError(f"{_REFUSED}{when}: {reason}")
+        if reason is not None and (training or stock is None):
+            when = " when the model is in training mode" if training else ""
+            raise ValueError(f"{_REFUSED}{when}: {reason}")
         if training:
             for layer in layers_of(self).values():
                 trained(layer)

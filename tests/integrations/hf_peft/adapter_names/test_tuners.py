@@ -43,6 +43,7 @@ CONFIGS = {
     "MiSS": lambda r, **options: peft.MissConfig(r=r, **options),
     "Uni-LoRA": _plain(peft.UniLoraConfig, r=3, theta_d_length=64),
 }
+LORA = {"LoRA": lambda r, **options: peft.LoraConfig(r=r, **options)}  # for which PEFT has such batches in evaluation
 LINEAR_ONLY = {"DeLoRA", "BEFT", "OSF", "MiSS"}  # their PEFT layers take no Conv1D
 PAIRS = [(name, kind) for name in CONFIGS for kind in ("llama", "gpt2") if kind != "gpt2" or name not in LINEAR_ONLY]
 TRAINED = [pair for pair in PAIRS if METHODS[pair[0]].trains]
@@ -55,9 +56,10 @@ def build(zoo, name, kind, **options):
     if kind == "gpt2" and name != "BEFT":
         options["fan_in_fan_out"] = True
     options["task_type"] = "FEATURE_EXTRACTION" if kind == "bert" else "CAUSAL_LM"
-    model = peft.get_peft_model(base, CONFIGS[name](4, target_modules=targets, **options), adapter_name="first")
-    model.add_adapter("second", CONFIGS[name](5, target_modules=targets, **options))
-    model.add_adapter("third", CONFIGS[name](6, target_modules=targets[1:3], **options))
+    config = (CONFIGS | LORA)[name]
+    model = peft.get_peft_model(base, config(4, target_modules=targets, **options), adapter_name="first")
+    model.add_adapter("second", config(5, target_modules=targets, **options))
+    model.add_adapter("third", config(6, target_modules=targets[1:3], **options))
     for adapter in ADAPTERS:
         model.base_model.set_adapter(adapter)
         for p in model.parameters():
@@ -343,11 +345,12 @@ def test_saved_modules_take_names_too(zoo):
 
 
 @pytest.mark.parametrize("saving", ["first", "second"])
-def test_an_adapter_without_a_saved_module_has_the_models(zoo, saving):
-    model = build(zoo, "VeRA", "bert")
+@pytest.mark.parametrize("name", ["VeRA", "LoRA"])
+def test_an_adapter_without_a_saved_module_has_the_models(zoo, name, saving):
+    model = build(zoo, name, "bert")
     model.delete_adapter(saving)
     targets = zoo.models["bert"]()[1]
-    model.add_adapter(saving, CONFIGS["VeRA"](4, target_modules=targets, modules_to_save=["classifier"]))
+    model.add_adapter(saving, (CONFIGS | LORA)[name](4, target_modules=targets, modules_to_save=["classifier"]))
     nn.init.normal_(model.base_model.model.classifier.modules_to_save[saving].weight)
     inputs = zoo.batch("bert", rows=len(NAMES))["input_ids"]
     expected = logits(model.eval(), inputs)
@@ -358,8 +361,9 @@ def test_an_adapter_without_a_saved_module_has_the_models(zoo, saving):
 
 
 @torch.no_grad()
-def test_names_are_those_of_the_calling_thread(zoo):
-    model = build(zoo, "VeRA", "llama")
+@pytest.mark.parametrize("name", ["VeRA", "LoRA"])
+def test_names_are_those_of_the_calling_thread(zoo, name):
+    model = build(zoo, name, "llama")
     peftkern.accelerate(model)
     inputs = zoo.batch("llama", rows=2)["input_ids"]
     batches = [["first", "second"], ["second", "__base__"], None]
