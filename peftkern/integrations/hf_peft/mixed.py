@@ -140,7 +140,7 @@ def mixed_plan(
     if isinstance(plan, str):
         return plan
     if x.dim() < 2 or x.shape[0] != len(batch.names):
-        return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
+        return _other_number(batch, x)
     for h in plan.held:
         if not h.method.mixed:
             return f"a batch with adapter_names is not covered for {h.method.name}"
@@ -211,6 +211,10 @@ def takes_names(layer: nn.Module) -> bool:
     )
 
 
+def _other_number(batch: Batch, x: Tensor) -> str:
+    return f"adapter_names has {len(batch.names)} entries, the input has shape {tuple(x.shape)}"
+
+
 def run_apart(layer: nn.Module, x: Tensor, names: Any, stock: Callable[..., Tensor], reason: str) -> Tensor:
     """y of a layer that does not take names by itself, in a call that is not fused for this reason: the base layer's, if
     none of the adapters acts. ``stock``: PEFT's own forward.
@@ -222,7 +226,9 @@ def run_apart(layer: nn.Module, x: Tensor, names: Any, stock: Callable[..., Tens
     if layer._disable_adapters and not nested:
         return stock(layer, x)
     batch, held_by = batch_of(names), getattr(layer, method_of(type(layer)).adapters)
-    if batch is not None and len(batch.names) == len(x):
+    if batch is not None and len(batch.names) != len(x):
+        reason = _other_number(batch, x)
+    elif batch is not None:
         acting = layer.merged_adapters or any(name in held_by for name in batch.adapters)
         if layer._disable_adapters or not acting:
             y = layer.base_layer(x, **({"adapter_names": names} if nested else {}))

@@ -1,14 +1,15 @@
 """How the layers of a model get the ``adapter_names`` of a call: by hooks, for as long as the call runs.
 
-PEFT has contexts with such hooks for some tuners, which know LoRA's layers and refuse training. They stay in charge of their
-models. A model of any other tuner, for which PEFT drops the names or trips over them, gets a context of ours once
-layers of it are accelerated.
+PEFT has contexts with such hooks for some tuners, which know LoRA's layers, refuse training and give the names to every thread
+that calls the model meanwhile. Ours take their place where all layers are accelerated, and serve any other tuner, for which PEFT
+drops the names or trips over them. PEFT's stay in charge of models of LoRA that are accelerated in part, and of aLoRA's offsets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.compiler import is_compiling
 
 from ...methods.registry import method_of, variant_of
 from .mixed import BASE
@@ -70,9 +72,19 @@ def _reason(model: nn.Module, names: Sequence[str], wanted: Wanted) -> str | Non
     return None
 
 
-def _give(module, args, kwargs, *, names):
-    kwargs["adapter_names"] = names
+def _give(module, args, kwargs, *, names, part, thread):
+    # The hooks of calls in several threads lie on one module; what replicates a model runs the replicas in threads of its own.
+    if module is not part or is_compiling() or threading.get_ident() == thread:
+        kwargs["adapter_names"] = names
     return args, kwargs
+
+
+def _names_for(part: nn.Module, names: Sequence[str]) -> Sequence[str]:
+    # A wrapper of saved modules knows the adapters that saved one; for all others the module is the base model's.
+    if not isinstance(part, AuxiliaryTrainingWrapper):
+        return names
+    held = vars(part)["_adapters"]
+    return [name if name in held else BASE for name in names]
 
 
 @contextlib.contextmanager
@@ -80,7 +92,8 @@ def _given(parts: Sequence[tuple[nn.Module, Sequence[str]]]) -> Iterator[None]:
     handles = []
     try:
         for part, names in parts:
-            give = functools.partial(_give, names=names)
+            names = _names_for(part, names)
+            give = functools.partial(_give, names=names, part=part, thread=threading.get_ident())
             handles.append(part.register_forward_pre_hook(give, with_kwargs=True))
         yield
     finally:
@@ -89,12 +102,12 @@ def _given(parts: Sequence[tuple[nn.Module, Sequence[str]]]) -> Iterator[None]:
 
 
 def _own(tuner: BaseTuner, names: Sequence[str], num_beams: Any = None) -> contextlib.AbstractContextManager:
-    # The context of a tuner for which PEFT has none.
+    # The context of a model whose layers all take names.
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     unknown = set(names) - {BASE} - tuner.peft_config.keys()
     if unknown:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}")
     repeated, before = names, set()
     if isinstance(num_beams, int) and num_beams > 1:
         # Beams stand side by side, but an encoder runs before there are any.
@@ -170,17 +183,19 @@ def context_of(stock: Callable | None, wanted: Wanted, trained: Callable[[nn.Mod
                 yield
             return
 
+        activated = rest.get("alora_offsets") is not None
+        training = self.training and not activated
+        reason = None if activated else _reason(self, names, wanted)
+        ours = stock is None or not (activated or reason)
+
         def enter():
-            if stock is None:
+            if ours:
                 return _own(self, names, rest.get("num_beams"))
             return _left_as_after_success(stock(self, *args, adapter_names=names, **rest))
 
-        training = self.training and rest.get("alora_offsets") is None
-        if training or stock is None:
-            reason = _reason(self, names, wanted)
-            if reason is not None:
-                when = " when the model is in training mode" if training else ""
-                raise ValueError(f"{_REFUSED}{when}: {reason}")
+        if reason is not None and (training or stock is None):
+            when = " when the model is in training mode" if training else ""
+            raise ValueError(f"{_REFUSED}{when}: {reason}")
         if training:
             for layer in layers_of(self).values():
                 trained(layer)

@@ -1,6 +1,7 @@
 """``adapter_names`` on models of tuners for which PEFT has no such batches, in evaluation and in training."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ CONFIGS = {
     "MiSS": lambda r, **options: peft.MissConfig(r=r, **options),
     "Uni-LoRA": _plain(peft.UniLoraConfig, r=3, theta_d_length=64),
 }
+LORA = {"LoRA": lambda r, **options: peft.LoraConfig(r=r, **options)}  # for which PEFT has such batches in evaluation
 LINEAR_ONLY = {"DeLoRA", "BEFT", "OSF", "MiSS"}  # their PEFT layers take no Conv1D
 PAIRS = [(name, kind) for name in CONFIGS for kind in ("llama", "gpt2") if kind != "gpt2" or name not in LINEAR_ONLY]
 TRAINED = [pair for pair in PAIRS if METHODS[pair[0]].trains]
@@ -54,9 +56,10 @@ def build(zoo, name, kind, **options):
     if kind == "gpt2" and name != "BEFT":
         options["fan_in_fan_out"] = True
     options["task_type"] = "FEATURE_EXTRACTION" if kind == "bert" else "CAUSAL_LM"
-    model = peft.get_peft_model(base, CONFIGS[name](4, target_modules=targets, **options), adapter_name="first")
-    model.add_adapter("second", CONFIGS[name](5, target_modules=targets, **options))
-    model.add_adapter("third", CONFIGS[name](6, target_modules=targets[1:3], **options))
+    config = (CONFIGS | LORA)[name]
+    model = peft.get_peft_model(base, config(4, target_modules=targets, **options), adapter_name="first")
+    model.add_adapter("second", config(5, target_modules=targets, **options))
+    model.add_adapter("third", config(6, target_modules=targets[1:3], **options))
     for adapter in ADAPTERS:
         model.base_model.set_adapter(adapter)
         for p in model.parameters():
@@ -297,8 +300,13 @@ def test_bad_names_are_named(zoo):
     peftkern.accelerate(model)
     with pytest.raises(ValueError, match=r"non-existing adapter.*other"):
         model(inputs, adapter_names=["first", "other"])
+    with pytest.raises(ValueError, match=r"non-existing adapter.*None, other"):
+        model(inputs, adapter_names=[None, "other"])
     with pytest.raises(TypeError, match="expected a list of str"):
         model(inputs, adapter_names="first")
+    for names in ([], ["__base__"] * 3):
+        with pytest.raises(ValueError, match=f"adapter_names has {len(names)} entries, the input has shape"):
+            model(inputs, adapter_names=names)
     with pytest.raises(ValueError, match="adapter_names has 3 entries, the input has shape"):
         model(inputs, adapter_names=["first"] * 3)
     model.set_adapter("first")
@@ -334,3 +342,48 @@ def test_saved_modules_take_names_too(zoo):
     expected = logits(model, inputs)
     peftkern.accelerate(model)
     torch.testing.assert_close(model(inputs, adapter_names=NAMES).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("saving", ["first", "second"])
+@pytest.mark.parametrize("name", ["VeRA", "LoRA"])
+def test_an_adapter_without_a_saved_module_has_the_models(zoo, name, saving):
+    model = build(zoo, name, "bert")
+    model.delete_adapter(saving)
+    targets = zoo.models["bert"]()[1]
+    model.add_adapter(saving, (CONFIGS | LORA)[name](4, target_modules=targets, modules_to_save=["classifier"]))
+    nn.init.normal_(model.base_model.model.classifier.modules_to_save[saving].weight)
+    inputs = zoo.batch("bert", rows=len(NAMES))["input_ids"]
+    expected = logits(model.eval(), inputs)
+    peftkern.accelerate(model)
+    for active in ADAPTERS:
+        model.set_adapter(active)
+        torch.testing.assert_close(model(inputs, adapter_names=NAMES).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["VeRA", "LoRA"])
+def test_names_are_those_of_the_calling_thread(zoo, name):
+    model = build(zoo, name, "llama")
+    peftkern.accelerate(model)
+    inputs = zoo.batch("llama", rows=2)["input_ids"]
+    batches = [["first", "second"], ["second", "__base__"], None]
+    expected = [model(inputs, adapter_names=names).logits for names in batches]
+    inside, results = threading.Barrier(len(batches), timeout=60), [None] * len(batches)
+
+    def meet(*args):
+        inside.wait()  # all calls are under way, and each has its hooks in place
+
+    handle = model.base_model.model.register_forward_pre_hook(meet)
+
+    @torch.no_grad()
+    def call(i):
+        results[i] = model(inputs, adapter_names=batches[i]).logits
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    for ours, one in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, one)
