@@ -34,7 +34,7 @@ LIBRARY, OURS = "library", "peftkern"
 
 def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
     """A benchmark for each of these methods, or for all that have a layer to time, with what it has of what was asked for:
-    no rank or dropout where there is none, and fp32 adapters, as users have them.
+    no rank or dropout where there is none or it is not covered, and fp32 adapters, as users have them.
 
     Raises ValueError for a name that the registry does not have, or that has no layer.
     """
@@ -47,7 +47,7 @@ def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
 
 def _choice(method: Method, asked: Choice) -> Choice:
     dropouts = asked.dropouts
-    if any(dropouts or ()) and not _drops(method.build(nn.Linear(32, 24), min(method.rank, 8))):
+    if any(dropouts or ()) and not _accelerated_with_dropout(method):
         dropouts = None
     ranks = asked.ranks if method.rank else None
     return dataclasses.replace(
@@ -103,13 +103,25 @@ def _pair(method: Method, case: Case, weight: Tensor) -> _Pair:
             if p.requires_grad:
                 nn.init.normal_(p, std=0.1)
     if case.dropout:
-        for part in _drops(stock):
-            part.update({name: nn.Dropout(case.dropout) for name in part})
+        _set_dropout(stock, case.dropout)
     ours = copy.deepcopy(stock)
     report = peftkern.accelerate(ours)
     if len(report.accelerated) != 1:
         raise RuntimeError(f"its layer is not accelerated: {dict(report.skipped)}")
     return _Pair((stock, ours), report.accelerated[0])
+
+
+def _accelerated_with_dropout(method: Method) -> bool:
+    model = method.build(nn.Linear(32, 24), min(method.rank, 8)).train()
+    return method.trains and _set_dropout(model, 0.1) and bool(peftkern.accelerate(model).accelerated)
+
+
+def _set_dropout(model: nn.Module, p: float) -> bool:
+    """Give each adapter this dropout; whether the model has any."""
+    parts = _drops(model)
+    for part in parts:
+        part.update({name: nn.Dropout(p) for name in part})
+    return bool(parts)
 
 
 def _drops(model: nn.Module) -> list[nn.ModuleDict]:

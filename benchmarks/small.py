@@ -3,6 +3,7 @@
     python -m peftkern.benchmarks.small calls --json FILE      microseconds of a call, by way of calling, one thread
     python -m peftkern.benchmarks.small shapes --json FILE     random shapes: accelerated over stock, interleaved
     python -m peftkern.benchmarks.small models --json FILE     whole small models: accelerated over stock
+    python -m peftkern.benchmarks.small models --only DoRA --seconds 60        one of them
 
 Everything is fp32 on the CPU. All that is compared takes turns within one run; a figure is a median.
 """
@@ -173,7 +174,7 @@ def shapes(count: int, seed: int, seconds: float) -> list[dict]:
     return rows
 
 
-def _llama(batch: int) -> tuple[nn.Module, Callable[[nn.Module], object], str]:
+def _llama(batch: int) -> tuple[nn.Module, Callable[[nn.Module], object]]:
     import peft
     import transformers
 
@@ -194,37 +195,42 @@ def _llama(batch: int) -> tuple[nn.Module, Callable[[nn.Module], object], str]:
                 pad_token_id=0,
             )  # fmt: skip
 
-    return model, generate, f"Llama, 12 layers of 256, generating, batch {batch}"
+    return model, generate
 
 
-def _encoder(model: nn.Module, words: str, vocabulary: int, rows: int, length: int):
+def encoder(sizes: dict, rows: int, length: int, **options: object) -> tuple[nn.Module, Callable[[nn.Module], object]]:
+    """A BERT of these sizes with LoRA, its options beside, on all linear layers, and a training step of rows x length tokens."""
     import peft
+    import transformers
 
-    lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=["query", "key", "value", "dense"])
-    model = peft.get_peft_model(model, lora).train()
-    ids = torch.randint(1, vocabulary, (rows, length))
+    targets = ["query", "key", "value", "dense"]
+    lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=targets, **options)
+    model = peft.get_peft_model(transformers.BertModel(transformers.BertConfig(**sizes)), lora).train()
+    ids = torch.randint(1, model.config.vocab_size, (rows, length))
 
     def train(model: nn.Module) -> None:
         model(ids).last_hidden_state.square().mean().backward()
         model.zero_grad(set_to_none=True)
 
-    return model, train, words
+    return model, train
 
 
-def models(seconds: float) -> list[dict]:
-    """Whole models: stock over accelerated, in turns."""
-    import transformers
+SMALL = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+MINI = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+MODELS = {
+    "Llama, 12 layers of 256, generating, batch 1": lambda: _llama(1),
+    "Llama, 12 layers of 256, generating, batch 8": lambda: _llama(8),
+    "MiniLM's sizes, a training step, 4 x 24 tokens": lambda: encoder(MINI, 4, 24),
+    "BERT of hidden 128, a training step, 8 x 32 tokens": lambda: encoder(SMALL, 8, 32),
+    "MiniLM's sizes, DoRA, a training step, 32 x 48 tokens": lambda: encoder(MINI, 32, 48, use_dora=True),
+}
 
-    small = transformers.BertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
-    mini = transformers.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    cases = [
-        _llama(1),
-        _llama(8),
-        _encoder(transformers.BertModel(mini), "MiniLM's sizes, a training step, 4 x 24 tokens", 30000, 4, 24),
-        _encoder(transformers.BertModel(small), "BERT of hidden 128, a training step, 8 x 32 tokens", 30000, 8, 32),
-    ]
+
+def models(seconds: float, only: str = "") -> list[dict]:
+    """Whole models: stock over accelerated, in turns. ``only``: those whose name has it."""
     rows = []
-    for model, run, words in cases:
+    for words in (words for words in MODELS if only in words):
+        model, run = MODELS[words]()
         ours = copy.deepcopy(model)
         peftkern.accelerate(ours)
         pair = {"PEFT": lambda: run(model), "accelerated": lambda: run(ours)}  # noqa: B023  (called at once)
@@ -284,15 +290,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--count", type=int, default=60, help="random shapes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--seconds", type=float, default=1.0, help="for each shape or model")
+    p.add_argument("--only", default="", metavar="WORDS", help="of models, those whose name has these")
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args(argv)
+    if args.what == "models" and not any(args.only in words for words in MODELS):
+        p.error(f"--only: no model's name has {args.only!r}; there are {'; '.join(MODELS)}")
     torch.manual_seed(args.seed)
     meter = Meter()
     meter.restart()
     rows = {
         "calls": calls,
         "shapes": lambda: shapes(args.count, args.seed, args.seconds),
-        "models": lambda: models(args.seconds),
+        "models": lambda: models(args.seconds, args.only),
     }[args.what]()
     print(summary(args.what, rows))
     print(f"other processes took {meter.cores():.2f} cores meanwhile", file=sys.stderr)

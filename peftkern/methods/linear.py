@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd.dropout_mask import zeroed
+from ..autograd.dropped_base import dropped_base
 from ..autograd.lora_linear import Options, lora_linear_with
 from ..checks import accumulate_dtype
 from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter
-from ..ops.dropout_mask import dropout_mask
+from ..ops.dropout_mask import seed_tensor
 
 
 class Branch(NamedTuple):
@@ -100,7 +102,9 @@ def run(y: Linear, x: Tensor) -> Tensor:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
     others: tuple[Branch, ...] = ()
+    shares: tuple[Branch, ...] = ()
     if len(branches) > 1 or branches[0].apart:
+        branches, shares = _without_shares(branches, x)
         fused, others = _fused(branches)
     else:
         (fused,) = branches
@@ -108,9 +112,14 @@ def run(y: Linear, x: Tensor) -> Tensor:
     plain = d is None and p_d is None and g_d is None and p_b is None and g_b is None
     scales = None if plain else Scales(d, p_b, p_d, g_b, g_d)
     result = lora_linear_with(x, weight, A, B, bias, Options(scaling, p, seed), scales)
+    if not others and not shares:
+        return result
+    total = result
     for branch in others:
-        result = result + _alone(weight, branch, x).to(result.dtype)
-    return result
+        total = total + _alone(weight, branch, x)
+    for b in shares:
+        total = total + dropped_base(x, weight, b.share, b.dropout_p, b.seed)
+    return total.to(result.dtype)  # some terms are wider
 
 
 _NAMES = {c.symbol: c.name for c in COEFFICIENTS}
@@ -130,6 +139,15 @@ def entry(y: Linear, bias: Tensor | None) -> Adapter:
     whole = y.whole_bias()
     own = None if whole is bias else whole
     return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
+
+
+def _without_shares(branches: tuple[Branch, ...], x: Tensor) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
+    # A branch drops what its share drops: in the op with the base, and of an input of its own, by one seed. A trace has
+    # torch's dropout, which has none: there they stay together.
+    if _tracing():
+        return branches, ()
+    seeded = [b if b.share is None else b._replace(seed=seed_tensor(b.seed, x.device)) for b in branches]
+    return tuple(b._replace(share=None) for b in seeded), tuple(b for b in seeded if b.share is not None)
 
 
 def _fused(branches: tuple[Branch, ...]) -> tuple[Branch, tuple[Branch, ...]]:
@@ -166,24 +184,31 @@ def whole_d(b: Branch) -> Tensor:
 
 def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:
     # A branch by itself. With a share of the base, both read the same dropped input.
-    dropped = drop(x, b.dropout_p, b.seed)
+    dropped, factor = drop(x, b.dropout_p, b.seed)
+    scaling = b.scaling * factor
     if b.share is not None:
-        scales = Scales(b.d, None, b.p_d, b.share, b.g_d)
-        return lora_linear_with(dropped, weight, b.lora_A, b.lora_B, None, Options(b.scaling), scales)
+        scales = Scales(b.d, None, b.p_d, b.share * factor, b.g_d)
+        return lora_linear_with(dropped, weight, b.lora_A, b.lora_B, None, Options(scaling), scales)
     down = dropped.to(b.lora_A.dtype) if b.p_d is None else (dropped * b.p_d).to(b.lora_A.dtype)
     u = F.linear(down, b.lora_A)
     if b.route is not None:
         by = b.route(down)
         u = (u.unflatten(-1, (by.shape[-1], -1)) * by[..., None]).flatten(-2)
     delta = F.linear(u if b.d is None else (u * b.d).to(b.lora_B.dtype), b.lora_B)
-    return (delta if b.g_d is None else delta * b.g_d) * b.scaling
+    return (delta if b.g_d is None else delta * b.g_d) * scaling
 
 
-def drop(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
-    """x with elements dropped and the others divided by 1 - p; with a seed the bits are those of ``dropout_mask``."""
+def drop(x: Tensor, p: float, seed: int | Tensor | None) -> tuple[Tensor, float]:
+    """x without the elements that are dropped, and the factor of what is left, which rounds less where a scale takes it.
+
+    The bits are those of ``dropout_mask``, and backward keeps their seed alone; torch's own where a trace is made.
+    """
     if p == 0.0:
-        return x
-    if seed is None:
-        return F.dropout(x, p)
-    keep = dropout_mask(x.numel() // x.shape[-1], x.shape[-1], p, seed, x.device).view(x.shape)
-    return torch.where(keep, x / (1.0 - p), 0.0)
+        return x, 1.0
+    if _tracing():
+        return F.dropout(x, p), 1.0
+    return zeroed(x, p, seed_tensor(seed, x.device)), 1.0 / (1.0 - p)
+
+
+def _tracing() -> bool:
+    return torch._C._get_tracing_state() is not None

@@ -67,6 +67,17 @@ def test_dropout_stays_random():
     )
 
 
+def test_what_dora_adds_drops_what_its_branch_drops():
+    made = layer(use_dora=True, lora_dropout=0.5)
+    nn.init.uniform_(made.lora_magnitude, 0.5, 2.0)
+    trace = traced(made, torch.randn(4, 10), check_trace=False)
+    y = trace(torch.ones(4000, 10))
+    # One mask for all of what the adapter adds: with p = 1/2 the variance is the sum of its squared terms.
+    total = made.weight + made.get_delta_weight()
+    adds = total * (made.lora_magnitude / total.norm(dim=1))[:, None] - made.weight
+    torch.testing.assert_close(y.var(0), adds.square().sum(1), rtol=0.15, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype, adapter_dtype", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
 def test_scale_vectors(dtype, adapter_dtype):
     g = torch.Generator().manual_seed(0)
@@ -83,8 +94,17 @@ def test_scale_vectors(dtype, adapter_dtype):
 
     trace = traced(call, normal(4, 10), torch.tensor(0.5), check_trace=dtype == torch.float32)
     x, scaling = normal(2, 3, 10), torch.tensor(0.25)
-    close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
-    torch.testing.assert_close(trace(x, scaling), call(x, scaling), **close)
+    y, recorded = call(x, scaling), trace(x, scaling)
+    assert recorded.dtype == y.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(recorded, y, rtol=1e-5, atol=1e-5)
+        return
+    # Half an ulp each: the trace rounds x * p_b, the base product and what g_b makes of it, relative to a sum of absolute
+    # values, and then y, as ours does too. All that has adapters in it is in fp32. A hundredth for errors of errors.
+    p_b, g_b = vectors["base_in_scale"].float(), vectors["base_out_scale"].float()
+    terms = torch.nn.functional.linear((x.float() * p_b).abs(), W.float().abs()) * g_b.abs()
+    bound = 1.01 * torch.finfo(dtype).eps / 2 * (3 * terms + 2 * y.float().abs())
+    assert ((recorded.float() - y.float()).abs() <= bound).all()
 
 
 class Many(nn.Module):

@@ -148,7 +148,8 @@ def as_accurate(ours, stock, exact, scale=None):
     if not exact.numel():
         return
     bits = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 53}[ours.dtype]
-    floor = 4.0 * (exact.abs().max().item() if scale is None else scale) * 2.0**-bits
+    ulps = 0.5 if bits < 24 else 4.0
+    floor = ulps * (exact.abs().max().item() if scale is None else scale) * 2.0**-bits
     error = (ours.double() - exact.double()).square().mean().sqrt().item()
     bound = 1.5 * (stock.double() - exact.double()).square().mean().sqrt().item()
     assert error <= max(bound, floor), f"error {error:.3g}, stock's times 1.5 {bound:.3g}, floor {floor:.3g}"

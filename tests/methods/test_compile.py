@@ -43,6 +43,18 @@ def test_layer(name):
     _same(next(iter(method.examples(K, N).values())).train(method.trains), "aot_eager")
 
 
+def test_dora_that_drops():
+    model = METHODS["DoRA"].examples(K, N)["linear"].train()
+    model.base_model.model[0].lora_dropout["default"] = nn.Dropout(0.4)
+    peftkern.accelerate(model)
+    x, found = torch.randn(6, K), []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        found.append(_step(call, model, x))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_inductor():
     def of(config):
         return tuner.layer(nn.Linear(K, K), config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +44,36 @@ def test_every_method_that_drops_is_here():
         and any("dropout" in part for part, _ in next(iter(method.examples(K, N).values())).named_modules())
     }  # fmt: skip
     assert drops - {"Arrow"} == DROPS.keys()  # its training with dropout stays the library's
+
+
+class Shared(nn.Module):
+    """Dropout by the mask of seed 5."""
+
+    def forward(self, x):
+        keep = peftkern.dropout_mask(x.numel() // x.shape[-1], x.shape[-1], P, 5)
+        return torch.where(keep.view(x.shape), x / (1 - P), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", DROPS)
+def test_by_the_mask_that_the_library_has_too(agree, on_base, monkeypatch, name, dtype):
+    on_base(dtype)
+    for module in ("peftkern.autograd.lora_linear", "peftkern.methods.linear"):  # where adapters draw their seeds
+        monkeypatch.setattr(
+            sys.modules[module], "seed_tensor", lambda seed, device: torch.tensor([5]) if seed is None else seed
+        )
+    for case, stock in METHODS[name].examples(24, 20).items():
+        for p in stock.parameters():  # some start at zero
+            if p.requires_grad:
+                nn.init.normal_(p)
+        stock, ours = (copy.deepcopy(stock).train() for _ in range(2))
+        for model, dropout in ((stock, Shared()), (ours, nn.Dropout(P))):
+            of = getattr(model.base_model.model[0], DROPS[name])
+            of.update(dict.fromkeys(of, dropout))
+        peftkern.accelerate(ours)
+        inputs = [torch.randn(*shape).to(dtype) for shape in ((5, 24), (2, 3, 24)) * 4]
+        agree(ours, stock, inputs, f"{name}, {case}, {dtype}")
+        assert (peftkern.status(ours).fused, peftkern.status(ours).stock) == (8, 0)
 
 
 def _differences(call, tensors, dy):

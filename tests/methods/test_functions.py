@@ -1,11 +1,14 @@
 """The functional forms against their equations in plain torch: forward, every gradient, bad input, dropout by its mask."""
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 import peftkern
 from peftkern.methods import METHODS
+from peftkern.methods.low_rank import dora
 
 M, K, N, R = 7, 11, 9, 4
 
@@ -55,6 +58,9 @@ FORMS = {
 }
 
 
+DROPS = [name for name in FORMS if "dropout_p" in inspect.signature(METHODS[name].function).parameters]
+
+
 def _tensors(shapes, dtype):
     made = []
     for shape in shapes:
@@ -94,14 +100,20 @@ def test_equation_and_gradients(name):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n != "DoRA"])  # its norm is a constant: not the true derivative
-def test_gradcheck(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_gradcheck(name, monkeypatch):
     _, x, W, b, tensors = _case(name)
     function = METHODS[name].function
+    if name == "DoRA":  # whose norm is a constant of the graph: it must not move with the weights
+        norm = dora.row_norm(W, *tensors[:2])
+        monkeypatch.setattr(dora, "row_norm", lambda *args: norm)
     assert torch.autograd.gradcheck(lambda x, b, *t: function(x, W, *t, bias=b), (x, b, *tensors))
+    if name in DROPS:
+        options = {"dropout_p": 0.4, "training": True, "seed": 5}
+        assert torch.autograd.gradcheck(lambda x, b, *t: function(x, W, *t, bias=b, **options), (x, b, *tensors))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMS)
 def test_other_dtypes(name, dtype):
     equation, x, W, b, tensors = _case(name, dtype)
@@ -115,7 +127,7 @@ def test_other_dtypes(name, dtype):
     assert all(t.grad.dtype == dtype for t in (x, b, *tensors) if t.requires_grad)
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n not in ("(IA)^3", "SSF", "OSF")])
+@pytest.mark.parametrize("name", DROPS)
 def test_dropout_by_its_mask(name):
     equation, x, W, b, tensors = _case(name)
     keep = peftkern.dropout_mask(M, K, 0.4, 5)

@@ -1,11 +1,13 @@
 """Every method of the registry agrees with the library that it stands for."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import peftkern
 from peftkern.dispatch import registry as dispatch
 from peftkern.methods import METHODS, registry
 
@@ -25,6 +27,24 @@ def test_parity(parity, name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_half_precision(half_parity, name, dtype, autocast):
     half_parity(METHODS[name], dtype, autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_fresh_dora_on_half_precision(agree, on_base, dtype):
+    # The library rounds the norms once more when it makes the magnitudes of them: a fresh adapter already changes the layer.
+    on_base(dtype)
+    stock = METHODS["DoRA"].build(torch.nn.Linear(24, 20), 4)
+    ours = copy.deepcopy(stock)
+    peftkern.accelerate(ours)
+    agree(ours, stock, [torch.randn(2, 3, 24).to(dtype) for _ in range(8)], f"a fresh DoRA, {dtype}")
+    assert peftkern.status(ours).fused == 8
+    layer = stock.base_model.model[0]
+    W, m = layer.base_layer.weight.double(), layer.lora_magnitude_vector["default"].weight.double()
+    change = (m / W.norm(dim=1) - 1).detach()
+    assert not layer.lora_B["default"].weight.any() and change.abs().max() > 0.1 * torch.finfo(dtype).eps
+    x = torch.eye(24, dtype=dtype)
+    shift = ours(x).double() - ours(torch.zeros_like(x)).double() - W.t()
+    assert torch.nn.functional.cosine_similarity((shift * W.t()).sum(0), change, dim=0) > 0.8
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -80,18 +80,42 @@ def test_what_is_frozen_is_not_kept(on_base, dtype):
     assert _of(inside, dtype) <= _expected(1, 0, 0, dtype) + SMALL
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name, case, R", [("LoRA", "lora_A frozen", 4), ("VeRA", "linear", 9)], ids=["LoRA-FA", "VeRA"]
+)
+def test_the_rank_alone(on_base, name, case, R, dtype, p):
+    # Nothing beyond (M, R) in fp32, of which the frozen linear layer keeps nothing, and the dropout's seed.
+    on_base(dtype)
+    model = METHODS[name].examples(K, N)[case].train()
+    for part in model.modules():
+        if isinstance(part, nn.ModuleDict) and any(isinstance(m, nn.Identity) for m in part.values()):
+            part.update(dict.fromkeys(part, nn.Dropout(p)))
+    kept = _of(model, dtype)
+    assert kept <= 4 * M * R + 8 * (p > 0), kept
+    frozen, x = nn.Linear(K, N, dtype=dtype).requires_grad_(False), torch.randn(M, K, dtype=dtype, requires_grad=True)
+    assert _bytes(frozen, x, *frozen.parameters()) == 0
+
+
 def _of_again(model, dtype):
     peftkern.status(model, reset=True)
     return _of(model, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dora_that_drops_keeps_less_than_the_library(on_base, dtype):
+def test_dora_that_drops(on_base, dtype):
+    # As LoRA, and the base product of what is left of x, in fp32: neither a mask nor what is left.
     on_base(dtype)
     stock = METHODS["DoRA"].examples(K, N)["linear"].train()
     stock.base_model.model[0].lora_dropout["default"] = nn.Dropout(0.3)
     ours, x = copy.deepcopy(stock), torch.randn(M, K, dtype=dtype, requires_grad=True)
-    assert _of(ours, dtype) <= _bytes(stock, x, *stock.parameters())
+    lora = _expected(1, 0, 4, dtype)
+    kept, theirs = _of(ours, dtype), _bytes(stock, x, *stock.parameters())
+    assert lora + 4 * M * N <= kept <= lora + 4 * M * N + SMALL, (kept, theirs)
+    assert kept < 0.6 * theirs, (kept, theirs)
+    ours.base_model.model[0].lora_magnitude_vector.requires_grad_(False)
+    assert _of_again(ours, dtype) <= lora + SMALL
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

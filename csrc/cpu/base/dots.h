@@ -70,12 +70,25 @@ PEFTKERN_INLINE void dot_pair(vf (&acc)[ROWS][COLS], const float* a, int64_t lda
   }
 }
 
-// out[i, j] (+)= a_i . w_j over n elements, whole steps. `ahead` elements further on in W lies what is read
-// next; 0: it is in cache already. Nothing else is in this function, or the compiler spills accumulators in
-// its loop.
+// What is left of COLS rows of W after whole steps, n < kLine elements each, with zeros up to a step.
+template <class B, int COLS>
+struct Rest {
+  static constexpr int kParts = B::kLine / kPair;
+  typename B::Part parts[COLS][kParts];
+  Rest(typename B::Cursor w, int64_t ldw, int64_t n) {
+    for (int j = 0; j < COLS; ++j)
+      for (int part = 0; part < kParts; ++part)
+        parts[j][part].take(w + j * ldw + part * kPair,
+                            smaller(kPair, n > part * kPair ? n - part * kPair : 0));
+  }
+};
+
+// out[i, j] (+)= a_i . w_j over n elements, whole steps, and one step more with `rest`. `ahead` elements
+// further on in W lies what is read next; 0: it is in cache already. Nothing else is in this function, or the
+// compiler spills accumulators in its loop.
 template <class B, int ROWS, int COLS>
 void dots(const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t n, int64_t ahead,
-          float* out, int64_t ld, bool first) {
+          const Rest<B, COLS>* rest, float* out, int64_t ld, bool first) {
   constexpr int kStep = B::kLine;
   vf acc[ROWS][COLS];
 #pragma GCC unroll 5
@@ -90,6 +103,9 @@ void dots(const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_
     for (int part = 0; part < kStep; part += kPair)
       dot_pair<B, ROWS, COLS>(acc, a + k + part, lda, w + k + part, ldw);
   }
+  if (rest != nullptr)
+    for (int part = 0; part < Rest<B, COLS>::kParts; ++part)
+      dot_pair<B, ROWS, COLS>(acc, a + n + part * kPair, lda, rest->parts[0][part].at(), kStep);
 #pragma GCC unroll 5
   for (int i = 0; i < ROWS; ++i) {
     float* to = out + i * ld;
@@ -105,50 +121,37 @@ void dots(const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_
   }
 }
 
-// The same for n < kLineOrPair, any number of rows and columns.
-template <class B>
-void dots_rest(int64_t rows, int64_t cols, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw,
-               int64_t n, float* out, int64_t ld, bool first) {
-  for (int64_t j = 0; j < cols; ++j)
-    for (int64_t k = 0; k < n; k += kPair) {
-      const typename B::Part part(w + j * ldw + k, smaller(kPair, n - k));
-      const vf b0 = B::first(part.at()), b1 = B::second(part.at());
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* x = a + i * lda + k;
-        const float sum = sum_lanes(fma(load(x + W), b1, load(x) * b0), zero(), zero(), zero())[0];
-        float* to = out + i * ld + j;
-        *to = first && k == 0 ? sum : *to + sum;
-      }
-    }
-}
-
-template <class B>
-using DotFunction = void (*)(const float*, int64_t, typename B::Cursor, int64_t, int64_t, int64_t, float*,
-                             int64_t, bool);
+template <class B, int COLS>
+using DotFunction = void (*)(const float*, int64_t, typename B::Cursor, int64_t, int64_t, int64_t,
+                             const Rest<B, COLS>*, float*, int64_t, bool);
 
 // Any n, and any number of rows, spread evenly over tiles of at most kDotRows: 6 are 3 + 3.
 template <class B, int COLS>
 void dot_rows(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t n,
               int64_t ahead, float* out, int64_t ld, bool first) {
-  static constexpr DotFunction<B> kDots[] = {
+  static constexpr DotFunction<B, COLS> kDots[] = {
       dots<B, 1, COLS>, dots<B, 2, COLS>, dots<B, 3, COLS>, dots<B, 4, COLS>,
 #if defined(__AVX512F__)
       dots<B, 5, COLS>,
 #endif
   };
   const int64_t tiles = (rows + kDotRows - 1) / kDotRows;
+  const auto chain = [&](int64_t k, int64_t whole, const Rest<B, COLS>* rest) {
+    for (int64_t t = 0, i = 0; t < tiles; ++t) {
+      const int64_t next = rows * (t + 1) / tiles;
+      kDots[next - i - 1](a + i * lda + k, lda, w + k, ldw, whole, t == 0 ? ahead : 0, rest, out + i * ld, ld,
+                          first && k == 0);
+      i = next;
+    }
+  };
   for (int64_t k = 0; k < n; k += kDotChain) {
-    const int64_t chain = smaller(kDotChain, n - k), whole = chain / B::kLine * B::kLine;
-    if (whole > 0)
-      for (int64_t t = 0, i = 0; t < tiles; ++t) {
-        const int64_t next = rows * (t + 1) / tiles;
-        kDots[next - i - 1](a + i * lda + k, lda, w + k, ldw, whole, t == 0 ? ahead : 0, out + i * ld, ld,
-                            first && k == 0);
-        i = next;
-      }
-    if (whole < chain)
-      dots_rest<B>(rows, COLS, a + k + whole, lda, w + k + whole, ldw, chain - whole, out, ld,
-                   first && k + whole == 0);
+    const int64_t terms = smaller(kDotChain, n - k), whole = terms / B::kLine * B::kLine;
+    if (whole == terms) {
+      chain(k, whole, nullptr);
+    } else {
+      const Rest<B, COLS> rest(w + k + whole, ldw, terms - whole);
+      chain(k, whole, &rest);
+    }
   }
 }
 
@@ -167,8 +170,9 @@ PEFTKERN_INLINE int64_t dot_depth(int64_t rows) {
 }
 
 // Where row i, term k of the packed a lies: blocks of dot_depth terms one after the other, in each the rows.
+template <class B>
 PEFTKERN_INLINE int64_t dot_place(int64_t rows, int64_t inner, int64_t i, int64_t k, int64_t* row_floats) {
-  *row_floats = (smaller(dot_depth(rows), inner - k) + kPair - 1) / kPair * kPair;
+  *row_floats = (smaller(dot_depth(rows), inner - k) + B::kLine - 1) / B::kLine * B::kLine;
   return k * rows + i * *row_floats;
 }
 
@@ -177,7 +181,7 @@ void pack_dot_row(const BaseArgs& g, int64_t i) {
   for (int64_t k = 0; k < g.inner; k += dot_depth(g.rows)) {
     const int64_t n = smaller(dot_depth(g.rows), g.inner - k);
     int64_t room;
-    float* to = g.scratch + dot_place(g.rows, g.inner, i, k, &room);
+    float* to = g.scratch + dot_place<B>(g.rows, g.inner, i, k, &room);
     pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, n,
              g.scale ? g.scale + k : nullptr, to);
     for (int64_t c = n; c < room; ++c) to[c] = 0.0f;
@@ -199,7 +203,7 @@ void dot_products(const BaseArgs& g, const B& w) {
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t row = g.rows * p / parts, rows = g.rows * (p + 1) / parts - row, k = d * depth;
         int64_t lda;
-        const float* a = g.scratch + dot_place(g.rows, g.inner, row, k, &lda);
+        const float* a = g.scratch + dot_place<B>(g.rows, g.inner, row, k, &lda);
         for (int64_t group = 0; group < size; ++group) {
           // `early` visits from here: in this run, or in the next.
           int64_t later = d * size + group + early;

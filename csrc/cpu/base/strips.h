@@ -58,11 +58,11 @@ void add_strip(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, 
 #pragma GCC unroll 8
     for (int s = 0; s < STEPS; ++s) B::template ask<kLine, 3>(w + (STEPS + s) * ldw + c);
   }
-  for (; c < cols; c += kPair)
-    for (int s = 0; s < STEPS; ++s) {
-      const typename B::Part part(w + s * ldw + c, smaller(kPair, cols - c));
-      add_rows<B, 1>(rows, a + s, lda, part.at(), 0, sums + c, ld);
-    }
+  for (; c < cols; c += kPair) {
+    typename B::Part parts[STEPS];
+    for (int s = 0; s < STEPS; ++s) parts[s].take(w + s * ldw + c, smaller(kPair, cols - c));
+    add_rows<B, STEPS>(rows, a, lda, parts[0].at(), kPair, sums + c, ld);
+  }
 }
 
 // out[i, 0..cols) (+)= sums[i]

@@ -217,6 +217,15 @@ PEFTKERN_INLINE void store(f16* p, vf x) {
   *reinterpret_cast<vh_any*>(p) = f16_bits(x);
 }
 
+// W elements: the first n (0 <= n <= W) of p, then zeros.
+PEFTKERN_INLINE void copy_n(const float* p, int n, float* to) {
+  store(to, load_n(p, n));
+}
+template <class Half>
+PEFTKERN_INLINE void copy_n(const Half* p, int n, Half* to) {
+  *reinterpret_cast<vh_any*>(to) = load_bits_n(p, n);
+}
+
 PEFTKERN_INLINE void store_n(float* p, vf x, int n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), x);

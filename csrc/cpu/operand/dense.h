@@ -4,8 +4,6 @@
 // tiles for many rows, and for few rows, which read W once, pairs of vectors in registers.
 #pragma once
 
-#include <cstring>
-
 #include "cpu/operand/pack_tile.h"
 #include "peftkern/cpu.h"
 
@@ -79,9 +77,10 @@ struct Dense {
   // n < kPair elements in room for a pair, the rest zero.
   struct Part {
     T of[kPair];
-    Part(Cursor p, int64_t n) {
-      std::memset(of, 0, sizeof(of));
-      std::memcpy(of, p, sizeof(T) * n);
+    void take(Cursor p, int64_t n) {
+      const int low = static_cast<int>(smaller(n, W)), high = static_cast<int>(n) - low;
+      copy_n(p, low, of);
+      copy_n(p + low, high, of + W);
     }
     Cursor at() const { return of; }
   };
