@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.adapter_table import BETA
 from ...problem import Problem
 from ...settings import Settings
 from ..marshal import CODES, memory
@@ -53,7 +52,7 @@ def multi_lora_linear_fwd(c) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, h), see ``peftkern.ops.multi_lora_linear``."""
     acting, bias = c.acting.split(), c.bias
     # The vendor's product may have the bias where every row gets that, and the kernel takes the product as it is.
-    apart = bias is not None and (bias.dtype != c.x.dtype or c.save_base or "g_b" in acting or BETA in acting)
+    apart = bias is not None and (bias.dtype != c.x.dtype or c.save_base or "g_b" in acting or "beta" in acting)
     with native.on_device(c.x):
         branch, own = _branch(c), bias.contiguous() if apart else None
         x = native.start(native._C.cuda_scale_rows, c.x, *branch) if "p_b" in acting else branch[0]
