@@ -45,29 +45,13 @@ def logits(model, inputs):
     return torch.cat(rows)
 
 
-def loss(y, rows=slice(None)):
-    weights = torch.randn((len(NAMES), *y.shape[1:]), generator=torch.Generator().manual_seed(17), dtype=torch.float64)
-    return (y.double() * weights[rows]).sum()
-
-
-def each_alone(zoo, model, inputs):
-    result = {}
-    for adapter in ADAPTERS:
-        rows = [i for i, name in enumerate(NAMES) if name == adapter]
-        model.set_adapter([adapter])
-        model.train().zero_grad()
-        loss(model(inputs[rows]).logits, rows).backward()
-        result |= zoo.gradients(model)
-    return result
-
-
 @pytest.mark.parametrize("outside", ["lora", "ada"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_each_sequence_is_its_adapter_alone(zoo, fused_mixed, kind, outside):
+def test_each_sequence_is_its_adapter_alone(zoo, apart, fused_mixed, kind, outside):
     model = build(zoo, kind, outside)
     inputs = zoo.batch(kind, rows=len(NAMES))["input_ids"]
     stock, exact = logits(model, inputs), logits(zoo.copy(model).double(), inputs)
-    gradients = [each_alone(zoo, m, inputs) for m in (zoo.copy(model), zoo.copy(model).double())]
+    gradients = [apart.gradients(m, inputs, NAMES) for m in (zoo.copy(model), zoo.copy(model).double())]
     model.set_adapter(list(ADAPTERS))
     assert not peftkern.accelerate(model).skipped
     ours = model(inputs, adapter_names=NAMES).logits
@@ -76,7 +60,7 @@ def test_each_sequence_is_its_adapter_alone(zoo, fused_mixed, kind, outside):
     assert peftkern.status(model).stock == 0
 
     model.train().zero_grad()
-    loss(model(inputs, adapter_names=NAMES).logits).backward()
+    apart.loss(model(inputs, adapter_names=NAMES).logits, NAMES).backward()
     found, scale = zoo.gradients(model), max(g.abs().max().item() for g in gradients[1].values())
     assert found.keys() == gradients[0].keys() and len(found) > 20
     for name in found:

@@ -85,24 +85,6 @@ def logits(model, inputs):
     return torch.cat(rows)
 
 
-def loss(y, rows=slice(None)):
-    """A fixed random sum over the logits of these rows of the batch."""
-    weights = torch.randn((len(NAMES), *y.shape[1:]), generator=torch.Generator().manual_seed(17), dtype=torch.float64)
-    return (y.double() * weights[rows]).sum()
-
-
-def each_alone(zoo, model, inputs):
-    """Gradients by PEFT's own code: each adapter active by itself on its own rows."""
-    result = {}
-    for adapter in ADAPTERS:
-        rows = [i for i, name in enumerate(NAMES) if name == adapter]
-        model.base_model.set_adapter([adapter])
-        model.train().zero_grad()
-        loss(model(inputs[rows]).logits, rows).backward()
-        result |= zoo.gradients(model)
-    return result
-
-
 def trained(model):
     model.base_model.set_adapter(list(ADAPTERS))
     return model.train()
@@ -136,14 +118,17 @@ def test_each_sequence_is_its_adapter_alone(zoo, fused_mixed, name, kind):
 
 
 @pytest.mark.parametrize("name, kind", TRAINED)
-def test_gradients_are_those_of_each_adapter_alone(zoo, fused_mixed, name, kind):
+def test_gradients_are_those_of_each_adapter_alone(zoo, apart, fused_mixed, name, kind):
     model = build(zoo, name, kind)
     inputs = zoo.batch(kind, rows=len(NAMES))["input_ids"]
-    stock, exact = each_alone(zoo, zoo.copy(model), inputs), each_alone(zoo, zoo.copy(model).double(), inputs)
+    stock, exact = (
+        apart.gradients(zoo.copy(model), inputs, NAMES),
+        apart.gradients(zoo.copy(model).double(), inputs, NAMES),
+    )
     model = zoo.copy(model)  # as they are, without the hooks that OSF has on its tensors
     peftkern.accelerate(model)
     trained(model).zero_grad()
-    loss(model(inputs, adapter_names=NAMES).logits).backward()
+    apart.loss(model(inputs, adapter_names=NAMES).logits, NAMES).backward()
     ours = zoo.gradients(model)
     assert len(fused_mixed) == len(layers(model)) and peftkern.status(model).stock == 0
     assert ours.keys() == stock.keys() == exact.keys() and len(ours) >= 3
@@ -200,7 +185,7 @@ def test_beams_of_an_encoder_and_a_decoder(zoo, fused_mixed):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["AdaLoRA", "VeRA", "(IA)^3"])
-def test_gradient_checkpointing(zoo, fused_mixed, name, reentrant):
+def test_gradient_checkpointing(zoo, apart, fused_mixed, name, reentrant):
     dropout = {"AdaLoRA": {"lora_dropout": 0.3}, "VeRA": {"vera_dropout": 0.3}}.get(name, {})
     model = build(zoo, name, "llama", **dropout)
     peftkern.accelerate(model)
@@ -210,7 +195,7 @@ def test_gradient_checkpointing(zoo, fused_mixed, name, reentrant):
     def gradients():
         model.zero_grad()
         torch.manual_seed(4)
-        loss(model(inputs, adapter_names=NAMES).logits).backward()
+        apart.loss(model(inputs, adapter_names=NAMES).logits, NAMES).backward()
         return zoo.gradients(model)
 
     expected, calls = gradients(), len(fused_mixed)
