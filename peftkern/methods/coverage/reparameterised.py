@@ -43,7 +43,7 @@ LORA = section(
     later("PSOFT", "L", "an orthogonal (R, R), multiplied into a frozen lora_A", "peft.PSOFT"),
     later("VB-LoRA", "L", DERIVED, "peft.VBLORA"),
     later("RandLoRA", "L", DERIVED + "; their rank is the weight's", "peft.RANDLORA"),
-    later("HRA", "L", DERIVED + ": reflections are a branch whose lora_B is W times a thin matrix", "peft.HRA"),
+    by("HRA", "HRA", "reflections are a branch whose lora_B is W times a thin matrix", called="peft.HRA"),
     later("DEFT", "L", "a branch that also reads the base's output", "peft.DEFT"),
     later("MonteCLoRA", "L", DERIVED + ", the mean of samples in training"),
     later("CapaBoost", "L", DERIVED + ", one adapter under several masks"),
