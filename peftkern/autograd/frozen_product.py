@@ -1,8 +1,8 @@
-"""The product of a frozen weight and a thin matrix: what factors made of W need.
+"""The product of a few rows and a frozen weight: what factors made of W need.
 
-    y = W t,    dt = W^T dy
+    y = x W^T,    dx = dy W
 
-Half precision is multiplied in the thin matrix's dtype, with panels of W, so no copy of W is ever there as a whole.
+As wide as the rows are: half precision is multiplied by panels of W, so no copy of W is ever there as a whole.
 """
 
 from __future__ import annotations
@@ -10,31 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dropped_base import panels
+from .dropped_base import panels, product
 
 
 class FrozenProductFunction(torch.autograd.Function):
-    """``frozen_product`` with the gradient of t."""
+    """``frozen_product`` with the gradient of x."""
 
     @staticmethod
-    def forward(ctx, weight, t):
+    def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
-        # In place: what autocast does not cast.
-        y = t.new_zeros((weight.shape[0], t.shape[1]))
-        for part, panel in panels(weight, t.dtype):
-            y[part].addmm_(panel, t)
-        return y
+        return torch.cat([product(x, panel) for _, panel in panels(weight, x.dtype)], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
-        dt = dy.new_zeros((weight.shape[1], dy.shape[1]))
-        for part, panel in panels(weight, dy.dtype):
-            dt.addmm_(panel.t(), dy[part])
-        return None, dt
+        dy = dy.contiguous()  # few rows of many columns: a product of columns takes several times as long
+        return sum(product(dy[:, part], panel.t()) for part, panel in panels(weight, dy.dtype)), None
 
 
-def frozen_product(weight: Tensor, t: Tensor) -> Tensor:
-    """y (N, R) of weight (N, K) in any dtype and strides, which gets no gradient, and t (K, R), in t's dtype."""
-    return FrozenProductFunction.apply(weight, t)
+def frozen_product(x: Tensor, weight: Tensor) -> Tensor:
+    """y (R, N) of x (R, K) and weight (N, K) of any dtype and strides, which gets no gradient, in x's dtype.
+
+    It is exact under autocast too, if autocast is off where it is called.
+    """
+    return FrozenProductFunction.apply(x, weight)

@@ -39,16 +39,16 @@ def with_hra(y: Linear, hra_u: Tensor, apply_GS: bool) -> Linear:
     """The layer with the reflections of hra_u (K, R). Its branches are reflections too."""
     u = hra_u.to(accumulate_dtype(hra_u.dtype))
     with torch.autocast(u.device.type, enabled=False):
-        v = _orthonormal(u) if apply_GS else u / u.norm(dim=0)
-        product = frozen_product(y.weight, v)
+        A = (_orthonormal(u) if apply_GS else u / u.norm(dim=0)).t().contiguous()
+        product = frozen_product(A, y.weight)
         for b in y.branches:
-            product = product + b.lora_B @ (b.lora_A @ v)
+            product = product + (A @ b.lora_A.t()) @ b.lora_B.t()
         if apply_GS:
-            B = -2.0 * product
+            B = -2.0 * product.t()
         else:
-            half = torch.eye(v.shape[1], dtype=v.dtype, device=v.device) / 2
-            B = -torch.linalg.solve_triangular((v.t() @ v).triu(1) + half, product, upper=True, left=False)
-    return y.add(Branch(v.t(), B))
+            half = torch.eye(A.shape[0], dtype=A.dtype, device=A.device) / 2
+            B = -torch.linalg.solve_triangular((A @ A.t()).tril(-1) + half, product, upper=False).t()
+    return y.add(Branch(A, B.contiguous()))
 
 
 def hra_linear(
