@@ -60,6 +60,7 @@ FORMS = {
     "OSF": (_osf, [(N, R), (R,), (R, K)] * 2),
     "MiSS": (_miss, [(R, N)]),
     "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
+    "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
     "HRA": (_hra, [(K, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),

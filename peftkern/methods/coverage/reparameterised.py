@@ -85,7 +85,7 @@ OTHERS = section(
     "reparameterised", "other forms",
     later("OFT", "S", "a rotation of blocks of x before the GEMM", "peft.OFT"),
     later("BOFT", "S", "several such rotations, permuted, and a scale of the output", "peft.BOFT"),
-    later("LoHa", "S", "a branch of rank R^2 of column-wise products where R is small", "peft.LOHA"),
+    by("LoHa", "LoHa", "a branch of rank R^2 of column-wise products where R is small", called="peft.LOHA"),
     later("LoKr", "S", "two small products on x as a matrix", "peft.LOKR"),
     later("KronA", "S", "two small products on x as a matrix"),
     later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
