@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
+from ...autograd.shapes import uncast
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner
@@ -23,12 +24,10 @@ from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
 
-def cayley(q: Tensor, R: int, terms: int | None = None, eps: float | None = None) -> Tensor:
-    """The orthogonal (R, R) of the numbers above the diagonal of S, or the first terms of its series in S, which shrinks to
-    the Frobenius norm eps."""
-    rows, columns = torch.triu_indices(R, R, 1, device=q.device)
-    upper, one = q.new_zeros(R, R).index_put((rows, columns), q), torch.eye(R, dtype=q.dtype, device=q.device)
-    S = upper - upper.t()
+def cayley(S: Tensor, terms: int | None = None, eps: float | None = None) -> Tensor:
+    """The orthogonal matrix of a skew-symmetric S (R, R), or the first terms of its series in S, which shrinks to the
+    Frobenius norm eps."""
+    one = torch.eye(S.shape[0], dtype=S.dtype, device=S.device)
     if terms is None:
         return torch.linalg.solve(one - S, one + S, left=False)
     if eps is not None:
@@ -67,24 +66,28 @@ def psoft_linear(
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``psoft.Linear`` holds of an adapter, and the ways of its matrix."""
     A, B = tuner.tensors(look, name, {"_psoft_A_cache": (None, shape[1]), "_psoft_B_cache": (shape[0], None)})
-    part, R = look.part("psoft_R").part(name), A.shape[0]
+    part = look.part("psoft_R").part(name)
     q, b, a = (part.tensor(key) for key in ("weight", "vector_b", "vector_a"))
     if any(not tuner.plain_or_none(t) or (t is not None and t.dtype != A.dtype) for t in (q, b, a)):
         raise NotCovered(f"the tensors of {name!r} differ in dtype, or are not plain")
-    series = None
-    if part.value("orth") and part.value("use_cayley_neumann"):
-        series = part.value("num_cayley_neumann_terms"), part.value("cayley_neumann_eps")
-    numbers = tuner.number(look.item("scaling", name), name), part.value("orth"), series
+    above, series = (), ()
+    if part.value("orth"):
+        above = part.tensor("rows"), part.tensor("cols")
+        if part.value("use_cayley_neumann"):
+            series = part.value("num_cayley_neumann_terms"), part.value("cayley_neumann_eps")
+    numbers = tuner.number(look.item("scaling", name), name), series
     p = tuner.drop_probability(look, "psoft_dropout", name)
-    return Held(name, PSOFT, (A, B, q, b, a), numbers, p, R)
+    return Held(name, PSOFT, (A, B, q, b, a, *above), numbers, p, A.shape[0])
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
-    (A, B, q, b, a), (scaling, orthogonal, series) = adapter.tensors, adapter.numbers
-    q = q.to(accumulate_dtype(q.dtype))
-    with torch.autocast(q.device.type, enabled=False):
-        Q = cayley(q, A.shape[0], *(series or ())) if orthogonal else q
+    (A, B, Q, b, a, *above), (scaling, series) = adapter.tensors, adapter.numbers
+    if above:
+        wide = Q.to(accumulate_dtype(Q.dtype))
+        upper = wide.new_zeros(A.shape[0], A.shape[0]).index_put(tuple(above), wide)
+        with uncast(wide):
+            Q = cayley(upper - upper.t(), *series)
     Q = Q if b is None else b[:, None] * Q
     return y.add(_branch(A, B, Q if a is None else Q * a, scaling, adapter.dropout_p))
 

@@ -27,6 +27,7 @@ _OPTIONS = {
     "(IA)^3": lambda targets: {"feedforward_modules": targets[-1:]},
     "OSF": lambda targets: {"effective_rank": 3},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
+    "LoHa": lambda targets: {"r": 2},
 }
 
 
