@@ -23,8 +23,8 @@ _fwd = caller("lora_linear_fwd")
 PANEL = 2**22  # elements of W in another dtype than its own
 
 
-def _panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    # Rows of W in this dtype, all of them at once where it is W's own.
+def panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of W in this dtype, all of them at once where it is W's own."""
     N, K = weight.shape
     rows = max(N if weight.dtype == dtype else PANEL // max(K, 1), 1)
     for first in range(0, N, rows):
@@ -47,7 +47,7 @@ class DroppedBaseFunction(torch.autograd.Function):
     def forward(ctx, x, weight, g, p, seed):
         dtype = autocast_dtype(x) or accumulate_dtype(x.dtype)
         left = cast(zeroed(x, p, seed), dtype)
-        products = [_product(left, panel) for _, panel in _panels(weight, dtype)]
+        products = [_product(left, panel) for _, panel in panels(weight, dtype)]
         h = torch.cat(products, -1) if len(products) != 1 else products[0]
         ctx.save_for_backward(weight, g, seed, h if ctx.needs_input_grad[2] else None)
         ctx.p, ctx.dtypes = p, (x.dtype, dtype)
@@ -61,7 +61,7 @@ class DroppedBaseFunction(torch.autograd.Function):
         dx = dg = None
         if ctx.needs_input_grad[0]:
             dh = cast(dy * (g / (1.0 - p)), dtype)
-            parts = (_product(dh[..., part], panel.t()) for part, panel in _panels(weight, dtype))
+            parts = (_product(dh[..., part], panel.t()) for part, panel in panels(weight, dtype))
             dx = zeroed(cast(sum(parts), given), p, seed)
         if h is not None:
             dg = (dy * h).flatten(0, -2).sum(0) / (1.0 - p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -50,6 +51,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not (x.is_cpu or x.is_cuda or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def uncast(t: Tensor) -> contextlib.AbstractContextManager:
+    """Products on this tensor's device as wide as their arguments, under autocast too."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def no_transforms(name: str) -> None:

@@ -40,7 +40,29 @@ def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
     return linear(x, W, b) + linear(linear(x, theta[i_A] * c_A), theta[i_B] * c_B)
 
 
-# Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
+def _hra(x, W, b, u):
+    for i in range(R):
+        v = u[:, i] / u[:, i].norm()
+        W = W - 2 * torch.outer(W @ v, v)
+    return linear(x, W, b)
+
+
+def _gralora(x, W, b, A, B):
+    k, s = A.shape[0], R // A.shape[0]
+    y = []
+    for j in range(k):
+        ranks = [x.view(M, k, -1)[:, i] @ A[i][:, j * s : j * s + s] for i in range(k)]
+        y.append(torch.cat(ranks, 1) @ B[j])
+    return linear(x, W, b) + torch.cat(y, 1)
+
+
+def _deft(x, W, b, P, into):
+    Q = torch.linalg.qr(P.double())[0].to(P.dtype)
+    return linear(x, W - Q @ (Q.t() @ W) + Q @ into, b)
+
+
+# Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it;
+# a list: of a tensor without a gradient.
 FORMS = {
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
     "VeRA": (
@@ -53,6 +75,14 @@ FORMS = {
     "OSF": (_osf, [(N, R), (R,), (R, K)] * 2),
     "MiSS": (_miss, [(R, N)]),
     "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
+    "PSOFT": (
+        lambda x, W, b, A, B, Q: linear(x, W + B @ (Q - torch.eye(R)).to(B.dtype) @ A, b),
+        [[R, K], [N, R], (R, R)],
+    ),
+    "GraLoRA": (_gralora, [(1, K, R), (1, R, N)]),
+    "DEFT": (_deft, [(N, R), (R, K)]),
+    "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
+    "HRA": (_hra, [(K, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }
@@ -67,7 +97,7 @@ def _tensors(shapes, dtype):
         if isinstance(shape[0], tuple):
             made.append(torch.randint(shape[1], shape[0]))
         else:
-            made.append(torch.randn(shape, dtype=dtype).requires_grad_())
+            made.append(torch.randn(shape, dtype=dtype).requires_grad_(isinstance(shape, tuple)))
     return made
 
 
@@ -137,6 +167,10 @@ def test_dropout_by_its_mask(name):
         A, B, m = tensors
         f = m / torch.linalg.norm(W + B @ A, dim=1).detach()
         expected = linear(x, W, b) + (f - 1) * linear(dropped, W) + f * linear(linear(dropped, A), B)
+    elif name == "DEFT":  # what is taken out is not dropped
+        (P, into), none = tensors, torch.zeros(R, K, dtype=x.dtype)
+        put_in = equation(dropped, W, b, P, into) - equation(dropped, W, b, P, none)
+        expected = equation(x, W, b, P, none) + put_in
     else:
         expected = linear(x, W, b) + equation(dropped, W, b, *tensors) - linear(dropped, W, b)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
