@@ -56,3 +56,8 @@ def no_transforms(name: str) -> None:
     """Raise RuntimeError inside a torch.func transform."""
     if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+
+
+def exactly(t: Tensor) -> torch.autocast:
+    """A block in which matrices that are made on t's device are not rounded by autocast."""
+    return torch.autocast(t.device.type, enabled=False)

@@ -1,0 +1,106 @@
+"""FourierFT (Gao et al. 2024) on a linear layer, as HF PEFT computes it: some frequencies of the change of the weight train.
+
+    y = x (W + s D)^T + bias,    D = the real part of the inverse 2D Fourier transform of c (n) at indices (2, n), else 0
+
+The real part of a transform is that of the spectrum's Hermitian half, so one real transform makes the change, in a quarter of the
+memory, and the library's second product is folded into the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...autograd.shapes import cast
+from .. import tuner
+from ..linear import Linear, run
+from ..look import Look, NotCovered
+from ..registry import Held, Method, register
+from .change import refuse_half, wide
+
+
+def _change(spectrum: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    (N, K), (u, v) = shape, indices
+    # Each entry stands at (u, v) and, halved as it is there, at (-u, -v); of the two columns those up to K / 2 are stored.
+    rows, columns = torch.cat([u, -u % N]), torch.cat([v, -v % K])
+    values = cast(wide(spectrum) / 2, torch.promote_types(wide(spectrum).dtype, torch.complex64)).repeat(2)
+    stored = columns <= K // 2
+    values = torch.where(stored, values, 0.0)
+    half = values.new_zeros((N, K // 2 + 1)).index_put((rows, torch.where(stored, columns, 0)), values, accumulate=True)
+    return torch.fft.irfft2(half, s=(N, K))
+
+
+def _with(y: Linear, spectrum: Tensor, indices: Tensor, scaling: float | Tensor) -> Linear:
+    return y.fold(_change(spectrum * scaling, indices, tuple(y.weight.shape)))
+
+
+def fourierft_linear(
+    x: Tensor, weight: Tensor, spectrum: Tensor, indices: Tensor, *, bias: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """A frozen linear layer with FourierFT: the equation at the top of peftkern/methods/folded/fourierft.py.
+
+    Args:
+        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K, no two alike.
+            bias: (N). scaling: s. dtypes as in ``lora_linear``.
+
+    Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
+    """
+    return run(_with(Linear(weight, bias), spectrum, indices, scaling), x)
+
+
+def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
+    """What ``fourierft.FourierFTLinear`` holds of an adapter."""
+    (spectrum,) = tuner.tensors(look, name, {"fourierft_spectrum": (None,)})
+    refuse_half(name, spectrum)
+    indices = look.item("indices", name)
+    if not isinstance(indices, Tensor) or indices.shape != (2, spectrum.numel()):
+        raise NotCovered(f"the indices of {name!r} do not fit its spectrum")
+    scaling = tuner.number(look.item("fourierft_scaling", name), name)
+    return Held(name, FOURIERFT, (spectrum,), (indices.to(spectrum.device), scaling))
+
+
+def apply(y: Linear, adapter: Held) -> Linear:
+    """The layer with this adapter."""
+    return _with(y, *adapter.tensors, *adapter.numbers)
+
+
+def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
+    """PEFT models of one layer."""
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    def config(**options):
+        return peft.FourierFTConfig(**{"target_modules": ["0"], "n_frequency": 60, "init_weights": False, **options})
+
+    K, N = in_features, out_features
+    return {
+        "linear": tuner.layer(nn.Linear(K, N), config()),
+        "no bias, all frequencies": tuner.layer(nn.Linear(K, N, bias=False), config(n_frequency=K * N)),
+        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
+        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(random_loc_seed=3, scaling=20.0)),
+    }
+
+
+FOURIERFT = register(
+    Method(
+        name="FourierFT",
+        taxonomy="reparameterised",
+        family="S",
+        layer="peft.tuners.fourierft.layer.FourierFTLinear",
+        adapters="fourierft_spectrum",
+        held=held,
+        apply=apply,
+        function=fourierft_linear,
+        examples=examples,
+        build=tuner.builder("FourierFTConfig", None),
+        rank=0,
+        op="lora_linear",
+        saves="x, and the folded weight in fp32",
+        merges="W + s D",
+        peft_type="FOURIERFT",
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
+    )
+)
