@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base_product import base_product
 from .saved import kept_input, read_saved
 from .shapes import autocast_dtype, cast, rows_of
 
 _NAMES = "x", "weight"
+# Up to so many products of numbers torch's own layer is left to itself: a node in Python costs more than its product does.
+SMALL = 1 << 23
 
 
 class FoldedLinearFunction(torch.autograd.Function):
@@ -56,5 +59,8 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     x: as in ``lora_linear``. weight: (N, K). bias: (N), added before y is rounded.
     """
-    dtype = autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
+    cast_to = autocast_dtype(x)
+    if cast_to is None and x.dtype is weight.dtype is torch.float32 and x.numel() * weight.shape[0] <= SMALL:
+        return F.linear(x, weight, bias)
+    dtype = cast_to or torch.promote_types(x.dtype, weight.dtype)
     return FoldedLinearFunction.apply(x, weight, bias, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -58,6 +59,8 @@ def no_transforms(name: str) -> None:
         raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
 
 
-def exactly(t: Tensor) -> torch.autocast:
-    """A block in which matrices that are made on t's device are not rounded by autocast."""
-    return torch.autocast(t.device.type, enabled=False)
+def exactly(t: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which what is made on t's device is not rounded by autocast."""
+    device = t.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()

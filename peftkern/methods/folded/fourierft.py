@@ -13,23 +13,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.shapes import cast
 from .. import tuner
+from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
-from ..look import Look, NotCovered
+from ..look import Look
 from ..registry import Held, Method, register
-from .change import refuse_half, wide
+
+
+def _half(indices: Tensor, N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    # Each entry stands, halved, at (u, v) and at (-u, -v). Of these columns those up to K / 2 are stored; the others come to
+    # nothing, in the first.
+    u, v = indices
+    rows, columns = torch.cat([u, -u % N]), torch.cat([v, -v % K])
+    stored = columns <= K // 2
+    return (rows, torch.where(stored, columns, 0)), stored / 2
 
 
 def _change(spectrum: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    (N, K), (u, v) = shape, indices
-    # Each entry stands at (u, v) and, halved as it is there, at (-u, -v); of the two columns those up to K / 2 are stored.
-    rows, columns = torch.cat([u, -u % N]), torch.cat([v, -v % K])
-    values = cast(wide(spectrum) / 2, torch.promote_types(wide(spectrum).dtype, torch.complex64)).repeat(2)
-    stored = columns <= K // 2
-    values = torch.where(stored, values, 0.0)
-    half = values.new_zeros((N, K // 2 + 1)).index_put((rows, torch.where(stored, columns, 0)), values, accumulate=True)
-    return torch.fft.irfft2(half, s=(N, K))
+    (N, K), (at, halves) = shape, made_of(indices, _half, *shape)
+    values = wide(spectrum).repeat(2) * halves
+    half = values.new_zeros((N, K // 2 + 1)).index_put(at, values, accumulate=True)
+    return torch.fft.irfft2(half, s=shape)
 
 
 def _with(y: Linear, spectrum: Tensor, indices: Tensor, scaling: float | Tensor) -> Linear:
@@ -42,8 +46,8 @@ def fourierft_linear(
     """A frozen linear layer with FourierFT: the equation at the top of peftkern/methods/folded/fourierft.py.
 
     Args:
-        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K, no two alike.
-            bias: (N). scaling: s. dtypes as in ``lora_linear``.
+        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K, what names an
+            entry twice adds up. bias: (N). scaling: s. dtypes as in ``lora_linear``.
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
@@ -54,11 +58,8 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``fourierft.FourierFTLinear`` holds of an adapter."""
     (spectrum,) = tuner.tensors(look, name, {"fourierft_spectrum": (None,)})
     refuse_half(name, spectrum)
-    indices = look.item("indices", name)
-    if not isinstance(indices, Tensor) or indices.shape != (2, spectrum.numel()):
-        raise NotCovered(f"the indices of {name!r} do not fit its spectrum")
     scaling = tuner.number(look.item("fourierft_scaling", name), name)
-    return Held(name, FOURIERFT, (spectrum,), (indices.to(spectrum.device), scaling))
+    return Held(name, FOURIERFT, (spectrum, places(look, "indices", name, spectrum)), (scaling,))
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
@@ -72,7 +73,7 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     def config(**options):
-        return peft.FourierFTConfig(**{"target_modules": ["0"], "n_frequency": 60, "init_weights": False, **options})
+        return peft.FourierFTConfig(**{"target_modules": ["0"], "n_frequency": 30, "init_weights": False, **options})
 
     K, N = in_features, out_features
     return {

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ...autograd.shapes import cast
 from .. import tuner
+from ..exact import product, rows_times, wide
 from ..linear import Linear
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
-from .change import product, rows_times, wide
 
 _LAYER = "peft.tuners.glora.layer."
 # The tensors of a path, by the name of its class.

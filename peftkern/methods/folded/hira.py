@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .. import tuner
+from ..exact import product, refuse_half
 from ..linear import Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
-from .change import product, refuse_half
 
 
 def _with(y: Linear, A: Tensor, B: Tensor) -> Linear:

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from ...autograd.shapes import cast, exactly
 from .. import tuner
+from ..exact import rows_times, wide
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
-from .change import rows_times, wide
 
 
 def _with(

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from ...autograd.shapes import cast
 from .. import tuner
+from ..exact import made_of, places
 from ..linear import Linear, run
-from ..look import Look, NotCovered
+from ..look import Look
 from ..registry import Held, Method, register
 
 
 def _with(y: Linear, values: Tensor, indices: Tensor, scaling: float | Tensor) -> Linear:
     weight = y.whole_weight()
-    rows, columns = cast(indices, torch.int64)
-    change = cast(values * scaling, weight.dtype)
-    return y._replace(folded=weight.index_put((rows, columns), change, accumulate=True))
+    at = made_of(indices, _whole_numbers)
+    return y._replace(folded=weight.index_put(at, cast(values * scaling, weight.dtype), accumulate=True))
+
+
+def _whole_numbers(indices: Tensor) -> tuple[Tensor, ...]:
+    return cast(indices, torch.int64).unbind()
 
 
 def shira_linear(
@@ -44,11 +48,8 @@ def shira_linear(
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``shira.Linear`` holds of an adapter."""
     (values,) = tuner.tensors(look, name, {"shira_weight": (None,)})
-    indices = look.item("shira_indices", name)
-    if not isinstance(indices, Tensor) or indices.shape != (2, values.numel()):
-        raise NotCovered(f"shira_indices of {name!r} do not fit its weights")
     scaling = tuner.number(look.item("scaling", name), name)
-    return Held(name, SHIRA, (values,), (indices.to(values.device), scaling))
+    return Held(name, SHIRA, (values, places(look, "shira_indices", name, values)), (scaling,))
 
 
 def apply(y: Linear, adapter: Held) -> Linear:

@@ -2,52 +2,60 @@
 
     y = x (W + s D)^T + bias,    D = one inverse 2D wavelet transform of c (n) at indices (2, n), else 0; or c itself there
 
-The transform is that of the columns, then that of the rows (wavelet.py). Its input is padded to even sizes by what the transform
-cuts off, half of it in front. The library filters the rows of its upper right quarter and the columns of its lower left one as
-high frequencies, which is the other way round than usual.
+A coefficient adds to L x L entries of the weight, L the length of the filters: so nothing is transformed. The library transforms
+the whole matrix. Its sides are padded to even sizes by what the transform cuts off, half of it in front. It filters the rows of
+its upper right quarter and the columns of its lower left one as high frequencies, which is the other way round than usual.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .. import tuner
+from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
-from .change import refuse_half, wide
-from .wavelet import synthesis
+
+# Entries of the weight that an adapter may add to, some of them again and again: beyond, their places take much memory.
+MOST = 1 << 24
 
 
-def _padded(size: int, L: int) -> tuple[int, int]:
-    # Of a side of the matrix: coefficients, and how many of them stand in front of it.
-    P = size + L - 2
-    P += P % 2
-    return P, (P - size) // 2
+def _side(positions: Tensor, size: int, L: int) -> tuple[Tensor, Tensor]:
+    # Of coefficients along one side of the matrix: whether they are in the second half of the padded side, and the L places
+    # (n, L) that they add to, some of them outside.
+    padded = size + L - 2
+    padded += padded % 2
+    positions = positions + (padded - size) // 2
+    first = positions % (padded // 2) * 2 - (L - 2)
+    return positions // (padded // 2), first[:, None] + torch.arange(L, device=positions.device)
 
 
-def _change(spectrum: Tensor, indices: Tensor, filters: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    (N, K), (rows, columns), values = shape, indices, wide(spectrum)
+def _entries(
+    indices: Tensor, filters: Tensor | None, shape: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    # Rows and columns (n L L) of all that the coefficients add to, and by how much (n, L L); without filters, themselves.
+    rows, columns = indices
     if filters is None:
-        return values.new_zeros(shape).index_put((rows, columns), values)
-    taps = filters.to(values)
-    (P, top), (Q, left) = (_padded(size, taps.shape[1]) for size in shape)
-    (below, i), (right, j) = _halves(rows + top, P), _halves(columns + left, Q)
-    at = i + right * (P // 2), j + below * (Q // 2)
-    wide_rows = synthesis(values.new_zeros((P, Q)).index_put(at, values), taps)[:, :K]
-    return synthesis(wide_rows.t().contiguous(), taps)[:, :N].t()
+        return (rows, columns), None
+    (N, K), L = shape, filters.shape[1]
+    (below, rows), (right, columns) = _side(rows, N, L), _side(columns, K, L)
+    inside = ((rows >= 0) & (rows < N))[:, :, None] & ((columns >= 0) & (columns < K))[:, None]
+    taps = torch.where(inside, filters[right][:, :, None] * filters[below][:, None], 0.0)
+    at = rows.clamp(0, N - 1)[:, :, None], columns.clamp(0, K - 1)[:, None]
+    return tuple(t.expand(inside.shape).flatten() for t in at), taps.flatten(1)
 
 
-def _halves(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    # Whether in the second half, and where in its half.
-    return positions // (size // 2), positions % (size // 2)
-
-
-def _with(y: Linear, spectrum: Tensor, indices: Tensor, filters: Tensor | None, scaling: float | Tensor) -> Linear:
-    return y.fold(_change(spectrum * scaling, indices, filters, tuple(y.weight.shape)))
+def _with(y: Linear, spectrum: Tensor, entries: tuple, scaling: float | Tensor) -> Linear:
+    at, taps = entries
+    values = wide(spectrum) * scaling
+    if taps is not None:
+        values = (values[:, None] * taps).flatten()
+    return y._replace(folded=wide(y.whole_weight()).index_put(at, values, accumulate=True))
 
 
 def waveft_linear(
@@ -57,39 +65,45 @@ def waveft_linear(
     """A frozen linear layer with WaveFT: the equation at the top of peftkern/methods/folded/waveft.py.
 
     Args:
-        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K, no two alike.
-        filters: (2, L), low and high of the synthesis, L even; None: no transform. bias: (N). scaling: s. dtypes as in
-            ``lora_linear``.
+        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K; what names an
+            entry twice adds up. filters: (2, L), low and high of the synthesis, L even; None: no transform. bias: (N).
+            scaling: s. dtypes as in ``lora_linear``.
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
-    return run(_with(Linear(weight, bias), spectrum, indices, filters, scaling), x)
+    entries = _entries(indices, None if filters is None else wide(filters), tuple(weight.shape))
+    return run(_with(Linear(weight, bias), spectrum, entries, scaling), x)
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``waveft.WaveFTLinear`` holds of an adapter."""
     (spectrum,) = tuner.tensors(look, name, {"waveft_spectrum": (None,)})
     refuse_half(name, spectrum)
-    indices = look.item("waveft_indices", name)
-    if not isinstance(indices, Tensor) or indices.shape != (2, spectrum.numel()):
-        raise NotCovered(f"the indices of {name!r} do not fit its spectrum")
     scaling = tuner.number(look.item("waveft_scaling", name), name)
     family = look.item("waveft_wavelet_family", name) if look.item("waveft_use_idwt", name) else None
-    return Held(name, WAVEFT, (spectrum,), (indices.to(spectrum.device), family, scaling))
+    if family is not None and spectrum.numel() * _filters(family).shape[1] ** 2 > MOST:
+        raise NotCovered(f"the filters of {name!r} are long, and its coefficients many")
+    return Held(name, WAVEFT, (spectrum, places(look, "waveft_indices", name, spectrum)), (family, scaling))
 
 
-def _filters(family: str, like: Tensor) -> Tensor:
+@functools.cache
+def _filters(family: str) -> Tensor:
     from peft.tuners.waveft.wavelet import Wavelet
 
     wavelet = Wavelet(family)
-    return torch.tensor([wavelet.rec_lo, wavelet.rec_hi], dtype=like.dtype, device=like.device)
+    return torch.tensor([wavelet.rec_lo, wavelet.rec_hi], dtype=torch.float64)
+
+
+def _of_family(indices: Tensor, family: str | None, shape: tuple[int, int], dtype: torch.dtype) -> tuple:
+    at, taps = _entries(indices, None if family is None else _filters(family).to(indices.device), shape)
+    return at, None if taps is None else taps.to(dtype)
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
-    (spectrum,), (indices, family, scaling) = adapter.tensors, adapter.numbers
-    filters = None if family is None else _filters(family, spectrum)
-    return _with(y, spectrum, indices, filters, scaling)
+    (spectrum, indices), (family, scaling) = adapter.tensors, adapter.numbers
+    entries = made_of(indices, _of_family, family, tuple(y.weight.shape), wide(spectrum).dtype)
+    return _with(y, spectrum, entries, scaling)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -98,7 +112,7 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     def config(**options):
-        return peft.WaveFTConfig(**{"target_modules": ["0"], "n_frequency": 60, "init_weights": False, **options})
+        return peft.WaveFTConfig(**{"target_modules": ["0"], "n_frequency": 30, "init_weights": False, **options})
 
     K, N = in_features, out_features
     return {
