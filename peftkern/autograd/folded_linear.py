@@ -19,7 +19,7 @@ from .shapes import autocast_dtype, cast, rows_of
 
 _NAMES = "x", "weight"
 # Up to so many products of numbers torch's own layer is left to itself: a node in Python costs more than its product does.
-SMALL = 1 << 23
+SMALL = 1 << 20
 
 
 class FoldedLinearFunction(torch.autograd.Function):
@@ -59,8 +59,8 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     x: as in ``lora_linear``. weight: (N, K). bias: (N), added before y is rounded.
     """
-    cast_to = autocast_dtype(x)
-    if cast_to is None and x.dtype is weight.dtype is torch.float32 and x.numel() * weight.shape[0] <= SMALL:
-        return F.linear(x, weight, bias)
-    dtype = cast_to or torch.promote_types(x.dtype, weight.dtype)
+    autocast = autocast_dtype(x)
+    dtype = autocast or torch.promote_types(x.dtype, weight.dtype)
+    if autocast is None and dtype is torch.float32 and x.numel() * weight.shape[0] <= SMALL:
+        return F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
     return FoldedLinearFunction.apply(x, weight, bias, dtype)

@@ -128,6 +128,7 @@ def test_a_small_layer_is_torchs(monkeypatch):
     monkeypatch.setattr(MODULE, "SMALL", M * K * N)
     assert "Folded" not in folded_linear(x, W, b).grad_fn.name()
     assert "Folded" in folded_linear(torch.cat([x, x]), W, b).grad_fn.name()
+    assert "Folded" not in folded_linear(x.bfloat16(), W, b).grad_fn.name()
     assert "Folded" in folded_linear(x.bfloat16(), W.bfloat16(), b).grad_fn.name()
     with torch.autocast("cpu", torch.bfloat16):
         assert "Folded" in folded_linear(x, W, b).grad_fn.name()

@@ -24,20 +24,16 @@ def _half(indices: Tensor, N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tenso
     # Each entry stands, halved, at (u, v) and at (-u, -v). Of these columns those up to K / 2 are stored; the others come to
     # nothing, in the first.
     u, v = indices
-    rows, columns = torch.cat([u, -u % N]), torch.cat([v, -v % K])
+    rows, columns = torch.stack([u, -u % N]), torch.stack([v, -v % K])
     stored = columns <= K // 2
     return (rows, torch.where(stored, columns, 0)), stored / 2
 
 
-def _change(spectrum: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    (N, K), (at, halves) = shape, made_of(indices, _half, *shape)
-    values = wide(spectrum).repeat(2) * halves
-    half = values.new_zeros((N, K // 2 + 1)).index_put(at, values, accumulate=True)
-    return torch.fft.irfft2(half, s=shape)
-
-
 def _with(y: Linear, spectrum: Tensor, indices: Tensor, scaling: float | Tensor) -> Linear:
-    return y.fold(_change(spectrum * scaling, indices, tuple(y.weight.shape)))
+    (N, K), c = y.weight.shape, wide(spectrum)
+    at, halves = made_of(indices, _half, N, K)
+    half = c.new_zeros((N, K // 2 + 1)).index_put(at, c * scaling * halves, accumulate=True)
+    return y.fold(torch.fft.irfft2(half, s=(N, K)))
 
 
 def fourierft_linear(

@@ -8,6 +8,7 @@ to W^T A^T first. The library makes the whole change of the weight, B h^T, and m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -77,12 +78,17 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     return Held(name, PEANUT, tensors, numbers, rank=tensors[0].shape[0])
 
 
-def apply(y: Linear, adapter: Held) -> Linear:
-    """The layer with this adapter."""
+@functools.cache
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
     from transformers.activations import ACT2FN
 
+    return ACT2FN[name]
+
+
+def apply(y: Linear, adapter: Held) -> Linear:
+    """The layer with this adapter."""
     (A, B, *layers), (activation, scaling) = adapter.tensors, adapter.numbers
-    return _with(y, A, B, layers, ACT2FN[activation], scaling)
+    return _with(y, A, B, layers, _activation(activation), scaling)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
