@@ -57,10 +57,11 @@ class FoldedLinearFunction(torch.autograd.Function):
 def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y (..., N) of x (..., K), in the products' dtype: the wider one of x's and the weight's, or under autocast autocast's.
 
-    x: as in ``lora_linear``. weight: (N, K). bias: (N), added before y is rounded.
+    x: as in ``lora_linear``. weight: (N, K). bias: (N), added before y is rounded. ``torch.jit.trace`` records torch's own ops.
     """
     autocast = autocast_dtype(x)
     dtype = autocast or torch.promote_types(x.dtype, weight.dtype)
-    if autocast is None and dtype is torch.float32 and x.numel() * weight.shape[0] <= SMALL:
+    small = autocast is None and dtype is weight.dtype is torch.float32 and x.numel() * weight.shape[0] <= SMALL
+    if small or torch._C._get_tracing_state() is not None:
         return F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
     return FoldedLinearFunction.apply(x, weight, bias, dtype)

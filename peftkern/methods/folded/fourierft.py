@@ -63,6 +63,11 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return _with(y, *adapter.tensors, *adapter.numbers)
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one, with the library's number of coefficients, or as many as there are."""
+    return tuner.builder("FourierFTConfig", None, n_frequency=min(1000, linear.weight.numel()))(linear, rank)
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -91,7 +96,7 @@ FOURIERFT = register(
         apply=apply,
         function=fourierft_linear,
         examples=examples,
-        build=tuner.builder("FourierFTConfig", None),
+        build=build,
         rank=0,
         op="lora_linear",
         saves="x, and the folded weight in fp32",

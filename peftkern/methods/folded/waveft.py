@@ -106,6 +106,11 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return _with(y, spectrum, entries, scaling)
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one, with the library's number of coefficients, or as many as there are."""
+    return tuner.builder("WaveFTConfig", None, n_frequency=min(2592, linear.weight.numel()))(linear, rank)
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -136,7 +141,7 @@ WAVEFT = register(
         apply=apply,
         function=waveft_linear,
         examples=examples,
-        build=tuner.builder("WaveFTConfig", None),
+        build=build,
         rank=0,
         op="lora_linear",
         saves="x, and the folded weight in fp32",
