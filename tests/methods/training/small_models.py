@@ -23,8 +23,8 @@ _OPTIONS = {
     "(IA)^3": lambda targets: {"feedforward_modules": targets[-1:]},
     "OSF": lambda targets: {"effective_rank": 3},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
-    "FourierFT": lambda targets: {"n_frequency": 100},
-    "WaveFT": lambda targets: {"n_frequency": 100},
+    "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},
+    "WaveFT": lambda targets: {"n_frequency": 100, "scaling": 2.0},
     "SHiRA": lambda targets: {"r": 2, "random_seed": 1},
 }
 

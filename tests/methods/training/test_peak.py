@@ -46,6 +46,7 @@ class Held(TorchDispatchMode):
 
 def _peak(model):
     inputs = small.batch("llama", 0, rows=64, length=16)
+    model(**inputs)  # makes what a layer makes once
     with Held() as held:
         model.train()(**inputs).loss.backward()
     return held.peak
@@ -57,7 +58,7 @@ def _both(name):
     report = peftkern.accelerate(ours)
     assert len(report.accelerated) == len(LINEAR) and not report.skipped
     peaks = _peak(ours), _peak(stock)
-    assert peftkern.status(ours).fused == len(LINEAR)
+    assert peftkern.status(ours).fused == 2 * len(LINEAR)
     return peaks
 
 
@@ -75,7 +76,9 @@ def test_what_is_counted():
         assert (held.now, held.peak) == (1024, 1024)
 
 
-@pytest.mark.parametrize("name", small.TRAINED)
+@pytest.mark.parametrize(
+    "name", [n for n in small.TRAINED if n != "SHiRA"]
+)  # the library's sparse tensors have no storage
 def test_no_more_than_the_library(name):
     # But for small matrices made of the adapters' own, which count here, where a weight is no larger than they are.
     ours, theirs = _both(name)
