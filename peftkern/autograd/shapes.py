@@ -63,3 +63,10 @@ def no_transforms(name: str) -> None:
     """Raise RuntimeError inside a torch.func transform."""
     if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
+
+
+def exactly(t: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which what is made on t's device is not rounded by autocast."""
+    device = t.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()

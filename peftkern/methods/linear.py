@@ -3,7 +3,7 @@
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
 
 A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
-bias changed. ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
+bias or the weight itself changed (family S). ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from ..autograd.dropout_mask import zeroed
 from ..autograd.dropped_base import dropped_base
+from ..autograd.folded_linear import folded_linear
 from ..autograd.lora_linear import Options, lora_linear_with
+from ..autograd.shapes import autocast_dtype
 from ..checks import accumulate_dtype
 from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter
@@ -49,7 +51,8 @@ class Branch(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias.
+    """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias. ``folded`` (N, K): what
+    they have made of the weight, in fp32 or its own dtype, None where it is what it was.
 
     Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
     """
@@ -60,11 +63,20 @@ class Linear(NamedTuple):
     p_b: Tensor | None = None
     g_b: Tensor | None = None
     added: Tensor | None = None
+    folded: Tensor | None = None
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
-        weight, bias, branches, p_b, g_b, added = self
-        return Linear(weight, bias, (*branches, branch), p_b, g_b, added)
+        weight, bias, branches, p_b, g_b, added, folded = self
+        return Linear(weight, bias, (*branches, branch), p_b, g_b, added, folded)
+
+    def fold(self, change: Tensor) -> Linear:
+        """With a matrix (N, K) added to the weight: in fp32 it stays in fp32, and so does all that is made of it."""
+        return self._replace(folded=self.whole_weight() + change)
+
+    def whole_weight(self) -> Tensor:
+        """The weight as adapters have changed it."""
+        return self.weight if self.folded is None else self.folded
 
     def add_bias(self, term: Tensor) -> Linear:
         """With a vector (N) added to the bias."""
@@ -95,9 +107,12 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def run(y: Linear, x: Tensor) -> Tensor:
-    """y of x (..., K): one fused call, but for further branches that drop and for a branch with a share of the base."""
-    weight, _, branches, p_b, g_b, _ = y
+    """y of x (..., K): one fused call, but for further branches that drop, for a branch with a share of the base and for a
+    folded weight."""
+    weight, _, branches, p_b, g_b, _, folded = y
     bias = y.whole_bias()
+    if folded is not None:
+        return _of_folded(y, bias, x)
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
@@ -120,6 +135,20 @@ def run(y: Linear, x: Tensor) -> Tensor:
     for b in shares:
         total = total + dropped_base(x, weight, b.share, b.dropout_p, b.seed)
     return total.to(result.dtype)  # some terms are wider
+
+
+def _of_folded(y: Linear, bias: Tensor | None, x: Tensor) -> Tensor:
+    # In the dtype of the folded weight, rounded once to that of the layer.
+    dtype = autocast_dtype(x) or x.dtype
+    if y.weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
+    into = x if y.p_b is None else x * y.p_b
+    total = folded_linear(into, y.folded, bias if y.g_b is None else None)
+    if y.g_b is not None:
+        total = total * y.g_b if bias is None else total * y.g_b + bias
+    for branch in y.branches:
+        total = total + _alone(y.weight, branch, x)
+    return total.to(dtype)
 
 
 _NAMES = {c.symbol: c.name for c in COEFFICIENTS}

@@ -101,13 +101,15 @@ class Look:
         return default
 
     def item(self, name: str, key: str, default: Any = None) -> Any:
-        """An item of a dict that the instance has, a plain value, or ``default``."""
+        """An item of a dict that the instance has, a plain value or a tensor, or ``default``."""
         of, seen = self._own[name], self._inside(name)
         if key not in of:
             seen[key] = ABSENT
             return default
         value = of[key]
-        if isinstance(value, Tensor):
+        if type(value) in PLAIN_TENSORS:
+            self.record.slots.append((seen, key, value, False))
+        elif isinstance(value, Tensor):
             self.record.whole = False
         else:
             seen[key] = equal(value)

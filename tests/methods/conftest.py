@@ -44,10 +44,10 @@ def _step(model, x, grad_y):
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
-def _agree(ours, stock, inputs, what):
+def _agree(ours, stock, inputs, what, columns=N):
     exact, found = copy.deepcopy(stock).double(), {}
     for x in inputs:
-        grad_y = torch.randn(*x.shape[:-1], N, dtype=x.dtype)
+        grad_y = torch.randn(*x.shape[:-1], columns, dtype=x.dtype)
         answers = [_step(model, x, grad_y) for model in (ours, stock)]
         with torch.autocast("cpu", enabled=False):  # which takes what a library casts to fp32 for half precision
             answers.append(_step(exact, x.double(), grad_y))
@@ -60,7 +60,7 @@ def _agree(ours, stock, inputs, what):
 
 @pytest.fixture
 def agree():
-    """(ours, the library's model, inputs, what): outputs and all gradients are near each other."""
+    """(ours, the library's model, inputs, what, columns of the outputs): they and all gradients are near each other."""
     return _agree
 
 

@@ -61,6 +61,42 @@ def _deft(x, W, b, P, into):
     return linear(x, W - Q @ (Q.t() @ W) + Q @ into, b)
 
 
+def _at(indices, values, shape):
+    return values.new_zeros(shape).index_put(tuple(indices), values, accumulate=True)
+
+
+def _fourierft(x, W, b, c, indices):
+    dense = _at(indices, c, (N, K))
+    change = torch.fft.ifft2(dense if dense.dtype.itemsize > 2 else dense.float()).real
+    return linear(x, W + change.to(W.dtype), b)
+
+
+def _synthesis(size, filters):
+    # (size, P): what a coefficient, the low ones first, adds to the numbers of a side.
+    L = filters.shape[1]
+    P = size + L - 2 + (size + L) % 2
+    T = filters.new_zeros((P + L - 2, P))
+    for i in range(P // 2):
+        column = torch.arange(2 * i, 2 * i + L)
+        for half, taps in enumerate(filters):
+            T = T.index_put((column, torch.tensor(i + half * (P // 2))), taps)
+    return T[L - 2 : L - 2 + size]
+
+
+def _waveft(x, W, b, c, indices, filters):
+    T, U = _synthesis(N, filters), _synthesis(K, filters)
+    (P, Q), (i, j) = (t.shape[1] for t in (T, U)), indices
+    i, j = i + (P - N) // 2, j + (Q - K) // 2
+    at = i % (P // 2) + P // 2 * (j // (Q // 2)), j % (Q // 2) + Q // 2 * (i // (P // 2))
+    return linear(x, W + T @ _at(at, c, (P, Q)) @ U.t(), b)
+
+
+def _peanut(x, W, b, A, B, encoder, decoder):
+    first = torch.relu(W.t() @ A.t())
+    h = torch.relu(linear(torch.relu(linear(first, encoder)), decoder)) + first
+    return linear(x, W, b) + linear(linear(x, h.t()), B)
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it;
 # a list: of a tensor without a gradient.
 FORMS = {
@@ -83,6 +119,11 @@ FORMS = {
     "DEFT": (_deft, [(N, R), (R, K)]),
     "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
     "HRA": (_hra, [(K, R)]),
+    "HiRA": (lambda x, W, b, A, B: linear(x, W + W * (B @ A), b), [(R, K), (N, R)]),
+    "SHiRA": (lambda x, W, b, c, indices: linear(x, W + _at(indices, c, (N, K)), b), [(20,), ((2, 20), N)]),
+    "FourierFT": (_fourierft, [(20,), ((2, 20), N)]),
+    "WaveFT": (_waveft, [(20,), ((2, 20), N), (2, 4)]),
+    "PEANuT": (_peanut, [(R, N), (N, R), (R, R), (R, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }

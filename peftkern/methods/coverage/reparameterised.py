@@ -11,7 +11,7 @@ ROUTED = "a rank scale for each token, from a router over several adapters"
 DERIVED = "an entry that makes lora_A and lora_B of its parameters"
 BLOCKS = "lora_A or lora_B in blocks, without their zeros"
 WEIGHT = "a change of the weight that is never stored whole"
-SPECTRUM = "a transform in place of the whole weight change"
+FOLDED = "a weight that is made once a step, and one product with it"
 
 LORA = section(
     "reparameterised", "low rank",
@@ -91,16 +91,16 @@ OTHERS = section(
     later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
     later("Compacter", "B", "a bottleneck of Kronecker products, built once a step; family B's kernel",
           "adapters.compacter adapters.compacter++"),
-    later("FourierFT", "S", SPECTRUM, "peft.FOURIERFT"),
-    later("WaveFT", "S", SPECTRUM, "peft.WAVEFT"),
+    by("FourierFT", "FourierFT", FOLDED, family="S", called="peft.FOURIERFT"),
+    by("WaveFT", "WaveFT", FOLDED, family="S", called="peft.WAVEFT"),
     later("C3A", "S", "circular convolutions of blocks of x", "peft.C3A"),
-    later("HiRA", "S", "the weight times a low-rank matrix, entry by entry, as it is loaded", "peft.HIRA"),
-    later("GLoRA", "S", "the same with an addition, and the bias", "peft.GLORA"),
+    by("HiRA", "HiRA", FOLDED + ", unless dropout acts", family="S", called="peft.HIRA"),
+    by("GLoRA", "GLoRA", FOLDED, family="S", called="peft.GLORA"),
     later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
-    later("PEANuT", "S", WEIGHT + ", of a small network on the weight", "peft.PEANUT"),
+    by("PEANuT", "PEANuT", "its small network on the weight makes lora_A", family="S", called="peft.PEANUT"),
 )  # fmt: skip
 
 REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

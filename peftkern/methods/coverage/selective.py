@@ -23,7 +23,7 @@ MASKS = section(
         "U-Diff", "S-Diff", "PaFi", "FishMask", "Fish-Dip", "LT-SFT", "SAM", "Child-tuning", "threshold mask", "SPT",
     )),
     later("FAR", "M", "a gradient of the weight's chosen rows alone"),
-    later("SHiRA", "M", SPARSE, "peft.SHIRA"),
+    by("SHiRA", "SHiRA", "a weight that is made once a step, and one product with it", family="S", called="peft.SHIRA"),
     later("SuperTuning", "M", SPARSE + "; its LoRA part is lora_linear's", "peft.SUPERTUNING"),
 )  # fmt: skip
 

@@ -2,18 +2,24 @@
 
     y = x W^T + B (A drop(x)) + bias,    A[i, k] = 1 where k mod R = i, else 0
 
-``miss_block`` (R, N) is B^T; in the ``mini`` form it is repeated along N. The form ``bat`` rebuilds W, and is not covered.
+``miss_block`` (R, N) is B^T; in the ``mini`` form it is repeated along N. The form ``bat`` folds the weight: the blocks w (R, R)
+of R rows of it all meet the block b of those rows, one of ``miss_block`` (N / R, R, R), and nothing is dropped.
+
+    y = x W'^T + bias,    each block w' = w + w b + b
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ...autograd.shapes import exactly
 from ...ops.dropout_mask import acting
 from .. import tuner
+from ..exact import refuse_half, wide
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
@@ -25,6 +31,14 @@ def _branch(K: int, N: int, block: Tensor, dropout_p: float, seed: int | Tensor 
     return Branch(A, block.repeat(1, N // columns).t(), 1.0, dropout_p, seed=seed)
 
 
+def _bat(y: Linear, block: Tensor) -> Linear:
+    W, (rows, R, _) = y.whole_weight(), block.shape
+    b = wide(block)
+    with exactly(W):
+        change = torch.bmm(wide(W).reshape(rows, -1, R), b).view(rows, R, -1, R) + b[:, :, None]
+    return y.fold(change.view(W.shape))
+
+
 def miss_linear(
     x: Tensor, weight: Tensor, miss_block: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
     training: bool = False, seed: int | Tensor | None = None,
@@ -32,19 +46,27 @@ def miss_linear(
     """A frozen linear layer with MiSS: the equation at the top of peftkern/methods/derived/miss.py.
 
     Args:
-        x: (..., K). weight: (N, K). miss_block: (R, N), or (R, n) with N a multiple of n. bias, dropout_p, training,
-            seed: as in ``lora_linear``.
+        x: (..., K). weight: (N, K). miss_block: (R, N), or (R, n) with N a multiple of n, or (N / R, R, R) with K a multiple
+            of R too. bias, dropout_p, training, seed: as in ``lora_linear``; they drop nothing in the last form.
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    N, K = weight.shape
-    return run(Linear(weight, bias).add(_branch(K, N, miss_block, acting(dropout_p, training), seed)), x)
+    return run(_with(Linear(weight, bias), miss_block, acting(dropout_p, training), seed), x)
+
+
+def _with(y: Linear, block: Tensor, dropout_p: float, seed: int | Tensor | None = None) -> Linear:
+    N, K = y.weight.shape
+    return _bat(y, block) if block.dim() == 3 else y.add(_branch(K, N, block, dropout_p, seed))
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``miss.MissLinear`` holds of an adapter."""
     if look.value("miss_fn") == "bat":
-        raise NotCovered("MiSS in its form bat is not covered: it rebuilds the weight")
+        (block,) = tuner.tensors(look, name, {"miss_block": (None, None, None)})
+        refuse_half(name, block)
+        if block.shape != (shape[0] // block.shape[2], block.shape[2], block.shape[2]):
+            raise NotCovered(f"miss_block of {name!r} has shape {tuple(block.shape)}")
+        return Held(name, MISS, (block,))
     (block,) = tuner.tensors(look, name, {"miss_block": (None, None)})
     if shape[0] % block.shape[1]:
         raise NotCovered(f"miss_block of {name!r} has shape {tuple(block.shape)}")
@@ -54,8 +76,7 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
-    N, K = y.weight.shape
-    return y.add(_branch(K, N, *adapter.tensors, adapter.dropout_p))
+    return _with(y, *adapter.tensors, adapter.dropout_p)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -71,7 +92,12 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
         "no bias": tuner.layer(nn.Linear(K, N, bias=False), config(r=5)),
         "mini": tuner.layer(nn.Linear(K, N), config(init_weights="mini", mini_r=N // 2)),
     }
-    torch.nn.init.normal_(models["mini"].base_model.model[0].miss_block["default"])
+    r = math.gcd(K, N)
+    models["bat"] = tuner.layer(nn.Linear(K, N), config(r=r, init_weights="bat"))
+    models["bat, two adapters"] = tuner.layer(nn.Linear(K, N), *[config(r=r, init_weights="bat")] * 2)
+    for case in ("mini", "bat", "bat, two adapters"):
+        for block in models[case].base_model.model[0].miss_block.values():
+            torch.nn.init.normal_(block)
     return models
 
 
@@ -88,8 +114,8 @@ MISS = register(
         examples=examples,
         build=tuner.builder("MissConfig"),
         op="lora_linear",
-        saves="(M, R) in fp32",
-        merges="W + B A",
+        saves="(M, R) in fp32; in its form bat x, and the folded weight in fp32",
+        merges="W + B A; in its form bat W'",
         peft_type="MISS",
         keeps_dtype=True,
         tested={"peft": ((0, 21), (0, 21))},

@@ -28,6 +28,9 @@ _OPTIONS = {
     "OSF": lambda targets: {"effective_rank": 3},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
+    "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},
+    "WaveFT": lambda targets: {"n_frequency": 100, "scaling": 2.0},
+    "SHiRA": lambda targets: {"r": 2, "random_seed": 1},
 }
 
 

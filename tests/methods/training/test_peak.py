@@ -46,6 +46,7 @@ class Held(TorchDispatchMode):
 
 def _peak(model):
     inputs = small.batch("llama", 0, rows=64, length=16)
+    model(**inputs)  # makes what a layer makes once
     with Held() as held:
         model.train()(**inputs).loss.backward()
     return held.peak
@@ -57,7 +58,7 @@ def _both(name):
     report = peftkern.accelerate(ours)
     assert len(report.accelerated) == len(LINEAR) and not report.skipped
     peaks = _peak(ours), _peak(stock)
-    assert peftkern.status(ours).fused == len(LINEAR)
+    assert peftkern.status(ours).fused == 2 * len(LINEAR)
     return peaks
 
 
@@ -85,7 +86,11 @@ def test_no_more_than_lora(name):
     assert ours <= 1.1 * lora, f"{name}: {ours} bytes, LoRA {lora}"
 
 
-@pytest.mark.parametrize("name", [name for name in small.TRAINED if name not in WEIGHTS])
+# The library's sparse tensors have no storage.
+NOT_COUNTED = ("SHiRA",)
+
+
+@pytest.mark.parametrize("name", [name for name in small.TRAINED if name not in (*WEIGHTS, *NOT_COUNTED)])
 def test_no_more_than_the_library(name):
     # But for small matrices made of the adapters' own, which count here, where a weight is no larger than they are.
     ours, theirs = _both(name)

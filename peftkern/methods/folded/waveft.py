@@ -1,0 +1,153 @@
+"""WaveFT (Bilican et al. 2025) on a linear layer, as HF PEFT computes it: some wavelet coefficients of the weight's change train.
+
+    y = x (W + s D)^T + bias,    D = one inverse 2D wavelet transform of c (n) at indices (2, n), else 0; or c itself there
+
+A coefficient adds to L x L entries of the weight, L the length of the filters: so nothing is transformed. The library transforms
+the whole matrix. Its sides are padded to even sizes by what the transform cuts off, half of it in front. It filters the rows of
+its upper right quarter and the columns of its lower left one as high frequencies, which is the other way round than usual.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import tuner
+from ..exact import made_of, places, refuse_half, wide
+from ..linear import Linear, run
+from ..look import Look, NotCovered
+from ..registry import Held, Method, register
+
+# Entries of the weight that an adapter may add to, some of them again and again: beyond, their places take much memory.
+MOST = 1 << 24
+
+
+def _side(positions: Tensor, size: int, L: int) -> tuple[Tensor, Tensor]:
+    # Of coefficients along one side of the matrix: whether they are in the second half of the padded side, and the L places
+    # (n, L) that they add to, some of them outside.
+    padded = size + L - 2
+    padded += padded % 2
+    positions = positions + (padded - size) // 2
+    first = positions % (padded // 2) * 2 - (L - 2)
+    return positions // (padded // 2), first[:, None] + torch.arange(L, device=positions.device)
+
+
+def _entries(
+    indices: Tensor, filters: Tensor | None, shape: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    # Rows and columns (n L L) of all that the coefficients add to, and by how much (n, L L); without filters, themselves.
+    rows, columns = indices
+    if filters is None:
+        return (rows, columns), None
+    (N, K), L = shape, filters.shape[1]
+    (below, rows), (right, columns) = _side(rows, N, L), _side(columns, K, L)
+    inside = ((rows >= 0) & (rows < N))[:, :, None] & ((columns >= 0) & (columns < K))[:, None]
+    taps = torch.where(inside, filters[right][:, :, None] * filters[below][:, None], 0.0)
+    at = rows.clamp(0, N - 1)[:, :, None], columns.clamp(0, K - 1)[:, None]
+    return tuple(t.expand(inside.shape).flatten() for t in at), taps.flatten(1)
+
+
+def _with(y: Linear, spectrum: Tensor, entries: tuple, scaling: float | Tensor) -> Linear:
+    at, taps = entries
+    values = wide(spectrum) * scaling
+    if taps is not None:
+        values = (values[:, None] * taps).flatten()
+    return y._replace(folded=wide(y.whole_weight()).index_put(at, values, accumulate=True))
+
+
+def waveft_linear(
+    x: Tensor, weight: Tensor, spectrum: Tensor, indices: Tensor, filters: Tensor | None = None, *,
+    bias: Tensor | None = None, scaling: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """A frozen linear layer with WaveFT: the equation at the top of peftkern/methods/folded/waveft.py.
+
+    Args:
+        x: (..., K). weight: (N, K). spectrum: c (n). indices: (2, n), int64, rows below N and columns below K; what names an
+            entry twice adds up. filters: (2, L), low and high of the synthesis, L even; None: no transform. bias: (N).
+            scaling: s. dtypes as in ``lora_linear``.
+
+    Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
+    """
+    entries = _entries(indices, None if filters is None else wide(filters), tuple(weight.shape))
+    return run(_with(Linear(weight, bias), spectrum, entries, scaling), x)
+
+
+def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
+    """What ``waveft.WaveFTLinear`` holds of an adapter."""
+    (spectrum,) = tuner.tensors(look, name, {"waveft_spectrum": (None,)})
+    refuse_half(name, spectrum)
+    scaling = tuner.number(look.item("waveft_scaling", name), name)
+    family = look.item("waveft_wavelet_family", name) if look.item("waveft_use_idwt", name) else None
+    if family is not None and spectrum.numel() * _filters(family).shape[1] ** 2 > MOST:
+        raise NotCovered(f"the filters of {name!r} are long, and its coefficients many")
+    return Held(name, WAVEFT, (spectrum, places(look, "waveft_indices", name, spectrum)), (family, scaling))
+
+
+@functools.cache
+def _filters(family: str) -> Tensor:
+    from peft.tuners.waveft.wavelet import Wavelet
+
+    wavelet = Wavelet(family)
+    return torch.tensor([wavelet.rec_lo, wavelet.rec_hi], dtype=torch.float64)
+
+
+def _of_family(indices: Tensor, family: str | None, shape: tuple[int, int], dtype: torch.dtype) -> tuple:
+    at, taps = _entries(indices, None if family is None else _filters(family).to(indices.device), shape)
+    return at, None if taps is None else taps.to(dtype)
+
+
+def apply(y: Linear, adapter: Held) -> Linear:
+    """The layer with this adapter."""
+    (spectrum, indices), (family, scaling) = adapter.tensors, adapter.numbers
+    entries = made_of(indices, _of_family, family, tuple(y.weight.shape), wide(spectrum).dtype)
+    return _with(y, spectrum, entries, scaling)
+
+
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one, with the library's number of coefficients, or as many as there are."""
+    return tuner.builder("WaveFTConfig", None, n_frequency=min(2592, linear.weight.numel()))(linear, rank)
+
+
+def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
+    """PEFT models of one layer."""
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    def config(**options):
+        return peft.WaveFTConfig(**{"target_modules": ["0"], "n_frequency": 30, "init_weights": False, **options})
+
+    K, N = in_features, out_features
+    return {
+        "linear": tuner.layer(nn.Linear(K, N), config()),
+        "no bias, all coefficients": tuner.layer(nn.Linear(K, N, bias=False), config(n_frequency=K * N)),
+        "sym4": tuner.layer(nn.Linear(K, N), config(wavelet_family="sym4")),
+        "no transform": tuner.layer(nn.Linear(K, N), config(use_idwt=False)),
+        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
+        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(random_loc_seed=3, wavelet_family="db3")),
+    }
+
+
+WAVEFT = register(
+    Method(
+        name="WaveFT",
+        taxonomy="reparameterised",
+        family="S",
+        layer="peft.tuners.waveft.layer.WaveFTLinear",
+        adapters="waveft_spectrum",
+        held=held,
+        apply=apply,
+        function=waveft_linear,
+        examples=examples,
+        build=build,
+        rank=0,
+        op="lora_linear",
+        saves="x, and the folded weight in fp32",
+        merges="W + s D",
+        peft_type="WAVEFT",
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
+    )
+)
