@@ -1,15 +1,16 @@
 """Family L: a linear layer with linear branches, whose coefficients are the methods'.
 
-    y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
+    y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 
-A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
-bias changed. ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
+A term is whatever else a method makes of x. A method's ``apply`` takes such a layer and gives another: what stands there
+already may be scaled, a branch or a term added, the bias changed. ``run`` computes what has come out. The symbols are those
+of peftkern/equation.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,24 @@ class Branch(NamedTuple):
         return self.share is not None or self.route is not None
 
 
+class Term(Protocol):
+    """A term of another form than a branch."""
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., N), which may be changed in place, with the term of x (..., K) added."""
+
+
+class Scaled(NamedTuple):
+    """A term times g (N)."""
+
+    term: Term
+    g: Tensor
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        wide = torch.zeros_like(y, dtype=accumulate_dtype(y.dtype))
+        return y.add_(self.term.onto(wide, x) * self.g)
+
+
 class Linear(NamedTuple):
     """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias.
 
@@ -60,11 +79,16 @@ class Linear(NamedTuple):
     p_b: Tensor | None = None
     g_b: Tensor | None = None
     added: Tensor | None = None
+    terms: tuple[Term, ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
-        weight, bias, branches, p_b, g_b, added = self
-        return Linear(weight, bias, (*branches, branch), p_b, g_b, added)
+        weight, bias, branches, *rest = self
+        return Linear(weight, bias, (*branches, branch), *rest)
+
+    def add_term(self, term: Term) -> Linear:
+        """With one more term."""
+        return self._replace(terms=(*self.terms, term))
 
     def add_bias(self, term: Tensor) -> Linear:
         """With a vector (N) added to the bias."""
@@ -81,7 +105,8 @@ class Linear(NamedTuple):
             b._replace(g_d=times(b.g_d, g), share=None if b.share is None else b.share * g) for b in self.branches
         )
         added = None if self.added is None else self.added * g
-        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added)
+        terms = tuple(Scaled(term, g) for term in self.terms)
+        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added, terms=terms)
 
 
 def times(scale: Tensor | None, factor: Tensor) -> Tensor:
@@ -95,8 +120,15 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def run(y: Linear, x: Tensor) -> Tensor:
-    """y of x (..., K): one fused call, but for further branches that drop and for a branch with a share of the base."""
-    weight, _, branches, p_b, g_b, _ = y
+    """y of x (..., K): one fused call, but for terms, further branches that drop and a branch with a share of the base."""
+    result = _run_branches(y, x)
+    for term in y.terms:
+        result = term.onto(result, x)
+    return result
+
+
+def _run_branches(y: Linear, x: Tensor) -> Tensor:
+    weight, _, branches, p_b, g_b, *_ = y
     bias = y.whole_bias()
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))

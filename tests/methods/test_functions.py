@@ -40,6 +40,10 @@ def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
     return linear(x, W, b) + linear(linear(x, theta[i_A] * c_A), theta[i_B] * c_B)
 
 
+def _lokr(x, W, b, w1, w2):
+    return linear(x, W + torch.kron(w1, w2), b)
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
 FORMS = {
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
@@ -53,6 +57,7 @@ FORMS = {
     "OSF": (_osf, [(N, R), (R,), (R, K)] * 2),
     "MiSS": (_miss, [(R, N)]),
     "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
+    "LoKr": (_lokr, [(3, 1), (3, K)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }

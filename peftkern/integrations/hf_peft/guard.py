@@ -75,7 +75,8 @@ def replaced_reason(cls: type) -> str | None:
     if current is FUSED.get(cls):
         return None
     module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    if (module, name) == (cls.__module__, f"{cls.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
+    own = [c.__qualname__ for c in cls.__mro__ if c.__module__ == cls.__module__]  # LoKr's layers inherit theirs
+    if module == cls.__module__ and name in [f"{c}.forward" for c in own] and not hasattr(current, "__wrapped__"):
         return None
     return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
