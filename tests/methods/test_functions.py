@@ -44,6 +44,37 @@ def _lokr(x, W, b, w1, w2):
     return linear(x, W + torch.kron(w1, w2), b)
 
 
+def _c3a(x, W, b, w):
+    blocks = [[torch.stack([v.roll(t) for t in range(len(v))]) for v in row] for row in w]
+    return linear(x, W + torch.cat([torch.cat(row, 1) for row in blocks]) / K, b)
+
+
+def _vblora(x, W, b, l_A, l_B, bank):
+    def mixed(logits):
+        kept = logits >= logits.topk(2).values[..., -1:]
+        return torch.softmax(logits.masked_fill(~kept, -torch.inf), -1) @ bank
+
+    return linear(x, W, b) + linear(linear(x, mixed(l_A).flatten(1)), mixed(l_B).mT.flatten(0, 1))
+
+
+def _peanut(x, W, b, A, B, E, D):
+    h = torch.relu(W.t() @ A.t())
+    h = torch.relu(torch.relu(h @ E.t()) @ D.t()) + h
+    return linear(x, W + (h @ B.t()).t(), b)
+
+
+def _lily(x, W, b, A, B, router):
+    p = torch.softmax(x @ A.t() @ router.t(), 1).mean(0)
+    return linear(x, W, b) + x @ A.t() @ sum(p_e * B_e for p_e, B_e in zip(p, B.split(R)))
+
+
+def _hra(x, W, b, u):
+    for i in range(R):
+        v = u[:, i] / u[:, i].norm()
+        W = W - 2 * torch.outer(W @ v, v)
+    return linear(x, W, b)
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
 FORMS = {
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
@@ -58,6 +89,11 @@ FORMS = {
     "MiSS": (_miss, [(R, N)]),
     "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
     "LoKr": (_lokr, [(3, 1), (3, K)]),
+    "C3A": (_c3a, [(N, K, 1)]),
+    "VB-LoRA": (_vblora, [(R, K, 6), (N, R, 6), (6, 1)]),
+    "PEANuT": (_peanut, [(R, N), (N, R), (R, R), (R, R)]),
+    "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
+    "HRA": (_hra, [(K, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }

@@ -41,9 +41,9 @@ LORA = section(
     later("LoRA of adapters", "L", "an entry for that library's layers; the equation is LoRA's", "adapters.lora"),
     later("MoSLoRA", "L", "an (R, R) mixer, multiplied into lora_A"),
     later("PSOFT", "L", "an orthogonal (R, R), multiplied into a frozen lora_A", "peft.PSOFT"),
-    later("VB-LoRA", "L", DERIVED, "peft.VBLORA"),
+    by("VB-LoRA", "VB-LoRA", called="peft.VBLORA"),
     later("RandLoRA", "L", DERIVED + "; their rank is the weight's", "peft.RANDLORA"),
-    later("HRA", "L", DERIVED + ": reflections are a branch whose lora_B is W times a thin matrix", "peft.HRA"),
+    by("HRA", "HRA", "reflections are a branch whose lora_B is W times a thin matrix", called="peft.HRA"),
     later("DEFT", "L", "a branch that also reads the base's output", "peft.DEFT"),
     later("MonteCLoRA", "L", DERIVED + ", the mean of samples in training"),
     later("CapaBoost", "L", DERIVED + ", one adapter under several masks"),
@@ -70,7 +70,7 @@ MIXTURES = section(
     *(later(name, "L", ROUTED) for name in ("MOELoRA", "MoLORA", "MoA", "MoLE", "MixLoRA")),
     later("X-LoRA", "L", ROUTED, "peft.XLORA"),
     later("Poly", "L", "lora_A and lora_B mixed for each sequence", "peft.POLY"),
-    later("Lily", "L", DERIVED + ": lora_B is a mixture by the batch's mean routing", "peft.LILY"),
+    by("Lily", "Lily", "lora_B is a mixture by the batch's mean routing", family="S", called="peft.LILY"),
 )
 
 QUANTISED = section(
@@ -93,14 +93,14 @@ OTHERS = section(
           "adapters.compacter adapters.compacter++"),
     later("FourierFT", "S", SPECTRUM, "peft.FOURIERFT"),
     later("WaveFT", "S", SPECTRUM, "peft.WAVEFT"),
-    later("C3A", "S", "circular convolutions of blocks of x", "peft.C3A"),
+    by("C3A", "C3A", "circular convolutions of blocks of x", family="S", called="peft.C3A"),
     later("HiRA", "S", "the weight times a low-rank matrix, entry by entry, as it is loaded", "peft.HIRA"),
     later("GLoRA", "S", "the same with an addition, and the bias", "peft.GLORA"),
     later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
-    later("PEANuT", "S", WEIGHT + ", of a small network on the weight", "peft.PEANUT"),
+    by("PEANuT", "PEANuT", "a branch whose lora_A is a small network's answer to the weight", called="peft.PEANUT"),
 )  # fmt: skip
 
 REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

@@ -1,5 +1,5 @@
 """Methods whose change of the weight has a structure that its product with x is made by, without the matrix itself."""
 
-from . import lokr
+from . import c3a, lokr
 
-__all__ = ["lokr"]
+__all__ = ["c3a", "lokr"]

@@ -1,7 +1,5 @@
 """Methods whose adapter is a branch of low rank beside the base."""
 
-from . import adalora, alora, arrow, delora, dora, kasa, lora, mica, miss, osf, pvera, tinylora, unilora, vera
+from . import adalora, alora, arrow, delora, dora, kasa, lora, mica, osf, pvera, vera
 
-__all__ = [
-    "adalora", "alora", "arrow", "delora", "dora", "kasa", "lora", "mica", "miss", "osf", "pvera", "tinylora", "unilora", "vera",
-]  # fmt: skip
+__all__ = ["adalora", "alora", "arrow", "delora", "dora", "kasa", "lora", "mica", "osf", "pvera", "vera"]

@@ -29,7 +29,7 @@ def tinylora_linear(
     x: Tensor, weight: Tensor, tinylora_A: Tensor, tinylora_B: Tensor, tinylora_P: Tensor, tinylora_v: Tensor, *,
     bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A frozen linear layer with TinyLoRA: the equation at the top of peftkern/methods/low_rank/tinylora.py.
+    """A frozen linear layer with TinyLoRA: the equation at the top of peftkern/methods/derived/tinylora.py.
 
     Args:
         x: (..., K). weight: (N, K). tinylora_A: (R, K). tinylora_B: (N, R). tinylora_P: (U, R, R). tinylora_v: (U).

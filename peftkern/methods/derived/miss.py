@@ -29,7 +29,7 @@ def miss_linear(
     x: Tensor, weight: Tensor, miss_block: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
     training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A frozen linear layer with MiSS: the equation at the top of peftkern/methods/low_rank/miss.py.
+    """A frozen linear layer with MiSS: the equation at the top of peftkern/methods/derived/miss.py.
 
     Args:
         x: (..., K). weight: (N, K). miss_block: (R, N), or (R, n) with N a multiple of n. bias, dropout_p, training,

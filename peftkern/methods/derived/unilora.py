@@ -23,7 +23,7 @@ def unilora_linear(
     unilora_scales_A: Tensor, unilora_scales_B: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
     training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A frozen linear layer with Uni-LoRA: the equation at the top of peftkern/methods/low_rank/unilora.py.
+    """A frozen linear layer with Uni-LoRA: the equation at the top of peftkern/methods/derived/unilora.py.
 
     Args:
         x: (..., K). weight: (N, K). unilora_theta_d: (D). unilora_indices_A, unilora_scales_A: (R, K).

@@ -1,0 +1,37 @@
+"""The product of a few rows and a frozen weight: what factors made of W need.
+
+    y = x W^T,    dx = dy W
+
+As wide as the rows are: half precision is multiplied by panels of W, so no copy of W is ever there as a whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dropped_base import panels, product
+
+
+class FrozenProductFunction(torch.autograd.Function):
+    """``frozen_product`` with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return torch.cat([product(x, panel) for _, panel in panels(weight, x.dtype)], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        dy = dy.contiguous()  # few rows of many columns: a product of columns takes several times as long
+        return sum(product(dy[:, part], panel.t()) for part, panel in panels(weight, dy.dtype)), None
+
+
+def frozen_product(x: Tensor, weight: Tensor) -> Tensor:
+    """y (R, N) of x (R, K) and weight (N, K) of any dtype and strides, which gets no gradient, in x's dtype.
+
+    It is exact under autocast too, if autocast is off where it is called.
+    """
+    return FrozenProductFunction.apply(x, weight)
