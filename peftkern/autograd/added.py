@@ -8,7 +8,6 @@ Saved for backward: x, if a factor needs a gradient, and the factors. Backward c
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..checks import accumulate_dtype
 from .saved import kept_input
-from .shapes import autocast_dtype, cast
+from .shapes import autocast_dtype, cast, exactly
 
 # Elements of the largest intermediate of a part.
 SCRATCH = 2**18
@@ -63,7 +62,7 @@ class AddedFunction(torch.autograd.Function):
         else:
             ctx.mark_dirty(y)
         if y.numel():
-            with _as_given(x):
+            with exactly(x):
                 form = _make(make, factors, acc)
                 for rows, part in _parts(form.width, given.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])):
                     part.add_(form.forward(cast(rows, acc)), alpha=scaling)
@@ -78,7 +77,7 @@ class AddedFunction(torch.autograd.Function):
         sums = [torch.zeros_like(t, dtype=acc) if need else None for t, need in zip(factors, needs[1:])]
         if dy.numel():
             given = [t.reshape(-1, t.shape[-1]) for t in (dy, dx, x) if t is not None]
-            with _as_given(dy):
+            with exactly(dy):
                 form = _make(make, factors, acc)
                 for G, *rows in _parts(form.width, *given):
                     into = rows.pop(0) if needs[0] else None
@@ -88,12 +87,6 @@ class AddedFunction(torch.autograd.Function):
                             total.add_(part)
         grads = [None if total is None else cast(total, t.dtype) for total, t in zip(sums, factors)]
         return (dy if ctx.needs_input_grad[0] else None, dx, None, None, *grads)
-
-
-def _as_given(t: Tensor):
-    # Autocast has had its say: what follows is in the dtypes that it is given.
-    on = autocast_dtype(t) is not None
-    return torch.autocast(t.device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _make(make: Callable[..., Map], factors, dtype: torch.dtype) -> Map:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_tensor
 from .added import added
+from .shapes import exactly
 
 
 class Kron(NamedTuple):
@@ -102,5 +103,6 @@ def add_kron(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor | tuple[Tensor, Tensor
             f"to {w1.shape[0] * J}, expected K = {x.shape[-1]} to N = {y.shape[-1]}"
         )
     if b is not None and b.shape[0] * (J + Q) >= J * Q:
-        w2, b = w2 @ b, None
+        with exactly(x):
+            w2, b = w2 @ b, None
     return added(y, x, scaling, Kron, w1, w2, *(() if b is None else (b,)))

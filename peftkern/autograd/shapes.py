@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not (x.is_cpu or x.is_cuda or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+
+
+def exactly(x: Tensor) -> AbstractContextManager:
+    """A context in which products are made in the dtypes of what they are made of, where autocast has had its say."""
+    on = autocast_dtype(x) is not None
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def no_transforms(name: str) -> None:

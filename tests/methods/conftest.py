@@ -45,10 +45,21 @@ def _step(model, x, grad_y):
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
+def _takes(model, x):
+    try:
+        model(x)
+    except RuntimeError:  # C3A's Fourier transforms of no rows
+        return False
+    return True
+
+
 def _agree(ours, stock, inputs, what):
     exact, found = copy.deepcopy(stock).double(), {}
     for x in inputs:
         grad_y = torch.randn(*x.shape[:-1], N, dtype=x.dtype)
+        if not x.numel() and not _takes(stock, x):
+            assert ours(x).shape == grad_y.shape, what
+            continue
         answers = [_step(model, t, grad_y) for model, t in ((ours, x), (stock, x), (exact, x.double()))]
         assert answers[0].keys() == answers[1].keys() and len(answers[0]) > 2, f"{what}: other gradients"
         for name in answers[0]:

@@ -31,7 +31,7 @@ def with_peanut(
     """The layer with A, B, encoders and as many decoders."""
     A, B, *coders = tensors
     depth = len(coders) // 2
-    h, inputs = act(frozen_product(y.weight.t(), A.t())), []
+    h, inputs = act(frozen_product(A, y.weight.t()).t()), []
     for E in coders[:depth]:
         inputs.append(h)
         h = act(F.linear(h, E))

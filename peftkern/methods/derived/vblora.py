@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
-from ..look import PLAIN_TENSORS, Look, NotCovered
+from ..look import Look
 from ..registry import Held, Method, register
 
 

@@ -3,7 +3,8 @@
     y[i, t] = (x W^T)[i, t] + 1 / K * sum over blocks j and places k of w[i, j, k - t mod b] x[j, k] + bias
 
 w (N / b, K / b, b) trains. The library hands what an adapter gives to the next one as its input, so several active
-adapters run its own code.
+adapters run its own code. Its gradient of x is not the equation's (``Mirrored``); a layer of it trains as it does, and
+``c3a_linear`` by the equation.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from ..registry import Held, Method, register
 
 
 class Correlation(NamedTuple):
-    """The term of w."""
+    """The term of w. ``mirrored``: see ``add_circulant``."""
 
     w: Tensor
+    mirrored: bool = False
 
     def onto(self, y: Tensor, x: Tensor) -> Tensor:
         """See ``Term``."""
-        return add_circulant(y, x, self.w, 1.0 / x.shape[-1])
+        return add_circulant(y, x, self.w, 1.0 / x.shape[-1], mirrored=self.mirrored)
 
 
 def c3a_linear(x: Tensor, weight: Tensor, c3a_kernel: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -48,7 +50,7 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
-    return y.add_term(Correlation(*adapter.tensors))
+    return y.add_term(Correlation(*adapter.tensors, mirrored=True))
 
 
 def build(linear: nn.Linear, rank: int) -> nn.Module:

@@ -76,13 +76,14 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     parts, scaling, rank_dropout, divides, module_dropout = adapter.numbers
-    if module_dropout and torch.rand(1) <= module_dropout:
+    # The library's draws, in its order; it makes the first one without any dropout too.
+    if (module_dropout or rank_dropout) and torch.rand(1) <= module_dropout:
         return y
     w1, w2 = (t if len(t) > 1 else t[0] for t in (adapter.tensors[:parts], adapter.tensors[parts:]))
     term = _kron(w1, w2, scaling)
     if not rank_dropout:
         return y.add_term(term)
-    left = (torch.rand(y.weight.shape[0]) > rank_dropout).float()  # on the CPU, as the library draws it
+    left = (torch.rand(y.weight.shape[0]) > rank_dropout).float()
     if divides:
         left /= left.mean()
     return y.add_term(Scaled(term, left.to(y.weight.device)))
