@@ -53,12 +53,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
-def uncast(t: Tensor) -> contextlib.AbstractContextManager:
-    """Products on this tensor's device as wide as their arguments, under autocast too."""
-    device = t.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
 def no_transforms(name: str) -> None:
     """Raise RuntimeError inside a torch.func transform."""
     if torch._C._functorch.maybe_current_level() is not None and not torch.compiler.is_compiling():

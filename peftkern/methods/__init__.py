@@ -3,12 +3,23 @@
 ``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
 """
 
-from . import derived, folded, low_rank, scale
+from . import derived, folded, kronecker, low_rank, scale
 from .registry import METHODS, Held, Method, Plan, method_of, register
 
 # The functional forms, by name.
 FUNCTIONS = {m.function.__name__: m.function for m in METHODS.values() if m.function is not None}
 
 __all__ = [
-    "FUNCTIONS", "METHODS", "Held", "Method", "Plan", "derived", "folded", "low_rank", "method_of", "register", "scale",
-]  # fmt: skip
+    "FUNCTIONS",
+    "METHODS",
+    "Held",
+    "Method",
+    "Plan",
+    "derived",
+    "folded",
+    "kronecker",
+    "low_rank",
+    "method_of",
+    "register",
+    "scale",
+]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..autograd.folded_linear import folded_linear
 from ..autograd.shapes import cast, exactly
 from ..checks import accumulate_dtype
 from .look import PLAIN_TENSORS, Look, NotCovered
@@ -24,12 +23,6 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32 (fp64), under autocast too."""
     with exactly(left):
         return wide(left) @ wide(right)
-
-
-def rows_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (R, K) times the transpose of a frozen weight (N, K), in fp32 (fp64), under autocast too."""
-    with exactly(rows):
-        return folded_linear(wide(rows), weight)
 
 
 def refuse_half(name: str, *tensors: Tensor) -> None:

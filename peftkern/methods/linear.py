@@ -1,15 +1,16 @@
 """Family L: a linear layer with linear branches, whose coefficients are the methods'.
 
-    y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
+    y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 
-A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
-bias or the weight itself changed (family S). ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
+A term is whatever else a method makes of x. A method's ``apply`` takes such a layer and gives another: what stands there
+already may be scaled, a branch or a term added, the bias or the weight itself changed (family S). ``run`` computes what has
+come out. The symbols are those of peftkern/equation.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +51,24 @@ class Branch(NamedTuple):
         return self.share is not None or self.route is not None
 
 
+class Term(Protocol):
+    """A term of another form than a branch."""
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., N), which may be changed in place, with the term of x (..., K) added."""
+
+
+class Scaled(NamedTuple):
+    """A term times g (N)."""
+
+    term: Term
+    g: Tensor
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        wide = torch.zeros_like(y, dtype=accumulate_dtype(y.dtype))
+        return y.add_(self.term.onto(wide, x) * self.g)
+
+
 class Linear(NamedTuple):
     """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias. ``folded`` (N, K): what
     they have made of the weight, in fp32 or its own dtype, None where it is what it was.
@@ -64,11 +83,16 @@ class Linear(NamedTuple):
     g_b: Tensor | None = None
     added: Tensor | None = None
     folded: Tensor | None = None
+    terms: tuple[Term, ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
-        weight, bias, branches, p_b, g_b, added, folded = self
-        return Linear(weight, bias, (*branches, branch), p_b, g_b, added, folded)
+        weight, bias, branches, *rest = self
+        return Linear(weight, bias, (*branches, branch), *rest)
+
+    def add_term(self, term: Term) -> Linear:
+        """With one more term."""
+        return self._replace(terms=(*self.terms, term))
 
     def fold(self, change: Tensor) -> Linear:
         """With a matrix (N, K) added to the weight: in fp32 it stays in fp32, and so does all that is made of it."""
@@ -93,7 +117,8 @@ class Linear(NamedTuple):
             b._replace(g_d=times(b.g_d, g), share=None if b.share is None else b.share * g) for b in self.branches
         )
         added = None if self.added is None else self.added * g
-        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added)
+        terms = tuple(Scaled(term, g) for term in self.terms)
+        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added, terms=terms)
 
 
 def times(scale: Tensor | None, factor: Tensor) -> Tensor:
@@ -107,12 +132,17 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def run(y: Linear, x: Tensor) -> Tensor:
-    """y of x (..., K): one fused call, but for further branches that drop, for a branch with a share of the base and for a
-    folded weight."""
-    weight, _, branches, p_b, g_b, _, folded = y
+    """y of x (..., K): one fused call, but for terms, a folded weight, further branches that drop and a branch with a share of
+    the base."""
+    result = _run_branches(y, x) if y.folded is None else _run_folded(y, x)
+    for term in y.terms:
+        result = term.onto(result, x)
+    return result
+
+
+def _run_branches(y: Linear, x: Tensor) -> Tensor:
+    weight, _, branches, p_b, g_b, *_ = y
     bias = y.whole_bias()
-    if folded is not None:
-        return _of_folded(y, bias, x)
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
@@ -137,9 +167,9 @@ def run(y: Linear, x: Tensor) -> Tensor:
     return total.to(result.dtype)  # some terms are wider
 
 
-def _of_folded(y: Linear, bias: Tensor | None, x: Tensor) -> Tensor:
+def _run_folded(y: Linear, x: Tensor) -> Tensor:
     # In the dtype of the folded weight, rounded once to that of the layer.
-    dtype = autocast_dtype(x) or x.dtype
+    dtype, bias = autocast_dtype(x) or x.dtype, y.whole_bias()
     if y.weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight requires grad, but gets no gradient here: freeze it with requires_grad_(False)")
     into = x if y.p_b is None else x * y.p_b

@@ -67,7 +67,7 @@ class Method:
             serve it (L: a GEMM and a linear branch).
         layer: dotted name of the library's class, whose ``forward`` gets the input first; or of the class whose instance
             says that a layer of another method computes this one for an adapter (``variant``); None without a library.
-        adapters: the layer's dict that has an entry for each adapter.
+        adapters: the layer's dict that has an entry for each adapter; with spaces between, several of which one has.
         held: (look at such a layer, adapter, (N, K)) -> what it holds of the adapter. It reads through the look alone, and
             raises ``NotCovered`` with the reason where the library's own code has to run.
         apply: the equation: (layer so far, adapter) -> layer with this adapter.

@@ -87,15 +87,15 @@ def _asked(look: Look, mixed: Iterable[str] | None) -> list[str]:
 def adapters(look: Look, held_by: str, mixed: Iterable[str] | None) -> list[str]:
     """The adapters of a call that the layer has: the active ones, or those of a mixed batch.
 
-    ``held_by``: name of the dict that has an entry for each adapter.
+    ``held_by``: name of the dict that has an entry for each adapter, or names with spaces between, of which one has.
     """
-    asked, parts = _asked(look, mixed), look.part(held_by)
-    return [name for name in asked if parts.holds(name)]
+    asked, parts = _asked(look, mixed), [look.part(part) for part in held_by.split()]
+    return [name for name in asked if any(part.holds(name) for part in parts)]
 
 
 def _without_adapter(look: Look, held_by: str, mixed: Iterable[str] | None) -> str:
     # Why a call has none of the layer's adapters.
-    asked, present = _asked(look, mixed), list(look.part(held_by).module)
+    asked, present = _asked(look, mixed), [name for part in held_by.split() for name in look.part(part).module]
     whose = "active" if mixed is None else "batch's"
     if not asked:
         return "it has no active adapter" if mixed is None else "it has no adapter of the batch"

@@ -27,6 +27,9 @@ def _near(errors, what):
     for ours, stock, _ in errors:
         assert ours.shape == stock.shape and ours.dtype == stock.dtype, what
     ours, stock, exact = (torch.cat([t.flatten().double() for t in each]) for each in zip(*errors, strict=True))
+    defined = ~exact.isnan()  # a mean over no rows is not
+    assert torch.equal(ours.isnan(), ~defined), what
+    ours, stock, exact = ours[defined], stock[defined], exact[defined]
     if not exact.numel():
         return
     dtype = errors[0][0].dtype
@@ -44,10 +47,21 @@ def _step(model, x, grad_y):
     return {"y": y.detach(), "x": x.grad, **gradients}
 
 
+def _takes(model, x):
+    try:
+        model(x)
+    except RuntimeError:  # C3A's Fourier transforms of no rows
+        return False
+    return True
+
+
 def _agree(ours, stock, inputs, what, columns=N):
     exact, found = copy.deepcopy(stock).double(), {}
     for x in inputs:
         grad_y = torch.randn(*x.shape[:-1], columns, dtype=x.dtype)
+        if not x.numel() and not _takes(stock, x):
+            assert ours(x).shape == grad_y.shape, what
+            continue
         answers = [_step(model, x, grad_y) for model in (ours, stock)]
         with torch.autocast("cpu", enabled=False):  # which takes what a library casts to fp32 for half precision
             answers.append(_step(exact, x.double(), grad_y))

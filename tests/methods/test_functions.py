@@ -40,6 +40,28 @@ def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
     return linear(x, W, b) + linear(linear(x, theta[i_A] * c_A), theta[i_B] * c_B)
 
 
+def _lokr(x, W, b, w1, w2):
+    return linear(x, W + torch.kron(w1, w2), b)
+
+
+def _c3a(x, W, b, w):
+    blocks = [[torch.stack([v.roll(t) for t in range(len(v))]) for v in row] for row in w]
+    return linear(x, W + torch.cat([torch.cat(row, 1) for row in blocks]) / K, b)
+
+
+def _vblora(x, W, b, l_A, l_B, bank):
+    def mixed(logits):
+        kept = logits >= logits.topk(2).values[..., -1:]
+        return torch.softmax(logits.masked_fill(~kept, -torch.inf), -1) @ bank
+
+    return linear(x, W, b) + linear(linear(x, mixed(l_A).flatten(1)), mixed(l_B).mT.flatten(0, 1))
+
+
+def _lily(x, W, b, A, B, router):
+    p = torch.softmax(x @ A.t() @ router.t(), 1).mean(0)
+    return linear(x, W, b) + x @ A.t() @ sum(p_e * B_e for p_e, B_e in zip(p, B.split(R)))
+
+
 def _hra(x, W, b, u):
     for i in range(R):
         v = u[:, i] / u[:, i].norm()
@@ -118,6 +140,10 @@ FORMS = {
     "GraLoRA": (_gralora, [(1, K, R), (1, R, N)]),
     "DEFT": (_deft, [(N, R), (R, K)]),
     "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
+    "LoKr": (_lokr, [(3, 1), (3, K)]),
+    "C3A": (_c3a, [(N, K, 1)]),
+    "VB-LoRA": (_vblora, [(R, K, 6), (N, R, 6), (6, 1)]),
+    "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
     "HRA": (_hra, [(K, R)]),
     "HiRA": (lambda x, W, b, A, B: linear(x, W + W * (B @ A), b), [(R, K), (N, R)]),
     "SHiRA": (lambda x, W, b, c, indices: linear(x, W + _at(indices, c, (N, K)), b), [(20,), ((2, 20), N)]),

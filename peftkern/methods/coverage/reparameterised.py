@@ -41,7 +41,7 @@ LORA = section(
     later("LoRA of adapters", "L", "an entry for that library's layers; the equation is LoRA's", "adapters.lora"),
     later("MoSLoRA", "L", "an (R, R) mixer, multiplied into lora_A"),
     by("PSOFT", "PSOFT", "an orthogonal (R, R), multiplied into a frozen lora_B", called="peft.PSOFT"),
-    later("VB-LoRA", "L", DERIVED, "peft.VBLORA"),
+    by("VB-LoRA", "VB-LoRA", called="peft.VBLORA"),
     later("RandLoRA", "L", DERIVED + "; their rank is the weight's", "peft.RANDLORA"),
     by("HRA", "HRA", "reflections are a branch whose lora_B is W times a thin matrix", called="peft.HRA"),
     by("DEFT", "DEFT", "PaRa too; what is removed is W times a thin matrix", called="peft.DEFT"),
@@ -70,7 +70,7 @@ MIXTURES = section(
     *(later(name, "L", ROUTED) for name in ("MOELoRA", "MoLORA", "MoA", "MoLE", "MixLoRA")),
     later("X-LoRA", "L", ROUTED, "peft.XLORA"),
     later("Poly", "L", "lora_A and lora_B mixed for each sequence", "peft.POLY"),
-    later("Lily", "L", DERIVED + ": lora_B is a mixture by the batch's mean routing", "peft.LILY"),
+    by("Lily", "Lily", "lora_B is a mixture by the batch's mean routing", family="S", called="peft.LILY"),
 )
 
 QUANTISED = section(
@@ -86,21 +86,21 @@ OTHERS = section(
     later("OFT", "S", "a rotation of blocks of x before the GEMM", "peft.OFT"),
     later("BOFT", "S", "several such rotations, permuted, and a scale of the output", "peft.BOFT"),
     by("LoHa", "LoHa", "a branch of rank R^2 of column-wise products where R is small", called="peft.LOHA"),
-    later("LoKr", "S", "two small products on x as a matrix", "peft.LOKR"),
-    later("KronA", "S", "two small products on x as a matrix"),
     later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
     later("Compacter", "B", "a bottleneck of Kronecker products, built once a step; family B's kernel",
           "adapters.compacter adapters.compacter++"),
     by("FourierFT", "FourierFT", FOLDED, family="S", called="peft.FOURIERFT"),
     by("WaveFT", "WaveFT", FOLDED, family="S", called="peft.WAVEFT"),
-    later("C3A", "S", "circular convolutions of blocks of x", "peft.C3A"),
     by("HiRA", "HiRA", FOLDED + ", unless dropout acts", family="S", called="peft.HIRA"),
     by("GLoRA", "GLoRA", FOLDED, family="S", called="peft.GLORA"),
+    by("LoKr", "LoKr", "two small products on x as a matrix", family="S", called="peft.LOKR"),
+    by("KronA", "LoKr", "both factors whole", family="S", example="both whole"),
+    by("C3A", "C3A", "circular convolutions of blocks of x", family="S", called="peft.C3A"),
     later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
-    by("PEANuT", "PEANuT", "its small network on the weight makes lora_A", family="S", called="peft.PEANUT"),
+    by("PEANuT", "PEANuT", "a branch whose lora_A is a small network's answer to the weight", called="peft.PEANUT"),
 )  # fmt: skip
 
 REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
-from ...autograd.shapes import uncast
+from ...autograd.shapes import exactly
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner
@@ -29,7 +29,7 @@ def with_deft(
 ) -> Linear:  # fmt: skip
     """The layer with one more adapter. method: qr or relu."""
     raw = deft_P.to(accumulate_dtype(deft_P.dtype))
-    with uncast(raw):
+    with exactly(raw):
         Q = torch.linalg.qr(raw)[0] if method == "qr" else raw
         A = -frozen_product((Q if method == "qr" else raw.relu()).t().contiguous(), y.weight.t())
     if deft_R is not None:

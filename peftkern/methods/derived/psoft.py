@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
-from ...autograd.shapes import uncast
+from ...autograd.shapes import exactly
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner
@@ -86,7 +86,7 @@ def apply(y: Linear, adapter: Held) -> Linear:
     if above:
         wide = Q.to(accumulate_dtype(Q.dtype))
         upper = wide.new_zeros(A.shape[0], A.shape[0]).index_put(tuple(above), wide)
-        with uncast(wide):
+        with exactly(wide):
             Q = cayley(upper - upper.t(), *series)
     Q = Q if b is None else b[:, None] * Q
     return y.add(_branch(A, B, Q if a is None else Q * a, scaling, adapter.dropout_p))

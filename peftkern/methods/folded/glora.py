@@ -14,9 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import cast
 from .. import tuner
-from ..exact import product, rows_times, wide
+from ..exact import product, wide
 from ..linear import Linear
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
@@ -59,7 +60,7 @@ def apply(y: Linear, adapter: Held) -> Linear:
         y = y.fold(cast(change, W.dtype))
     if b is None:
         return y
-    terms = [E, None if D is None else b * D, None if C is None else rows_times(C.t(), W).squeeze(0)]
+    terms = [E, None if D is None else b * D, None if C is None else frozen_product(C.t(), W).squeeze(0)]
     for term in terms:
         if term is not None:
             y = y.add_bias(term.expand(b.shape))

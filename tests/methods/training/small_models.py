@@ -26,6 +26,8 @@ _OPTIONS = {
     "DeLoRA": lambda targets: {"delora_lambda": 4},
     "(IA)^3": lambda targets: {"feedforward_modules": targets[-1:]},
     "OSF": lambda targets: {"effective_rank": 3},
+    "C3A": lambda targets: {"block_size": 8},
+    "VB-LoRA": lambda targets: {"vector_length": 8, "num_vectors": 6},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
     "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import cast, exactly
 from .. import tuner
-from ..exact import rows_times, wide
+from ..exact import wide
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
@@ -27,7 +28,7 @@ def _with(
     y: Linear, A: Tensor, B: Tensor, layers: Sequence[Tensor], f: Callable[[Tensor], Tensor], scaling: float | Tensor
 ) -> Linear:
     # layers: encoders and decoders, as many of each.
-    h = f(rows_times(A, y.weight.t()).t())
+    h = f(frozen_product(wide(A), y.weight.t()).t())
     with exactly(A):
         residuals = []
         for encoder in layers[: len(layers) // 2]:
@@ -42,7 +43,7 @@ def peanut_linear(
     x: Tensor, weight: Tensor, peanut_A: Tensor, peanut_B: Tensor, *layers: Tensor,
     f: Callable[[Tensor], Tensor] = torch.relu, scaling: float = 1.0, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """A frozen linear layer with PEANuT: the equation at the top of peftkern/methods/folded/peanut.py.
+    """A frozen linear layer with PEANuT: the equation at the top of peftkern/methods/derived/peanut.py.
 
     Args:
         x: (..., K). weight: (N, K). peanut_A: (R, N). peanut_B: (N, R). layers: (R, R), the encoders and then as many
@@ -111,7 +112,7 @@ PEANUT = register(
     Method(
         name="PEANuT",
         taxonomy="reparameterised",
-        family="S",
+        family="L",
         layer="peft.tuners.peanut.layer.Linear",
         adapters="peanut_A",
         held=held,

@@ -1,0 +1,113 @@
+"""Lily (Zhong et al. 2024) on a linear layer, as HF PEFT computes it: lora_B is mixed of several, by what the batch is.
+
+    y = x W^T + s * u C + bias,    u = x A^T,    C = sum over e of p[e] B[e]
+
+p (E) is the mean over all rows of softmax(u router^T). A (R, K) is shared by neighbouring layers, B (E, R, N) by all of
+one kind, router (E, R) is the layer's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...autograd.kron import add_kron
+from ...checks import accumulate_dtype
+from .. import tuner
+from ..linear import Linear, run
+from ..look import Look, NotCovered
+from ..registry import Held, Method, register
+
+
+class Mixture(NamedTuple):
+    """The term s * u C. ``B``: (E R, N)."""
+
+    A: Tensor
+    B: Tensor
+    router: Tensor
+    scaling: float
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """See ``Term``."""
+        A, B, router, scaling = self
+        one = A.new_ones(1, 1)
+        u = add_kron(A.new_zeros(*x.shape[:-1], A.shape[0], dtype=accumulate_dtype(x.dtype)), x, one, A)
+        p = torch.softmax(F.linear(u, router.to(u.dtype)), -1).flatten(0, -2).mean(0)
+        C = torch.einsum("e,ern->rn", p, B.unflatten(0, (router.shape[0], -1)).to(p.dtype))
+        return add_kron(y, u, one, C.t(), scaling)
+
+
+def lily_linear(
+    x: Tensor, weight: Tensor, lily_A: Tensor, lily_B: Tensor, lily_router: Tensor, *, bias: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """A frozen linear layer with Lily: the equation at the top of peftkern/methods/derived/lily.py.
+
+    Args:
+        x: (..., K). weight: (N, K). bias: (N). lily_A: (R, K). lily_B: (E R, N). lily_router: (E, R).
+
+    Returns (..., N), where rows depend on each other. Raises as ``lora_linear`` does.
+    """
+    return run(Linear(weight, bias).add_term(Mixture(lily_A, lily_B, lily_router, scaling)), x)
+
+
+def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
+    """What ``lily.Linear`` holds of an adapter."""
+    tensors = []
+    for of in ("lily_A", "lily_B", "lily_router"):
+        part = look.part(of).part(name)
+        if part is None:
+            raise NotCovered(f"adapter {name!r} lacks a part")
+        part.require(nn.Linear, of)
+        tensors.append(part.tensor("weight"))
+    if len({t.dtype for t in tensors}) > 1:
+        raise NotCovered(f"the tensors of {name!r} differ in dtype")
+    scaling = tuner.number(look.item("scaling", name), name)
+    if isinstance(scaling, Tensor):
+        raise NotCovered(f"the scaling of {name!r} is a tensor")
+    return Held(name, LILY, tuple(tensors), (scaling,), rank=tensors[0].shape[0])
+
+
+def apply(y: Linear, adapter: Held) -> Linear:
+    """The layer with this adapter."""
+    return y.add_term(Mixture(*adapter.tensors, *adapter.numbers))
+
+
+def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
+    """PEFT models of one layer."""
+    import peft
+
+    def config(**options):
+        return peft.LilyConfig(**{"target_modules": ["0"], "r": 4, "num_B": 3, "init_weights": False, **options})
+
+    K, N = in_features, out_features
+    return {
+        "linear": tuner.layer(nn.Linear(K, N), config(stride_A=1)),
+        "no bias": tuner.layer(nn.Linear(K, N, bias=False), config(r=7, num_B=2, scaling=0.5)),
+        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(r=5, num_B=4)),
+    }
+
+
+LILY = register(
+    Method(
+        name="Lily",
+        taxonomy="reparameterised",
+        family="S",
+        layer="peft.tuners.lily.layer.Linear",
+        adapters="lily_A",
+        held=held,
+        apply=apply,
+        function=lily_linear,
+        examples=examples,
+        build=tuner.builder("LilyConfig", num_B=4),
+        op="lora_linear",
+        saves="x, and (M, R + E) in fp32",
+        merges="not at all: a batch has its own",
+        peft_type="LILY",
+        tested={"peft": ((0, 21), (0, 21))},
+    )
+)
