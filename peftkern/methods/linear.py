@@ -2,6 +2,8 @@
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
 
+of an x, and with a y, that may be rotated in blocks of columns (family S): x before all else, y after all else.
+
 A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
 bias changed. ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd.block_rotate import block_rotate
 from ..autograd.dropout_mask import zeroed
 from ..autograd.dropped_base import dropped_base
 from ..autograd.lora_linear import Options, lora_linear_with
@@ -48,8 +51,16 @@ class Branch(NamedTuple):
         return self.share is not None or self.route is not None
 
 
+class Rotation(NamedTuple):
+    """Matrices R (G, b, b) of the blocks of columns, or (1, b, b) of all, and the columns' ``index``, as in ``block_rotate``."""
+
+    R: Tensor
+    index: Tensor | None = None
+
+
 class Linear(NamedTuple):
-    """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias.
+    """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias. ``rotations``: of x,
+    the first first.
 
     Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
     """
@@ -60,11 +71,12 @@ class Linear(NamedTuple):
     p_b: Tensor | None = None
     g_b: Tensor | None = None
     added: Tensor | None = None
+    rotations: tuple[Rotation, ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
-        weight, bias, branches, p_b, g_b, added = self
-        return Linear(weight, bias, (*branches, branch), p_b, g_b, added)
+        weight, bias, branches, p_b, g_b, added, rotations = self
+        return Linear(weight, bias, (*branches, branch), p_b, g_b, added, rotations)
 
     def add_bias(self, term: Tensor) -> Linear:
         """With a vector (N) added to the bias."""
@@ -96,8 +108,10 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 
 def run(y: Linear, x: Tensor) -> Tensor:
     """y of x (..., K): one fused call, but for further branches that drop and for a branch with a share of the base."""
-    weight, _, branches, p_b, g_b, _ = y
+    weight, _, branches, p_b, g_b, _, rotations = y
     bias = y.whole_bias()
+    if rotations:
+        x = _rotated(x, rotations)
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
         return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
@@ -120,6 +134,16 @@ def run(y: Linear, x: Tensor) -> Tensor:
     for b in shares:
         total = total + dropped_base(x, weight, b.share, b.dropout_p, b.seed)
     return total.to(result.dtype)  # some terms are wider
+
+
+def _rotated(x: Tensor, rotations: tuple[Rotation, ...]) -> Tensor:
+    # Rounded once, after the last.
+    given = x.dtype
+    if len(rotations) > 1:
+        x = x.to(accumulate_dtype(given))
+    for R, index in rotations:
+        x = block_rotate(x, R, index)
+    return x.to(given)
 
 
 _NAMES = {c.symbol: c.name for c in COEFFICIENTS}
