@@ -83,8 +83,8 @@ QUANTISED = section(
 
 OTHERS = section(
     "reparameterised", "other forms",
-    later("OFT", "S", "a rotation of blocks of x before the GEMM", "peft.OFT"),
-    later("BOFT", "S", "several such rotations, permuted, and a scale of the output", "peft.BOFT"),
+    by("OFT", "OFT", "blocks of x are rotated before the GEMM", family="S", called="peft.OFT"),
+    by("BOFT", "BOFT", "several such rotations, permuted, and a scale of the output", family="S", called="peft.BOFT"),
     later("LoHa", "S", "a branch of rank R^2 of column-wise products where R is small", "peft.LOHA"),
     later("LoKr", "S", "two small products on x as a matrix", "peft.LOKR"),
     later("KronA", "S", "two small products on x as a matrix"),

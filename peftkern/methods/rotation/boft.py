@@ -105,7 +105,6 @@ def apply(y: Linear, adapter: Held) -> Linear:
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
-    from transformers.pytorch_utils import Conv1D
 
     def config(size: int = 4, **options):
         return peft.BOFTConfig(target_modules=["0"], boft_block_size=size, init_weights=False, **options)
@@ -115,7 +114,6 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
         "linear": tuner.layer(nn.Linear(K, N), config()),
         "no bias": tuner.layer(nn.Linear(K, N, bias=False), config(8)),
         "number of blocks": tuner.layer(nn.Linear(K, N), config(0, boft_block_num=2)),
-        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
         "two adapters": tuner.layer(nn.Linear(K, N), config(), config(8)),
     }
 

@@ -15,17 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...autograd.neumann import neumann, skew
 from .. import tuner
 from ..linear import Linear, Rotation, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
-
-
-def skew(upper: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
-    """Q (G, b, b) with these elements (G, b (b - 1) / 2) above the diagonal, at ``rows`` and ``cols``."""
-    Q = upper.new_zeros((upper.shape[0], size, size))
-    Q[:, rows, cols] = upper
-    return Q - Q.transpose(1, 2)
 
 
 def cayley(Q: Tensor) -> Tensor:
@@ -34,26 +28,15 @@ def cayley(Q: Tensor) -> Tensor:
     return torch.linalg.solve(eye + Q, eye - Q, left=False).to(Q.dtype)
 
 
-def neumann(Q: Tensor, terms: int) -> Tensor:
-    """The Cayley transform of -Q (G, b, b) by its series: the last power, ``terms`` - 1 and at least 3, counts once,
-    those between twice."""
-    R = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype).expand_as(Q)
-    if terms < 2:
-        return R
-    R = R.add(Q, alpha=2.0)
-    if terms == 2:
-        return R
-    power = torch.bmm(Q, Q)
-    R = R.add(power, alpha=2.0)
-    for _ in range(4, terms):
-        power = torch.bmm(power, Q)
-        R = R.add(power, alpha=2.0)
-    return R.add(torch.bmm(power, Q))
+def _series(terms: int) -> tuple[float, ...]:
+    # Of the transform of -Q as the library cuts it off: the last power, terms - 1 and at least 3, counts once.
+    return (1.0, 2.0)[: max(terms, 1)] if terms < 3 else (1.0, *[2.0] * max(terms - 2, 2), 1.0)
 
 
 def _rotation(upper: Tensor, rows: Tensor, cols: Tensor, size: int, terms: int | None) -> Rotation:
-    Q = skew(upper, rows, cols, size)
-    return Rotation(cayley(Q) if terms is None else neumann(Q, terms).to(Q.dtype))
+    if terms is None:
+        return Rotation(cayley(skew(upper, rows, cols, size)))
+    return Rotation(neumann(upper, rows, cols, size, _series(terms)))
 
 
 def oft_linear(
@@ -94,10 +77,10 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 
 
 @torch.no_grad()
-def _project(upper: Tensor, eps: float) -> None:
-    # In place, as the library does: Q is brought to a norm of at most eps / sqrt(G), whose square is twice its elements'.
-    limit = eps / math.sqrt(upper.shape[0])
-    norm = math.sqrt(2.0) * torch.linalg.vector_norm(upper, dim=1, keepdim=True)
+def _project(upper: Tensor, rows: Tensor, cols: Tensor, size: int, eps: float) -> None:
+    # Q to a norm of at most eps / sqrt(G): in place and with the bits of the library, since a parameter is changed.
+    limit = eps / torch.sqrt(torch.tensor(upper.shape[0]))
+    norm = torch.linalg.vector_norm(skew(upper, rows, cols, size), dim=(1, 2))[:, None]
     upper.copy_(torch.where(norm <= limit, upper, limit * (upper / norm)))
 
 
@@ -105,31 +88,29 @@ def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     size, terms, eps = adapter.numbers
     if eps is not None:
-        _project(adapter.tensors[0], eps)
+        _project(*adapter.tensors, size, eps)
     return y._replace(rotations=(*y.rotations, _rotation(*adapter.tensors, size, terms)))
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
-    from transformers.pytorch_utils import Conv1D
 
     def config(**options):
-        sizes = {} if "r" in options else {"oft_block_size": 4}
+        sizes = {"oft_block_size": 0} if "r" in options else {"oft_block_size": 4}
         return peft.OFTConfig(target_modules=["0"], init_weights=False, **sizes, **options)
 
     K, N = in_features, out_features
     return {
         "linear": tuner.layer(nn.Linear(K, N), config()),
-        "no bias": tuner.layer(nn.Linear(K, N, bias=False), config(r=4, oft_block_size=0)),
+        "no bias": tuner.layer(nn.Linear(K, N, bias=False), config(r=6)),
         "exact": tuner.layer(nn.Linear(K, N), config(use_cayley_neumann=False)),
         "two terms": tuner.layer(nn.Linear(K, N), config(num_cayley_neumann_terms=2)),
         "four terms": tuner.layer(nn.Linear(K, N), config(num_cayley_neumann_terms=4)),
         "seven terms": tuner.layer(nn.Linear(K, N), config(num_cayley_neumann_terms=7)),
         "shared block": tuner.layer(nn.Linear(K, N), config(block_share=True)),
         "constrained": tuner.layer(nn.Linear(K, N), config(coft=True, eps=0.3)),
-        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
-        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(r=2, oft_block_size=0)),
+        "two adapters": tuner.layer(nn.Linear(K, N), config(use_cayley_neumann=False), config(r=12)),
     }
 
 
