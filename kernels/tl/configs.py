@@ -151,12 +151,21 @@ def row_norm(R: int, itemsize: int, arch: int) -> LaunchConfig:
     return LaunchConfig(64, 64, 0, rank_block(R, 32 if arch >= 90 else 16), warps=4, stages=2)
 
 
-def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:
-    """(row ranges, rows of a range): enough programs for the chip, each of at least four tiles."""
-    columns = cdiv(C, config.block_c) * max(1, cdiv(R, config.rank))
-    wanted = max(1, min(cdiv(TARGET_PROGRAMS, max(columns, 1)), cdiv(M, 4 * config.block_m)))
-    rows = cdiv(cdiv(M, wanted), config.block_m) * config.block_m
+def block_rotate(size: int, itemsize: int) -> LaunchConfig:
+    """Blocks of columns times a matrix each, and the matrices' gradients. Bytes decide; a tile holds a block if it can."""
+    return LaunchConfig(64, rank_block(size, 32 if itemsize == 4 else 64), warps=4, stages=2)
+
+
+def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
+    """(row ranges, rows of a range) where a range has this many programs: enough for the chip, each of at least four tiles."""
+    wanted = max(1, min(cdiv(TARGET_PROGRAMS, max(programs, 1)), cdiv(M, 4 * block_m)))
+    rows = cdiv(cdiv(M, wanted), block_m) * block_m
     return cdiv(M, max(rows, 1)), rows
+
+
+def grad_ranges(M: int, C: int, R: int, config: LaunchConfig) -> tuple[int, int]:
+    """``row_ranges`` of ``adapter_grad``."""
+    return row_ranges(M, cdiv(C, config.block_c) * max(1, cdiv(R, config.rank)), config.block_m)
 
 
 BASES = ("fused", "epilogue", "overlap", "addmm")
@@ -178,7 +187,7 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
     return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
 
 
-_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm"} | {
+_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm", "block_rotate"} | {
     f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")
 }
 

@@ -3,7 +3,7 @@
 ``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
 """
 
-from . import derived, folded, kronecker, low_rank, scale
+from . import derived, folded, kronecker, low_rank, rotation, scale
 from .registry import METHODS, Held, Method, Plan, method_of, register
 
 # The functional forms, by name.
@@ -21,5 +21,6 @@ __all__ = [
     "low_rank",
     "method_of",
     "register",
+    "rotation",
     "scale",
 ]

@@ -2,7 +2,7 @@
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 
-A term is whatever else a method makes of x. A method's ``apply`` takes such a layer and gives another: what stands there
+of an x that may be rotated in blocks of columns (family S). A term is whatever else a method makes of x. A method's ``apply`` takes such a layer and gives another: what stands there
 already may be scaled, a branch or a term added, the bias or the weight itself changed (family S). ``run`` computes what has
 come out. The symbols are those of peftkern/equation.py.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd.block_rotate import block_rotate
 from ..autograd.dropout_mask import zeroed
 from ..autograd.dropped_base import dropped_base
 from ..autograd.folded_linear import folded_linear
@@ -69,9 +70,16 @@ class Scaled(NamedTuple):
         return y.add_(self.term.onto(wide, x) * self.g)
 
 
+class Rotation(NamedTuple):
+    """Matrices R (G, b, b) of the blocks of columns, or (1, b, b) of all, and the columns' ``index``, as in ``block_rotate``."""
+
+    R: Tensor
+    index: Tensor | None = None
+
+
 class Linear(NamedTuple):
     """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias. ``folded`` (N, K): what
-    they have made of the weight, in fp32 or its own dtype, None where it is what it was.
+    they have made of the weight, in fp32 or its own dtype, None where it is what it was. ``rotations``: of x, the first first.
 
     Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
     """
@@ -84,6 +92,7 @@ class Linear(NamedTuple):
     added: Tensor | None = None
     folded: Tensor | None = None
     terms: tuple[Term, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
@@ -134,6 +143,8 @@ def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
 def run(y: Linear, x: Tensor) -> Tensor:
     """y of x (..., K): one fused call, but for terms, a folded weight, further branches that drop and a branch with a share of
     the base."""
+    if y.rotations:
+        x = _rotated(x, y.rotations)
     result = _run_branches(y, x) if y.folded is None else _run_folded(y, x)
     for term in y.terms:
         result = term.onto(result, x)
@@ -179,6 +190,16 @@ def _run_folded(y: Linear, x: Tensor) -> Tensor:
     for branch in y.branches:
         total = total + _alone(y.weight, branch, x)
     return total.to(dtype)
+
+
+def _rotated(x: Tensor, rotations: tuple[Rotation, ...]) -> Tensor:
+    # Rounded once, after the last.
+    given = x.dtype
+    if len(rotations) > 1:
+        x = x.to(accumulate_dtype(given))
+    for R, index in rotations:
+        x = block_rotate(x, R, index)
+    return x.to(given)
 
 
 _NAMES = {c.symbol: c.name for c in COEFFICIENTS}

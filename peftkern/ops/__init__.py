@@ -1,5 +1,5 @@
 """The ops: one file each, with the equation, the reference, the schema, the shape rule and the argument checks."""
 
-from . import dropout_mask, lora_linear, lora_row_norm, multi_lora_linear, sgmv
+from . import block_rotate, dropout_mask, lora_linear, lora_row_norm, multi_lora_linear, sgmv
 
-__all__ = ["dropout_mask", "lora_linear", "lora_row_norm", "multi_lora_linear", "sgmv"]
+__all__ = ["block_rotate", "dropout_mask", "lora_linear", "lora_row_norm", "multi_lora_linear", "sgmv"]

@@ -3,6 +3,7 @@
     DTYPE:SEED[:large]           lora_linear; ``large``: M K N above 2^31
     multi:DTYPE:SEED[:KIND]      multi_lora_linear, or sgmv (a quarter of them), on a list or a bank (three in ten)
     norm:DTYPE:SEED[:cancel]     lora_row_norm; ``cancel``: of what the branch leaves of its own negative, rounded
+    rotate:DTYPE:SEED            block_rotate
 
 KIND: ``segment`` (10,000 rows, all with one adapter), ``rows`` (65,600 rows), ``base`` (no row has an adapter), ``wide``
 (a rank of 512 beside a rank of 1).
@@ -102,7 +103,13 @@ def _norm(dtype: torch.dtype, seed: int, kind: str, limits: dict):
     return random_norm_problem(seed, dtype, cancel=kind == "cancel", **limits)
 
 
-_MAKE = {"lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm}
+def _rotate(dtype: torch.dtype, seed: int, kind: str, limits: dict):
+    from peftkern.testing.rotate_problems import random_rotate_problem
+
+    return random_rotate_problem(seed, dtype, **limits)
+
+
+_MAKE = {"lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm, "block_rotate": _rotate}
 SETS = {
     s.op: s
     for s in (
@@ -117,6 +124,7 @@ SETS = {
         ProblemSet(
             "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40), "where W and the branch cancel",
         ),
+        ProblemSet("block_rotate", "rotate:", (), frozenset(), dict(max_M=96, max_KN=160, max_R=40), ""),
     )
 }  # fmt: skip
 

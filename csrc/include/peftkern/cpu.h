@@ -107,6 +107,33 @@ struct LoraRowNormArgs {
 void lora_row_norm(const LoraRowNormArgs& args);
 // --- end of low-rank branch ---
 
+// --- blocks of columns, each times a matrix (csrc/cpu/rotate) ---
+// Columns of a block, at most.
+constexpr int64_t kMaxBlock = 256;
+// y[m, at(g * size + j)] = round( sum_i x[m, at(g * size + i)] * r[g, i, j] ), where at is index, or nothing
+// (null). Block g of r is g * r_block elements from r.data, which is the first; 0: one for all. Rows of y are
+// contiguous.
+struct BlockRotateArgs {
+  ConstMatrix x;
+  Matrix y;
+  ConstMatrix r;
+  int64_t r_block;
+  const int64_t* index;
+  int64_t M, blocks, size;
+  int threads;
+};
+void block_rotate(const BlockRotateArgs& args);
+// out[g, i, j] = sum_m x[m, at(g * size + i)] * dy[m, at(g * size + j)], contiguous
+struct BlockRotateGradArgs {
+  ConstMatrix x, dy;
+  const int64_t* index;
+  int64_t M, blocks, size;
+  float* out;
+  int threads;
+};
+void block_rotate_grad(const BlockRotateGradArgs& args);
+// --- end of blocks of columns ---
+
 // --- base product (base_*.cpp) ---
 // Features of this CPU beyond its level, as bits.
 constexpr unsigned kX86 = 1, kIntel = 2, kAvx512Bf16 = 4, kAmxBf16 = 8, kAmxFp16 = 16;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...problem import Problem
 from ...settings import Settings
 from ..marshal import CODES
-from . import lora_linear, lora_row_norm, multi_lora_linear, native
+from . import block_rotate, lora_linear, lora_row_norm, multi_lora_linear, native
 
 NAME = "cpu"
 BASES = ("dense", "identity")  # that its kernels read
@@ -23,7 +23,9 @@ def decline(problem: Problem, now: Settings) -> str | None:
     """Why this problem cannot be taken, or None."""
     if problem.op not in _ANY_DTYPE and problem.dtype not in CODES:
         return f"has kernels for float32, bfloat16 and float16, not {problem.dtype}"
-    return None
+    return block_rotate.decline(problem) if problem.op in block_rotate.OPS else None
 
 
-OPS = {**lora_linear.OPS, **lora_row_norm.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS}
+OPS = {
+    **block_rotate.OPS, **lora_linear.OPS, **lora_row_norm.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS,
+}  # fmt: skip

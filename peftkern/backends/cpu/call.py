@@ -1,10 +1,12 @@
-"""lora_linear's passes and row norms as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
+"""lora_linear's passes, row norms and rotated blocks as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
 
     y                 = forward(settings, threads, x, kind, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
     dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, kind, weight, A, B, scaling, dropout_p, seed, scales,
                                  needs, K, R, adapter_dtype)
     norm              = row_norm(threads, weight, A, B, scaling)
+    y                 = block_rotate(threads, x, R, index)
+    dR                = block_rotate_grad(threads, x, dy, size, index)
 
 All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), forward and backward
 also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
@@ -75,8 +77,9 @@ if unavailable is None:
     forward, learn_forward = _C.lora_linear_forward, _C.lora_linear_forward_learn
     backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
     row_norm = _C.lora_row_norm
+    block_rotate, block_rotate_grad = _C.block_rotate, _C.block_rotate_grad
 else:
-    forward = learn_forward = backward = learn_backward = row_norm = nothing
+    forward = learn_forward = backward = learn_backward = row_norm = block_rotate = block_rotate_grad = nothing
 
 
 def kind_of(c, way) -> str:

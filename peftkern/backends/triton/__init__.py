@@ -9,7 +9,7 @@ import torch
 
 from ...problem import Problem, TritonWay
 from ...settings import Settings
-from . import lora_linear, lora_row_norm, multi_lora_linear
+from . import block_rotate, lora_linear, lora_row_norm, multi_lora_linear
 from .device import on_device
 
 NAME = "triton"
@@ -63,6 +63,7 @@ def dropout_mask(c, way: TritonWay):
 
 
 OPS = {
+    **block_rotate.OPS,
     **lora_linear.OPS,
     **lora_row_norm.OPS,
     "dropout_mask": dropout_mask,

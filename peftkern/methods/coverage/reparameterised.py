@@ -83,9 +83,9 @@ QUANTISED = section(
 
 OTHERS = section(
     "reparameterised", "other forms",
-    later("OFT", "S", "a rotation of blocks of x before the GEMM", "peft.OFT"),
-    later("BOFT", "S", "several such rotations, permuted, and a scale of the output", "peft.BOFT"),
     by("LoHa", "LoHa", "a branch of rank R^2 of column-wise products where R is small", called="peft.LOHA"),
+    by("OFT", "OFT", "blocks of x are rotated before the GEMM", family="S", called="peft.OFT"),
+    by("BOFT", "BOFT", "several such rotations, permuted, and a scale of the output", family="S", called="peft.BOFT"),
     later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
     later("Compacter", "B", "a bottleneck of Kronecker products, built once a step; family B's kernel",
           "adapters.compacter adapters.compacter++"),

@@ -1,0 +1,21 @@
+// What the launchers of csrc/cpu/rotate add to their arguments before a level's code runs.
+#pragma once
+
+#include "peftkern/cpu.h"
+
+namespace peftkern::cpu {
+
+// panels: r in fp32, rows of `ld` floats that end in zeros; block g at g * panel_block.
+struct BlockRotateTask : BlockRotateArgs {
+  const float* panels = nullptr;
+  int64_t ld = 0;
+  int64_t panel_block = 0;
+};
+// Rows are summed in `segments` parts, each into its own (blocks * size x ld) floats of scratch.
+struct BlockRotateGradTask : BlockRotateGradArgs {
+  int64_t segments = 1;
+  float* scratch = nullptr;
+  int64_t ld = 0;
+};
+
+}  // namespace peftkern::cpu

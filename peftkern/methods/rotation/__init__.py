@@ -1,0 +1,5 @@
+"""Methods that rotate what a layer takes or gives, in blocks of columns."""
+
+from . import boft, oft
+
+__all__ = ["boft", "oft"]
