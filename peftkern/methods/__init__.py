@@ -3,10 +3,12 @@
 ``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
 """
 
-from . import low_rank, scale
+from . import convolution, embedding, low_rank, scale
 from .registry import METHODS, Held, Method, Plan, method_of, register
 
 # The functional forms, by name.
 FUNCTIONS = {m.function.__name__: m.function for m in METHODS.values() if m.function is not None}
 
-__all__ = ["FUNCTIONS", "METHODS", "Held", "Method", "Plan", "low_rank", "method_of", "register", "scale"]
+__all__ = [
+    "FUNCTIONS", "METHODS", "Held", "Method", "Plan", "convolution", "embedding", "low_rank", "method_of", "register", "scale",
+]  # fmt: skip
