@@ -41,7 +41,8 @@ class Held(NamedTuple):
 class Kind(Protocol):
     """What a layer is that is not linear: plain values, no tensors."""
 
-    takes: str  # who computes it, for reports
+    by: str  # who computes it, for reports
+    takes_ids: bool
 
     def start(self, weight: Tensor, bias: Tensor | None) -> Any:
         """The layer without adapters, as its methods' ``apply`` takes it: its ``run`` computes y of x."""

@@ -126,8 +126,8 @@ PROCESS = (
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     device = x.device.type
-    weight, bias, held, _ = plan
-    if not x.is_floating_point():  # ids, beside which nothing is cast
+    weight, bias, held, kind = plan
+    if kind is not None and kind.takes_ids:  # beside which nothing is cast
         wrong = (t.dtype for t in (weight, *(h.tensors[0] for h in held)) if t.dtype not in (*_FLOATS, torch.float64))
         return next((f"a weight is {dtype}" for dtype in wrong), None)
     if torch.is_autocast_enabled(device):

@@ -114,7 +114,7 @@ def backend_of(plan: Plan) -> str:
     """
     weight, bias, held, kind = plan
     if kind is not None:
-        return kind.takes
+        return kind.by
     device, (N, K) = weight.device, weight.shape
     flags = {symbol for h in held for symbol in h.method.coefficients}
     flags |= {

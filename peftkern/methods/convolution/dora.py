@@ -27,6 +27,13 @@ def held(look: Look, name: str, shape: tuple[int, ...]) -> Held:
     adapter = read(look, name, shape, DORA)
     if adapter.tensors[2] is not None:
         raise NotCovered(f"lora_B of {name!r} has a bias, which DoRA does not know")
+    if (
+        adapter.dropout_p > 0.0
+        and adapter.tensors[0].dtype != look.part("base_layer").tensor("weight", frozen=True).dtype
+    ):
+        raise NotCovered(
+            f"PEFT's DoRA convolves what is left of its input in the dtype of {name!r}, not the base layer's"
+        )
     if not tuner.alone(look):
         raise NotCovered(f"adapter {name!r} is DoRA, and there are other active adapters")
     part = look.part("lora_magnitude_vector").part(name)

@@ -85,7 +85,7 @@ class Kind(NamedTuple):
 
     of: Geometry
 
-    takes = "torch's convolutions"
+    by, takes_ids = "torch's convolutions", False
 
     def start(self, weight: Tensor, bias: Tensor | None) -> Convolution:
         return Convolution(self.of, weight, bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...autograd.lora_embedding import lora_embedding
 from .. import tuner
-from ..look import PLAIN_TENSORS, Look, NotCovered
+from ..look import Look, NotCovered
 from ..registry import Plan
 
 _FORWARD = nn.Embedding.forward
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
     padding: int | None
 
-    takes = "torch's embedding"
+    by, takes_ids = "torch's embedding", True
 
     def start(self, weight: Tensor, bias: None) -> Embedding:
         return Embedding(self.padding, weight)
@@ -95,6 +95,6 @@ def scale(look: Look) -> float | Tensor | None:
             raise NotCovered("the embedding has an embed_scale of its own")
         return None
     c = part.tensor("embed_scale") if part.holds("embed_scale") else part.value("embed_scale")
-    if type(c) is not float and (type(c) not in PLAIN_TENSORS or c.numel() != 1):
+    if not isinstance(c, float) and not (isinstance(c, Tensor) and c.numel() == 1):
         raise NotCovered("the embedding's scale is not one number")
     return c
