@@ -3,7 +3,7 @@
 ``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
 """
 
-from . import derived, folded, kronecker, low_rank, rotation, scale
+from . import convolution, derived, embedding, folded, kronecker, low_rank, rotation, scale
 from .registry import METHODS, Held, Method, Plan, method_of, register
 
 # The functional forms, by name.
@@ -15,7 +15,9 @@ __all__ = [
     "Held",
     "Method",
     "Plan",
+    "convolution",
     "derived",
+    "embedding",
     "folded",
     "kronecker",
     "low_rank",

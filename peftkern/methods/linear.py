@@ -2,9 +2,11 @@
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 
-of an x that may be rotated in blocks of columns (family S). A term is whatever else a method makes of x. A method's ``apply`` takes such a layer and gives another: what stands there
-already may be scaled, a branch or a term added, the bias or the weight itself changed (family S). ``run`` computes what has
-come out. The symbols are those of peftkern/equation.py.
+of an x that may be rotated in blocks of columns (family S). A term is whatever else a method makes of x.
+
+A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch, a term or a
+rotation added, the bias or the weight itself changed. ``run`` computes what has come out. The symbols are those of
+peftkern/equation.py.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def _run_branches(y: Linear, x: Tensor) -> Tensor:
     bias = y.whole_bias()
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
-        return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
+        scales = None if p_b is None and g_b is None else Scales(None, p_b, None, g_b, None)
+        return lora_linear_with(x, weight, *none, bias, coefficients=scales)
     others: tuple[Branch, ...] = ()
     shares: tuple[Branch, ...] = ()
     if len(branches) > 1 or branches[0].apart:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -38,23 +38,40 @@ class Held(NamedTuple):
         return entry(self.method.apply(Linear(weight, bias), self), bias)
 
 
+class Kind(Protocol):
+    """What a layer is that is not linear: plain values, no tensors."""
+
+    by: str  # who computes it, for reports
+    takes_ids: bool
+
+    def start(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """The layer without adapters, as its methods' ``apply`` takes it: its ``run`` computes y of x."""
+
+    def refuses(self, plan: Plan, x: Tensor) -> str | None:
+        """Why the shape (or the dtype, of ids) of an input does not fit, or None."""
+
+    def nothing(self, weight: Tensor) -> Tensor:
+        """An input without rows."""
+
+
 class Plan(NamedTuple):
     """What a call of a layer computes: its base, to which each adapter in turn applies its method."""
 
-    weight: Tensor  # (N, K)
+    weight: Tensor  # (N, K) of a linear layer
     bias: Tensor | None
     held: list[Held]
+    kind: Kind | None = None  # None of a linear layer
 
     def run(self, x: Tensor) -> Tensor:
-        """y of x (..., K)."""
-        weight, bias, held = self
+        """y of x, (..., K) of a linear layer."""
+        weight, bias, held, kind = self
         first = held[0]
         if len(held) == 1 and first.method.alone is not None:
             return first.method.alone(weight, bias, first, x)
-        y = Linear(weight, bias)
+        y = Linear(weight, bias) if kind is None else kind.start(weight, bias)
         for adapter in held:
             y = adapter.method.apply(y, adapter)
-        result = run(y, x)
+        result = run(y, x) if kind is None else y.run(x)
         return result.to(x.dtype) if first.method.keeps_dtype else result
 
 
@@ -67,6 +84,9 @@ class Method:
             serve it (L: a GEMM and a linear branch).
         layer: dotted name of the library's class, whose ``forward`` gets the input first; or of the class whose instance
             says that a layer of another method computes this one for an adapter (``variant``); None without a library.
+        of: name of the method whose equation it is on layers of another kind, None for a method of its own. also: further
+            classes of layers that it stands for.
+        base: look at a layer -> its weight, its bias and its kind, None for linear layers.
         adapters: the layer's dict that has an entry for each adapter; with spaces between, several of which one has.
         held: (look at such a layer, adapter, (N, K)) -> what it holds of the adapter. It reads through the look alone, and
             raises ``NotCovered`` with the reason where the library's own code has to run.
@@ -76,6 +96,7 @@ class Method:
         plan: (look, the adapters of a mixed batch or None) -> the plan, for layers that are no tuner of HF PEFT.
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
+        inputs: (an example, in_features) -> the inputs that it is compared on, None for (..., K).
         build: (a frozen nn.Linear, rank) -> a model of one layer around it as users make it, which the benchmark times.
             rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
@@ -100,12 +121,16 @@ class Method:
     saves: str
     merges: str
     examples: Callable[[int, int], Mapping[str, nn.Module]] | None = None
+    inputs: Callable[[nn.Module, int], list[Tensor]] | None = None
     tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
     build: Callable[[nn.Linear, int], nn.Module] | None = None
     rank: int = 16
     function: Callable[..., Tensor] | None = None
     trains: bool = True
-    held: Callable[[Look, str, tuple[int, int]], Held] | None = None
+    held: Callable[[Look, str, tuple[int, ...]], Held] | None = None
+    of: str | None = None
+    also: tuple[str, ...] = ()
+    base: Callable[[Look], tuple[Tensor, Tensor | None, Kind]] | None = None
     adapters: str = ""
     alone: Callable[[Tensor, Tensor | None, Held, Tensor], Tensor] | None = None
     plan: Callable[[Look, Iterable[str] | None], Plan] | None = None
@@ -122,7 +147,12 @@ class Method:
     def mixed(self) -> bool:
         """Whether rows of a batch may have adapters of their own: an adapter is coefficients of a linear layer, which holds
         it by its name."""
-        return self.family == "L" and self.plan is None and not self.routes
+        return self.family == "L" and self.of is None and self.plan is None and not self.routes
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The dotted names of all classes that it stands for."""
+        return () if self.layer is None else (self.layer, *self.also)
 
 
 METHODS: dict[str, Method] = {}  # by name
@@ -131,19 +161,20 @@ _LAYERS: dict[str, Method] = {}  # by the dotted name of the layer, or of the va
 
 def register(method: Method) -> Method:
     """Add a method. Raises ValueError if its name or its layer is taken."""
-    other = METHODS.get(method.name) or _LAYERS.get(method.layer or "")
+    taken = [METHODS.get(method.name), *map(_LAYERS.get, method.layers)]
+    other = next(filter(None, taken), None)
     if other is not None:
         raise ValueError(f"{method.layer or method.name} is {other.name}'s already")
     METHODS[method.name] = method
-    if method.layer is not None:
-        _LAYERS[method.layer] = method
+    _LAYERS.update(dict.fromkeys(method.layers, method))
     return method
 
 
 def unregister(method: Method) -> None:
     """Take a method out again."""
     del METHODS[method.name]
-    _LAYERS.pop(method.layer or "", None)
+    for layer in method.layers:
+        del _LAYERS[layer]
 
 
 def loaded(dotted: str | None) -> type | None:
@@ -153,8 +184,9 @@ def loaded(dotted: str | None) -> type | None:
 
 
 def _of(cls: type) -> Method | None:
-    method = _LAYERS.get(f"{cls.__module__}.{cls.__qualname__}")
-    return method if method is not None and loaded(method.layer) is cls else None
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    method = _LAYERS.get(name)
+    return method if method is not None and loaded(name) is cls else None
 
 
 def method_of(cls: type) -> Method | None:
@@ -171,7 +203,7 @@ def variant_of(cls: type) -> Method | None:
 
 def layers() -> list[tuple[type, Method]]:
     """The classes of layers that are loaded, with their methods."""
-    found = ((loaded(m.layer), m) for m in METHODS.values() if not m.variant)
+    found = ((loaded(name), m) for m in METHODS.values() if not m.variant for name in m.layers)
     return [(cls, method) for cls, method in found if cls is not None]
 
 

@@ -16,7 +16,7 @@ def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan
     nested = levels(look)
     for level in nested:
         check_state(level)
-    weight, bias = base(nested[-1])
+    weight, bias, kind = (*base(nested[-1]), None) if method.base is None else method.base(look)
     held = []
     for level in reversed(nested):  # each level works on what the one inside it gives
         of = method_of(type(level.module))
@@ -27,7 +27,7 @@ def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan
         raise NotCovered("layers around each other have adapters of the same name")
     if not held:
         raise NotCovered(_without_adapter(look, method.adapters, mixed))
-    return Plan(weight, bias, held)
+    return Plan(weight, bias, held, kind)
 
 
 def levels(look: Look) -> list[Look]:
@@ -66,17 +66,29 @@ def base(look: Look) -> tuple[Tensor, Tensor | None]:
     cls = type(part.module)
     transposed = cls is not nn.Linear and cls is loaded("transformers.pytorch_utils.Conv1D")
     part.require(cls if transposed else nn.Linear, "base_layer")
-    weight, bias = part.tensor("weight", frozen=True), part.tensor("bias")
+    weight, bias = frozen_tensors(part)
+    if weight.dim() != 2:
+        raise NotCovered(f"the base weight has shape {tuple(weight.shape)}")
+    return (part.transposed(weight) if transposed else weight), bias
+
+
+def frozen_tensors(part: Look) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a base layer, both without a gradient that is not kept; the weight is frozen."""
+    weight, bias = (
+        part.tensor("weight", frozen=True),
+        None if isinstance(part.module, nn.Embedding) else part.tensor("bias"),
+    )
     if type(weight) not in PLAIN_TENSORS or not plain_or_none(bias):
         raise NotCovered(f"the base weight is a {type(weight).__name__}, not a plain tensor")
     weight = part.without_gradient("weight", weight)
     if weight.requires_grad:
         raise NotCovered("the base weight requires grad")
-    if bias is not None:
-        bias = part.without_gradient("bias", bias)
-    if weight.dim() != 2:
-        raise NotCovered(f"the base weight has shape {tuple(weight.shape)}")
-    return (part.transposed(weight) if transposed else weight), bias
+    return weight, None if bias is None else part.without_gradient("bias", bias)
+
+
+def alone(look: Look) -> bool:
+    """Whether a layer has one active adapter."""
+    return len(_asked(look, None)) == 1
 
 
 def _asked(look: Look, mixed: Iterable[str] | None) -> list[str]:

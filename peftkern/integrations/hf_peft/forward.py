@@ -205,7 +205,11 @@ def uninstall_if_unused() -> None:
         if switch.everywhere or len(marks):
             return
         for cls in [cls for cls, fused in FUSED.items() if cls.forward is fused]:
-            cls.forward = switch.stock[cls]
+            stock = switch.stock[cls]
+            if any(vars(parent).get("forward") is stock for parent in cls.__mro__[1:]):
+                del cls.forward
+            else:
+                cls.forward = stock
             del FUSED[cls], switch.stock[cls]
         for cls, name in list(switch.replaced):
             stock, ours = switch.replaced[cls, name]

@@ -161,7 +161,9 @@ class AtRest:
             return t
         if isinstance(part, nn.Linear):
             N, shape = part.out_features, (part.out_features, part.in_features)
-        else:  # transformers' Conv1D
+        elif hasattr(part, "nf"):  # transformers' Conv1D
             N, shape = part.nf, (part.nx, part.nf)
+        else:
+            return t
         full = torch.empty((), dtype=t.dtype, device=t.device).expand(shape if name == "weight" else (N,))
         return full.requires_grad_(t.requires_grad)

@@ -15,7 +15,7 @@ from typing import Any
 import peft
 import torch
 from packaging.version import InvalidVersion, Version
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
@@ -63,7 +63,8 @@ def type_reason(layer: nn.Module) -> str | None:
         names, base = ", ".join(w.parameter_name for w in chain), type(chain[-1].base_layer).__name__
         return f"target_parameters ({names} of {base}) are adapted inside the base layer, which is not covered"
     if method_of(cls) is None:
-        return f"layer type {cls.__module__}.{cls.__qualname__} is not covered"
+        why = ": its adapters are merged into packed projections for each call" if cls is MultiheadAttention else ""
+        return f"layer type {cls.__module__}.{cls.__qualname__} is not covered{why}"
     if "forward" in layer.__dict__ and not only_aligns(layer, cls):
         return "its forward was replaced on the instance"
     return None
@@ -75,8 +76,8 @@ def replaced_reason(cls: type) -> str | None:
     if current is FUSED.get(cls):
         return None
     module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    own = [c.__qualname__ for c in cls.__mro__ if c.__module__ == cls.__module__]  # LoKr's layers inherit theirs
-    if module == cls.__module__ and name in [f"{c}.forward" for c in own] and not hasattr(current, "__wrapped__"):
+    owner = next(c for c in cls.__mro__ if "forward" in vars(c))  # some of PEFT's classes have that of their parent
+    if (module, name) == (owner.__module__, f"{owner.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
         return None
     return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
 
@@ -123,7 +124,10 @@ PROCESS = (
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     device = x.device.type
-    weight, bias, held = plan
+    weight, bias, held, kind = plan
+    if kind is not None and kind.takes_ids:  # beside which nothing is cast
+        wrong = (t.dtype for t in (weight, *(h.tensors[0] for h in held)) if t.dtype not in (*_FLOATS, torch.float64))
+        return next((f"a weight is {dtype}" for dtype in wrong), None)
     if torch.is_autocast_enabled(device):
         # Autocast makes half precision out of all of these, but leaves fp64 alone.
         tensors = [x, weight, *(h.tensors[0] for h in held)]
@@ -149,8 +153,11 @@ def input_reason(look: Look, plan: Plan, x: Any) -> str | None:
     device = x.device
     if device.type not in ("cpu", "cuda"):
         return f"device type {device.type} is not covered"
-    if x.dim() < 1 or x.shape[-1] != plan.weight.shape[1]:
+    if x.dim() < 1 or (plan.kind is None and x.shape[-1] != plan.weight.shape[1]):
         return f"the input has shape {tuple(x.shape)}"
+    reason = None if plan.kind is None else plan.kind.refuses(plan, x)
+    if reason is not None:
+        return reason
     if plan.weight.device != device or not (plan.bias is None or plan.bias.device == device):
         return "the base layer is on another device than the input"
     for h in plan.held:
@@ -210,4 +217,6 @@ def static_plan(layer: nn.Module, read: Read = read) -> Plan | str:
     plan = _layer_plan(look, None)
     if isinstance(plan, str):
         return plan
-    return input_reason(look, plan, plan.weight.new_empty((0, plan.weight.shape[1]))) or process_reason() or plan
+    weight, kind = plan.weight, plan.kind
+    x = weight.new_empty((0, weight.shape[1])) if kind is None else kind.nothing(weight)
+    return input_reason(look, plan, x) or process_reason() or plan

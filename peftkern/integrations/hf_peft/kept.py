@@ -21,9 +21,11 @@ from ...methods.unchanged import keep as holds
 _new = tuple.__new__
 
 
-def _input(x: Tensor) -> Pattern:
+def _input(x: Tensor, linear: bool) -> Pattern:
     # A nested tensor of no subclass has no shape, so it never matches.
-    facts = {"dtype": same(x.dtype), "device": equal(x.device), "shape": last(x.shape[-1]), "layout": same(x.layout)}
+    facts = {"dtype": same(x.dtype), "device": equal(x.device), "layout": same(x.layout)}
+    if linear:
+        facts["shape"] = last(x.shape[-1])
     return instance(type(x), {}, facts)
 
 
@@ -34,10 +36,10 @@ def _autocast(device: str) -> Pattern:
 class Kept:
     """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
 
-    __slots__ = ("_bias", "_held", "_match", "_transposed", "_weight", "mixed")
+    __slots__ = ("_bias", "_held", "_kind", "_match", "_transposed", "_weight", "mixed")
 
     def __init__(self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None):
-        self._match, self._transposed, self.mixed = match, transposed, mixed
+        self._match, self._kind, self._transposed, self.mixed = match, plan.kind, transposed, mixed
         self._weight, self._bias = slots[id(plan.weight)], slots[id(plan.bias)]
         self._held = [(h.name, h.method, [slots[id(t)] for t in h.tensors], h[3:]) for h in plan.held]
 
@@ -52,7 +54,7 @@ class Kept:
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
-        return _new(Plan, (weight, now[self._bias], held))
+        return _new(Plan, (weight, now[self._bias], held, self._kind))
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
@@ -76,5 +78,11 @@ def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process
     if any(isinstance(n, Tensor) for h in plan.held for n in h.numbers):
         return None
     record.finish()
-    patterns = look.pattern, _input(x), at(None, holds(nothing, same(None))), *process, _autocast(x.device.type)
+    patterns = (
+        look.pattern,
+        _input(x, plan.kind is None),
+        at(None, holds(nothing, same(None))),
+        *process,
+        _autocast(x.device.type),
+    )
     return Kept(Unchanged(*patterns).match, plan, slots, transposed, mixed)

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -178,7 +178,7 @@ def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapt
 
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
-    weight, bias, held = plan
+    weight, bias, held, _ = plan
     names, drops, activated = [], [], []
     dropping = False
     for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
@@ -204,10 +204,13 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     return y.to(x.dtype) if held[0].method.keeps_dtype else y
 
 
+_TAKE_NAMES = (peft_lora.Linear, peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d)
+
+
 def takes_names(layer: nn.Module) -> bool:
     """Whether the library's own code may run a batch with names: of PEFT's layers that of LoRA around the base layer itself."""
     return not isinstance(layer, BaseTunerLayer) or (
-        type(layer) is LoraLinear and not isinstance(layer.base_layer, BaseTunerLayer)
+        type(layer) in _TAKE_NAMES and not isinstance(layer.base_layer, BaseTunerLayer)
     )
 
 

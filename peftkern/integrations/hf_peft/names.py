@@ -57,9 +57,9 @@ def _reason(model: nn.Module, names: Sequence[str], wanted: Wanted) -> str | Non
     adapters = set(names) - {BASE}
     for name, layer in layers_of(model).items():
         method = method_of(type(layer))
-        if method is None:
+        if method is None or method.of is not None:
             if isinstance(layer, LoraLayer):
-                continue  # of an embedding: PEFT's own code takes names
+                continue  # of an embedding or a convolution: PEFT's own code takes names
             return f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}, which knows no such batches"
         if not wanted(layer):
             return f"{name} is not accelerated"

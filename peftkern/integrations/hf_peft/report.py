@@ -112,7 +112,9 @@ def backend_of(plan: Plan) -> str:
 
     What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
     """
-    weight, bias, held = plan
+    weight, bias, held, kind = plan
+    if kind is not None:
+        return kind.by
     device, (N, K) = weight.device, weight.shape
     flags = {symbol for h in held for symbol in h.method.coefficients}
     flags |= {

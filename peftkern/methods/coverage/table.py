@@ -39,6 +39,9 @@ def record(row: Row) -> dict:
         note = (
             f"an entry of the registry{f' for {row.by}' if row.by != row.method else ''}{f'; {note}' if note else ''}"
         )
+    if method is not None and row.by == row.method:
+        kinds = ", ".join(m.name.removeprefix(f"{m.of} of ") for m in METHODS.values() if m.of == method.name)
+        note = "; ".join(filter(None, (note, kinds and f"also of {kinds}")))
     return {
         "method": row.method,
         "class": row.kind,

@@ -90,9 +90,7 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     P = look.tensor("boft_P")
     if type(P) not in tuner.PLAIN_TENSORS or P.shape != (m, shape[1], shape[1]):
         raise NotCovered(f"boft_P has not the shape that {name!r} needs")
-    if m > 1 and not all(
-        torch.equal(P[i].argmax(0), butterfly(shape[1], G, b, i, P.device)) for i in range(m)
-    ):
+    if m > 1 and not all(torch.equal(P[i].argmax(0), butterfly(shape[1], G, b, i, P.device)) for i in range(m)):
         raise NotCovered(f"boft_P is not what {name!r} was made with")
     return Held(name, BOFT, (R, s), dropout_p=_dropout(look, name))
 

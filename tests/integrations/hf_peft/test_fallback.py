@@ -256,22 +256,12 @@ def test_bad_input_raises_what_stock_raises(zoo, x):
 
 
 def test_other_layers_are_listed_and_left_alone(zoo, fused):
-    config = zoo.transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-    )  # fmt: skip
-    base = zoo.transformers.LlamaForCausalLM(config)
-    targets = ["embed_tokens", "q_proj"]
-    model = zoo.randomise(zoo.peft.get_peft_model(base, zoo.peft.LoraConfig(target_modules=targets)))
-    report = peftkern.accelerate(model)
-    (name,) = report.skipped
-    assert name.endswith("embed_tokens")
-    assert report.skipped[name] == "layer type peft.tuners.lora.layer.Embedding is not covered"
-    assert len(report.accelerated) == 1
-    mixed = nn.Sequential(nn.Conv2d(3, 4, 2), nn.MultiheadAttention(8, 2))
-    report = peftkern.accelerate(zoo.peft.get_peft_model(mixed, zoo.peft.LoraConfig(target_modules=["0", "1"])))
+    config = zoo.peft.LoraConfig(target_modules=["0"])
+    report = peftkern.accelerate(zoo.peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config))
     assert not report.accelerated
-    assert "Conv2d is not covered" in report.skipped["base_model.model.0"]
-    assert "MultiheadAttention is not covered" in report.skipped["base_model.model.1"]
+    assert report.skipped["base_model.model.0"].endswith(
+        "MultiheadAttention is not covered: its adapters are merged into packed projections for each call"
+    )
     loha = zoo.peft.LoHaConfig(target_modules=["0"])
     report = peftkern.accelerate(zoo.peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), loha))
     assert not report.accelerated and "loha" in report.skipped["base_model.model.0"]
