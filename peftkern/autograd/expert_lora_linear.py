@@ -80,7 +80,9 @@ def expert_lora_linear(
     for name, stack in stacks.items():
         check_tensor(name, stack)
         if stack.dim() != 3 or stack.shape[0] != weight.shape[0]:
-            raise ValueError(f"{name} has shape {tuple(stack.shape)}, expected three dimensions, the first of all experts")
+            raise ValueError(
+                f"{name} has shape {tuple(stack.shape)}, expected three dimensions, the first of all experts"
+            )
     E, N, _ = weight.shape
     if bias is not None and tuple(bias.shape) != (E, N):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected (E, N) = {(E, N)}")

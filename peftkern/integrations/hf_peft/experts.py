@@ -66,6 +66,11 @@ class ExpertsPlan(NamedTuple):
     up: Projection
     down: Projection
 
+    @property
+    def one_each(self) -> bool:
+        """Whether each projection has one adapter."""
+        return len(self.up.held) == len(self.down.held) == 1
+
     def one(self) -> Plan:
         """The layer of one expert, which says who computes all of them."""
         weight, bias, held = self.up if self.up.held else self.down
@@ -85,7 +90,7 @@ class ExpertsPlan(NamedTuple):
         y = y * weights.reshape(-1)[order, None]
         back = torch.empty_like(order)
         back[order] = torch.arange(T * k, device=order.device)
-        return y[back].view(T, k, -1).sum(1).to(x.dtype)
+        return y[back].unflatten(0, (T, k)).sum(1).to(x.dtype)
 
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
@@ -189,11 +194,11 @@ def call_plan(layer: ParamWrapper, x: Any, *args: Any) -> ExpertsPlan:
     index, weights = args
     if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
         raise NotCovered(f"the call has shapes {tuple(x.shape)}, {tuple(index.shape)}, {tuple(weights.shape)}")
-    if x.is_cpu and not torch.is_autocast_enabled("cpu"):
-        if x.dtype != plan.up.weight.dtype:
+    dtype = plan.up.weight.dtype
+    if not torch.is_autocast_enabled("cpu"):
+        if x.dtype != dtype:
             raise NotCovered(f"the input is {x.dtype}, the experts are not")
-    elif plan.up.weight.dtype != torch.get_autocast_dtype(x.device.type):
-        # grouped_mm knows no autocast, but the sum of a parameter and one adapter does: its product is in half precision.
-        if implementation == "grouped_mm" and any(len(p.held) != 1 for p in (plan.up, plan.down)):
-            raise NotCovered("autocast leaves grouped_mm alone, but for a projection with one adapter")
+    elif implementation == "grouped_mm" and dtype != torch.get_autocast_dtype("cpu") and not plan.one_each:
+        # grouped_mm knows no autocast. The sum of a parameter and one adapter does: its product is in half precision.
+        raise NotCovered("autocast leaves grouped_mm alone, but for a projection with one adapter")
     return plan
