@@ -73,7 +73,8 @@ def accelerate(model: nn.Module) -> Report:
     """Run the LoRA layers of ``model`` on the fused op from now on.
 
     Covered are plain LoRA and rsLoRA adapters (any number, any dropout, lora_bias) on ``torch.nn.Linear``
-    and on transformers' ``Conv1D``, on CPU and CUDA. Calling it again takes layers that were added since. It may come
+    and on transformers' ``Conv1D``, on CPU and CUDA, and on CPU those of parameters of transformers' experts
+    (``target_parameters``), each module of them one layer. Calling it again takes layers that were added since. It may come
     before or after DDP, FSDP1 and ``fully_shard``, but before ``torch.compile``.
 
     Warns (RuntimeWarning) if no back end works here, so that the reference computes everything. Later a call of a layer

@@ -20,6 +20,7 @@ KINDS = {
     "transposed": "aria.AriaExperts",
     "no gate": "nemotron_h.NemotronHExperts",
     "norm": "muse_spark.MuseSparkExperts",
+    "wide": "openai_privacy_filter.OpenAIPrivacyFilterExperts",
 }
 UP = {"no gate": "up_proj"}
 
@@ -86,6 +87,4 @@ def step(model, x, index, weights, grad):
 @pytest.fixture
 def moe():
     """What the tests of this folder share."""
-    return SimpleNamespace(
-        kinds=tuple(KINDS), up=UP, block=block, adapted=adapted, both=both, call=call, step=step, experts=E, columns=K
-    )
+    return SimpleNamespace(block=block, adapted=adapted, both=both, call=call, step=step, experts=E, columns=K)

@@ -199,6 +199,12 @@ class Other(nn.Module):
         self.experts.down_proj = nn.Parameter(torch.randn(3, 8, 8))
 
 
+def test_a_module_whose_own_code_is_wider(moe):
+    (reason,) = peftkern.accelerate(moe.both("wide")).skipped.values()
+    assert reason == "its own code computes in fp32, whatever its parameters are"
+    assert peftkern.accelerate(moe.both("wide", "grouped_mm")).accelerated
+
+
 def test_modules_that_are_no_experts_of_transformers(moe):
     for made, target in ((Other(), "down_proj"), (moe.block("transposed, bias, interleaved"), "down_proj_bias")):
         report = peftkern.accelerate(moe.adapted(made, target))
