@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
+from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .many.adapter import Adapter
@@ -25,8 +26,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "lora_linear", "multi_lora_linear", "sgmv",
-    *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "expert_lora_linear", "lora_linear",
+    "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

@@ -86,6 +86,7 @@ MANY_FILES = {
 # Public functions whose parameters users rely on; every other function has PARAMETERS at most.
 PARAMETERS = 8
 PUBLIC = {
+    "peftkern.autograd.expert_lora_linear.expert_lora_linear",
     "peftkern.autograd.lora_linear.lora_linear",
     "peftkern.nn.lora.LoRALinear.__init__",
 }

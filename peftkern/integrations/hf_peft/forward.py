@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 from peft import PeftMixedModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from .fsdp import AtRest, plain_parts, run_inside, units
-from .guard import FUSED, PROCESS, call_plan, look_at_call, replaced_reason
+from .guard import FUSED, PROCESS, call_plan, experts_plan, look_at_call, replaced_reason
 from .kept import keep
 from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
@@ -174,6 +175,27 @@ def _fused_forward(stock):
     return forward
 
 
+def _experts_forward(stock):
+    # A graph of torch.compile breaks here: how many rows an expert has is known on the host alone.
+    @torch.compiler.disable
+    def run(self, x, args, kwargs):
+        calls = calls_of(self)
+        plan = "the call has arguments of its own" if kwargs else experts_plan(self, x, *args)
+        if type(plan) is str:
+            note_stock(self, plan)
+            return stock(self, x, *args, **kwargs)
+        calls.fused += 1
+        return plan.run(x, *args)
+
+    @functools.wraps(stock)
+    def forward(self, x, *args, **kwargs):
+        if not wanted(self) or torch.compiler.is_exporting():
+            return stock(self, x, *args, **kwargs)
+        return run(self, x, args, kwargs)
+
+    return forward
+
+
 def _giving_names() -> dict[tuple[type, str], Callable]:
     # What makes of PEFT's own functions those that give names to accelerated layers.
     context, call = partial(context_of, wanted=wanted, trained=trained_mixed.add), partial(call_of, wanted=wanted)
@@ -184,10 +206,10 @@ def _giving_names() -> dict[tuple[type, str], Callable]:
 def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
-        for cls, _ in layers():
+        for cls, make in [*((cls, _fused_forward) for cls, _ in layers()), (ParamWrapper, _experts_forward)]:
             if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
                 switch.stock[cls] = cls.forward
-                FUSED[cls] = cls.forward = _fused_forward(cls.forward)
+                FUSED[cls] = cls.forward = make(cls.forward)
         for (cls, name), make in _giving_names().items():
             now = vars(cls).get(name)
             if now is None or now is not switch.replaced.get((cls, name), (None, None))[1]:

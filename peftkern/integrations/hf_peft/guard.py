@@ -25,6 +25,7 @@ from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
 from ...methods.registry import METHODS, Method, Plan, method_of
 from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
+from . import experts as _experts
 from . import fsdp as _fsdp
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,10 +60,10 @@ def type_reason(layer: nn.Module) -> str | None:
     """Why a layer of this type is not covered, or None. Exact: a subclass may compute anything."""
     cls = type(layer)
     if cls is ParamWrapper:
-        chain = wrapped_parameters(layer)
-        names, base = ", ".join(w.parameter_name for w in chain), type(chain[-1].base_layer).__name__
-        return f"target_parameters ({names} of {base}) are adapted inside the base layer, which is not covered"
-    if method_of(cls) is None:
+        reason = _experts.base_reason(layer)
+        if reason is not None:
+            return reason
+    elif method_of(cls) is None:
         why = ": its adapters are merged into packed projections for each call" if cls is MultiheadAttention else ""
         return f"layer type {cls.__module__}.{cls.__qualname__} is not covered{why}"
     if "forward" in layer.__dict__ and not only_aligns(layer, cls):
@@ -80,14 +81,6 @@ def replaced_reason(cls: type) -> str | None:
     if (module, name) == (owner.__module__, f"{owner.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
         return None
     return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
-
-
-def wrapped_parameters(layer: ParamWrapper) -> list[ParamWrapper]:
-    """The wrappers of one base layer's parameters, this one first: PEFT nests them, one for each parameter."""
-    chain = [layer]
-    while type(chain[-1].base_layer) is ParamWrapper:
-        chain.append(chain[-1].base_layer)
-    return chain
 
 
 def process_reason() -> str | None:
@@ -211,8 +204,23 @@ def call_plan(layer: nn.Module, x: Any, mixed: Sequence[str] | None = None, read
     return look_at_call(layer, x, mixed, read)[1]
 
 
+def experts_plan(layer: ParamWrapper, *call: Any) -> _experts.ExpertsPlan | str:
+    """What a call of an experts module with these arguments computes, or the reason why it runs PEFT's own code. Without
+    arguments only what does not depend on them is judged."""
+    reason = type_reason(layer) or process_reason()
+    if reason is not None:
+        return reason
+    try:
+        return _experts.call_plan(layer, *call) if call else _experts.look_at(layer)[0]
+    except NotCovered as reason:
+        return str(reason)
+
+
 def static_plan(layer: nn.Module, read: Read = read) -> Plan | str:
-    """``call_plan`` of this layer, as it is now, for an input of its own dtype and device."""
+    """``call_plan`` of this layer, as it is now, for an input of its own dtype and device; of experts that of one of them."""
+    if type(layer) is ParamWrapper:
+        plan = experts_plan(layer)
+        return plan if isinstance(plan, str) else plan.one()
     look = Look(layer, Record(read, _fsdp.trains))
     plan = _layer_plan(look, None)
     if isinstance(plan, str):

@@ -34,6 +34,7 @@ from . import guard as _guard
 from . import mixed as _mixed
 from . import report as _report
 from . import status as _status
+from .experts import wrappers
 from .fsdp import AtRest as _AtRest
 from .fsdp import plain_parts, units
 from .report import Report, Status
@@ -54,7 +55,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if (isinstance(module, BaseTunerLayer) or method_of(type(module))) and module not in nested:
             if type(module) is ParamWrapper:
-                nested.update(_guard.wrapped_parameters(module))
+                nested.update(wrappers(module))
             yield name, module
 
 
@@ -72,7 +73,8 @@ def accelerate(model: nn.Module) -> Report:
     """Run the LoRA layers of ``model`` on the fused op from now on.
 
     Covered are plain LoRA and rsLoRA adapters (any number, any dropout, lora_bias) on ``torch.nn.Linear``
-    and on transformers' ``Conv1D``, on CPU and CUDA. Calling it again takes layers that were added since. It may come
+    and on transformers' ``Conv1D``, on CPU and CUDA, and on CPU those of parameters of transformers' experts
+    (``target_parameters``), each module of them one layer. Calling it again takes layers that were added since. It may come
     before or after DDP, FSDP1 and ``fully_shard``, but before ``torch.compile``.
 
     Warns (RuntimeWarning) if no back end works here, so that the reference computes everything. Later a call of a layer
@@ -164,7 +166,7 @@ def restore(model: nn.Module) -> None:
     _check_model(model)
     with _forward.switch.lock:
         for module in model.modules():
-            if method_of(type(module)) is not None or _forward.KEY in module.__dict__:
+            if isinstance(module, BaseTunerLayer) or method_of(type(module)) or _forward.KEY in module.__dict__:
                 _forward.clear_mark(module)
         _forward.uninstall_if_unused()
 
@@ -204,7 +206,7 @@ def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None
     if not _forward.wanted(layer):
         return "it is not accelerated: call accelerate or patch"
     at_rest = _AtRest(read)
-    if x is None:
+    if x is None or type(layer) is ParamWrapper:  # whose calls have more than x
         plan = _static_plan(layer, at_rest)
     else:
         with plain_parts(units(layer, adapter_names)):

@@ -116,15 +116,26 @@ def test_expert_parameters_are_one_layer(zoo):
     model = zoo.peft.get_peft_model(zoo.transformers.MixtralForCausalLM(config), settings)
     report = peftkern.accelerate(model)
     names = [f"base_model.model.model.layers.{i}.mlp.experts" for i in (0, 1)]
-    assert len(report.accelerated) == 2 and list(report.skipped) == names
-    (reason,) = set(report.skipped.values())
-    assert "target_parameters" in reason and "gate_up_proj" in reason and "down_proj" in reason
-    assert str(report).startswith("peftkern: 2 of 4 PEFT layers accelerated")
-    experts = model.get_submodule(names[0])
-    assert hf_peft.why_not(experts) == reason
+    assert len(report.accelerated) == 4 and not report.skipped and report.accelerated[1::2] == names
+    assert len(set(report.backends.values())) == 1 and "none" not in report.backends[names[0]]
+    assert str(report).startswith("peftkern: 4 of 4 PEFT layers accelerated")
+    assert hf_peft.why_not(model.get_submodule(names[0])) is None
     model(torch.ones(1, 3, dtype=torch.long))
     status = peftkern.status(model)
-    assert (status.fused, status.stock) == (2, 0) and status.reasons == report.skipped
+    assert (status.fused, status.stock) == (4, 0) and not status.reasons
+
+
+def test_parameters_of_other_modules_are_one_layer(zoo):
+    made = nn.Sequential(nn.Module(), nn.Linear(8, 8))
+    made[0].up, made[0].down = (nn.Parameter(torch.randn(3, 8, 8)) for _ in range(2))
+    model = zoo.peft.get_peft_model(
+        made, zoo.peft.LoraConfig(target_modules=["1"], target_parameters=["0.up", "0.down"])
+    )
+    report = peftkern.accelerate(model)
+    name, reason = next(iter(report.skipped.items()))
+    assert len(report.accelerated) == len(report.skipped) == 1 and name == "base_model.model.0"
+    assert "target_parameters" in reason and "up" in reason and "down" in reason
+    assert hf_peft.why_not(model.get_submodule(name)) == reason and peftkern.status(model).reasons == report.skipped
 
 
 class Foreign(nn.Linear):
