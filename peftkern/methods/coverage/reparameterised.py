@@ -96,7 +96,7 @@ OTHERS = section(
     later("C3A", "S", "circular convolutions of blocks of x", "peft.C3A"),
     by("HiRA", "HiRA", FOLDED + ", unless dropout acts", family="S", called="peft.HIRA"),
     by("GLoRA", "GLoRA", FOLDED, family="S", called="peft.GLORA"),
-    later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
+    by("FRoD", "FRoD", "three products in place of the weight's, without dropout", family="S", called="peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
