@@ -128,6 +128,14 @@ class Look:
                 seen[name] = same(None) if name in modules else ABSENT
         return look
 
+    def linked(self, name: str) -> Look:
+        """A module that the instance refers to, and that belongs to another."""
+        look = self._parts.get(name)
+        if look is None:
+            look = self._parts[name] = Look(self._own[name], self.record)
+            self.fields[name] = look.pattern
+        return look
+
     def require(self, cls: type, name: str) -> None:
         """Refuse this part unless calling it would run its class's forward and nothing else."""
         if type(self.module) is not cls:

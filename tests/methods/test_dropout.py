@@ -43,7 +43,7 @@ def test_every_method_that_drops_is_here():
         if method.op == "lora_linear" and method.layer is not None and method.trains
         and any("dropout" in part for part, _ in next(iter(method.examples(K, N).values())).named_modules())
     }  # fmt: skip
-    assert drops - {"Arrow", "HiRA"} == DROPS.keys()  # whose training with dropout stays the library's
+    assert drops - {"Arrow", "HiRA", "FRoD"} == DROPS.keys()  # whose training with dropout stays the library's
 
 
 class Shared(nn.Module):

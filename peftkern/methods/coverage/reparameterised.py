@@ -96,7 +96,7 @@ OTHERS = section(
     by("LoKr", "LoKr", "two small products on x as a matrix", family="S", called="peft.LOKR"),
     by("KronA", "LoKr", "both factors whole", family="S", example="both whole"),
     by("C3A", "C3A", "circular convolutions of blocks of x", family="S", called="peft.C3A"),
-    later("FRoD", "S", "a sparse matrix between shared square ones in place of the weight", "peft.FROD"),
+    by("FRoD", "FRoD", "three products in place of the weight's, without dropout", family="S", called="peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),

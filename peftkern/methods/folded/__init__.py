@@ -1,5 +1,5 @@
 """Methods that change the weight itself, which is folded once a step."""
 
-from . import fourierft, glora, hira, shira, waveft
+from . import fourierft, frod, glora, hira, shira, waveft
 
-__all__ = ["fourierft", "glora", "hira", "shira", "waveft"]
+__all__ = ["fourierft", "frod", "glora", "hira", "shira", "waveft"]

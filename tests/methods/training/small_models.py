@@ -32,6 +32,7 @@ _OPTIONS = {
     "LoHa": lambda targets: {"r": 2},
     "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},
     "WaveFT": lambda targets: {"n_frequency": 100, "scaling": 2.0},
+    "FRoD": lambda targets: {"sparse_rate": 0.1},
     "SHiRA": lambda targets: {"r": 2, "random_seed": 1},
 }
 
