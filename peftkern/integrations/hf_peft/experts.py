@@ -81,9 +81,10 @@ class ExpertsPlan(NamedTuple):
 
     def run(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """y (T, K) of tokens x (T, K), their experts (T, k) and the weights of those (T, k)."""
-        experts, (T, k) = self.experts, index.shape
-        order = index.reshape(-1).argsort(stable=True)
-        counts = torch.bincount(index.reshape(-1), minlength=len(self.up.weight))[: len(self.up.weight)].tolist()
+        experts, (T, k), E = self.experts, index.shape, len(self.up.weight)
+        ids = index.reshape(-1)
+        order = ids.argsort(stable=True)
+        counts = torch.bincount(ids, minlength=E)[:E].tolist()  # E stands for no expert
         h = self.up.run(x[order // k], counts)
         h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
         y = self.down.run(h, counts)
