@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from peftkern.autograd import lora_conv as module
-from peftkern.autograd.lora_conv import Geometry, lora_conv
+from peftkern.autograd.lora_conv import Call, Geometry, lora_conv
 
-C, N, R = 5, 4, 3
+C, N, R, S = 5, 4, 3, 0.7
 # Spatial shape, kernel, geometry.
 CASES = {
     "1d": ((9,), (3,), Geometry((2,), (1,), (1,))),
@@ -30,10 +30,10 @@ def _case(name, batch=2, dtype=torch.float64):
 def _equation(x, W, A, B, b, of, dropped=None):
     conv, (stride, padding, dilation) = _CONV[len(of.stride)], of
     u = conv(x if dropped is None else dropped, A, None, stride, padding, dilation)
-    return conv(x, W, b, stride, padding, dilation) + conv(u, B)
+    return conv(x, W, b, stride, padding, dilation) + S * conv(u, B)
 
 
-@pytest.fixture(params=[0, 10**9], ids=["folded", "beside"])
+@pytest.fixture(params=[(0, 0), (10**9, 10**9)], ids=["folded", "beside"])
 def way(request, monkeypatch):
     """Both ways of computing a layer without dropout, whatever its size."""
     monkeypatch.setattr(module, "_ROWS", request.param)
@@ -47,7 +47,7 @@ def test_equation_and_gradients(way, name, channels_last):
     if channels_last and tensors[0].dim() == 4:
         tensors[0] = tensors[0].to(memory_format=torch.channels_last)
     leaves = [t.requires_grad_() for i, t in enumerate(tensors) if i != 1]
-    y, expected = lora_conv(*tensors, of), _equation(*tensors, of)
+    y, expected = lora_conv(*tensors, Call(of, S)), _equation(*tensors, of)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(expected)
     for got, want in zip(*(torch.autograd.grad(t, leaves, dy) for t in (y, expected)), strict=True):
@@ -59,7 +59,7 @@ def test_gradcheck(way, name):
     (x, W, A, B, b), of = _case(name)
     for t in (x, A, B, b):
         t.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, A, B, b: lora_conv(x, W, A, B, b, of), (x, A, B, b))
+    assert torch.autograd.gradcheck(lambda x, A, B, b: lora_conv(x, W, A, B, b, Call(of, S)), (x, A, B, b))
 
 
 @pytest.mark.parametrize("name", ["1d", "2d"])
@@ -69,10 +69,10 @@ def test_another_input_of_the_branch(name):
     for t in (x, A, B, b, dropped):
         t.requires_grad_()
     torch.testing.assert_close(
-        lora_conv(x, W, A, B, b, of, dropped=dropped), _equation(x, W, A, B, b, of, dropped), rtol=1e-12, atol=1e-12
+        lora_conv(x, W, A, B, b, Call(of, S), dropped), _equation(x, W, A, B, b, of, dropped), rtol=1e-12, atol=1e-12
     )
     assert torch.autograd.gradcheck(
-        lambda x, A, B, b, d: lora_conv(x, W, A, B, b, of, dropped=d), (x, A, B, b, dropped)
+        lambda x, A, B, b, d: lora_conv(x, W, A, B, b, Call(of, S), d), (x, A, B, b, dropped)
     )
 
 
@@ -82,7 +82,7 @@ def test_what_is_frozen_gets_no_gradient(way, needed):
     named = {"x": x, "A": A, "B": B, "b": b}
     leaves = [named[name].requires_grad_() for name in needed.split()]
     dy = torch.randn_like(_equation(x, W, A, B, b, of))
-    found = torch.autograd.grad(lora_conv(x, W, A, B, b, of), leaves, dy)
+    found = torch.autograd.grad(lora_conv(x, W, A, B, b, Call(of, S)), leaves, dy)
     for got, want in zip(found, torch.autograd.grad(_equation(x, W, A, B, b, of), leaves, dy), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
@@ -91,29 +91,36 @@ def test_empty_batch(way):
     (x, W, A, B, b), of = _case("2d", batch=0)
     for t in (x, A, B, b):
         t.requires_grad_()
-    y = lora_conv(x, W, A, B, b, of)
+    y = lora_conv(x, W, A, B, b, Call(of, S))
     y.sum().backward()
     assert y.shape == _equation(x, W, A, B, b, of).shape
     assert x.grad.shape == x.shape and not any(t.grad.any() for t in (A, B, b))
 
 
-def test_what_is_saved(way):
+def test_what_is_saved(monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", (0, 0))
     (x, W, A, B, b), of = _case("2d")
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_conv(x, W, A, B.requires_grad_(), b, of)
-    own = {t.data_ptr() for t in (W, A, B)}
-    (u,) = [t for t in kept if t.data_ptr() not in own]  # with a frozen A not x, but what B reads
-    assert u.shape[:2] == (2, R)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_conv(x, W, A.requires_grad_(), B, b, of)
-    rest = [t for t in kept if t.data_ptr() not in own]
-    assert sum(t.data_ptr() == x.data_ptr() for t in rest) == 1 and len(rest) == (2 if way else 1)
+    own, kept = {t.data_ptr() for t in (W, A, B)}, []
+    x.requires_grad_()
+    for leaf in (None, A, B):  # x and nothing else, if it is read
+        if leaf is not None:
+            leaf.requires_grad_()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            lora_conv(x, W, A, B, b, Call(of, S))
+        rest = [t.data_ptr() for t in kept if t.data_ptr() not in own]
+        assert rest == ([] if leaf is None else [x.data_ptr()])
 
 
-def test_no_second_derivative(way):
+def test_no_second_derivative(monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", (0, 0))
     (x, W, A, B, b), of = _case("1d")
-    (dx,) = torch.autograd.grad(lora_conv(x.requires_grad_(), W, A, B, b, of).square().sum(), x, create_graph=True)
+    y = lora_conv(x.requires_grad_(), W, A, B, b, Call(of, S))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_both_ways_without_gradients(way):
+    tensors, of = _case("2d")
+    torch.testing.assert_close(lora_conv(*tensors, Call(of, S)), _equation(*tensors, of), rtol=1e-12, atol=1e-12)

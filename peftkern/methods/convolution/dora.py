@@ -19,7 +19,7 @@ from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..low_rank import lora
 from ..registry import Held, Method, register
 from .layer import Branch, Convolution
-from .lora import inputs, models, read
+from .lora import inputs, models, read, scaled
 
 
 def held(look: Look, name: str, shape: tuple[int, ...]) -> Held:
@@ -48,7 +48,7 @@ def apply(y: Convolution, adapter: Held) -> Convolution:
     (A, B, _, magnitude), (s,) = adapter.tensors, adapter.numbers
     m = magnitude.flatten()
     f = m.to(accumulate_dtype(m.dtype)) / row_norm(y.weight.flatten(1), A.flatten(1), B.flatten(1), s)
-    return y.add(Branch(A, B * s, adapter.dropout_p, f))
+    return y.add(Branch(A, *scaled(B, s), adapter.dropout_p, f))
 
 
 def examples(in_channels: int, out_channels: int) -> Mapping[str, nn.Module]:

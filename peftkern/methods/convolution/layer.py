@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ...autograd.lora_conv import Geometry, lora_conv
+from ...autograd.lora_conv import Call, Geometry, lora_conv
 from ...autograd.shapes import autocast_dtype, cast
 from .. import tuner
-from ..linear import drop
 from ..look import Look, NotCovered
 from ..registry import Plan
 
@@ -22,11 +22,12 @@ _FORWARDS = {cls: cls.forward for cls in CLASSES}
 
 
 class Branch(NamedTuple):
-    """lora_A (R, C, kernel), lora_B (N, R, 1, ...) with the scaling in it, the dropout of the branch's input, and DoRA's
-    factors (N) of base and branch."""
+    """lora_A (R, C, kernel), lora_B (N, R, 1, ...), the scaling, the dropout of the branch's input, and DoRA's factors (N) of
+    base and branch."""
 
     lora_A: Tensor
     lora_B: Tensor
+    scaling: float
     dropout_p: float = 0.0
     f: Tensor | None = None
 
@@ -46,27 +47,27 @@ class Convolution(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         """y of x (batch, C, ...) or (C, ...)."""
         of, weight, bias, branches = self
-        A, B, p, f = branches[0]
+        A, B, s, p, f = branches[0]
         if x.dim() == weight.dim() - 1 and f is None:
             return self.run(x[None])[0]
         if x.dim() != weight.dim() or x.shape[1] != weight.shape[1]:
             raise ValueError(f"x has shape {tuple(x.shape)}, the weight {tuple(weight.shape)}")
         if len(branches) > 1:
-            A, B = torch.cat([b.lora_A for b in branches]), torch.cat([b.lora_B for b in branches], 1)
+            A, B = torch.cat([b.lora_A for b in branches]), torch.cat([b.lora_B * b.scaling for b in branches], 1)
+            s = 1.0
         if p > 0.0:
-            left, factor = drop(x, p, None)
+            left = F.dropout(cast(x, A.dtype), p)  # the bits are those that PEFT draws
             if f is None:
-                return lora_conv(x, weight, A, B * factor, bias, of, dropped=left)
-            left = left * factor
+                return lora_conv(x, weight, A, B, bias, Call(of, s), left)
             rest = _convolution(x - left, weight, bias, of)
-            return _scaled(lora_conv(left, weight, A, B, None, of, wide=True), f, rest, x)
+            return _scaled(lora_conv(left, weight, A, B, None, Call(of, s, True)), f, rest, x)
         if f is None:
-            return lora_conv(x, weight, A, B, bias, of)
+            return lora_conv(x, weight, A, B, bias, Call(of, s))
         if not f.requires_grad and weight.dtype == A.dtype:
             g = f.view(-1, *(1,) * (weight.dim() - 1))
-            return lora_conv(x, (weight * g).to(weight.dtype), A, (B * g).to(B.dtype), bias, of)
+            return lora_conv(x, (weight * g).to(weight.dtype), A, (B * g).to(B.dtype), bias, Call(of, s))
         plus = None if bias is None else bias.view(-1, *(1,) * (x.dim() - 2))
-        return _scaled(lora_conv(x, weight, A, B, None, of, wide=True), f, plus, x)
+        return _scaled(lora_conv(x, weight, A, B, None, Call(of, s, True)), f, plus, x)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, of: Geometry) -> Tensor:

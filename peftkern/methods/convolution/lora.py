@@ -50,12 +50,17 @@ def read(look: Look, name: str, shape: tuple[int, ...], method: Method) -> Held:
     return Held(name, method, (A, B, bias), (scaling,), p, A.shape[0])
 
 
+def scaled(lora_B: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
+    """lora_B and its scaling as a number: in it already, where it is a tensor."""
+    return (lora_B * scaling, 1.0) if isinstance(scaling, Tensor) else (lora_B, float(scaling))
+
+
 def apply(y: Convolution, adapter: Held) -> Convolution:
     """The layer with this adapter."""
     (A, B, bias), (s,) = adapter.tensors, adapter.numbers
     if bias is not None:
         y = y._replace(bias=bias * s if y.bias is None else y.bias + bias * s)
-    return y.add(Branch(A, B * s, adapter.dropout_p))
+    return y.add(Branch(A, *scaled(B, s), adapter.dropout_p))
 
 
 def models(in_channels: int, out_channels: int, config) -> dict[str, nn.Module]:
