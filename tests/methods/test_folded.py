@@ -63,10 +63,11 @@ def test_adapters_in_half_precision_are_the_librarys(name, case):
     assert (status.fused, status.stock) == (0, 1) and "half precision" in str(status)
 
 
-def test_hira_that_drops_is_the_librarys():
-    ours, stock = _case("HiRA")
+@pytest.mark.parametrize("name, held_by", [("HiRA", "hira_dropout"), ("FRoD", "frod_dropout")])
+def test_dropout_that_acts_is_the_librarys(name, held_by):
+    ours, stock = _case(name)
     for model in (ours, stock):
-        model.base_model.model[0].hira_dropout["default"] = nn.Dropout(0.5)
+        getattr(model.base_model.model[0], held_by)["default"] = nn.Dropout(0.5)
     peftkern.accelerate(ours)
     x = torch.randn(5, 24)
     torch.manual_seed(1)
