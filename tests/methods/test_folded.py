@@ -78,12 +78,21 @@ def test_dropout_that_acts_is_the_librarys(name, held_by):
     assert peftkern.status(ours).fused == 1
 
 
-def test_many_coefficients_of_long_filters_are_the_librarys(monkeypatch):
+@pytest.mark.parametrize("limit, value", [("MOST", 30 * 64 - 1), ("EACH", 3)])
+def test_many_coefficients_of_long_filters_are_the_librarys(monkeypatch, limit, value):
     ours, stock = _case("WaveFT", "sym4")
-    monkeypatch.setattr("peftkern.methods.folded.waveft.MOST", 30 * 64 - 1)
+    monkeypatch.setattr(f"peftkern.methods.folded.waveft.{limit}", value)
     peftkern.accelerate(ours)
     x = torch.randn(5, 24)
     assert torch.equal(ours(x), stock(x)) and peftkern.status(ours).stock == 1
+
+
+def test_a_wavelet_without_filters_is_the_librarys_error():
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=30, wavelet_family="db16")
+    model = tuner.layer(nn.Linear(24, 20), config)
+    peftkern.accelerate(model)
+    with pytest.raises(ValueError, match="Unknown wavelet name"):
+        model(torch.randn(5, 24))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,7 @@ def test_places_that_change_are_seen(name, held_by):
 @pytest.mark.parametrize("family", ["db1", "db2", "coif1", "sym5"])
 @pytest.mark.parametrize("K, N", [(24, 20), (17, 30), (13, 11)])
 def test_wavelets_of_any_size(agree, family, K, N):
-    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=50, init_weights=False, wavelet_family=family)
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=11, init_weights=False, wavelet_family=family)
     stock = tuner.layer(nn.Linear(K, N), config).train()
     ours = copy.deepcopy(stock)
     peftkern.accelerate(ours)
