@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -112,6 +114,24 @@ def test_places_that_change_are_seen(name, held_by):
         assert before is None or not torch.allclose(y, before)
         before = y
     assert peftkern.status(ours).fused == 6
+
+
+@pytest.mark.parametrize(
+    "name, case, held_by",
+    [("SHiRA", "linear", "shira_indices"), ("FourierFT", "linear", "indices"), ("WaveFT", "linear", "waveft_indices"),
+     ("WaveFT", "no transform", "waveft_indices")],
+)  # fmt: skip
+def test_places_go_with_their_layer(name, case, held_by):
+    ours, _ = _case(name, case)
+    peftkern.accelerate(ours)
+    indices = getattr(ours.base_model.model[0], held_by)
+    indices["default"] = indices["default"].long().clone()
+    for _ in range(2):
+        ours(torch.randn(5, 24)).sum().backward()
+    gone = weakref.ref(indices["default"])
+    del ours, indices
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("family", ["db1", "db2", "coif1", "sym5"])

@@ -40,9 +40,9 @@ def _entries(
     indices: Tensor, filters: Tensor | None, shape: tuple[int, int]
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     # Rows and columns (n L L) of all that the coefficients add to, and by how much (n, L L); without filters, themselves.
-    rows, columns = indices
     if filters is None:
-        return (rows, columns), None
+        return indices.clone().unbind(), None
+    rows, columns = indices
     (N, K), L = shape, filters.shape[1]
     (below, rows), (right, columns) = _side(rows, N, L), _side(columns, K, L)
     inside = ((rows >= 0) & (rows < N))[:, :, None] & ((columns >= 0) & (columns < K))[:, None]
