@@ -43,7 +43,7 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def made_of(constant: Tensor, make: Callable[..., Any], *args: Any) -> Any:
-    """``make(constant, *args)``, kept for as long as the tensor lives and does not change."""
+    """``make(constant, *args)``, no view of it, kept for as long as the tensor lives and does not change."""
     if torch.compiler.is_compiling() or constant.is_inference():
         return make(constant, *args)
     key, found = (make, args, constant._version), _made.get(constant)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -63,10 +65,11 @@ def test_adapters_in_half_precision_are_the_librarys(name, case):
     assert (status.fused, status.stock) == (0, 1) and "half precision" in str(status)
 
 
-def test_hira_that_drops_is_the_librarys():
-    ours, stock = _case("HiRA")
+@pytest.mark.parametrize("name, held_by", [("HiRA", "hira_dropout"), ("FRoD", "frod_dropout")])
+def test_dropout_that_acts_is_the_librarys(name, held_by):
+    ours, stock = _case(name)
     for model in (ours, stock):
-        model.base_model.model[0].hira_dropout["default"] = nn.Dropout(0.5)
+        getattr(model.base_model.model[0], held_by)["default"] = nn.Dropout(0.5)
     peftkern.accelerate(ours)
     x = torch.randn(5, 24)
     torch.manual_seed(1)
@@ -77,12 +80,21 @@ def test_hira_that_drops_is_the_librarys():
     assert peftkern.status(ours).fused == 1
 
 
-def test_many_coefficients_of_long_filters_are_the_librarys(monkeypatch):
+@pytest.mark.parametrize("limit, value", [("MOST", 30 * 64 - 1), ("EACH", 3)])
+def test_many_coefficients_of_long_filters_are_the_librarys(monkeypatch, limit, value):
     ours, stock = _case("WaveFT", "sym4")
-    monkeypatch.setattr("peftkern.methods.folded.waveft.MOST", 30 * 64 - 1)
+    monkeypatch.setattr(f"peftkern.methods.folded.waveft.{limit}", value)
     peftkern.accelerate(ours)
     x = torch.randn(5, 24)
     assert torch.equal(ours(x), stock(x)) and peftkern.status(ours).stock == 1
+
+
+def test_a_wavelet_without_filters_is_the_librarys_error():
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=30, wavelet_family="db16")
+    model = tuner.layer(nn.Linear(24, 20), config)
+    peftkern.accelerate(model)
+    with pytest.raises(ValueError, match="Unknown wavelet name"):
+        model(torch.randn(5, 24))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +116,28 @@ def test_places_that_change_are_seen(name, held_by):
     assert peftkern.status(ours).fused == 6
 
 
+@pytest.mark.parametrize(
+    "name, case, held_by",
+    [("SHiRA", "linear", "shira_indices"), ("FourierFT", "linear", "indices"), ("WaveFT", "linear", "waveft_indices"),
+     ("WaveFT", "no transform", "waveft_indices")],
+)  # fmt: skip
+def test_places_go_with_their_layer(name, case, held_by):
+    ours, _ = _case(name, case)
+    peftkern.accelerate(ours)
+    indices = getattr(ours.base_model.model[0], held_by)
+    indices["default"] = indices["default"].long().clone()
+    for _ in range(2):
+        ours(torch.randn(5, 24)).sum().backward()
+    gone = weakref.ref(indices["default"])
+    del ours, indices
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("family", ["db1", "db2", "coif1", "sym5"])
 @pytest.mark.parametrize("K, N", [(24, 20), (17, 30), (13, 11)])
 def test_wavelets_of_any_size(agree, family, K, N):
-    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=50, init_weights=False, wavelet_family=family)
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=11, init_weights=False, wavelet_family=family)
     stock = tuner.layer(nn.Linear(K, N), config).train()
     ours = copy.deepcopy(stock)
     peftkern.accelerate(ours)

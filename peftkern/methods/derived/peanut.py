@@ -1,9 +1,9 @@
 """PEANuT (Zhong et al. 2024) on a linear layer, as HF PEFT computes it: a small network on the weight makes lora_A.
 
-    y = x W^T + s B (h^T x) + bias,    h (K, R) = net(W^T A^T)
+    y = x W^T + s B (h x) + bias,    h (R, K) = net(f(A W))
 
-net(h_0): f of an (R, R) matrix ``depth`` times, then another ``depth`` times with the residual of its mirror added; f is applied
-to W^T A^T first. The library makes the whole change of the weight, B h^T, and multiplies by it.
+net: h = f(E h) with an (R, R) matrix E ``depth`` times, then as often h = f(D h) with the h before its mirror added. The library
+makes the whole change of the weight, B h, and multiplies by it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import cast, exactly
@@ -28,15 +27,15 @@ def _with(
     y: Linear, A: Tensor, B: Tensor, layers: Sequence[Tensor], f: Callable[[Tensor], Tensor], scaling: float | Tensor
 ) -> Linear:
     # layers: encoders and decoders, as many of each.
-    h = f(frozen_product(wide(A), y.weight.t()).t())
+    h = f(frozen_product(wide(A), y.weight.t()))
     with exactly(A):
         residuals = []
         for encoder in layers[: len(layers) // 2]:
             residuals.append(h)
-            h = f(F.linear(h, wide(encoder)))
+            h = f(wide(encoder) @ h)
         for decoder in layers[len(layers) // 2 :]:
-            h = f(F.linear(h, wide(decoder))) + residuals.pop()
-    return y.add(Branch(cast(h.t(), B.dtype), B, scaling))
+            h = f(wide(decoder) @ h) + residuals.pop()
+    return y.add(Branch(cast(h, B.dtype), B, scaling))
 
 
 def peanut_linear(
@@ -49,7 +48,7 @@ def peanut_linear(
         x: (..., K). weight: (N, K). peanut_A: (R, N). peanut_B: (N, R). layers: (R, R), the encoders and then as many
             decoders. f: the activation. bias: (N). dtypes as in ``lora_linear``.
 
-    Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x, and (M, R) and some (K, R) in fp32.
+    Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x, and (M, R) and some (R, K) in fp32.
     """
     if len(layers) % 2:
         raise ValueError(f"layers are {len(layers)} matrices, expected as many decoders as encoders")
@@ -122,8 +121,8 @@ PEANUT = register(
         build=tuner.builder("PeanutConfig"),
         rank=32,
         op="lora_linear",
-        saves="x, (M, R) in fp32, and (K, R) for each layer of its network",
-        merges="W + s B h^T",
+        saves="x, (M, R) in fp32, and (R, K) for each layer of its network",
+        merges="W + s B h",
         peft_type="PEANUT",
         tested={"peft": ((0, 21), (0, 21))},
     )

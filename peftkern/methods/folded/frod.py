@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ...autograd.folded_linear import folded_linear
@@ -24,15 +25,20 @@ from ..registry import Held, Method, register
 DENSE = 200
 
 
-def _middle(l: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    sparse = wide(values).new_zeros((l.numel(), l.numel()))
-    return sparse.index_put(made_of(indices, Tensor.unbind), wide(values), accumulate=True) + wide(l).diag_embed()
+def _places(indices: Tensor, K: int) -> tuple[Tensor, ...]:
+    diagonal = torch.arange(K, device=indices.device).expand(2, K)
+    return torch.cat([diagonal, indices], 1).unbind()
+
+
+def _middle(diagonal: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    K, numbers = diagonal.numel(), cast(torch.cat([diagonal, values]), dtype)
+    return numbers.new_zeros((K, K)).index_put(made_of(indices, _places, K), numbers, accumulate=True)
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``frod.Linear`` holds of an adapter, and what its model holds for it."""
     N, K = shape
-    l, values = tuner.tensors(look, name, {"frod_lambda_l": (K,), "frod_lambda_s_values": (None,)})
+    diagonal, values = tuner.tensors(look, name, {"frod_lambda_l": (K,), "frod_lambda_s_values": (None,)})
     if tuner.drop_probability(look, "frod_dropout", name):
         raise NotCovered("FRoD with dropout multiplies by the weight too")
     if look.item("runtime_offload_base_weight", name):
@@ -44,20 +50,20 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     found = [None if t is None else tuple(t.shape) for t in (U, V, indices)]
     if found != [(N, K), (K, K), (2, values.numel())]:
         raise NotCovered(f"the projections of {name!r} have shapes {found}")
-    return Held(name, FROD, (l, values, U, V, indices), rank=K)
+    return Held(name, FROD, (diagonal, values, U, V, indices), rank=K)
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter: the definition. ``alone`` makes no whole weight."""
-    l, values, U, V, indices = adapter.tensors
-    return y.fold(product(product(U, _middle(l, values, indices)), V.t()) - y.weight)
+    diagonal, values, U, V, indices = adapter.tensors
+    return y.fold(product(product(U, _middle(diagonal, values, indices, wide(values).dtype)), V.t()) - y.weight)
 
 
 def alone(weight: Tensor, bias: Tensor | None, adapter: Held, x: Tensor) -> Tensor:
     """y of a layer with this adapter alone: by its three matrices, in x's dtype or autocast's."""
-    l, values, U, V, indices = adapter.tensors
+    diagonal, values, U, V, indices = adapter.tensors
     z = folded_linear(x, cast(V, x.dtype).t())
-    z = folded_linear(z, cast(_middle(l, values, indices), z.dtype))
+    z = folded_linear(z, _middle(diagonal, values, indices, z.dtype))
     return cast(folded_linear(z, cast(U, z.dtype), bias), x.dtype)
 
 

@@ -27,7 +27,7 @@ def _with(y: Linear, values: Tensor, indices: Tensor, scaling: float | Tensor) -
 
 
 def _whole_numbers(indices: Tensor) -> tuple[Tensor, ...]:
-    return cast(indices, torch.int64).unbind()
+    return indices.to(torch.int64, copy=True).unbind()
 
 
 def shira_linear(

@@ -21,8 +21,9 @@ from ..linear import Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
-# Entries of the weight that an adapter may add to, some of them again and again: beyond, their places take much memory.
-MOST = 1 << 24
+# How often an adapter may add to the entries of the weight: each to so many of them on the average, beyond which a transform of
+# the whole matrix is faster, and all in all, since their places take memory.
+EACH, MOST = 8, 1 << 24
 
 
 def _side(positions: Tensor, size: int, L: int) -> tuple[Tensor, Tensor]:
@@ -39,9 +40,9 @@ def _entries(
     indices: Tensor, filters: Tensor | None, shape: tuple[int, int]
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     # Rows and columns (n L L) of all that the coefficients add to, and by how much (n, L L); without filters, themselves.
-    rows, columns = indices
     if filters is None:
-        return (rows, columns), None
+        return indices.clone().unbind(), None
+    rows, columns = indices
     (N, K), L = shape, filters.shape[1]
     (below, rows), (right, columns) = _side(rows, N, L), _side(columns, K, L)
     inside = ((rows >= 0) & (rows < N))[:, :, None] & ((columns >= 0) & (columns < K))[:, None]
@@ -81,8 +82,13 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     refuse_half(name, spectrum)
     scaling = tuner.number(look.item("waveft_scaling", name), name)
     family = look.item("waveft_wavelet_family", name) if look.item("waveft_use_idwt", name) else None
-    if family is not None and spectrum.numel() * _filters(family).shape[1] ** 2 > MOST:
-        raise NotCovered(f"the filters of {name!r} are long, and its coefficients many")
+    if family is not None:
+        try:
+            L = _filters(family).shape[1]
+        except ValueError as error:  # as the library's forward raises
+            raise NotCovered(f"the wavelet of {name!r} has no filters") from error
+        if spectrum.numel() * L**2 > min(EACH * shape[0] * shape[1], MOST):
+            raise NotCovered(f"the filters of {name!r} are long, and its coefficients many")
     return Held(name, WAVEFT, (spectrum, places(look, "waveft_indices", name, spectrum)), (family, scaling))
 
 
