@@ -132,7 +132,8 @@ def _run_branches(y: Linear, x: Tensor) -> Tensor:
     bias = y.whole_bias()
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
-        return lora_linear_with(x, weight, *none, bias, coefficients=Scales(None, p_b, None, g_b, None))
+        scales = None if p_b is None and g_b is None else Scales(None, p_b, None, g_b, None)
+        return lora_linear_with(x, weight, *none, bias, coefficients=scales)
     others: tuple[Branch, ...] = ()
     shares: tuple[Branch, ...] = ()
     if len(branches) > 1 or branches[0].apart:

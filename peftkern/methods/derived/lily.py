@@ -34,10 +34,13 @@ class Mixture(NamedTuple):
     def onto(self, y: Tensor, x: Tensor) -> Tensor:
         """See ``Term``."""
         A, B, router, scaling = self
-        one = A.new_ones(1, 1)
-        u = add_kron(A.new_zeros(*x.shape[:-1], A.shape[0], dtype=accumulate_dtype(x.dtype)), x, one, A)
-        p = torch.softmax(F.linear(u, router.to(u.dtype)), -1).flatten(0, -2).mean(0)
-        C = torch.einsum("e,ern->rn", p, B.unflatten(0, (router.shape[0], -1)).to(p.dtype))
+        one, (R, E) = A.new_ones(1, 1), (A.shape[0], router.shape[0])
+        if x.dtype == A.dtype:
+            u = F.linear(x, A)
+        else:  # which would keep a wider copy of x
+            u = add_kron(A.new_zeros(*x.shape[:-1], R, dtype=accumulate_dtype(x.dtype)), x, one, A)
+        p = torch.softmax(F.linear(u, router.to(u.dtype)), -1).reshape(-1, E).mean(0)
+        C = (p.to(B.dtype) @ B.reshape(E, -1)).view(R, -1)
         return add_kron(y, u, one, C.t(), scaling)
 
 

@@ -31,7 +31,8 @@ def with_peanut(
     """The layer with A, B, encoders and as many decoders."""
     A, B, *coders = tensors
     depth = len(coders) // 2
-    h, inputs = act(frozen_product(A, y.weight.t()).t()), []
+    W = y.weight.t()
+    h, inputs = act((F.linear(A, W) if A.dtype == W.dtype else frozen_product(A, W)).t()), []
     for E in coders[:depth]:
         inputs.append(h)
         h = act(F.linear(h, E))
