@@ -57,12 +57,6 @@ def _vblora(x, W, b, l_A, l_B, bank):
     return linear(x, W, b) + linear(linear(x, mixed(l_A).flatten(1)), mixed(l_B).mT.flatten(0, 1))
 
 
-def _peanut(x, W, b, A, B, E, D):
-    h = torch.relu(W.t() @ A.t())
-    h = torch.relu(torch.relu(h @ E.t()) @ D.t()) + h
-    return linear(x, W + (h @ B.t()).t(), b)
-
-
 def _lily(x, W, b, A, B, router):
     p = torch.softmax(x @ A.t() @ router.t(), 1).mean(0)
     return linear(x, W, b) + x @ A.t() @ sum(p_e * B_e for p_e, B_e in zip(p, B.split(R)))
@@ -91,7 +85,6 @@ FORMS = {
     "LoKr": (_lokr, [(3, 1), (3, K)]),
     "C3A": (_c3a, [(N, K, 1)]),
     "VB-LoRA": (_vblora, [(R, K, 6), (N, R, 6), (6, 1)]),
-    "PEANuT": (_peanut, [(R, N), (N, R), (R, R), (R, R)]),
     "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
     "HRA": (_hra, [(K, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),

@@ -110,8 +110,6 @@ def _hook(part):
         ("LoKr", lambda m: m.lokr_w1.double(), "the tensors of 'default' differ in dtype"),
         ("Lily", lambda m: m.scaling.update(default=torch.tensor(2.0)), "the scaling of 'default' is a tensor"),
         ("Lily", lambda m: _hook(m.lily_A["default"]), "lily_A carries a hook"),
-        ("Peanut", lambda m: m.scaling.update(default=torch.tensor(2.0)), "the scaling of 'default' is a tensor"),
-        ("Peanut", lambda m: _hook(m.peanut_B["default"]), "a part of 'default' carries a hook"),
     ],
 )
 def test_what_is_left_to_the_library(config, change, reason):

@@ -15,7 +15,7 @@ VOCABULARY, STEPS, RANK = 32, 20, 4
 # Arrow routes among adapters that are trained already: test_arrow.py.
 TRAINED = [n for n, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains and n != "Arrow"]
 # Their layers are those of other methods in all that a model could tell: one model shows them.
-IN_LLAMA = {"LoKr", "C3A", "VB-LoRA", "PEANuT", "Lily"}
+IN_LLAMA = {"LoKr", "C3A", "VB-LoRA", "Lily"}
 # What a method needs beside the config that its benchmark has: a schedule, names of layers, or values that a small model
 # learns by.
 _OPTIONS = {
