@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import accumulate_dtype
 from .saved import kept_input
-from .shapes import autocast_dtype, cast, exactly, rows_of
+from .shapes import autocast_dtype, cast, rows_of, uncast
 
 # Elements of the largest intermediate of a part.
 SCRATCH = 2**18
@@ -68,7 +68,7 @@ class AddedFunction(torch.autograd.Function):
             y = y.clone()
         else:
             ctx.mark_dirty(y)
-        with exactly(x):
+        with uncast(x):
             _add(y, given, _make(make, factors, y.dtype), scaling)
         return y
 
@@ -82,7 +82,7 @@ class AddedFunction(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(factors)
         if dy.numel():
             given = [rows_of(t, t.dtype) for t in (dy, dx, x) if t is not None]
-            with exactly(dy):
+            with uncast(dy):
                 form = _make(make, factors, acc)
                 for G, *rows in _parts(form.width, *given):
                     into = rows.pop(0) if needs[0] else None
@@ -116,7 +116,7 @@ def added(y: Tensor, x: Tensor, scaling: float, make: Callable[..., Map], *facto
         return (y + scaling * delta.view(y.shape)).to(y.dtype)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         given = cast(x, autocast_dtype(x) or x.dtype)
-        with exactly(x):
+        with uncast(x):
             _add(y, given, _make(make, factors, y.dtype), scaling)
         return y
     return AddedFunction.apply(y, x, scaling, make, *factors)

@@ -32,8 +32,8 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
         yield part, cast(weight[part], dtype)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by the op, which knows who multiplies fastest: a layer without a branch."""
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    # By the op, which knows who multiplies fastest: a layer without a branch.
     (N, K), rows = weight.shape, rows_of(x, x.dtype)
     none = weight.new_empty((0, K)), weight.new_empty((N, 0))
     y, _, _ = _fwd(rows, [weight], "dense", *none, None, 1.0, 0.0, None, list(NO_SCALES), False)
@@ -47,7 +47,7 @@ class DroppedBaseFunction(torch.autograd.Function):
     def forward(ctx, x, weight, g, p, seed):
         dtype = autocast_dtype(x) or accumulate_dtype(x.dtype)
         left = cast(zeroed(x, p, seed), dtype)
-        products = [product(left, panel) for _, panel in panels(weight, dtype)]
+        products = [_product(left, panel) for _, panel in panels(weight, dtype)]
         h = torch.cat(products, -1) if len(products) != 1 else products[0]
         ctx.save_for_backward(weight, g, seed, h if ctx.needs_input_grad[2] else None)
         ctx.p, ctx.dtypes = p, (x.dtype, dtype)
@@ -61,7 +61,7 @@ class DroppedBaseFunction(torch.autograd.Function):
         dx = dg = None
         if ctx.needs_input_grad[0]:
             dh = cast(dy * (g / (1.0 - p)), dtype)
-            parts = (product(dh[..., part], panel.t()) for part, panel in panels(weight, dtype))
+            parts = (_product(dh[..., part], panel.t()) for part, panel in panels(weight, dtype))
             dx = zeroed(cast(sum(parts), given), p, seed)
         if h is not None:
             dg = (dy * h).flatten(0, -2).sum(0) / (1.0 - p)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..checks import check_number, check_tensor
 from .added import added
-from .shapes import autocast_dtype, cast, exactly
+from .shapes import autocast_dtype, cast, uncast
 
 # Multiplications of a layer up to which the whole matrix costs less than the calls that do without it.
 SMALL = 2**20
@@ -108,7 +108,7 @@ def add_kron(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor | tuple[Tensor, Tensor
         )
     small = x.numel() * y.shape[-1] <= SMALL and not torch.compiler.is_compiling()
     given = cast(x, autocast_dtype(x) or x.dtype) if small else x
-    with exactly(x):
+    with uncast(x):
         if b is not None and (small or b.shape[0] * (J + Q) >= J * Q):
             w2, b = w2 @ b, None
         if small:

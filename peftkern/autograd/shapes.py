@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,10 +53,10 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
-def exactly(x: Tensor) -> AbstractContextManager:
-    """A context in which products are made in the dtypes of what they are made of, where autocast has had its say."""
-    on = autocast_dtype(x) is not None
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
+def uncast(t: Tensor) -> contextlib.AbstractContextManager:
+    """Products on this tensor's device as wide as their arguments, under autocast too."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def no_transforms(name: str) -> None:

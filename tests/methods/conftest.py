@@ -12,6 +12,8 @@ from peftkern.integrations import hf_peft
 from peftkern.methods import tuner
 
 K, N = 24, 20
+# Methods whose layers raise on no rows in the library: a reshape that cannot tell a size.
+NOT_EMPTY = {"BD-LoRA", "GraLoRA"}
 # Where rounding alone decides: ulps of the largest value in fp32, where sums of another order differ by several, and in half
 # precision, where all is computed in fp32 and rounded once.
 _ULPS = {torch.float32: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -60,7 +62,9 @@ def _agree(ours, stock, inputs, what):
         if not x.numel() and not _takes(stock, x):
             assert ours(x).shape == grad_y.shape, what
             continue
-        answers = [_step(model, t, grad_y) for model, t in ((ours, x), (stock, x), (exact, x.double()))]
+        answers = [_step(model, x, grad_y) for model in (ours, stock)]
+        with torch.autocast("cpu", enabled=False):  # which takes what a library casts to fp32 for half precision
+            answers.append(_step(exact, x.double(), grad_y))
         assert answers[0].keys() == answers[1].keys() and len(answers[0]) > 2, f"{what}: other gradients"
         for name in answers[0]:
             found.setdefault(name, []).append([answer[name] for answer in answers])
@@ -130,7 +134,8 @@ def parity():
             # One class holds the forward of both: stock is the one that is not marked.
             for training in (True, False) if method.trains else (False,):
                 what = f"{method.name}, {case}, {'training' if training else 'evaluation'}"
-                inputs = [torch.randn(*shape) for shape in ((5, K), (2, 3, K), (2, 3, K), (0, K))]
+                rows = 1 if method.name in NOT_EMPTY else 0
+                inputs = [torch.randn(*shape) for shape in ((5, K), (2, 3, K), (2, 3, K), (rows, K))]
                 _agree(ours.train(training), stock.train(training), inputs, what)
             assert peftkern.status(ours).stock == 0 and peftkern.status(ours).fused == (8 if method.trains else 4)
             assert peftkern.status(stock).fused == 0

@@ -69,7 +69,22 @@ def _hra(x, W, b, u):
     return linear(x, W, b)
 
 
-# Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
+def _gralora(x, W, b, A, B):
+    k, s = A.shape[0], R // A.shape[0]
+    y = []
+    for j in range(k):
+        ranks = [x.view(M, k, -1)[:, i] @ A[i][:, j * s : j * s + s] for i in range(k)]
+        y.append(torch.cat(ranks, 1) @ B[j])
+    return linear(x, W, b) + torch.cat(y, 1)
+
+
+def _deft(x, W, b, P, into):
+    Q = torch.linalg.qr(P.double())[0].to(P.dtype)
+    return linear(x, W - Q @ (Q.t() @ W) + Q @ into, b)
+
+
+# Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it;
+# a list: of a tensor without a gradient.
 FORMS = {
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
     "VeRA": (
@@ -86,6 +101,13 @@ FORMS = {
     "C3A": (_c3a, [(N, K, 1)]),
     "VB-LoRA": (_vblora, [(R, K, 6), (N, R, 6), (6, 1)]),
     "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
+    "PSOFT": (
+        lambda x, W, b, A, B, Q: linear(x, W + B @ (Q - torch.eye(R)).to(B.dtype) @ A, b),
+        [[R, K], [N, R], (R, R)],
+    ),
+    "GraLoRA": (_gralora, [(1, K, R), (1, R, N)]),
+    "DEFT": (_deft, [(N, R), (R, K)]),
+    "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
     "HRA": (_hra, [(K, R)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
@@ -101,7 +123,7 @@ def _tensors(shapes, dtype):
         if isinstance(shape[0], tuple):
             made.append(torch.randint(shape[1], shape[0]))
         else:
-            made.append(torch.randn(shape, dtype=dtype).requires_grad_())
+            made.append(torch.randn(shape, dtype=dtype).requires_grad_(isinstance(shape, tuple)))
     return made
 
 
@@ -171,6 +193,10 @@ def test_dropout_by_its_mask(name):
         A, B, m = tensors
         f = m / torch.linalg.norm(W + B @ A, dim=1).detach()
         expected = linear(x, W, b) + (f - 1) * linear(dropped, W) + f * linear(linear(dropped, A), B)
+    elif name == "DEFT":  # what is taken out is not dropped
+        (P, into), none = tensors, torch.zeros(R, K, dtype=x.dtype)
+        put_in = equation(dropped, W, b, P, into) - equation(dropped, W, b, P, none)
+        expected = equation(x, W, b, P, none) + put_in
     else:
         expected = linear(x, W, b) + equation(dropped, W, b, *tensors) - linear(dropped, W, b)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)

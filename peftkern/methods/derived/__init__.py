@@ -1,5 +1,5 @@
 """Methods whose adapter is such a branch too, but lora_A and lora_B are made of its parameters, anew at every call."""
 
-from . import hra, lily, miss, tinylora, unilora, vblora
+from . import bdlora, deft, gralora, hra, lily, loha, miss, psoft, tinylora, unilora, vblora
 
-__all__ = ["hra", "lily", "miss", "tinylora", "unilora", "vblora"]
+__all__ = ["bdlora", "deft", "gralora", "hra", "lily", "loha", "miss", "psoft", "tinylora", "unilora", "vblora"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
+from ...autograd.shapes import uncast
 from ...checks import accumulate_dtype
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -38,17 +39,17 @@ def _orthonormal(u: Tensor) -> Tensor:
 def with_hra(y: Linear, hra_u: Tensor, apply_GS: bool) -> Linear:
     """The layer with the reflections of hra_u (K, R). Its branches are reflections too."""
     u = hra_u.to(accumulate_dtype(hra_u.dtype))
-    with torch.autocast(u.device.type, enabled=False):
+    with uncast(u):
         A = (_orthonormal(u) if apply_GS else u / u.norm(dim=0)).t().contiguous()
         product = frozen_product(A, y.weight)
         for b in y.branches:
             product = product + (A @ b.lora_A.t()) @ b.lora_B.t()
         if apply_GS:
-            B = -2.0 * product.t()
+            B = -2.0 * product
         else:
             half = torch.eye(A.shape[0], dtype=A.dtype, device=A.device) / 2
-            B = -torch.linalg.solve_triangular((A @ A.t()).tril(-1) + half, product, upper=False).t()
-    return y.add(Branch(A, B.contiguous()))
+            B = torch.linalg.solve_triangular((A @ A.t()).tril(-1) + half, -product, upper=False)
+    return y.add(Branch(A, B.t()))
 
 
 def hra_linear(

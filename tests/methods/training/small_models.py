@@ -14,8 +14,10 @@ from peftkern.methods import METHODS
 VOCABULARY, STEPS, RANK = 32, 20, 4
 # Arrow routes among adapters that are trained already: test_arrow.py.
 TRAINED = [n for n, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains and n != "Arrow"]
-# Their layers are those of other methods in all that a model could tell: one model shows them.
-IN_LLAMA = {"LoKr", "C3A", "VB-LoRA", "Lily"}
+# Methods that every model is trained with; the others have the first alone.
+WIDELY = {
+    "LoRA", "DoRA", "KaSA", "MiCA", "VeRA", "PVeRA", "AdaLoRA", "DeLoRA", "(IA)^3", "BEFT", "TinyLoRA", "OSF", "MiSS", "Uni-LoRA",
+}  # fmt: skip
 # What a method needs beside the config that its benchmark has: a schedule, names of layers, or values that a small model
 # learns by.
 _OPTIONS = {
@@ -27,6 +29,7 @@ _OPTIONS = {
     "C3A": lambda targets: {"block_size": 8},
     "VB-LoRA": lambda targets: {"vector_length": 8, "num_vectors": 6},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
+    "LoHa": lambda targets: {"r": 2},
 }
 
 

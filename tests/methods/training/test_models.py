@@ -18,7 +18,7 @@ import small_models as small  # noqa: E402  (it imports transformers)
 
 PAIRS = [
     (name, kind) for name in small.TRAINED for kind in small.MODELS
-    if kind == "llama" or (name not in small.IN_LLAMA and (kind != "gpt2" or "Conv1D" in METHODS[name].examples(8, 8)))
+    if kind == "llama" or (name in small.WIDELY and (kind == "bert" or "Conv1D" in METHODS[name].examples(8, 8)))
 ]  # fmt: skip
 
 

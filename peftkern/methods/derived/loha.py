@@ -1,0 +1,116 @@
+"""LoHa (Hyeon-Woo et al. 2022, LyCORIS) on a linear layer, as HF PEFT computes it: the entrywise product of two low-rank ones.
+
+    y = x W^T + s m * (x ((w1_a w1_b) * (w2_a w2_b))^T) + bias
+
+The product is not formed: it has rank R^2 at most, with factors whose rows and columns are products of pairs,
+
+    A[i R + j] = w1_b[i] * w2_b[j],    B[:, i R + j] = w1_a[:, i] * w2_a[:, j]
+
+In training m (N) drops rows of it by ``rank_dropout`` and divides by the mean of what is left, and a coin on the CPU, by
+``module_dropout``, leaves an adapter out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import tuner
+from ..linear import Branch, Linear, run
+from ..look import Look, NotCovered
+from ..registry import Held, Method, register
+
+# R^2 (N + K) / (N K) beyond which the branch costs more than what it saves.
+_CROSSOVER = 1.0
+_NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def _branch(tensors: tuple[Tensor, ...], scaling: float | Tensor = 1.0, rows: Tensor | None = None) -> Branch:
+    w1_a, w1_b, w2_a, w2_b = tensors
+    A = (w1_b[:, None] * w2_b).flatten(0, 1)
+    B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
+    return Branch(A, B, scaling, g_d=rows)
+
+
+def loha_linear(
+    x: Tensor, weight: Tensor, hada_w1_a: Tensor, hada_w1_b: Tensor, hada_w2_a: Tensor, hada_w2_b: Tensor, *,
+    bias: Tensor | None = None, scaling: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
+    """A frozen linear layer with LoHa: the equation at the top of peftkern/methods/derived/loha.py, without dropout.
+
+    Args:
+        x: (..., K). weight: (N, K). hada_w1_a: (N, R). hada_w1_b: (R, K). hada_w2_a: (N, S). hada_w2_b: (S, K). bias,
+            scaling: as in ``lora_linear``. A branch of rank R S.
+
+    Returns (..., N). Raises as ``lora_linear`` does.
+    """
+    return run(Linear(weight, bias).add(_branch((hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling)), x)
+
+
+def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
+    """What ``loha.Linear`` holds of an adapter."""
+    (N, K), (rows, columns) = shape, ((shape[0], None), (None, shape[1]))
+    tensors = tuner.tensors(look, name, dict(zip(_NAMES, (rows, columns) * 2)))
+    rank = tensors[0].shape[1] * tensors[2].shape[1]
+    if rank * (N + K) > _CROSSOVER * N * K:
+        raise NotCovered(f"the branch of {name!r} has rank {rank}, too much for a weight of {N} x {K}")
+    scaling = tuner.number(look.item("scaling", name), name)
+    drops = (look.item("rank_dropout", name), look.item("module_dropout", name)) if look.value("training") else None
+    return Held(name, LOHA, tuple(tensors), (scaling, drops), rank=rank)
+
+
+def apply(y: Linear, adapter: Held) -> Linear:
+    """The layer with this adapter."""
+    scaling, drops = adapter.numbers
+    if drops is None:
+        return y.add(_branch(adapter.tensors, scaling))
+    rank_dropout, module_dropout = drops
+    coin = torch.rand(1)  # whatever the probability, so that others get the numbers that they get from the library
+    if module_dropout and not coin > module_dropout:
+        return y
+    rows = None
+    if rank_dropout:
+        like = adapter.tensors[0]
+        rows = (torch.rand(like.shape[0]) > rank_dropout).to(like.dtype).to(like.device)
+        rows /= rows.mean()
+    return y.add(_branch(adapter.tensors, scaling, rows))
+
+
+def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
+    """PEFT models of one layer."""
+    import peft
+
+    def config(**options):
+        return peft.LoHaConfig(**{"target_modules": ["0"], "r": 3, "alpha": 5, "init_weights": False, **options})
+
+    K, N = in_features, out_features
+    return {
+        "linear": tuner.layer(nn.Linear(K, N), config(r=2)),
+        "no bias": tuner.layer(nn.Linear(K, N, bias=False), config()),
+        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(r=2, alpha=1)),
+    }
+
+
+LOHA = register(
+    Method(
+        name="LoHa",
+        taxonomy="reparameterised",
+        family="L",
+        layer="peft.tuners.loha.layer.Linear",
+        adapters="hada_w1_a",
+        held=held,
+        apply=apply,
+        function=loha_linear,
+        examples=examples,
+        build=tuner.builder("LoHaConfig"),
+        rank=8,
+        op="lora_linear",
+        saves="x, (M, R^2) in fp32, and A and B",
+        merges="W + s (w1_a w1_b) * (w2_a w2_b)",
+        peft_type="LOHA",
+        keeps_dtype=True,
+        tested={"peft": ((0, 21), (0, 21))},
+    )
+)
