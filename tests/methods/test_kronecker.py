@@ -12,7 +12,7 @@ import peftkern
 from peftkern.autograd import kron
 from peftkern.methods import METHODS, tuner
 from peftkern.methods.kronecker.lokr import Kron
-from peftkern.methods.linear import Linear, run
+from peftkern.methods.linear import Branch, Linear, run
 from peftkern.methods.scale.ia3 import with_ia3
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
@@ -79,6 +79,10 @@ def test_one_scale_and_one_factor():
     layer = with_ia3(Linear(W).add_term(Kron(w1, w2, 0.5)), g, is_feedforward=False)
     want = g * nn.functional.linear(x, W + 0.5 * torch.kron(w1, w2))
     torch.testing.assert_close(run(layer, x), want)
+    # And a branch that is made of x.
+    A, B = (torch.randn(*s, dtype=torch.float64) for s in ((2, K), (N, 2)))
+    layer = with_ia3(Linear(W).add_made(lambda x: Branch(A, B * x.mean())), g, is_feedforward=False)
+    torch.testing.assert_close(run(layer, x), g * (x @ W.t() + x @ A.t() @ B.t() * x.mean()))
 
 
 def test_factors_as_products():
