@@ -158,6 +158,7 @@ def _width(case):
     return y.shape[-1]
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:`torch.jit.trace`")
 @pytest.mark.parametrize("case", ["right first", "low rank", "even blocks"])
 def test_compiled_and_traced(case):
     add, equation, y, x, factors = _make(case, dtype=torch.float32)
