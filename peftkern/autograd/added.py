@@ -8,7 +8,7 @@ Saved for backward: x, if a factor needs a gradient, and the factors. Backward c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import accumulate_dtype
 from .saved import kept_input
-from .shapes import autocast_dtype, cast, exactly
+from .shapes import autocast_dtype, cast, rows_of, uncast
 
 # Elements of the largest intermediate of a part.
 SCRATCH = 2**18
@@ -39,11 +39,18 @@ class Map(Protocol):
         is needed."""
 
 
-def _parts(width: int, *given: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    rows = given[0].shape[0]
-    if not torch.compiler.is_compiling():
-        rows = (SCRATCH if given[0].is_cpu else CUDA_SCRATCH) // max(width, 1)
-    return zip(*(t.split(max(rows, 1)) for t in given))
+def _parts(width: int, *given: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    rows = max((SCRATCH if given[0].is_cpu else CUDA_SCRATCH) // max(width, 1), 1)
+    if rows >= given[0].shape[0] or torch.compiler.is_compiling():
+        return (given,)
+    return zip(*(t.split(rows) for t in given))
+
+
+def _add(y: Tensor, given: Tensor, form: Map, scaling: float) -> None:
+    acc = accumulate_dtype(y.dtype)
+    if y.numel():
+        for rows, part in _parts(form.width, rows_of(given, given.dtype), y.view(-1, y.shape[-1])):
+            part.add_(form.forward(cast(rows, acc)), alpha=scaling)
 
 
 class AddedFunction(torch.autograd.Function):
@@ -52,7 +59,7 @@ class AddedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, scaling, make, *factors):
         compiling, learns = torch.compiler.is_compiling(), any(ctx.needs_input_grad[4:])
-        dtype, acc = autocast_dtype(x), accumulate_dtype(y.dtype)
+        dtype = autocast_dtype(x)
         given = x if dtype is None else cast(x, dtype)
         kept = (given if compiling else kept_input(x, given, None)) if learns else None
         ctx.save_for_backward(kept, *factors)
@@ -61,11 +68,8 @@ class AddedFunction(torch.autograd.Function):
             y = y.clone()
         else:
             ctx.mark_dirty(y)
-        if y.numel():
-            with exactly(x):
-                form = _make(make, factors, acc)
-                for rows, part in _parts(form.width, given.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])):
-                    part.add_(form.forward(cast(rows, acc)), alpha=scaling)
+        with uncast(x):
+            _add(y, given, _make(make, factors, y.dtype), scaling)
         return y
 
     @staticmethod
@@ -73,24 +77,31 @@ class AddedFunction(torch.autograd.Function):
     def backward(ctx, dy):
         (x, *factors), (scaling, make, shape, x_dtype) = ctx.saved_tensors, ctx.given
         needs = ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]
-        acc, dx = accumulate_dtype(dy.dtype), dy.new_zeros(shape, dtype=x_dtype) if needs[0] else None
-        sums = [torch.zeros_like(t, dtype=acc) if need else None for t, need in zip(factors, needs[1:])]
+        acc, new = accumulate_dtype(dy.dtype), dy.new_empty if dy.numel() else dy.new_zeros
+        dx = new(shape, dtype=x_dtype) if needs[0] else None
+        sums: list[Tensor | None] = [None] * len(factors)
         if dy.numel():
-            given = [t.reshape(-1, t.shape[-1]) for t in (dy, dx, x) if t is not None]
-            with exactly(dy):
+            given = [rows_of(t, t.dtype) for t in (dy, dx, x) if t is not None]
+            with uncast(dy):
                 form = _make(make, factors, acc)
                 for G, *rows in _parts(form.width, *given):
                     into = rows.pop(0) if needs[0] else None
-                    found = form.backward(cast(G, acc) * scaling, cast(rows[0], acc) if rows else None, needs)
-                    for total, part in zip((into, *sums), found, strict=True):
-                        if total is not None:
-                            total.add_(part)
-        grads = [None if total is None else cast(total, t.dtype) for total, t in zip(sums, factors)]
+                    part, *found = form.backward(cast(G, acc) * scaling, cast(rows[0], acc) if rows else None, needs)
+                    if into is not None:
+                        into.copy_(part)
+                    sums = [
+                        part if total is None else total.add_(part) for total, part in zip(sums, found, strict=True)
+                    ]
+        grads = [
+            (torch.zeros_like(t) if total is None else cast(total, t.dtype)) if need else None
+            for total, t, need in zip(sums, factors, needs[1:])
+        ]
         return (dy if ctx.needs_input_grad[0] else None, dx, None, None, *grads)
 
 
-def _make(make: Callable[..., Map], factors, dtype: torch.dtype) -> Map:
-    return make(*(cast(t, dtype) for t in factors))
+def _make(make: Callable[..., Map], factors: Iterable[Tensor], dtype: torch.dtype) -> Map:
+    acc = accumulate_dtype(dtype)
+    return make(*(cast(t, acc) for t in factors))
 
 
 def added(y: Tensor, x: Tensor, scaling: float, make: Callable[..., Map], *factors: Tensor) -> Tensor:
@@ -101,7 +112,11 @@ def added(y: Tensor, x: Tensor, scaling: float, make: Callable[..., Map], *facto
             factors: of any dtype, with gradients of theirs.
     """
     if torch._C._get_tracing_state() is not None:
-        acc = accumulate_dtype(y.dtype)
-        delta = _make(make, factors, acc).forward(cast(x.reshape(-1, x.shape[-1]), acc))
+        delta = _make(make, factors, y.dtype).forward(rows_of(x, accumulate_dtype(y.dtype)))
         return (y + scaling * delta.view(y.shape)).to(y.dtype)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        given = cast(x, autocast_dtype(x) or x.dtype)
+        with uncast(x):
+            _add(y, given, _make(make, factors, y.dtype), scaling)
+        return y
     return AddedFunction.apply(y, x, scaling, make, *factors)

@@ -12,10 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..checks import check_number, check_tensor
 from .added import added
-from .shapes import exactly
+from .shapes import autocast_dtype, cast, uncast
+
+# Multiplications of a layer up to which the whole matrix costs less than the calls that do without it.
+SMALL = 2**20
 
 
 class Kron(NamedTuple):
@@ -102,7 +106,11 @@ def add_kron(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor | tuple[Tensor, Tensor
             f"w1 has shape {tuple(w1.shape)} and w2 ({J}, {Q}): their Kronecker product takes {w1.shape[1] * Q} columns "
             f"to {w1.shape[0] * J}, expected K = {x.shape[-1]} to N = {y.shape[-1]}"
         )
-    if b is not None and b.shape[0] * (J + Q) >= J * Q:
-        with exactly(x):
+    small = x.numel() * y.shape[-1] <= SMALL and not torch.compiler.is_compiling()
+    given = cast(x, autocast_dtype(x) or x.dtype) if small else x
+    with uncast(x):
+        if b is not None and (small or b.shape[0] * (J + Q) >= J * Q):
             w2, b = w2 @ b, None
+        if small:
+            return y.add_(F.linear(cast(given, w1.dtype), torch.kron(w1 * scaling, w2)))
     return added(y, x, scaling, Kron, w1, w2, *(() if b is None else (b,)))

@@ -48,6 +48,10 @@ class Branch(NamedTuple):
     seed: int | Tensor | None = None
     route: Callable[[Tensor], Tensor] | None = None
 
+    def scaled(self, g: Tensor) -> Branch:
+        """All of it times g (N)."""
+        return self._replace(g_d=times(self.g_d, g), share=None if self.share is None else self.share * g)
+
     @property
     def apart(self) -> bool:
         """Whether the op with the base cannot have it."""
@@ -95,11 +99,16 @@ class Linear(NamedTuple):
     folded: Tensor | None = None
     terms: tuple[Term, ...] = ()
     rotations: tuple[Rotation, ...] = ()
+    made: tuple[Callable[[Tensor], Branch], ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
         weight, bias, branches, *rest = self
         return Linear(weight, bias, (*branches, branch), *rest)
+
+    def add_made(self, make: Callable[[Tensor], Branch]) -> Linear:
+        """With a branch that is made of x (..., K) at each call."""
+        return self._replace(made=(*self.made, make))
 
     def add_term(self, term: Term) -> Linear:
         """With one more term."""
@@ -124,12 +133,11 @@ class Linear(NamedTuple):
 
     def scaled(self, g: Tensor) -> Linear:
         """All but the base's own bias times g (N)."""
-        branches = tuple(
-            b._replace(g_d=times(b.g_d, g), share=None if b.share is None else b.share * g) for b in self.branches
-        )
+        branches = tuple(b.scaled(g) for b in self.branches)
         added = None if self.added is None else self.added * g
         terms = tuple(Scaled(term, g) for term in self.terms)
-        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added, terms=terms)
+        made = tuple(lambda x, make=make: make(x).scaled(g) for make in self.made)
+        return self._replace(branches=branches, g_b=times(self.g_b, g), added=added, terms=terms, made=made)
 
 
 def times(scale: Tensor | None, factor: Tensor) -> Tensor:
@@ -147,6 +155,8 @@ def run(y: Linear, x: Tensor) -> Tensor:
     the base."""
     if y.rotations:
         x = _rotated(x, y.rotations)
+    if y.made:
+        y = y._replace(branches=(*y.branches, *(make(x) for make in y.made)), made=())
     result = _run_branches(y, x) if y.folded is None else _run_folded(y, x)
     for term in y.terms:
         result = term.onto(result, x)

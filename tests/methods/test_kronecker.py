@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.methods import tuner
+from peftkern.autograd import kron
+from peftkern.methods import METHODS, tuner
 from peftkern.methods.kronecker.lokr import Kron
-from peftkern.methods.linear import Linear, run
+from peftkern.methods.linear import Branch, Linear, run
 from peftkern.methods.scale.ia3 import with_ia3
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
@@ -60,12 +61,28 @@ def test_dropout(options):
     torch.testing.assert_close(ours.eval()(x), stock.eval()(x), rtol=1e-5, atol=1e-5)
 
 
+def test_without_the_whole_matrix(parity, monkeypatch):
+    monkeypatch.setattr(kron, "SMALL", 0)
+    parity(METHODS["LoKr"])
+    parity(METHODS["Lily"])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["half base", "autocast"])
+def test_half_precision_without_the_whole_matrix(half_parity, monkeypatch, autocast):
+    monkeypatch.setattr(kron, "SMALL", 0)
+    half_parity(METHODS["LoKr"], torch.bfloat16, autocast)
+
+
 def test_one_scale_and_one_factor():
     # Rows of the change of the weight, scaled by what stands around the layer.
     x, W, w1, w2, g = (torch.randn(*s, dtype=torch.float64) for s in ((5, K), (N, K), (4, 3), (5, 8), (N,)))
     layer = with_ia3(Linear(W).add_term(Kron(w1, w2, 0.5)), g, is_feedforward=False)
     want = g * nn.functional.linear(x, W + 0.5 * torch.kron(w1, w2))
     torch.testing.assert_close(run(layer, x), want)
+    # And a branch that is made of x.
+    A, B = (torch.randn(*s, dtype=torch.float64) for s in ((2, K), (N, 2)))
+    layer = with_ia3(Linear(W).add_made(lambda x: Branch(A, B * x.mean())), g, is_feedforward=False)
+    torch.testing.assert_close(run(layer, x), g * (x @ W.t() + x @ A.t() @ B.t() * x.mean()))
 
 
 def test_factors_as_products():
@@ -84,6 +101,32 @@ def test_several_of_c3a_run_the_library_s_code():
     assert torch.equal(ours(x), stock(x))
     status = peftkern.status(ours)
     assert (status.fused, status.stock) == (0, 1) and "several active adapters" in str(status)
+
+
+def _hook(part):
+    part.register_forward_hook(lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    "config, change, reason",
+    [
+        ("LoKr", lambda m: m.scaling.update(default=torch.tensor(2.0)), "the scaling of 'default' is a tensor"),
+        ("LoKr", lambda m: m.lokr_w1.double(), "the tensors of 'default' differ in dtype"),
+        ("Lily", lambda m: m.scaling.update(default=torch.tensor(2.0)), "the scaling of 'default' is a tensor"),
+        ("Lily", lambda m: _hook(m.lily_A["default"]), "lily_A carries a hook"),
+    ],
+)
+def test_what_is_left_to_the_library(config, change, reason):
+    options = {"stride_A": 1, "num_B": 2} if config == "Lily" else {}
+    ours, stock = _both(
+        nn.Linear(K, N), getattr(peft, f"{config}Config")(target_modules=["0"], r=2, init_weights=False, **options)
+    )
+    for model in (ours, stock):
+        change(model.base_model.model[0])
+    x = torch.randn(5, K)
+    assert torch.equal(ours(x), stock(x))
+    status = peftkern.status(ours)
+    assert (status.fused, status.stock) == (0, 1) and reason in str(status)
 
 
 def test_the_gradient_of_c3a_s_input():

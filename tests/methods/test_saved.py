@@ -21,7 +21,7 @@ KEPT = {
     "OSF": (1, 0, 32), "MiSS": (0, 0, 4), "Uni-LoRA": (1, 0, 4), "HRA": (1, 0, 4), "LoHa": (1, 0, 4),
     "PSOFT": (0, 0, 4), "GraLoRA": (1, 0, 8), "BD-LoRA": (1, 0, 4), "DEFT": (1, 0, 4),
     **dict.fromkeys(("HiRA", "GLoRA", "SHiRA", "FourierFT", "WaveFT", "FRoD"), (1, 0, 0)),
-    "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "PEANuT": (1, 0, 4), "Lily": (1, 0, 7),
+    "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "PEANuT": (1, 0, 4), "Lily": (1, 0, 11),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M

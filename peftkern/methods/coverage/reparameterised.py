@@ -86,6 +86,8 @@ OTHERS = section(
     by("LoHa", "LoHa", "a branch of rank R^2 of column-wise products where R is small", called="peft.LOHA"),
     by("OFT", "OFT", "blocks of x are rotated before the GEMM", family="S", called="peft.OFT"),
     by("BOFT", "BOFT", "several such rotations, permuted, and a scale of the output", family="S", called="peft.BOFT"),
+    by("LoKr", "LoKr", "two small products on x as a matrix", family="S", called="peft.LOKR"),
+    by("KronA", "LoKr", "both factors whole", family="S", example="both whole"),
     later("KAdaptation", "S", "a sum of Kronecker products, as for LoKr"),
     later("Compacter", "B", "a bottleneck of Kronecker products, built once a step; family B's kernel",
           "adapters.compacter adapters.compacter++"),
@@ -93,14 +95,12 @@ OTHERS = section(
     by("WaveFT", "WaveFT", FOLDED, family="S", called="peft.WAVEFT"),
     by("HiRA", "HiRA", FOLDED + ", unless dropout acts", family="S", called="peft.HIRA"),
     by("GLoRA", "GLoRA", FOLDED, family="S", called="peft.GLORA"),
-    by("LoKr", "LoKr", "two small products on x as a matrix", family="S", called="peft.LOKR"),
-    by("KronA", "LoKr", "both factors whole", family="S", example="both whole"),
     by("C3A", "C3A", "circular convolutions of blocks of x", family="S", called="peft.C3A"),
     by("FRoD", "FRoD", "three products in place of the weight's, without dropout", family="S", called="peft.FROD"),
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
-    by("PEANuT", "PEANuT", "a branch whose lora_A is a small network's answer to the weight", called="peft.PEANUT"),
+    later("PEANuT", "S", WEIGHT + ", of a small network on the weight", "peft.PEANUT"),
 )  # fmt: skip
 
 REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

@@ -9,7 +9,7 @@ one kind, router (E, R) is the layer's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,26 @@ from torch.nn import functional as F
 from ...autograd.kron import add_kron
 from ...checks import accumulate_dtype
 from .. import tuner
-from ..linear import Linear, run
+from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
 
-class Mixture(NamedTuple):
-    """The term s * u C. ``B``: (E R, N)."""
+def _branch(x: Tensor, A: Tensor, B: Tensor, router: Tensor, scaling: float) -> Branch:
+    (R, K), E = A.shape, router.shape[0]
+    if x.shape[-1:] != (K,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {K})")
+    if x.dtype == A.dtype:
+        u = F.linear(x, A)
+    else:  # which would keep a wider copy of x
+        u = add_kron(A.new_zeros(*x.shape[:-1], R, dtype=accumulate_dtype(x.dtype)), x, A.new_ones(1, 1), A)
+    p = torch.softmax(F.linear(u, router.to(u.dtype)), -1).reshape(-1, E).mean(0)
+    C = (p.to(B.dtype) @ B.reshape(E, -1)).view(R, -1)
+    return Branch(A, C.t().to(B.dtype), scaling)
 
-    A: Tensor
-    B: Tensor
-    router: Tensor
-    scaling: float
 
-    def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        """See ``Term``."""
-        A, B, router, scaling = self
-        one = A.new_ones(1, 1)
-        u = add_kron(A.new_zeros(*x.shape[:-1], A.shape[0], dtype=accumulate_dtype(x.dtype)), x, one, A)
-        p = torch.softmax(F.linear(u, router.to(u.dtype)), -1).flatten(0, -2).mean(0)
-        C = torch.einsum("e,ern->rn", p, B.unflatten(0, (router.shape[0], -1)).to(p.dtype))
-        return add_kron(y, u, one, C.t(), scaling)
+def _with(y: Linear, A: Tensor, B: Tensor, router: Tensor, scaling: float) -> Linear:
+    return y.add_made(partial(_branch, A=A, B=B, router=router, scaling=scaling))
 
 
 def lily_linear(
@@ -52,7 +51,7 @@ def lily_linear(
 
     Returns (..., N), where rows depend on each other. Raises as ``lora_linear`` does.
     """
-    return run(Linear(weight, bias).add_term(Mixture(lily_A, lily_B, lily_router, scaling)), x)
+    return run(_with(Linear(weight, bias), lily_A, lily_B, lily_router, scaling), x)
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
@@ -74,7 +73,7 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
-    return y.add_term(Mixture(*adapter.tensors, *adapter.numbers))
+    return _with(y, *adapter.tensors, *adapter.numbers)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -105,7 +104,7 @@ LILY = register(
         examples=examples,
         build=tuner.builder("LilyConfig", num_B=4),
         op="lora_linear",
-        saves="x, and (M, R + E) in fp32",
+        saves="x, and (M, 2 R + E) in fp32",
         merges="not at all: a batch has its own",
         peft_type="LILY",
         tested={"peft": ((0, 21), (0, 21))},
