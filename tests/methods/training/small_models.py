@@ -28,6 +28,7 @@ _OPTIONS = {
     "OSF": lambda targets: {"effective_rank": 3},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
+    "RandLoRA": lambda targets: {"randlora_alpha": 8},
 }
 
 
