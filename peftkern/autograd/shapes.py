@@ -59,7 +59,7 @@ def no_transforms(name: str) -> None:
         raise RuntimeError(f"{name} does not support torch.func transforms (grad, vmap, jvp); call it outside of them")
 
 
-def exactly(t: Tensor) -> contextlib.AbstractContextManager:
+def uncast(t: Tensor) -> contextlib.AbstractContextManager:
     """A block in which what is made on t's device is not rounded by autocast."""
     device = t.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..autograd.shapes import cast, exactly
+from ..autograd.shapes import cast, uncast
 from ..checks import accumulate_dtype
 from .look import PLAIN_TENSORS, Look, NotCovered
 
@@ -21,7 +21,7 @@ def wide(t: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32 (fp64), under autocast too."""
-    with exactly(left):
+    with uncast(left):
         return wide(left) @ wide(right)
 
 

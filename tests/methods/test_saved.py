@@ -22,6 +22,7 @@ KEPT = {
     "PSOFT": (0, 0, 4), "GraLoRA": (1, 0, 8), "BD-LoRA": (1, 0, 4), "DEFT": (1, 0, 4),
     **dict.fromkeys(("HiRA", "GLoRA", "SHiRA", "FourierFT", "WaveFT", "FRoD"), (1, 0, 0)),
     "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "PEANuT": (1, 0, 4), "Lily": (1, 0, 11),
+    "RandLoRA": (0, 0, 20),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M

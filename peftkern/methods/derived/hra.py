@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
-from ...autograd.shapes import exactly
+from ...autograd.shapes import uncast
 from ...checks import accumulate_dtype
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -39,7 +39,7 @@ def _orthonormal(u: Tensor) -> Tensor:
 def with_hra(y: Linear, hra_u: Tensor, apply_GS: bool) -> Linear:
     """The layer with the reflections of hra_u (K, R). Its branches are reflections too."""
     u = hra_u.to(accumulate_dtype(hra_u.dtype))
-    with exactly(u):
+    with uncast(u):
         A = (_orthonormal(u) if apply_GS else u / u.norm(dim=0)).t().contiguous()
         product = frozen_product(A, y.weight)
         for b in y.branches:

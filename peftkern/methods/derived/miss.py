@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.shapes import exactly
+from ...autograd.shapes import uncast
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..exact import refuse_half, wide
@@ -34,7 +34,7 @@ def _branch(K: int, N: int, block: Tensor, dropout_p: float, seed: int | Tensor 
 def _bat(y: Linear, block: Tensor) -> Linear:
     W, (rows, R, _) = y.whole_weight(), block.shape
     b = wide(block)
-    with exactly(W):
+    with uncast(W):
         change = torch.bmm(wide(W).reshape(rows, -1, R), b).view(rows, R, -1, R) + b[:, :, None]
     return y.fold(change.view(W.shape))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.frozen_product import frozen_product
-from ...autograd.shapes import cast, exactly
+from ...autograd.shapes import cast, uncast
 from .. import tuner
 from ..exact import wide
 from ..linear import Branch, Linear, run
@@ -28,7 +28,7 @@ def _with(
 ) -> Linear:
     # layers: encoders and decoders, as many of each.
     h = f(frozen_product(wide(A), y.weight.t()))
-    with exactly(A):
+    with uncast(A):
         residuals = []
         for encoder in layers[: len(layers) // 2]:
             residuals.append(h)

@@ -34,6 +34,7 @@ _OPTIONS = {
     "WaveFT": lambda targets: {"n_frequency": 100, "scaling": 2.0},
     "FRoD": lambda targets: {"sparse_rate": 0.1},
     "SHiRA": lambda targets: {"r": 2, "random_seed": 1},
+    "RandLoRA": lambda targets: {"randlora_alpha": 8},
 }
 
 
