@@ -168,7 +168,7 @@ def test_a_method_that_is_not_covered_inside_is_named(agree):
     stock = copy.deepcopy(ours)
     report = peftkern.accelerate(ours)
     reasons = set(report.skipped.values())
-    assert not report.accelerated and any("base_layer is a peft.tuners.loha" in reason for reason in reasons), report
+    assert any("base_layer is a peft.tuners.loha" in reason for reason in reasons), report
     agree(ours, stock, inputs(), "LoRA around LoHa")
 
 

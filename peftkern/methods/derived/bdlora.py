@@ -57,7 +57,7 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     K, N, of_B = in_features, out_features, "target_modules_bd_b"
     models = {
-        "lora_A in blocks": tuner.layer(nn.Linear(K, N), _config(4)),
+        "lora_A in blocks": tuner.layer(nn.Linear(K, N), _config(2)),
         "lora_B in blocks, no bias": tuner.layer(nn.Linear(K, N, bias=False), _config(2, of_B)),
         "lora_bias": tuner.layer(nn.Linear(K, N), _config(lora_bias=True)),
         "after LoRA": tuner.layer(nn.Linear(K, N), lora.config(), _config(2, of_B, r=6)),

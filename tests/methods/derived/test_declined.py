@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.methods import METHODS, tuner
+from peftkern.methods import METHODS, linear, tuner
+from peftkern.methods.derived import deft
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 
@@ -49,3 +50,21 @@ def test_deft_of_few_rows(agree, case):
     peftkern.accelerate(ours)
     agree(ours, stock, [torch.randn(*shape) for shape in ((2, K), (1, 2, K), (1, K), (K,)) * 2], f"DEFT, {case}")
     assert (peftkern.status(ours).fused, peftkern.status(ours).stock) == (8, 0)
+
+
+def test_deft_drops_what_it_puts_in(monkeypatch):
+    # By one mask in both: what is taken out is of the whole input.
+    keep = (torch.rand(5, K) > 0.4).float() / 0.6
+    stock = METHODS["DEFT"].examples(K, N)["qr, no bias"].train()
+    stock.base_model.model[0].deft_dropout["default"] = nn.Dropout(0.4)
+    ours = copy.deepcopy(stock)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * keep.to(x.dtype))
+    exact, x = stock(torch.ones(5, K)), torch.ones(5, K)
+    monkeypatch.undo()
+    plan = linear.Linear(ours.base_model.model[0].base_layer.weight)
+    layer = ours.base_model.model[0]
+    y = deft.with_deft(plan, layer.deft_P["default"], layer.deft_R["default"], "qr", layer.deft_scaling["default"], 0.4)
+    assert [b.dropout_p for b in y.branches] == [0.0, 0.4]
+    whole = linear.run(y._replace(branches=y.branches[:1]), x)
+    put_in = (x * keep) @ y.branches[1].lora_A.t() @ y.branches[1].lora_B.t()
+    torch.testing.assert_close(whole + put_in, exact, rtol=1e-4, atol=1e-5)
