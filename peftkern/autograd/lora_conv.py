@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .shapes import autocast_dtype, cast
 
-_ROWS = 1, 8  # outputs for each row of W from which on one convolution is faster: without gradients, and with
+ROWS = 1, 8  # outputs for each row of W from which on one convolution is faster: without gradients, and with
 
 
 class Geometry(NamedTuple):
@@ -123,7 +123,7 @@ def lora_conv(
             return lora_conv(x, weight, lora_A, lora_B, bias, call._replace(wide=False), dropped)
     trains = torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
     outputs = x.shape[0] * x.shape[2:].numel() // math.prod(call.of.stride)
-    if dropped is not None or weight.dtype != lora_A.dtype or outputs < _ROWS[trains] * weight.shape[0]:
+    if dropped is not None or weight.dtype != lora_A.dtype or outputs < ROWS[trains] * weight.shape[0]:
         return _beside(x, weight, lora_A, lora_B, bias, call, x if dropped is None else dropped)
     bias = None if bias is None else cast(bias, x.dtype)
     if trains:

@@ -36,7 +36,7 @@ def _equation(x, W, A, B, b, of, dropped=None):
 @pytest.fixture(params=[(0, 0), (10**9, 10**9)], ids=["folded", "beside"])
 def way(request, monkeypatch):
     """Both ways of computing a layer without dropout, whatever its size."""
-    monkeypatch.setattr(module, "_ROWS", request.param)
+    monkeypatch.setattr(module, "ROWS", request.param)
     return request.param
 
 
@@ -98,7 +98,7 @@ def test_empty_batch(way):
 
 
 def test_what_is_saved(monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", (0, 0))
+    monkeypatch.setattr(module, "ROWS", (0, 0))
     (x, W, A, B, b), of = _case("2d")
     own, kept = {t.data_ptr() for t in (W, A, B)}, []
     x.requires_grad_()
@@ -113,7 +113,7 @@ def test_what_is_saved(monkeypatch):
 
 
 def test_no_second_derivative(monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", (0, 0))
+    monkeypatch.setattr(module, "ROWS", (0, 0))
     (x, W, A, B, b), of = _case("1d")
     y = lora_conv(x.requires_grad_(), W, A, B, b, Call(of, S))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

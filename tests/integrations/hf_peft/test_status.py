@@ -207,7 +207,7 @@ def test_no_warning_for_what_was_asked_for(zoo):
 
 def test_layers_of_other_types_are_named(zoo):
     mixed = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 2, 1))
-    model = zoo.peft.get_peft_model(mixed, zoo.peft.LoraConfig(target_modules=["0", "1"]))
+    model = zoo.peft.get_peft_model(mixed, zoo.peft.LoHaConfig(target_modules=["1"]))
     report = peftkern.accelerate(model)
     assert peftkern.status(model).reasons == report.skipped and list(report.skipped) == ["base_model.model.1"]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):

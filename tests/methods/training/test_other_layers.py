@@ -37,16 +37,16 @@ def _resnet():
     return model, r".*\.convolution", {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 2, 1])}
 
 
-def _whisper():
-    config = transformers.WhisperConfig(
-        vocab_size=small.VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=8, max_source_positions=10,
-        max_target_positions=12, init_std=0.2, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1,
+def _wav2vec2():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), conv_kernel=(4, 2),
+        conv_stride=(2, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_labels=3, layerdrop=0.0,
+        apply_spec_augment=False, hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, activation_dropout=0.0,
+        final_dropout=0.0, initializer_range=0.2,
     )  # fmt: skip
-    model = transformers.WhisperForConditionalGeneration(config)
-    labels = torch.randint(3, small.VOCABULARY, (2, 6))
-    return model, r".*(conv1|conv2|embed_tokens|v_proj)", {"input_features": torch.randn(2, 8, 20), "labels": labels}
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    targets = r".*(feature_extractor\.conv_layers\.\d\.conv|q_proj)"
+    return model, targets, {"input_values": torch.randn(3, 60), "labels": torch.tensor([0, 1, 2])}
 
 
 def _text(kind, embedding, linear):
@@ -57,7 +57,7 @@ def _text(kind, embedding, linear):
 MODELS = {
     "vit": _vit,
     "resnet": _resnet,
-    "whisper": _whisper,
+    "wav2vec2": _wav2vec2,
     "llama": lambda: _text("llama", "embed_tokens", "q_proj"),
     "gpt2": lambda: _text("gpt2", "wte", "c_attn"),
 }
