@@ -42,7 +42,8 @@ def _step(model, x, grad_y):
     model.zero_grad()
     x = x.clone().requires_grad_()
     y = model(x)
-    y.backward(grad_y.to(y.dtype))
+    with torch.autocast("cpu", enabled=False):  # as torch asks for
+        y.backward(grad_y.to(y.dtype))
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **gradients}
 

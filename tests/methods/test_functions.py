@@ -78,6 +78,11 @@ def _gralora(x, W, b, A, B):
     return linear(x, W, b) + torch.cat(y, 1)
 
 
+def _randlora(x, W, b, A, B, strength, gamma):
+    small = torch.stack([strength[k, c] * A[k, 0, :N] * gamma[c] for k in range(R) for c in range(3)])
+    return linear(x, W + (B[:K, :3].flatten(1) @ small).t(), b)
+
+
 def _deft(x, W, b, P, into):
     Q = torch.linalg.qr(P.double())[0].to(P.dtype)
     return linear(x, W - Q @ (Q.t() @ W) + Q @ into, b)
@@ -103,9 +108,10 @@ FORMS = {
     "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
     "PSOFT": (
         lambda x, W, b, A, B, Q: linear(x, W + B @ (Q - torch.eye(R)).to(B.dtype) @ A, b),
-        [[R, K], [N, R], (R, R)],
+        [(R, K), (N, R), (R, R)],
     ),
     "GraLoRA": (_gralora, [(1, K, R), (1, R, N)]),
+    "RandLoRA": (_randlora, [[R, 1, N + 1], [K + 2, 4, R], (R, 3), (3, N)]),
     "DEFT": (_deft, [(N, R), (R, K)]),
     "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
     "HRA": (_hra, [(K, R)]),

@@ -20,7 +20,7 @@ KEPT = {
     "AdaLoRA": (1, 0, 6), "DeLoRA": (1, 0, 6), "(IA)^3": (0, 1, 0), "BEFT": (0, 0, 0), "TinyLoRA": (0, 0, 3),
     "OSF": (1, 0, 32), "MiSS": (0, 0, 4), "Uni-LoRA": (1, 0, 4), "HRA": (1, 0, 4), "LoHa": (1, 0, 4),
     "PSOFT": (0, 0, 4), "GraLoRA": (1, 0, 8), "BD-LoRA": (1, 0, 4), "DEFT": (1, 0, 4),
-    "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "Lily": (1, 0, 11),
+    "RandLoRA": (0, 0, 20), "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "Lily": (1, 0, 11),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M

@@ -42,7 +42,7 @@ LORA = section(
     later("MoSLoRA", "L", "an (R, R) mixer, multiplied into lora_A"),
     by("PSOFT", "PSOFT", "an orthogonal (R, R), multiplied into a frozen lora_B", called="peft.PSOFT"),
     by("VB-LoRA", "VB-LoRA", called="peft.VBLORA"),
-    later("RandLoRA", "L", DERIVED + "; their rank is the weight's", "peft.RANDLORA"),
+    by("RandLoRA", "RandLoRA", "the rank of the branch is the weight's", called="peft.RANDLORA"),
     by("HRA", "HRA", "reflections are a branch whose lora_B is W times a thin matrix", called="peft.HRA"),
     by("DEFT", "DEFT", "PaRa too; what is removed is W times a thin matrix", called="peft.DEFT"),
     later("MonteCLoRA", "L", DERIVED + ", the mean of samples in training"),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import uncast
@@ -22,23 +23,35 @@ from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
+FEW = 8  # times fewer rows than columns, below which the product of W and R rows would be a large part of a call
+
+
+def _directions(deft_P: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    # (Q, P), both (N, R).
+    raw = deft_P.to(accumulate_dtype(deft_P.dtype))
+    with uncast(raw):
+        Q = torch.linalg.qr(raw)[0] if method == "qr" else raw
+    return Q, Q if method == "qr" else raw.relu()
+
+
+def _scaled(deft_R: Tensor, scaling: float) -> Tensor:
+    R = deft_R.to(accumulate_dtype(deft_R.dtype))
+    return R if scaling == 1.0 else R * scaling
+
 
 def with_deft(
     y: Linear, deft_P: Tensor, deft_R: Tensor | None, method: str, scaling: float = 1.0, dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Linear:  # fmt: skip
     """The layer with one more adapter. method: qr or relu."""
-    raw = deft_P.to(accumulate_dtype(deft_P.dtype))
-    with uncast(raw):
-        Q = torch.linalg.qr(raw)[0] if method == "qr" else raw
-        A = -frozen_product((Q if method == "qr" else raw.relu()).t().contiguous(), y.weight.t())
-    if deft_R is not None:
-        into = deft_R.to(A.dtype) * scaling
-        if dropout_p > 0.0:
-            y = y.add(Branch(into, Q, 1.0, dropout_p, seed=seed))
-        else:
-            A = A + into
-    return y.add(Branch(A, Q))
+    Q, P = _directions(deft_P, method)
+    removed = frozen_product(P.t().contiguous(), y.weight.t())
+    if deft_R is None:
+        return y.add(Branch(-removed, Q))
+    R = _scaled(deft_R, scaling)
+    if dropout_p == 0.0:
+        return y.add(Branch(R - removed, Q))
+    return y.add(Branch(-removed, Q)).add(Branch(R, Q, 1.0, dropout_p, seed=seed))
 
 
 def deft_linear(
@@ -75,6 +88,19 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return with_deft(y, P, R, *adapter.numbers, adapter.dropout_p)
 
 
+def alone(weight: Tensor, bias: Tensor | None, adapter: Held, x: Tensor) -> Tensor:
+    """y of a layer with this adapter alone. Of few rows it takes the directions out of the base's output: W is read once."""
+    if FEW * x.shape[:-1].numel() > x.shape[-1] or adapter.dropout_p > 0.0:
+        return run(apply(Linear(weight, bias), adapter), x).to(x.dtype)
+    P, R = (*adapter.tensors, None)[:2]
+    method, scaling = adapter.numbers
+    Q, P = _directions(P, method)
+    h = run(Linear(weight), x).to(Q.dtype)
+    u = -(h @ P) if R is None else F.linear(x.to(Q.dtype), _scaled(R, scaling)) - h @ P
+    y = h + F.linear(u, Q, bias if bias is None else bias.to(Q.dtype))
+    return y.to(x.dtype)
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -103,6 +129,7 @@ DEFT = register(
         adapters="deft_P",
         held=held,
         apply=apply,
+        alone=alone,
         function=deft_linear,
         examples=examples,
         build=tuner.builder("DeftConfig"),

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import uncast
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
@@ -43,8 +42,8 @@ def cayley(S: Tensor, terms: int | None = None, eps: float | None = None) -> Ten
 
 
 def _branch(A: Tensor, B: Tensor, Q: Tensor, *options) -> Branch:
-    turned = Q - torch.eye(Q.shape[0], dtype=Q.dtype, device=Q.device)
-    return Branch(A, frozen_product(turned.t(), B).t().contiguous(), *options)
+    with uncast(B):
+        return Branch(A, torch.addmm(B, B, Q.to(B.dtype), beta=-1), *options)
 
 
 def psoft_linear(
@@ -54,10 +53,10 @@ def psoft_linear(
     """A frozen linear layer with PSOFT: the equation at the top of peftkern/methods/derived/psoft.py.
 
     Args:
-        x: (..., K). weight: (N, K). psoft_A: (R, K), psoft_B: (N, R), frozen. psoft_R: Q (R, R). bias, scaling, dropout_p,
+        x: (..., K). weight: (N, K). psoft_A: (R, K). psoft_B: (N, R). psoft_R: Q (R, R). bias, scaling, dropout_p,
             training, seed: as in ``lora_linear``.
 
-    Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward.
+    Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward unless psoft_A requires grad.
     """
     branch = _branch(psoft_A, psoft_B, psoft_R, scaling, acting(dropout_p, training))._replace(seed=seed)
     return run(Linear(weight, bias).add(branch), x)

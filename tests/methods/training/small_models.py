@@ -30,6 +30,7 @@ _OPTIONS = {
     "VB-LoRA": lambda targets: {"vector_length": 8, "num_vectors": 6},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
+    "RandLoRA": lambda targets: {"randlora_alpha": 8},
 }
 
 
