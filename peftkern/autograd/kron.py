@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_number, check_tensor
+from ..checks import accumulate_dtype, check_number, check_tensor
 from .added import added
-from .shapes import autocast_dtype, cast, uncast
+from .shapes import autocast_dtype, uncast
 
 # Multiplications of a layer up to which the whole matrix costs less than the calls that do without it.
 SMALL = 2**20
@@ -83,6 +83,12 @@ def _outer(a: Tensor, c: Tensor) -> Tensor:
     return a.flatten(0, 1).t() @ c.flatten(0, 1)
 
 
+def _is_exact(*tensors: Tensor) -> bool:
+    # Whether torch's own products are in fp32, or fp64, without a copy of x in another dtype.
+    dtype = accumulate_dtype(tensors[0].dtype)
+    return all(t.dtype == dtype for t in tensors) and autocast_dtype(tensors[0]) is None
+
+
 def add_kron(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor | tuple[Tensor, Tensor], scaling: float = 1.0) -> Tensor:
     """y (..., I J) with s * kron(w1, w2) x added, changed in place (see ``added``).
 
@@ -106,11 +112,10 @@ def add_kron(y: Tensor, x: Tensor, w1: Tensor, w2: Tensor | tuple[Tensor, Tensor
             f"w1 has shape {tuple(w1.shape)} and w2 ({J}, {Q}): their Kronecker product takes {w1.shape[1] * Q} columns "
             f"to {w1.shape[0] * J}, expected K = {x.shape[-1]} to N = {y.shape[-1]}"
         )
-    small = x.numel() * y.shape[-1] <= SMALL and not torch.compiler.is_compiling()
-    given = cast(x, autocast_dtype(x) or x.dtype) if small else x
-    with uncast(x):
-        if b is not None and (small or b.shape[0] * (J + Q) >= J * Q):
+    small = x.numel() * y.shape[-1] <= SMALL and not torch.compiler.is_compiling() and _is_exact(y, x, w1, w2)
+    if b is not None and (small or b.shape[0] * (J + Q) >= J * Q):
+        with uncast(x):
             w2, b = w2 @ b, None
-        if small:
-            return y.add_(F.linear(cast(given, w1.dtype), torch.kron(w1 * scaling, w2)))
+    if small:
+        return y.add_(F.linear(x, torch.kron(w1 * scaling, w2)))
     return added(y, x, scaling, Kron, w1, w2, *(() if b is None else (b,)))
