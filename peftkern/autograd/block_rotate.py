@@ -33,7 +33,9 @@ class BlockRotateFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        (x, R, index), needs = read_saved(ctx, "block_rotate", lambda: ("x", "R", "index"), lambda n: (n[1], n[0], True))
+        (x, R, index), needs = read_saved(
+            ctx, "block_rotate", lambda: ("x", "R", "index"), lambda n: (n[1], n[0], True)
+        )
         (x_dtype, dtype), (shape, R_dtype) = ctx.x, ctx.R
         rows, dx, dR = rows_of(dy, dtype), None, None
         if needs[0]:

@@ -2,7 +2,7 @@
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
 
-of an x, and with a y, that may be rotated in blocks of columns (family S): x before all else, y after all else.
+of an x that may be rotated in blocks of columns before all else (family S).
 
 A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch added, the
 bias changed. ``run`` computes what has come out. The symbols are those of peftkern/equation.py.
@@ -111,6 +111,8 @@ def run(y: Linear, x: Tensor) -> Tensor:
     weight, _, branches, p_b, g_b, _, rotations = y
     bias = y.whole_bias()
     if rotations:
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K) with K = {weight.shape[1]}")
         x = _rotated(x, rotations)
     if not branches:
         none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))

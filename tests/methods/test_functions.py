@@ -40,6 +40,19 @@ def _unilora(x, W, b, theta, i_A, i_B, c_A, c_B):
     return linear(x, W, b) + linear(linear(x, theta[i_A] * c_A), theta[i_B] * c_B)
 
 
+def _oft(x, W, b, upper):
+    i, j = torch.triu_indices(K, K, 1)
+    Q = upper.new_zeros(K, K).index_put((i, j), upper[0])
+    Q = Q - Q.t()
+    return linear(x @ (torch.eye(K, dtype=Q.dtype) + 2 * (Q + Q @ Q + Q @ Q @ Q) + Q @ Q @ Q @ Q), W, b)
+
+
+def _boft(x, W, b, blocks, s):
+    Q, eye = 0.5 * (blocks - blocks.transpose(-1, -2))[0, 0], torch.eye(K, dtype=torch.float64)
+    R = (eye - Q) @ torch.linalg.inv(eye + Q)
+    return s.flatten() * linear(x @ R.to(x.dtype), W) + b
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it.
 FORMS = {
     "DoRA": (_dora, [(R, K), (N, R), (N,)]),
@@ -53,6 +66,8 @@ FORMS = {
     "OSF": (_osf, [(N, R), (R,), (R, K)] * 2),
     "MiSS": (_miss, [(R, N)]),
     "Uni-LoRA": (_unilora, [(20,), ((R, K), 20), ((N, R), 20), (R, K), (N, R)]),
+    "OFT": (_oft, [(1, K * (K - 1) // 2)]),
+    "BOFT": (_boft, [(1, 1, K, K), (N, 1)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }

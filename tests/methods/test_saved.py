@@ -18,7 +18,7 @@ M, K, N = 4096, 24, 20
 KEPT = {
     "LoRA": (1, 0, 4), "DoRA": (1, 1, 4), "KaSA": (1, 0, 4), "MiCA": (1, 0, 0), "VeRA": (0, 0, 9), "PVeRA": (0, 0, 8),
     "AdaLoRA": (1, 0, 6), "DeLoRA": (1, 0, 6), "(IA)^3": (0, 1, 0), "BEFT": (0, 0, 0), "TinyLoRA": (0, 0, 3),
-    "OSF": (1, 0, 32), "MiSS": (0, 0, 4), "Uni-LoRA": (1, 0, 4),
+    "OSF": (1, 0, 32), "MiSS": (0, 0, 4), "Uni-LoRA": (1, 0, 4), "OFT": (1, 0, 0), "BOFT": (1, 1, 0),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M
@@ -53,7 +53,7 @@ def _expected(x, h, columns, dtype):
 
 
 def test_every_method_is_here():
-    here = {name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None}
+    here = {name for name, m in METHODS.items() if m.op != "multi_lora_linear" and m.layer is not None}
     assert KEPT.keys() == here - {"Arrow"}  # torch's composition, which keeps what torch keeps
 
 

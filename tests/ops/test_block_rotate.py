@@ -27,7 +27,7 @@ def operands(M, blocks, size, dtype=F64, matrix=None, shared=False):
 
 def by_element(x, R, dy, index):
     """Both equations, a sum at a time."""
-    (M, K), b = x.shape, R.shape[-1]
+    K, b = x.shape[1], R.shape[-1]
     at = index if index is not None else torch.arange(K)
     y, dR = torch.zeros_like(x), x.new_zeros((K // b, b, b))
     for g in range(K // b):

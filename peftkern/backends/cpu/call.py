@@ -1,4 +1,4 @@
-"""lora_linear's passes, row norms and rotated blocks as one native call each: tensors in, tensors out (csrc/bindings/lora_linear.cpp).
+"""lora_linear's passes, row norms and rotated blocks as one native call each: tensors in, tensors out (csrc/bindings/).
 
     y                 = forward(settings, threads, x, kind, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted

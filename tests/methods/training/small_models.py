@@ -13,7 +13,10 @@ from peftkern.methods import METHODS
 
 VOCABULARY, STEPS, RANK = 32, 20, 4
 # Arrow routes among adapters that are trained already: test_arrow.py.
-TRAINED = [n for n, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains and n != "Arrow"]
+TRAINED = [
+    n for n, m in METHODS.items()
+    if m.op != "multi_lora_linear" and m.layer is not None and m.trains and n != "Arrow"
+]  # fmt: skip
 # What a method needs beside the config that its benchmark has: a schedule, names of layers, or values that a small model
 # learns by.
 _OPTIONS = {
@@ -22,6 +25,7 @@ _OPTIONS = {
     "DeLoRA": lambda targets: {"delora_lambda": 4},
     "(IA)^3": lambda targets: {"feedforward_modules": targets[-1:]},
     "OSF": lambda targets: {"effective_rank": 3},
+    "OFT": lambda targets: {"oft_block_size": 4},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
 }
 

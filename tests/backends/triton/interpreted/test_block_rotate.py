@@ -62,5 +62,8 @@ def test_any_configuration():
     for config in (LaunchConfig(16, 16), LaunchConfig(32, 64, warps=8)):
         with using(triton_fixed=configs.fixed(block_rotate=config)):
             torch.testing.assert_close((fwd(x, R), bwd(x, dy, 45)), expected)
-    with using(triton_fixed=configs.fixed(block_rotate=LaunchConfig(48, 64))), pytest.raises(ValueError, match="block_rotate"):
+    with (
+        using(triton_fixed=configs.fixed(block_rotate=LaunchConfig(48, 64))),
+        pytest.raises(ValueError, match="block_rotate"),
+    ):
         fwd(x, R)
