@@ -65,6 +65,16 @@ def test_permutations_of_another_adapter_are_the_library_s(extension):
     peftkern.accelerate(ours)
     x = torch.randn(5, K)
     assert torch.equal(ours(x), stock(x))
+    # Nor does an adapter that comes later, and does not act, go unnoticed.
+    one = tuner.layer(nn.Linear(K, N), _config(4, boft_n_butterfly_factor=2))
+    peftkern.accelerate(one)
+    before = one(x)
+    one.add_adapter("later", _config(8, boft_n_butterfly_factor=2))
+    one.base_model.set_adapter("default")
+    after = one(x)
+    peftkern.restore(one)
+    torch.testing.assert_close(after, one(x))
+    assert not torch.allclose(after, before, atol=1e-3)
     (reason,) = peftkern.status(ours).reasons.values()
     assert reason == "boft_P is not what 'default' was made with"
 
