@@ -73,6 +73,7 @@ THIRD_PARTY = {
 # Ops without a benchmark of their own, and why.
 NO_BENCHMARK = {
     "dropout_mask": "shows bits that lora_linear makes for itself; not on any hot path",
+    "block_rotate": "a step of a layer, which bench --methods times as a whole",
     "lora_row_norm": "a scale of DoRA's layers, once a step; a part of a layer's time, not one of its own",
     "sgmv": "the branch of multi_lora_linear; a provider of that op's benchmark",
 }

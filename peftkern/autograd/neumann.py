@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .shapes import autocast_dtype
+from ..checks import accumulate_dtype
+from .shapes import autocast_dtype, cast
 
 
 def skew(upper: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
@@ -40,13 +41,14 @@ class NeumannFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, upper, rows, cols, size, pairs, last):
-        Q = skew(upper, rows, cols, size)
+        Q = skew(cast(upper, accumulate_dtype(upper.dtype)), rows, cols, size)
         S = torch.bmm(Q, Q)
         found = [_term(*pairs[-1], Q).add_(S, alpha=last)]
         for pair in reversed(pairs[:-1]):
             found.append(_term(*pair, Q).add_(torch.bmm(S, found[-1])))
         ctx.save_for_backward(rows, cols, Q, S, *found[:-1])
         ctx.c = pairs, last
+        ctx.dtype = upper.dtype
         return found[-1]
 
     @staticmethod
@@ -64,11 +66,12 @@ class NeumannFunction(torch.autograd.Function):
         # Of Q^T dS + dS Q^T, too, what counts is twice the part that is skew-symmetric.
         dQ.sub_(torch.bmm(Q, dS + dS.transpose(1, 2)))
         at = torch.add(cols, rows, alpha=Q.shape[-1])
-        return (dQ - dQ.transpose(1, 2)).flatten(1).index_select(1, at), *[None] * 5
+        dQ = (dQ - dQ.transpose(1, 2)).flatten(1).index_select(1, at)
+        return cast(dQ, ctx.dtype), *[None] * 5
 
 
 def neumann(upper: Tensor, rows: Tensor, cols: Tensor, size: int, c: Sequence[float]) -> Tensor:
-    """R (G, b, b) in the dtype of ``upper``, under autocast too.
+    """R (G, b, b) in fp32 (fp64 for fp64), under autocast too.
 
     Args:
         upper: (G, b (b - 1) / 2). rows, cols: int64, where its elements are in U. size: b. c: c_0, c_1, ...

@@ -2,7 +2,7 @@
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 
-of an x that may be rotated in blocks of columns (family S). A term is whatever else a method makes of x.
+of an x that may be rotated in blocks of columns before all else (family S). A term is whatever else a method makes of x.
 
 A method's ``apply`` takes such a layer and gives another: what stands there already may be scaled, a branch, a term or a
 rotation added, the bias or the weight itself changed. ``run`` computes what has come out. The symbols are those of
@@ -154,7 +154,7 @@ def run(y: Linear, x: Tensor) -> Tensor:
     """y of x (..., K): one fused call, but for terms, a folded weight, further branches that drop and a branch with a share of
     the base."""
     if y.rotations:
-        x = _rotated(x, y.rotations)
+        x = _rotated(x, y.weight.shape[1], y.rotations)
     if y.made:
         y = y._replace(branches=(*y.branches, *(make(x) for make in y.made)), made=())
     result = _run_branches(y, x) if y.folded is None else _run_folded(y, x)
@@ -205,8 +205,10 @@ def _run_folded(y: Linear, x: Tensor) -> Tensor:
     return total.to(dtype)
 
 
-def _rotated(x: Tensor, rotations: tuple[Rotation, ...]) -> Tensor:
+def _rotated(x: Tensor, K: int, rotations: tuple[Rotation, ...]) -> Tensor:
     # Rounded once, after the last.
+    if x.shape[-1:] != (K,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., K) with K = {K}")
     given = x.dtype
     if len(rotations) > 1:
         x = x.to(accumulate_dtype(given))

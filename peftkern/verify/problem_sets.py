@@ -3,7 +3,7 @@
     DTYPE:SEED[:large]           lora_linear; ``large``: M K N above 2^31
     multi:DTYPE:SEED[:KIND]      multi_lora_linear, or sgmv (a quarter of them), on a list or a bank (three in ten)
     norm:DTYPE:SEED[:cancel]     lora_row_norm; ``cancel``: of what the branch leaves of its own negative, rounded
-    rotate:DTYPE:SEED            block_rotate
+    rotate:DTYPE:SEED[:tall]     block_rotate; ``tall``: 20,000 rows
 
 KIND: ``segment`` (10,000 rows, all with one adapter), ``rows`` (65,600 rows), ``base`` (no row has an adapter), ``wide``
 (a rank of 512 beside a rank of 1).
@@ -106,7 +106,8 @@ def _norm(dtype: torch.dtype, seed: int, kind: str, limits: dict):
 def _rotate(dtype: torch.dtype, seed: int, kind: str, limits: dict):
     from peftkern.testing.rotate_problems import random_rotate_problem
 
-    return random_rotate_problem(seed, dtype, **limits)
+    problem = random_rotate_problem(seed, dtype, **(({"max_KN": 128} if kind else {}) | limits))
+    return dataclasses.replace(problem, M=20_000) if kind else problem
 
 
 _MAKE = {"lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm, "block_rotate": _rotate}
@@ -124,7 +125,10 @@ SETS = {
         ProblemSet(
             "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40), "where W and the branch cancel",
         ),
-        ProblemSet("block_rotate", "rotate:", (), frozenset(), dict(max_M=96, max_KN=160, max_R=40), ""),
+        ProblemSet(
+            "block_rotate", "rotate:", ("tall",), frozenset({"tall"}), dict(max_M=96, max_KN=160, max_R=40),
+            "of 20,000 rows",
+        ),
     )
 }  # fmt: skip
 

@@ -124,6 +124,19 @@ def _peanut(x, W, b, A, B, encoder, decoder):
     return linear(x, W, b) + linear(linear(x, h.t()), B)
 
 
+def _oft(x, W, b, upper):
+    i, j = torch.triu_indices(K, K, 1)
+    Q = upper.new_zeros(K, K).index_put((i, j), upper[0])
+    Q = Q - Q.t()
+    return linear(x @ (torch.eye(K, dtype=Q.dtype) + 2 * (Q + Q @ Q + Q @ Q @ Q) + Q @ Q @ Q @ Q), W, b)
+
+
+def _boft(x, W, b, blocks, s):
+    Q, eye = 0.5 * (blocks - blocks.transpose(-1, -2))[0, 0], torch.eye(K, dtype=torch.float64)
+    R = (eye - Q) @ torch.linalg.inv(eye + Q)
+    return s.flatten() * linear(x @ R.to(x.dtype), W) + b
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it;
 # a list: of a tensor without a gradient.
 FORMS = {
@@ -156,6 +169,8 @@ FORMS = {
     "FourierFT": (_fourierft, [(20,), ((2, 20), N)]),
     "WaveFT": (_waveft, [(20,), ((2, 20), N), (2, 4)]),
     "PEANuT": (_peanut, [(R, N), (N, R), (R, R), (R, R)]),
+    "OFT": (_oft, [(1, K * (K - 1) // 2)]),
+    "BOFT": (_boft, [(1, 1, K, K), (N, 1)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }

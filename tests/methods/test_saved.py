@@ -23,6 +23,7 @@ KEPT = {
     **dict.fromkeys(("HiRA", "GLoRA", "SHiRA", "FourierFT", "WaveFT", "FRoD"), (1, 0, 0)),
     "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "PEANuT": (1, 0, 4), "Lily": (1, 0, 11),
     "RandLoRA": (0, 0, 20),
+    "OFT": (1, 0, 0), "BOFT": (1, 1, 0),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M
@@ -57,7 +58,7 @@ def _expected(x, h, columns, dtype):
 
 
 def test_every_method_is_here():
-    here = {name for name, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None}
+    here = {name for name, m in METHODS.items() if m.op != "multi_lora_linear" and m.layer is not None}
     assert KEPT.keys() == here - {"Arrow"}  # torch's composition, which keeps what torch keeps
 
 

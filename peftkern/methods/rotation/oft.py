@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.neumann import neumann, skew
+from ...checks import accumulate_dtype
 from .. import tuner
 from ..linear import Linear, Rotation, run
 from ..look import Look, NotCovered
@@ -23,9 +24,9 @@ from ..registry import Held, Method, loaded, register
 
 
 def cayley(Q: Tensor) -> Tensor:
-    """(I - Q) (I + Q)^-1 of each Q (G, b, b), in fp32 at least, in the dtype of Q."""
-    eye = torch.eye(Q.shape[-1], device=Q.device)
-    return torch.linalg.solve(eye + Q, eye - Q, left=False).to(Q.dtype)
+    """(I - Q) (I + Q)^-1 of each Q (G, b, b), in fp32 (fp64 for fp64)."""
+    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=accumulate_dtype(Q.dtype))
+    return torch.linalg.solve(eye + Q, eye - Q, left=False)
 
 
 def _series(terms: int) -> tuple[float, ...]:

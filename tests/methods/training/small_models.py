@@ -13,7 +13,10 @@ from peftkern.methods import METHODS
 
 VOCABULARY, STEPS, RANK = 32, 20, 4
 # Arrow routes among adapters that are trained already: test_arrow.py.
-TRAINED = [n for n, m in METHODS.items() if m.op == "lora_linear" and m.layer is not None and m.trains and n != "Arrow"]
+TRAINED = [
+    n for n, m in METHODS.items()
+    if m.op != "multi_lora_linear" and m.of is None and m.layer is not None and m.trains and n != "Arrow"
+]  # fmt: skip
 # Methods that every model is trained with; the others have the first alone.
 WIDELY = {
     "LoRA", "DoRA", "KaSA", "MiCA", "VeRA", "PVeRA", "AdaLoRA", "DeLoRA", "(IA)^3", "BEFT", "TinyLoRA", "OSF", "MiSS", "Uni-LoRA",
@@ -28,6 +31,7 @@ _OPTIONS = {
     "OSF": lambda targets: {"effective_rank": 3},
     "C3A": lambda targets: {"block_size": 8},
     "VB-LoRA": lambda targets: {"vector_length": 8, "num_vectors": 6},
+    "OFT": lambda targets: {"oft_block_size": 4},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
     "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},
