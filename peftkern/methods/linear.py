@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from ..autograd.block_rotate import block_rotate
 from ..autograd.dropout_mask import zeroed
-from ..autograd.dropped_base import dropped_base
-from ..autograd.folded_linear import folded_linear
 from ..autograd.lora_linear import Options, lora_linear_with
 from ..autograd.shapes import autocast_dtype
+from ..autograd.weight.dropped_base import dropped_base
+from ..autograd.weight.folded_linear import folded_linear
 from ..checks import accumulate_dtype
 from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import uncast
+from ...autograd.weight.frozen_product import frozen_product
 from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import uncast
+from ...autograd.weight.frozen_product import frozen_product
 from ...checks import accumulate_dtype
 from .. import tuner
 from ..linear import Branch, Linear, run

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...autograd.kron import add_kron
+from ...autograd.maps.kron import add_kron
 from ...checks import accumulate_dtype
 from .. import tuner
 from ..linear import Branch, Linear, run

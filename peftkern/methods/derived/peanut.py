@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import cast, uncast
+from ...autograd.weight.frozen_product import frozen_product
 from .. import tuner
 from ..exact import wide
 from ..linear import Branch, Linear, run

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.folded_linear import folded_linear
 from ...autograd.shapes import cast
+from ...autograd.weight.folded_linear import folded_linear
 from .. import tuner
 from ..exact import made_of, product, wide
 from ..linear import Linear

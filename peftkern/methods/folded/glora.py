@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...autograd.frozen_product import frozen_product
 from ...autograd.shapes import cast
+from ...autograd.weight.frozen_product import frozen_product
 from .. import tuner
 from ..exact import product, wide
 from ..linear import Linear

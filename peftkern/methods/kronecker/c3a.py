@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ...autograd.circulant import add_circulant
+from ...autograd.maps.circulant import add_circulant
 from .. import tuner
 from ..linear import Linear, run
 from ..look import Look

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...autograd.kron import add_kron
+from ...autograd.maps.kron import add_kron
 from .. import tuner
 from ..linear import Linear, Scaled, run
 from ..look import Look, NotCovered

@@ -87,7 +87,7 @@ def test_no_more_than_lora(name):
 
 
 # SHiRA, FRoD: the library's sparse tensors have no storage. PEANuT: (M, R) is kept in place of (N, K), and N and K are small
-# here; tests/methods/test_folded.py.
+# here; tests/methods/families/test_folded.py.
 NOT_COUNTED = ("SHiRA", "FRoD", "PEANuT")
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from peftkern.autograd import added, kron
-from peftkern.autograd.circulant import add_circulant
-from peftkern.autograd.kron import Kron, add_kron
+from peftkern.autograd.maps import added, kron
+from peftkern.autograd.maps.circulant import add_circulant
+from peftkern.autograd.maps.kron import Kron, add_kron
 
 SCALING = 0.7
 

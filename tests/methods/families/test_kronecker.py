@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftkern
-from peftkern.autograd import kron
+from peftkern.autograd.maps import kron
 from peftkern.methods import METHODS, tuner
 from peftkern.methods.kronecker.lokr import Kron
 from peftkern.methods.linear import Branch, Linear, run

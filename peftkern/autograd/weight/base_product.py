@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch.watch import nobody_watches
-from ..settings import current
-from .lora_linear import Call
+from ...dispatch.watch import nobody_watches
+from ...settings import current
+from ..lora_linear import Call
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype
-from .saved import kept_input
-from .shapes import autocast_dtype, cast, rows_of, uncast
+from ...checks import accumulate_dtype
+from ..saved import kept_input
+from ..shapes import autocast_dtype, cast, rows_of, uncast
 
 # Elements of the largest intermediate of a part.
 SCRATCH = 2**18

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from peftkern.autograd.folded_linear import folded_linear
+from peftkern.autograd.weight.folded_linear import folded_linear
 
 M, K, N = 6, 9, 7
-MODULE = sys.modules["peftkern.autograd.folded_linear"]
+MODULE = sys.modules["peftkern.autograd.weight.folded_linear"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from peftkern.autograd.frozen_product import frozen_product
+from peftkern.autograd.weight.frozen_product import frozen_product
 
 R, K, N = 3, 11, 9
 
@@ -21,7 +21,7 @@ def test_gradient():
 @pytest.mark.parametrize("strides", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_as_wide_as_the_rows_in_panels_and_under_autocast(monkeypatch, dtype, strides):
-    monkeypatch.setattr(sys.modules["peftkern.autograd.dropped_base"], "PANEL", 2 * K + 1)
+    monkeypatch.setattr(sys.modules["peftkern.autograd.weight.dropped_base"], "PANEL", 2 * K + 1)
     x = torch.randn(R, K, requires_grad=True)
     W = torch.randn(N, K).to(dtype) if strides == "rows" else torch.randn(K, N).to(dtype).t()
     dy = torch.randn(N, R).t()

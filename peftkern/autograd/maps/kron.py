@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import accumulate_dtype, check_number, check_tensor
+from ...checks import accumulate_dtype, check_number, check_tensor
+from ..shapes import autocast_dtype, uncast
 from .added import added
-from .shapes import autocast_dtype, uncast
 
 # Multiplications of a layer up to which the whole matrix costs less than the calls that do without it.
 SMALL = 2**20

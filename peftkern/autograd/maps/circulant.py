@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fft import irfft, rfft
 
-from ..checks import check_number, check_tensor
+from ...checks import check_number, check_tensor
 from .added import added
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..checks import accumulate_dtype
+from ...checks import accumulate_dtype
+from ..dropout_mask import zeroed
+from ..shapes import autocast_dtype, cast
 from .base_product import base_product
-from .dropout_mask import zeroed
-from .shapes import autocast_dtype, cast
 
 PANEL = 2**22  # elements of W in another dtype than its own
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftkern.autograd.dropout_mask import zeroed
-from peftkern.autograd.dropped_base import dropped_base
+from peftkern.autograd.weight.dropped_base import dropped_base
 
 M, K, N, P = 6, 9, 7, 0.4
 SEED = torch.tensor([3])
@@ -17,7 +17,7 @@ SEED = torch.tensor([3])
 @pytest.fixture
 def panels(monkeypatch):
     """W in panels of two rows."""
-    monkeypatch.setattr(sys.modules["peftkern.autograd.dropped_base"], "PANEL", 2 * K + 1)
+    monkeypatch.setattr(sys.modules["peftkern.autograd.weight.dropped_base"], "PANEL", 2 * K + 1)
 
 
 @pytest.mark.parametrize("shape", [(M, K), (2, 3, K), (0, K)])

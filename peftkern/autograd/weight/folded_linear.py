@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..saved import kept_input, read_saved
+from ..shapes import autocast_dtype, cast, rows_of
 from .base_product import base_product
-from .saved import kept_input, read_saved
-from .shapes import autocast_dtype, cast, rows_of
 
 _NAMES = "x", "weight"
 # Up to so many products of numbers torch's own layer is left to itself: a node in Python costs more than its product does.
