@@ -70,12 +70,12 @@ def _check_model(model) -> None:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Run the LoRA layers of ``model`` on the fused op from now on.
+    """Run the adapters of ``model`` fused from now on.
 
-    Covered are plain LoRA and rsLoRA adapters (any number, any dropout, lora_bias) on ``torch.nn.Linear``
-    and on transformers' ``Conv1D``, on CPU and CUDA, and on CPU those of parameters of transformers' experts
-    (``target_parameters``), each module of them one layer. Calling it again takes layers that were added since. It may come
-    before or after DDP, FSDP1 and ``fully_shard``, but before ``torch.compile``.
+    Covered are the methods of docs/methods.md (``python -m peftkern methods``) on ``torch.nn.Linear`` and on transformers'
+    ``Conv1D``, on CPU and CUDA; LoRA and DoRA on torch's convolutions and ``Embedding``; and on CPU LoRA on the parameters of
+    transformers' experts (``target_parameters``), each module of them one layer. Calling it again takes layers that were
+    added since. It may come before or after DDP, FSDP1 and ``fully_shard``, but before ``torch.compile``.
 
     Warns (RuntimeWarning) if no back end works here, so that the reference computes everything. Later a call of a layer
     that the report calls accelerated warns if it runs PEFT's own code: once for each kind of layer and reason, and not for
