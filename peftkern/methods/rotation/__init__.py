@@ -1,5 +1,5 @@
-"""Methods that rotate what a layer takes, in blocks of columns."""
+"""Methods that rotate what a layer takes or gives, in blocks of columns."""
 
-from . import boft, oft
+from . import boft, oft, road
 
-__all__ = ["boft", "oft"]
+__all__ = ["boft", "oft", "road"]
