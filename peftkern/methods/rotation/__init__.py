@@ -1,4 +1,4 @@
-"""Methods that rotate what a layer takes or gives, in blocks of columns."""
+"""What a layer takes or gives is rotated, in blocks of columns."""
 
 from . import boft, oft, road
 
