@@ -44,6 +44,8 @@ class Settings(NamedTuple):
     gpu: str = ""
     # Answers that replace those of kernels/tl/configs.py: what its function ``fixed`` returns.
     triton_fixed: tuple[tuple[str, object], ...] = ()
+    # Whether calls are taken that are too small to gain (``Method.worth``).
+    small_calls: bool = False
 
 
 # Allowed words of the variables, the default first; none for a switch.

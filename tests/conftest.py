@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from peftkern import settings
+
 # Under pytest-xdist each worker gets one thread: two workers on two cores.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
@@ -42,3 +44,10 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def small_calls():
+    """Tests have small layers, whose calls are taken all the same."""
+    with settings.using(small_calls=True):
+        yield

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..autograd.block_rotate import block_rotate
 from ..autograd.dropout_mask import zeroed
 from ..autograd.lora_linear import Options, lora_linear_with
+from ..autograd.pair_rotate import pair_rotate
 from ..autograd.shapes import autocast_dtype
 from ..autograd.weight.dropped_base import dropped_base
 from ..autograd.weight.folded_linear import folded_linear
@@ -83,9 +84,18 @@ class Rotation(NamedTuple):
     index: Tensor | None = None
 
 
+class Turn(NamedTuple):
+    """Angles, scales and size of the groups of columns in which pairs are rotated, as in ``pair_rotate``."""
+
+    theta: Tensor
+    alpha: Tensor
+    group: int
+
+
 class Linear(NamedTuple):
     """A layer so far. ``p_b``, ``g_b``: scales of the base. ``added``: what adapters add to the bias. ``folded`` (N, K): what
-    they have made of the weight, in fp32 or its own dtype, None where it is what it was. ``rotations``: of x, the first first.
+    they have made of the weight, in fp32 or its own dtype, None where it is what it was. ``rotations``: of x,
+    and ``turns`` of y, bias and all, the first first.
 
     Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
     """
@@ -100,6 +110,7 @@ class Linear(NamedTuple):
     terms: tuple[Term, ...] = ()
     rotations: tuple[Rotation, ...] = ()
     made: tuple[Callable[[Tensor], Branch], ...] = ()
+    turns: tuple[Turn, ...] = ()
 
     def add(self, branch: Branch) -> Linear:
         """With one more branch."""
@@ -160,7 +171,7 @@ def run(y: Linear, x: Tensor) -> Tensor:
     result = _run_branches(y, x) if y.folded is None else _run_folded(y, x)
     for term in y.terms:
         result = term.onto(result, x)
-    return result
+    return _turned(result, y.turns) if y.turns else result
 
 
 def _run_branches(y: Linear, x: Tensor) -> Tensor:
@@ -215,6 +226,16 @@ def _rotated(x: Tensor, K: int, rotations: tuple[Rotation, ...]) -> Tensor:
     for R, index in rotations:
         x = block_rotate(x, R, index)
     return x.to(given)
+
+
+def _turned(y: Tensor, turns: tuple[Turn, ...]) -> Tensor:
+    # Rounded once, after the last.
+    given = y.dtype
+    if len(turns) > 1:
+        y = y.to(accumulate_dtype(given))
+    for turn in turns:
+        y = pair_rotate(y, *turn)
+    return y.to(given)
 
 
 _NAMES = {c.symbol: c.name for c in COEFFICIENTS}

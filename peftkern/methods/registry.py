@@ -62,6 +62,11 @@ class Plan(NamedTuple):
     held: list[Held]
     kind: Kind | None = None  # None of a linear layer
 
+    def least(self) -> int:
+        """The elements of x below which the library's own code is faster, on a CPU; 0 if it never is."""
+        worth = max(h.method.worth for h in self.held)
+        return -(-worth // max(self.weight.shape[0], 1))
+
     def run(self, x: Tensor) -> Tensor:
         """y of x, (..., K) of a linear layer."""
         weight, bias, held, kind = self
@@ -105,6 +110,7 @@ class Method:
         one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
+        worth: the products M K N below which a call on a CPU runs the library's own code, which is faster on layers so small.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``. stored: the form of such a checkpoint, of a
@@ -141,6 +147,7 @@ class Method:
     routes: bool = False
     one_active: bool = False
     nests: bool = False
+    worth: int = 0
     keeps_dtype: bool = False
 
     @property

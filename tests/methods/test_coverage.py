@@ -24,7 +24,7 @@ SURVEYS = {
         Hyperformer, AdapterDrop, Tiny-Attn, LLM-Adapters, prefix tuning, prefix-propagation, P-tuning, P-tuning v2, APT,
         prompt tuning, XPrompt, IDPG, LPT, SPT, APrompt, SPoT, TPT, InfoPrompt, PTP, IPT, SMoP, DePT, ATTEMPT, MPT, WARP,
         Q-PEFT, LLaMA-Adapter, (IA)^3, MoV, SSF, IPA, LST, PASTA, AttentionFusion, Hadamard adapter, adapter at a Linear,
-        LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT, AdaptFormer, TSA, VPT, DiffFit, invertible, RoAD""",
+        LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT, AdaptFormer, TSA, VPT, DiffFit, invertible, RoAd""",
     "selective": """
         U-Diff, S-Diff, U-BitFit, S-BitFit, BitFit, PaFi, FishMask, Fish-Dip, LT-SFT, SAM, Child-tuning, FAR, Xattn, SPT,
         threshold mask, LayerNorm, BatchNorm, linear probe, attention tuning, BEFT, SuperTuning, SHiRA""",

@@ -1,6 +1,7 @@
 """The functional forms against their equations in plain torch: forward, every gradient, bad input, dropout by its mask."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import peftkern
 from peftkern.methods import METHODS
 from peftkern.methods.low_rank import dora
 
-M, K, N, R = 7, 11, 9, 4
+M, K, N, R = 7, 11, 10, 4
+GROUP = 10
+OPTIONS = {"RoAd": {"group_size": GROUP}}
 
 
 def _dora(x, W, b, A, B, m):
@@ -51,8 +54,8 @@ def _c3a(x, W, b, w):
 
 def _vblora(x, W, b, l_A, l_B, bank):
     def mixed(logits):
-        kept = logits >= logits.topk(2).values[..., -1:]
-        return torch.softmax(logits.masked_fill(~kept, -torch.inf), -1) @ bank
+        values, kept = logits.topk(2)  # of equal ones as many as it takes
+        return (torch.softmax(values, -1)[..., None] * bank[kept]).sum(-2)
 
     return linear(x, W, b) + linear(linear(x, mixed(l_A).flatten(1)), mixed(l_B).mT.flatten(0, 1))
 
@@ -137,6 +140,13 @@ def _boft(x, W, b, blocks, s):
     return s.flatten() * linear(x @ R.to(x.dtype), W) + b
 
 
+def _road(x, W, b, theta, alpha):
+    h = linear(x, W, b).view(M, -1, 2, GROUP // 2)
+    theta, alpha = (t.view(-1, 1, GROUP // 2).to(h.dtype) for t in (theta, alpha))
+    rotated = torch.stack([-h[:, :, 1], h[:, :, 0]], 2)
+    return (h * alpha * theta.cos() + rotated * alpha * theta.sin()).flatten(1)
+
+
 # Name -> the equation, and the shapes of the method's tensors; a number instead: indices below it;
 # a list: of a tensor without a gradient.
 FORMS = {
@@ -159,7 +169,7 @@ FORMS = {
     "RandLoRA": (_randlora, [[R, 1, N + 1], [K + 2, 4, R], (R, 3), (3, N)]),
     "DEFT": (_deft, [(N, R), (R, K)]),
     "LoHa": (lambda x, W, b, p, q, s, t: linear(x, W + (p @ q) * (s @ t), b), [(N, R), (R, K)] * 2),
-    "LoKr": (_lokr, [(3, 1), (3, K)]),
+    "LoKr": (_lokr, [(2, 1), (5, K)]),
     "C3A": (_c3a, [(N, K, 1)]),
     "VB-LoRA": (_vblora, [(R, K, 6), (N, R, 6), (6, 1)]),
     "Lily": (_lily, [(R, K), (3 * R, N), (3, R)]),
@@ -171,12 +181,17 @@ FORMS = {
     "PEANuT": (_peanut, [(R, N), (N, R), (R, R), (R, R)]),
     "OFT": (_oft, [(1, K * (K - 1) // 2)]),
     "BOFT": (_boft, [(1, 1, K, K), (N, 1)]),
+    "RoAd": (_road, [(N // 2,), (N // 2,)]),
     "(IA)^3": (lambda x, W, b, g: g * linear(x, W, b), [(N,)]),
     "SSF": (lambda x, W, b, g, shift: g * linear(x, W, b) + shift, [(N,), (N,)]),
 }
 
 
 DROPS = [name for name in FORMS if "dropout_p" in inspect.signature(METHODS[name].function).parameters]
+
+
+def _function(name):
+    return partial(METHODS[name].function, **OPTIONS.get(name, {}))
 
 
 def _tensors(shapes, dtype):
@@ -205,7 +220,7 @@ def test_every_function_has_a_form():
 @pytest.mark.parametrize("name", FORMS)
 def test_equation_and_gradients(name):
     equation, x, W, b, tensors = _case(name)
-    function = METHODS[name].function
+    function = _function(name)
 
     def ours(x, b, *tensors):
         return function(x, W, *tensors, bias=b)
@@ -221,7 +236,7 @@ def test_equation_and_gradients(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_gradcheck(name, monkeypatch):
     _, x, W, b, tensors = _case(name)
-    function = METHODS[name].function
+    function = _function(name)
     if name == "DoRA":  # whose norm is a constant of the graph: it must not move with the weights
         norm = dora.row_norm(W, *tensors[:2])
         monkeypatch.setattr(dora, "row_norm", lambda *args: norm)
@@ -236,7 +251,7 @@ def test_gradcheck(name, monkeypatch):
 def test_other_dtypes(name, dtype):
     equation, x, W, b, tensors = _case(name, dtype)
     exact = [t.detach().double() if t.is_floating_point() else t for t in (x, W, b, *tensors)]
-    y = METHODS[name].function(x, W, *tensors, bias=b)
+    y = _function(name)(x, W, *tensors, bias=b)
     assert y.dtype == dtype
     expected, stock = equation(*exact), equation(x, W, b, *tensors)
     error, allowed = ((t.double() - expected).norm().item() for t in (y, stock))
@@ -249,7 +264,7 @@ def test_other_dtypes(name, dtype):
 def test_dropout_by_its_mask(name):
     equation, x, W, b, tensors = _case(name)
     keep = peftkern.dropout_mask(M, K, 0.4, 5)
-    y = METHODS[name].function(x, W, *tensors, bias=b, dropout_p=0.4, training=True, seed=5)
+    y = _function(name)(x, W, *tensors, bias=b, dropout_p=0.4, training=True, seed=5)
     dropped = x * keep / 0.6
     if name == "DoRA":
         A, B, m = tensors
@@ -266,17 +281,15 @@ def test_dropout_by_its_mask(name):
     dy = torch.randn_like(y)
     for got, want in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, expected)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    assert torch.equal(
-        METHODS[name].function(x, W, *tensors, bias=b, dropout_p=0.4), METHODS[name].function(x, W, *tensors, bias=b)
-    )
+    assert torch.equal(_function(name)(x, W, *tensors, bias=b, dropout_p=0.4), _function(name)(x, W, *tensors, bias=b))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_bad_input_is_named(name):
     _, x, W, b, tensors = _case(name)
     with pytest.raises(ValueError, match="x has shape"):
-        METHODS[name].function(x[:, :-1], W, *tensors, bias=b)
+        _function(name)(x[:, :-1], W, *tensors, bias=b)
     with pytest.raises(ValueError, match="bias"):
-        METHODS[name].function(x, W, *tensors, bias=b[:-1])
+        _function(name)(x, W, *tensors, bias=b[:-1])
     with pytest.raises(ValueError, match="weight requires grad"):
-        METHODS[name].function(x, W.clone().requires_grad_(), *tensors, bias=b)
+        _function(name)(x, W.clone().requires_grad_(), *tensors, bias=b)

@@ -23,7 +23,7 @@ KEPT = {
     **dict.fromkeys(("HiRA", "GLoRA", "SHiRA", "FourierFT", "WaveFT", "FRoD"), (1, 0, 0)),
     "LoKr": (1, 0, 0), "C3A": (1, 0, 0), "VB-LoRA": (1, 0, 4), "PEANuT": (1, 0, 4), "Lily": (1, 0, 11),
     "RandLoRA": (0, 0, 20),
-    "OFT": (1, 0, 0), "BOFT": (1, 1, 0),
+    "OFT": (1, 0, 0), "BOFT": (1, 1, 0), "RoAd": (0, 1, 0),
 }  # fmt: skip
 # Vectors and small matrices.
 SMALL = 2 * M

@@ -26,13 +26,14 @@ from torch.compiler import is_dynamo_compiling
 from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
+from ...settings import current
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, PROCESS, call_plan, experts_plan, look_at_call, replaced_reason
 from .kept import keep
 from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
 from .status import KEY as CALLS
-from .status import Calls, calls_of, clear_calls, note_stock
+from .status import TOO_SMALL, Calls, calls_of, clear_calls, note_stock
 
 KEY = "_peftkern_accelerated"
 
@@ -106,7 +107,17 @@ def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls
         if KEY not in layer.__dict__:
             conditions = (*conditions, _EVERYWHERE)
         calls.kept = keep(look, plan, x, mixed, conditions) or kept
+        if mixed is None:
+            calls.least = plan.least() if x.device.type == "cpu" else 0
     return plan
+
+
+def _too_small(calls: Calls, x: Tensor) -> bool:
+    # The library's own code is right whatever the layer looks like by now, but where a batch with names is recomputed.
+    if x.numel() >= calls.least or trained_mixed:
+        return False
+    settings = current()
+    return not (settings.small_calls or settings.batch_invariant)
 
 
 def _plan(layer: nn.Module, x: Tensor, names, offsets, plan_of: Callable):
@@ -141,6 +152,8 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if type(plan) is str and names is not None and not takes_names(layer):
         return run_apart(layer, x, names, stock, plan)
     if calls is not None:
+        if calls.least and type(plan) is Plan and _too_small(calls, x):
+            plan = TOO_SMALL
         if type(plan) is str:
             note_stock(layer, plan)
         else:
@@ -158,6 +171,9 @@ def _fused_forward(stock):
         if not args and not kwargs and not is_dynamo_compiling():
             calls = self.__dict__.get(CALLS)
             kept = None if calls is None else calls.kept
+            if calls is not None and calls.least and _too_small(calls, x):
+                note_stock(self, TOO_SMALL)
+                return stock(self, x)
             if kept is not None and kept.mixed is None:
                 plan = kept.plan(self, x)
                 if plan is not None:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.road import layer as road
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -204,11 +205,11 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     return y.to(x.dtype) if held[0].method.keeps_dtype else y
 
 
-_TAKE_NAMES = (peft_lora.Linear, peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d)
+_TAKE_NAMES = (peft_lora.Linear, peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d, road.Linear)
 
 
 def takes_names(layer: nn.Module) -> bool:
-    """Whether the library's own code may run a batch with names: of PEFT's layers that of LoRA around the base layer itself."""
+    """Whether the library's own code may run a batch with names: of PEFT's layers those of LoRA and RoAd on the base itself."""
     return not isinstance(layer, BaseTunerLayer) or (
         type(layer) in _TAKE_NAMES and not isinstance(layer.base_layer, BaseTunerLayer)
     )

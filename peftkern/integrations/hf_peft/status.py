@@ -19,20 +19,23 @@ _lock = threading.Lock()
 
 # What the user asked for: then the base layer alone is the whole of PEFT's forward, and nothing is lost.
 _ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no")
+TOO_SMALL = "too small to gain: PEFT's own code is faster"
 
 
 class Calls:
     """Calls of one layer since the last reset. ``reason``: why the last of those that ran PEFT's own code did.
 
     ``warned``: None, or, if a report said that the layer is accelerated, what its layers have warned of already.
+    ``least``: the elements of an input below which it does, since it is faster then (``Method.worth``); 0 if it never is.
     ``kept``: the plan of its last fused call (``kept.Kept``), which copies and pickles of the layer do not get.
     """
 
-    __slots__ = ("fused", "kept", "reason", "stock", "warned")
+    __slots__ = ("fused", "kept", "least", "reason", "stock", "warned")
 
     def __init__(self, warned: set[tuple[str, str]] | None = None) -> None:
         self.warned = warned
         self.kept: Any = None
+        self.least = 0
         self.reset()
 
     def reset(self) -> None:
@@ -78,7 +81,7 @@ def note_stock(layer: nn.Module, reason: str) -> None:
     calls = calls_of(layer)
     calls.stock += 1
     calls.reason = reason
-    if calls.warned is None or reason.startswith(_ASKED_FOR):
+    if calls.warned is None or reason is TOO_SMALL or reason.startswith(_ASKED_FOR):
         return
     # A reason that differs in names or sizes alone is the same one.
     key = _kind(layer), re.sub(r"'[^']*'|\d+", "", reason)

@@ -70,7 +70,7 @@ OTHERS = section(
     by("SSF", "SSF"),
     by("Hadamard adapter", "SSF", "SSF's equation, at the output of attention"),
     later("DiffFit", "L", "BitFit, trained norms and one scale for a block's output"),
-    later("RoAD", "S", "a rotation of pairs of outputs after the GEMM", "peft.ROAD"),
+    by("RoAd", "RoAd", "pairs of outputs are rotated after the GEMM", family="S", called="peft.ROAD"),
     later("PASTA", "R", "vectors added at the rows of special tokens: " + ROWS),
     nothing("LST", "a side network of ordinary layers"),
     nothing("Shadow", "a side network of ordinary layers, which corrects the input of blocks", called="peft.SHADOW"),

@@ -2,9 +2,11 @@
 
     y = x W^T + s m * (x ((w1_a w1_b) * (w2_a w2_b))^T) + bias
 
-The product is not formed: it has rank R^2 at most, with factors whose rows and columns are products of pairs,
+Where R is small the product is not formed: it has rank R^2 at most, with factors whose rows and columns are products of pairs,
 
     A[i R + j] = w1_b[i] * w2_b[j],    B[:, i R + j] = w1_a[:, i] * w2_a[:, j]
+
+Beyond, it is added to the weight, in one product with x where the library has a second one.
 
 In training m (N) drops rows of it by ``rank_dropout`` and divides by the mean of what is left, and a coin on the CPU, by
 ``module_dropout``, leaves an adapter out.
@@ -17,12 +19,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...autograd.weight.hadamard import hadamard
 from .. import tuner
+from ..exact import refuse_half
 from ..linear import Branch, Linear, run
-from ..look import Look, NotCovered
+from ..look import Look
 from ..registry import Held, Method, register
 
-# R^2 (N + K) / (N K) beyond which the branch costs more than what it saves.
+# R^2 (N + K) / (N K) up to which the branch is faster than a weight that is made anew: measured once, on a CPU.
 _CROSSOVER = 1.0
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -32,6 +36,19 @@ def _branch(tensors: tuple[Tensor, ...], scaling: float | Tensor = 1.0, rows: Te
     A = (w1_b[:, None] * w2_b).flatten(0, 1)
     B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)
     return Branch(A, B, scaling, g_d=rows)
+
+
+def _is_thin(tensors: tuple[Tensor, ...]) -> bool:
+    (N, R), (_, K), (_, S), _ = (t.shape for t in tensors)
+    return R * S * (N + K) <= _CROSSOVER * N * K
+
+
+def _with(y: Linear, tensors: tuple[Tensor, ...], scaling: float | Tensor = 1.0, rows: Tensor | None = None) -> Linear:
+    # rows (N): scales of the product's rows.
+    if _is_thin(tensors):
+        return y.add(_branch(tensors, scaling, rows))
+    change = hadamard(*tensors, scaling)
+    return y.fold(change if rows is None else change * rows[:, None])
 
 
 def loha_linear(
@@ -44,28 +61,28 @@ def loha_linear(
         x: (..., K). weight: (N, K). hada_w1_a: (N, R). hada_w1_b: (R, K). hada_w2_a: (N, S). hada_w2_b: (S, K). bias,
             scaling: as in ``lora_linear``. A branch of rank R S.
 
-    Returns (..., N). Raises as ``lora_linear`` does.
+    Returns (..., N). Raises as ``lora_linear`` does. Saved for backward beyond ranks that are small: x and the changed weight.
     """
-    return run(Linear(weight, bias).add(_branch((hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling)), x)
+    return run(_with(Linear(weight, bias), (hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling), x)
 
 
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``loha.Linear`` holds of an adapter."""
-    (N, K), (rows, columns) = shape, ((shape[0], None), (None, shape[1]))
-    tensors = tuner.tensors(look, name, dict(zip(_NAMES, (rows, columns) * 2)))
+    rows, columns = (shape[0], None), (None, shape[1])
+    tensors = tuple(tuner.tensors(look, name, dict(zip(_NAMES, (rows, columns) * 2))))
+    if not _is_thin(tensors):
+        refuse_half(name, *tensors)
     rank = tensors[0].shape[1] * tensors[2].shape[1]
-    if rank * (N + K) > _CROSSOVER * N * K:
-        raise NotCovered(f"the branch of {name!r} has rank {rank}, too much for a weight of {N} x {K}")
     scaling = tuner.number(look.item("scaling", name), name)
     drops = (look.item("rank_dropout", name), look.item("module_dropout", name)) if look.value("training") else None
-    return Held(name, LOHA, tuple(tensors), (scaling, drops), rank=rank)
+    return Held(name, LOHA, tensors, (scaling, drops), rank=rank)
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
     """The layer with this adapter."""
     scaling, drops = adapter.numbers
     if drops is None:
-        return y.add(_branch(adapter.tensors, scaling))
+        return _with(y, adapter.tensors, scaling)
     rank_dropout, module_dropout = drops
     coin = torch.rand(1)  # whatever the probability, so that others get the numbers that they get from the library
     if module_dropout and not coin > module_dropout:
@@ -75,7 +92,7 @@ def apply(y: Linear, adapter: Held) -> Linear:
         like = adapter.tensors[0]
         rows = (torch.rand(like.shape[0]) > rank_dropout).to(like.dtype).to(like.device)
         rows /= rows.mean()
-    return y.add(_branch(adapter.tensors, scaling, rows))
+    return _with(y, adapter.tensors, scaling, rows)
 
 
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
@@ -89,6 +106,7 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     return {
         "linear": tuner.layer(nn.Linear(K, N), config(r=2)),
         "no bias": tuner.layer(nn.Linear(K, N, bias=False), config()),
+        "high rank": tuner.layer(nn.Linear(K, N), config(r=5)),
         "two adapters": tuner.layer(nn.Linear(K, N), config(), config(r=2, alpha=1)),
     }
 
@@ -107,7 +125,7 @@ LOHA = register(
         build=tuner.builder("LoHaConfig"),
         rank=8,
         op="lora_linear",
-        saves="x, (M, R^2) in fp32, and A and B",
+        saves="x, (M, R^2) in fp32, and A and B; or x and the changed weight, in fp32",
         merges="W + s (w1_a w1_b) * (w2_a w2_b)",
         peft_type="LOHA",
         keeps_dtype=True,

@@ -118,6 +118,7 @@ MISS = register(
         merges="W + B A; in its form bat W'",
         peft_type="MISS",
         keeps_dtype=True,
+        worth=1 << 23,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -124,6 +124,7 @@ LOKR = register(
         merges="W + s kron(w1, w2)",
         peft_type="LOKR",
         keeps_dtype=True,
+        worth=1 << 22,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

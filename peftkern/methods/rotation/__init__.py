@@ -1,5 +1,5 @@
-"""What a layer takes is rotated, in blocks of columns."""
+"""What a layer takes or gives is rotated, in blocks of columns."""
 
-from . import boft, oft
+from . import boft, oft, road
 
-__all__ = ["boft", "oft"]
+__all__ = ["boft", "oft", "road"]

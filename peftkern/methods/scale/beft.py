@@ -66,6 +66,7 @@ BEFT = register(
             ignores={"init_weights"},
             base=lambda settings: True,
         ),
+        worth=1 << 22,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -128,6 +128,7 @@ IA3 = register(
         merges="l * W and l * bias, or W * l",
         peft_type="IA3",
         stored=STORED,
+        worth=1 << 23,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

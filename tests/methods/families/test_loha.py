@@ -16,8 +16,8 @@ peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 K, N = 24, 20
 
 
-def _pair(**options):
-    config = peft.LoHaConfig(target_modules=["0"], r=3, init_weights=False, **options)
+def _pair(r=3, **options):
+    config = peft.LoHaConfig(target_modules=["0"], r=r, init_weights=False, **options)
     stock = tuner.layer(nn.Linear(K, N), config).train()
     ours = copy.deepcopy(stock)
     peftkern.accelerate(ours)
@@ -51,9 +51,31 @@ def test_drops_what_the_library_drops(drops):
     torch.testing.assert_close(ours.eval()(x), stock.eval()(x))
 
 
-def test_a_rank_that_costs_too_much_runs_the_librarys_code():
-    stock = tuner.layer(nn.Linear(K, N), peft.LoHaConfig(target_modules=["0"], r=4, init_weights=False))
-    ours, x = copy.deepcopy(stock), torch.randn(5, K)
-    report = peftkern.accelerate(ours)
-    assert "rank 16, too much for a weight of 20 x 24" in str(report)
+@pytest.mark.parametrize("drops", [{}, {"rank_dropout": 0.4}, {"module_dropout": 0.5}], ids=str)
+def test_a_high_rank_changes_the_weight(drops):
+    ours, stock = _pair(r=5, **drops)
+    x = torch.randn(5, K).requires_grad_()
+    for seed in range(4):
+        for a, b in zip(*(_gradients(model, x, seed) for model in (ours, stock)), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert peftkern.status(ours).fused == 4
+
+
+def test_what_a_high_rank_keeps():
+    # x, and one matrix of the weight's size: the changed weight.
+    ours, _ = _pair(r=7)
+    x, seen = torch.randn(2, K).requires_grad_(), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+        ours(x)
+    own = {p.data_ptr() for p in ours.parameters()} | {x.data_ptr()}
+    assert sum(t.numel() for address, t in seen.items() if address not in own) <= K * N
+
+
+def test_a_high_rank_in_half_precision_runs_the_librarys_code():
+    config = peft.LoHaConfig(target_modules=["0"], r=4, init_weights=False)
+    stock = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config, autocast_adapter_dtype=False).bfloat16()
+    ours, x = copy.deepcopy(stock), torch.randn(5, K).bfloat16()
+    assert "in half precision" in str(peftkern.accelerate(ours))
     assert torch.equal(ours(x), stock(x)) and peftkern.status(ours).fused == 0

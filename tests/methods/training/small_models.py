@@ -32,6 +32,7 @@ _OPTIONS = {
     "C3A": lambda targets: {"block_size": 8},
     "VB-LoRA": lambda targets: {"vector_length": 8, "num_vectors": 6},
     "OFT": lambda targets: {"oft_block_size": 4},
+    "RoAd": lambda targets: {"group_size": 4},
     "Uni-LoRA": lambda targets: {"theta_d_length": 64},
     "LoHa": lambda targets: {"r": 2},
     "FourierFT": lambda targets: {"n_frequency": 100, "scaling": 10.0},

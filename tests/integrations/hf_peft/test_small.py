@@ -1,0 +1,100 @@
+"""Calls that are too small to gain run PEFT's own code, on the kept path and on the careful one, and say so without a warning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import peftkern
+from peftkern import settings
+from peftkern.methods import METHODS, tuner
+
+peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
+
+K, N = 24, 20
+WORTH = METHODS["(IA)^3"].worth
+
+
+@pytest.fixture(autouse=True)
+def declined(small_calls):
+    with settings.using(small_calls=False):
+        yield
+
+
+def _pair():
+    stock = tuner.layer(
+        nn.Linear(K, N), peft.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False)
+    )
+    ours = copy.deepcopy(stock)
+    peftkern.accelerate(ours)
+    return ours, stock
+
+
+def _counts(model):
+    status = peftkern.status(model, reset=True)
+    return status.fused, status.stock
+
+
+ENOUGH = -(-WORTH // (K * N))  # rows
+
+
+def test_each_call_is_asked():
+    ours, stock = _pair()
+    few, many = torch.randn(ENOUGH - 1, K), torch.randn(ENOUGH, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ours(few), stock(few))  # the first call of a layer
+        (reason,) = peftkern.status(ours).reasons.values()
+        assert reason == "too small to gain: PEFT's own code is faster" and _counts(ours) == (0, 1)
+        for _ in range(2):
+            ours(many)
+            ours(few)
+        ours(many.view(2, -1, K)) if ENOUGH % 2 == 0 else ours(many[None])
+    assert _counts(ours) == (3, 2)
+
+
+def test_what_the_layer_has_become_meanwhile():
+    ours, stock = _pair()
+    x = torch.randn(5, K)
+    ours(x)
+    for model in (ours, stock):
+        model.base_model.model[0].merge()
+    assert torch.equal(ours(x), stock(x))
+    for model in (ours, stock):
+        model.base_model.model[0].unmerge()
+        model.base_model.model[0].ia3_l["default"].data.fill_(3.0)
+    assert torch.equal(ours(x), stock(x)) and _counts(ours) == (0, 3)
+    peftkern.restore(ours)
+    assert torch.equal(ours(x), stock(x)) and _counts(ours) == (0, 0)
+
+
+def test_settings_that_take_them():
+    ours, _ = _pair()
+    x = torch.randn(5, K)
+    ours(x)
+    with settings.using(small_calls=True):
+        ours(x)
+    with settings.using(batch_invariant=True):  # bits may not depend on the number of rows
+        ours(x)
+    assert _counts(ours) == (2, 1)
+
+
+def test_methods_without_a_bound_take_all():
+    model = tuner.layer(nn.Linear(K, N), peft.LoraConfig(target_modules=["0"]))
+    peftkern.accelerate(model)
+    for _ in range(3):
+        model(torch.randn(1, K))
+    assert METHODS["LoRA"].worth == 0 and _counts(model) == (3, 0)
+
+
+def test_a_plan_that_is_not_kept():
+    stock = METHODS["PEANuT"].build(nn.Linear(K, N).requires_grad_(False), 4)
+    ours, x = copy.deepcopy(stock), torch.randn(5, K)
+    peftkern.accelerate(ours)
+    for _ in range(3):
+        assert torch.equal(ours(x), stock(x))
+    assert _counts(ours) == (0, 3)
