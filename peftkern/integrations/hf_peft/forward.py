@@ -108,13 +108,13 @@ def _looked_up(layer: nn.Module, x: Tensor, mixed: tuple[str, ...] | None, calls
             conditions = (*conditions, _EVERYWHERE)
         calls.kept = keep(look, plan, x, mixed, conditions) or kept
         if mixed is None:
-            calls.least = plan.least() if x.device.type == "cpu" else 0
+            calls.least = plan.least()
     return plan
 
 
 def _too_small(calls: Calls, x: Tensor) -> bool:
     # The library's own code is right whatever the layer looks like by now, but where a batch with names is recomputed.
-    if x.numel() >= calls.least or trained_mixed:
+    if x.numel() >= calls.least or not x.is_cpu or trained_mixed:
         return False
     settings = current()
     return not (settings.small_calls or settings.batch_invariant)
@@ -152,7 +152,7 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if type(plan) is str and names is not None and not takes_names(layer):
         return run_apart(layer, x, names, stock, plan)
     if calls is not None:
-        if calls.least and type(plan) is Plan and _too_small(calls, x):
+        if calls.least and names is None and type(plan) is not str and _too_small(calls, x):
             plan = TOO_SMALL
         if type(plan) is str:
             note_stock(layer, plan)
@@ -168,13 +168,14 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
-        if not args and not kwargs and not is_dynamo_compiling():
-            calls = self.__dict__.get(CALLS)
-            kept = None if calls is None else calls.kept
-            if calls is not None and calls.least and _too_small(calls, x):
-                note_stock(self, TOO_SMALL)
-                return stock(self, x)
-            if kept is not None and kept.mixed is None:
+        calls = None if is_dynamo_compiling() else self.__dict__.get(CALLS)
+        if calls is not None:
+            if calls.least and "adapter_names" not in kwargs and _too_small(calls, x):
+                calls.stock += 1
+                calls.reason = TOO_SMALL
+                return stock(self, x, *args, **kwargs)
+            kept = calls.kept
+            if kept is not None and kept.mixed is None and not args and not kwargs:
                 plan = kept.plan(self, x)
                 if plan is not None:
                     calls.fused += 1

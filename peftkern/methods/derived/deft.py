@@ -138,6 +138,7 @@ DEFT = register(
         merges="W + Q (s R - P^T W)",
         peft_type="DEFT",
         keeps_dtype=True,
+        worth=1 << 21,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -27,7 +27,7 @@ from ..look import Look
 from ..registry import Held, Method, register
 
 # R^2 (N + K) / (N K) up to which the branch is faster than a weight that is made anew: measured once, on a CPU.
-_CROSSOVER = 1.0
+_CROSSOVER = 0.6
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 

@@ -9,6 +9,7 @@ each group for cos and half for sin (road_4).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     }
 
 
+def build(linear: nn.Linear, R: int) -> nn.Module:
+    """What users make, in groups of the library's default size where they fit."""
+    return tuner.builder("RoadConfig", None, group_size=math.gcd(64, linear.out_features))(linear, R)
+
+
 ROAD = register(
     Method(
         name="RoAd",
@@ -78,7 +84,7 @@ ROAD = register(
         apply=apply,
         function=road_linear,
         examples=examples,
-        build=tuner.builder("RoadConfig", None, group_size=64),
+        build=build,
         rank=0,
         op="lora_linear",
         saves="x W^T + bias (M, N)",

@@ -98,3 +98,23 @@ def test_a_plan_that_is_not_kept():
     for _ in range(3):
         assert torch.equal(ours(x), stock(x))
     assert _counts(ours) == (0, 3)
+
+
+def test_calls_with_arguments():
+    model = METHODS["aLoRA"].build(nn.Linear(K, N).requires_grad_(False), 4)
+    ours, x = copy.deepcopy(model), torch.randn(3, 6, K)
+    peftkern.accelerate(ours)
+    for _ in range(2):
+        assert torch.equal(ours(x), model(x))
+    assert _counts(ours) == (0, 2)
+    with settings.using(small_calls=True):
+        ours(x)
+    assert _counts(ours) == (1, 0)
+
+
+def test_a_batch_with_names_is_taken():
+    ours, _ = _pair()
+    x, layer = torch.randn(2, 3, K), ours.eval().base_model.model[0]
+    ours(x)
+    layer(x, adapter_names=["default", "__base__"])
+    assert _counts(ours) == (1, 1)

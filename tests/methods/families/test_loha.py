@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 K, N = 24, 20
 
 
-def _pair(r=3, **options):
+def _pair(r=2, **options):
     config = peft.LoHaConfig(target_modules=["0"], r=r, init_weights=False, **options)
     stock = tuner.layer(nn.Linear(K, N), config).train()
     ours = copy.deepcopy(stock)
