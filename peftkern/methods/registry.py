@@ -54,6 +54,10 @@ class Kind(Protocol):
         """An input without rows."""
 
 
+# Elements of a weight from which on no call is too small: of few rows our product is the faster one.
+SMALL_WEIGHT = 1 << 16
+
+
 class Plan(NamedTuple):
     """What a call of a layer computes: its base, to which each adapter in turn applies its method."""
 
@@ -64,6 +68,8 @@ class Plan(NamedTuple):
 
     def least(self) -> int:
         """The elements of x below which the library's own code is faster, on a CPU; 0 if it never is."""
+        if self.weight.numel() > SMALL_WEIGHT:
+            return 0
         worth = max(h.method.worth for h in self.held)
         return -(-worth // max(self.weight.shape[0], 1))
 
@@ -110,7 +116,7 @@ class Method:
         one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
-        worth: the products M K N below which a call on a CPU runs the library's own code, which is faster on layers so small.
+        worth: the products M K N below which a call of a small layer on a CPU runs the library's own code, which is faster there.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
         saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``. stored: the form of such a checkpoint, of a
