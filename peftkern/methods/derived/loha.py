@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
@@ -46,6 +47,10 @@ def loha_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, hada_w1_a=(hada_w1_a, "N R"), hada_w1_b=(hada_w1_b, "R K"), hada_w2_a=(hada_w2_a, "N S"),
+        hada_w2_b=(hada_w2_b, "S K"),
+    )  # fmt: skip
     return run(Linear(weight, bias).add(_branch((hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling)), x)
 
 
