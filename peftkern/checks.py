@@ -64,6 +64,8 @@ def check_parts(weight, bias, **parts: tuple) -> None:
     ``K/b`` a part of it, a number itself; ``R 1|R`` is one or the other. Whole numbers have limits behind their shape, a tuple
     with one for all or one for each row of them: checked on the CPU alone, elsewhere the host would have to wait.
     """
+    if torch._C._get_tracing_state() is not None:
+        return  # the sizes of a trace are tensors
     check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
