@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import sys
 
+from peftkern.methods import METHODS
 from peftkern.methods.coverage import COVERED, NOT_YET, NOTHING, records
 
 from .markdown import table
@@ -25,8 +27,11 @@ def _served(rows: list[dict]) -> dict[str, list[dict]]:
     return {entry: sorted(own, key=lambda r: r["method"] != entry) for entry, own in found.items()}
 
 
-def _also(rows: list[dict]) -> str:
-    return ", ".join(r["method"] for r in rows[1:])
+def _kind(entry: str) -> str:
+    # What the folder of its file says that it holds.
+    folder = METHODS[entry].apply.__module__.rpartition(".")[0]
+    text = sys.modules[folder].__doc__.partition(".")[0]
+    return text[0].lower() + text[1:]
 
 
 def entries() -> list[str]:
@@ -50,14 +55,14 @@ def names() -> list[str]:
 
 
 def short() -> list[str]:
-    """What is covered: a line for every entry with the names that it serves beside its own. Then how many names are what."""
-    found = records()
-    rows = [
-        [entry, _also(own), ", ".join(own[0]["backends"]), own[0]["saves"]] for entry, own in _served(found).items()
-    ]
+    """What is covered: a line for every folder of methods, with its names. Then how many names are what."""
+    found, folders = records(), {}
+    for entry, own in _served(found).items():
+        also = ", ".join(r["method"] for r in own[1:])
+        folders.setdefault(_kind(entry), []).append(f"{entry} ({also})" if also else entry)
     count = collections.Counter(row["status"] for row in found)
     return [
-        *table(["method", "also", "back ends", "saves for backward"], rows),
+        *table(["an adapter is", "methods"], [[kind, ", ".join(names)] for kind, names in folders.items()]),
         f"{len(found)} names in [docs/methods.md](docs/methods.md): {count[COVERED]} covered, {count[NOTHING]} with nothing to "
         f"fuse, {count[NOT_YET]} not yet.",
         "",

@@ -1,4 +1,4 @@
-"""Family L: a linear layer with linear branches, whose coefficients are the methods'.
+"""A linear layer with what its adapters make of it: linear branches (family L), whose coefficients are the methods', and more.
 
     y = g_b * ((x * p_b) W^T) + sum over branches of s * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias + terms
 

@@ -14,13 +14,13 @@ from peftkern.methods import METHODS
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 
-K, N, P = 6, 6, 0.4
+K, N, P = 8, 8, 0.4
 # Methods whose layers drop, and where they keep the dropout of an adapter.
 DROPS = {
     "LoRA": "lora_dropout", "DoRA": "lora_dropout", "KaSA": "lora_dropout", "MiCA": "lora_dropout", "VeRA": "vera_dropout",
     "AdaLoRA": "lora_dropout", "DeLoRA": "delora_dropout", "TinyLoRA": "tinylora_dropout", "MiSS": "miss_dropout",
     "Uni-LoRA": "unilora_dropout", "PSOFT": "psoft_dropout", "GraLoRA": "gralora_dropout", "BD-LoRA": "lora_dropout",
-    "RandLoRA": "randlora_dropout",
+    "RandLoRA": "randlora_dropout", "VB-LoRA": "vblora_dropout",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_every_method_that_drops_is_here():
         name
         for name, method in METHODS.items()
         if method.op == "lora_linear" and method.layer is not None and method.trains
-        and any("dropout" in part for part, _ in next(iter(method.examples(K, N).values())).named_modules())
+        and any("dropout" in part for part, _ in next(iter(method.examples(24, 24).values())).named_modules())
     }  # fmt: skip
     # Of Arrow, HiRA and FRoD training with dropout stays the library's; DEFT's is in fp32, and what it takes out is not dropped:
     # its own tests.

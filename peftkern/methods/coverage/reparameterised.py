@@ -100,7 +100,7 @@ OTHERS = section(
     later("SV-Diff", "S", "a scale of the weight's singular values"),
     later("SAID", "S", WEIGHT + ", of a random projection"),
     later("HiWi", "S", WEIGHT + ", of a small network on the weight"),
-    later("PEANuT", "S", WEIGHT + ", of a small network on the weight", "peft.PEANUT"),
+    by("PEANuT", "PEANuT", "a branch whose lora_A is a small network's answer to the weight", called="peft.PEANUT"),
 )  # fmt: skip
 
 REPARAMETERISED = (*LORA, *RANKS, *MIXTURES, *QUANTISED, *OTHERS)

@@ -1,4 +1,4 @@
-"""Methods whose adapter is such a branch too, but lora_A and lora_B are made of its parameters, anew at every call."""
+"""Such a branch, whose lora_A and lora_B are made of other parameters at every call."""
 
 from . import bdlora, deft, gralora, hra, lily, loha, miss, peanut, psoft, randlora, tinylora, unilora, vblora
 

@@ -1,4 +1,4 @@
-"""Methods that change the weight itself, which is folded once a step."""
+"""Another weight, made once a step."""
 
 from . import fourierft, frod, glora, hira, shira, waveft
 

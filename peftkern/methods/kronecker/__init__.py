@@ -1,4 +1,4 @@
-"""Methods whose change of the weight has a structure that its product with x is made by, without the matrix itself."""
+"""A structured change of the weight, multiplied with x without ever being formed."""
 
 from . import c3a, lokr
 

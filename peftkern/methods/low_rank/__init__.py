@@ -1,4 +1,4 @@
-"""Methods whose adapter is a branch of low rank beside the base."""
+"""A branch of low rank beside the base."""
 
 from . import adalora, alora, arrow, delora, dora, kasa, lora, mica, osf, pvera, vera
 

@@ -1,4 +1,4 @@
-"""Methods that rotate what a layer takes, in blocks of columns."""
+"""What a layer takes is rotated, in blocks of columns."""
 
 from . import boft, oft
 

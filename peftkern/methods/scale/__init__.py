@@ -1,4 +1,4 @@
-"""Methods that scale or shift what the base takes or gives."""
+"""Vectors that scale or shift what the base takes or gives."""
 
 from . import beft, ia3, ssf
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from peftkern.kernels import configs, launch
+from peftkern.kernels.block_rotate import block_rotate, block_rotate_grad
 from peftkern.kernels.call import Backward, Dropout, Forward, Needs, Scales, Settings
 from peftkern.kernels.dropout import dropout_mask
 from peftkern.kernels.lora_linear import forward
@@ -49,6 +50,8 @@ TILES = {
     "row_norm_kernel": {
         "parts": "BLOCK_N", "w": "BLOCK_N BLOCK_K", "a": "RANK BLOCK_K", "b": "BLOCK_N RANK",
     },
+    "block_rotate_kernel": {"y": "BLOCK_M BLOCK", "x": "BLOCK_M BLOCK", "r": "BLOCK BLOCK"},
+    "block_rotate_grad_kernel": {"parts": "BLOCK BLOCK", "x": "BLOCK_M BLOCK", "dy": "BLOCK_M BLOCK"},
 }  # fmt: skip
 
 
@@ -105,7 +108,7 @@ MORE = (
 
 
 def capture(case: Case) -> list[launch.Launch]:
-    """The launches of forward, adapter gradients, input gradient, mask and row norm, none of which runs."""
+    """The launches of forward, adapter gradients, input gradient, mask, row norm and rotation, none of which runs."""
 
     def empty(*shape, dtype=case.dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -128,6 +131,8 @@ def capture(case: Case) -> list[launch.Launch]:
         dropout_mask(seed, M, K, 0.1)
         for w in (weight, empty(K, N).t()):
             row_norm(w, A, B, 2.0, settings)
+        block_rotate(x, empty(K // 32, 32, 32, dtype=case.adapter_dtype), None, settings)
+        block_rotate_grad(x, x, 32, None, settings)
     return taken
 
 
