@@ -57,6 +57,53 @@ def check_adapters(lora_A, lora_B, like: torch.Tensor, N: int | None, K: int) ->
     return R
 
 
+def check_parts(weight, bias, **parts: tuple) -> None:
+    """What a functional form takes beside x: weight (N, K), bias (N) or None, and by name its tensors, each with its shape.
+
+    A shape is written like ``"R K"``: a letter stands for one size everywhere, N and K for the weight's; ``K+`` is at least K,
+    ``K/b`` a part of it, a number itself; ``R 1|R`` is one or the other. Whole numbers have limits behind their shape, a tuple
+    with one for all or one for each row of them: checked on the CPU alone, elsewhere the host would have to wait.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return  # the sizes of a trace are tensors
+    check_tensor("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+    sizes = dict(zip("NK", weight.shape))
+    floating = FLOATING if weight.dtype == torch.float64 else FLOATING[:3]
+    if bias is not None:
+        parts["bias"] = bias, "N"
+    for name, (value, shape, *limits) in parts.items():
+        check_tensor(name, value, dtypes=(torch.int64, torch.int32) if limits else floating)
+        forms = [form.split() for form in shape.split("|")]
+        letters = next((form for form in forms if len(form) == value.dim()), None)
+        # Parts of a size last: by then it is known which.
+        pairs = sorted(zip(value.shape, letters or ()), key=lambda pair: "/" in pair[1])
+        if letters is None or not all(_is(n, letter, sizes) for n, letter in pairs):
+            expected = " or ".join(f"({', '.join(form)})" for form in forms)
+            known = ", ".join(f"{letter} = {n}" for letter, n in sizes.items() if letter in shape)
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected} with {known}")
+        if value.device != weight.device:
+            raise ValueError(f"{name} is on {value.device}, expected {weight.device}")
+        if limits and not value.is_cuda and not torch.compiler.is_compiling():
+            _check_below(name, value, *limits)
+
+
+def _is(n: int, letter: str, sizes: dict[str, int]) -> bool:
+    if "/" in letter:
+        whole, part = (sizes[each] for each in letter.split("/"))
+        return part > 0 and n * part == whole
+    if letter.endswith("+"):
+        return n >= sizes[letter[:-1]]
+    return n == (int(letter) if letter.isdigit() else sizes.setdefault(letter, n))
+
+
+def _check_below(name: str, value: torch.Tensor, limits: tuple[int, ...]) -> None:
+    for numbers, limit in zip([value] if len(limits) == 1 else value, limits):
+        if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < limit:
+            raise ValueError(f"{name} has numbers from {numbers.min()} to {numbers.max()}, expected 0 to {limit - 1}")
+
+
 def check_rows(name: str, value, columns: int | None = None, letter: str = "columns") -> tuple[int, int]:
     """(M, columns) of a matrix."""
     check_tensor(name, value)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
-from .saved import kept_input, read_saved
+from .saved import first_only, kept_input, read_saved
 from .shapes import autocast_dtype, cast, no_transforms, rows_of
 
 _fwd = caller("block_rotate_fwd")
@@ -31,7 +31,7 @@ class BlockRotateFunction(torch.autograd.Function):
         return _fwd(rows_of(given, dtype), R, index).view(x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("block_rotate")
     def backward(ctx, dy):
         (x, R, index), needs = read_saved(
             ctx, "block_rotate", lambda: ("x", "R", "index"), lambda n: (n[1], n[0], True)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .saved import first_only
 from .shapes import autocast_dtype, cast
 
 ROWS = 1, 8  # outputs for each row of W from which on one convolution is faster: without gradients, and with
@@ -70,7 +70,7 @@ class LoRAConvFunction(torch.autograd.Function):
         return conv(x, _adapted(weight, lora_A, lora_B, s, x.dtype), bias, of)
 
     @staticmethod
-    @once_differentiable
+    @first_only("lora_conv")
     def backward(ctx, dy):
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         x, weight, lora_A, lora_B = ctx.saved_tensors

@@ -1,16 +1,16 @@
 """A frozen embedding with low-rank branches as a differentiable function: y = c E[ids] + sum over branches of B A[:, ids].
 
 Every branch is added in place to the rows that were looked up. The gradient of A (R, V) is written where its columns are: no
-transposed table on the way. Saved: the ids, A[:, ids] (R, M) of each branch whose B needs a gradient, B.
+transposed table on the way. Saved: the ids if an A needs a gradient, A[:, ids] (R, M) of each branch whose B needs a gradient, B.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import accumulate_dtype
+from .saved import first_only
 from .shapes import cast
 
 
@@ -40,16 +40,16 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
             u = A.index_select(1, flat)
             rows.addmm_(cast(u, y.dtype).t(), cast(B, y.dtype).t())
             saved += B, u if need_B else None
-        ctx.save_for_backward(flat, *saved)
+        ctx.save_for_backward(flat if any(ctx.needs_input_grad[5::2]) else None, *saved)
         ctx.size = weight.shape[0], padding
         return y if wide else cast(y, weight.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_only("lora_embedding")
     def backward(ctx, dy):
         flat, *saved = ctx.saved_tensors
         needs, grads = ctx.needs_input_grad[5:], []
-        dy = dy.reshape(flat.shape[0], dy.shape[-1])
+        dy = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
         for B, u, need_A, need_B in zip(saved[::2], saved[1::2], needs[::2], needs[1::2]):
             dA = dB = None
             d = cast(dy, B.dtype)

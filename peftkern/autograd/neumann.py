@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulate_dtype
+from .saved import first_only
 from .shapes import autocast_dtype, cast
 
 
@@ -52,7 +53,7 @@ class NeumannFunction(torch.autograd.Function):
         return found[-1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("neumann")
     def backward(ctx, d):
         rows, cols, Q, S, *found = ctx.saved_tensors
         pairs, last = ctx.c

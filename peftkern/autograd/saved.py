@@ -8,6 +8,7 @@ only then, and a copy for all who might would double what a layer saves: so back
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections import deque
@@ -24,6 +25,24 @@ from ..settings import Settings, current
 READS_ONE_BY_ONE = hasattr(torch._C._autograd.SavedTensor, "unpack")
 # Of the last input that was copied: itself, its version, dtype and stream, the copy. Layers with one input (q, k, v) share it.
 _last: tuple[weakref.ref, tuple, TensorWeakRef] | None = None
+
+
+def first_only(op: str) -> Callable:
+    """A decorator of the ``backward`` of ``op``: RuntimeError where a second derivative is asked for.
+
+    torch's ``once_differentiable`` lets those through whose gradient of the output requires none: as zeros.
+    """
+
+    def decorated(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def first(ctx, *grads):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
+            return backward(ctx, *grads)
+
+        return first
+
+    return decorated
 
 
 def _must_copy(x: Tensor, now: Settings | None) -> bool:

@@ -46,7 +46,7 @@ def made_of(constant: Tensor, make: Callable[..., Any], *args: Any) -> Any:
     """``make(constant, *args)``, no view of it, kept for as long as the tensor lives and does not change."""
     if torch.compiler.is_compiling() or constant.is_inference():
         return make(constant, *args)
-    key, found = (make, args, constant._version), _made.get(constant)
+    key, found = (make, args, constant._version, constant.data_ptr()), _made.get(constant)
     if found is None or found[0] != key:
         found = _made[constant] = key, make(constant, *args)
     return found[1]

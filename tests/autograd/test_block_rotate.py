@@ -74,9 +74,8 @@ def test_autocast():
 
 def test_second_derivatives_and_transforms_are_refused():
     x, R, _ = operands(F32)
-    (dx,) = torch.autograd.grad(block_rotate(x, R).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(block_rotate(x, R).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda x: block_rotate(x, R.detach()).sum())(x.detach())
 

@@ -1,6 +1,7 @@
 """The functional forms against their equations in plain torch: forward, every gradient, bad input, dropout by its mask."""
 
 import inspect
+import re
 from functools import partial
 
 import pytest
@@ -293,3 +294,51 @@ def test_bad_input_is_named(name):
         _function(name)(x, W, *tensors, bias=b[:-1])
     with pytest.raises(ValueError, match="weight requires grad"):
         _function(name)(x, W.clone().requires_grad_(), *tensors, bias=b)
+
+
+def _parts(name, tensors):
+    # The tensors by the names of their parameters.
+    names = list(inspect.signature(METHODS[name].function).parameters)[2:]
+    if "layers" in names:
+        names[names.index("layers") :] = [f"layers[{i}]" for i in range(len(tensors))]
+    return dict(zip(names, tensors))
+
+
+# Dimensions whose size is the method's to choose.
+FREE = {"MiSS": (0, 1), "HRA": (1,)}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_nothing_is_broadcast(name):
+    _, x, W, b, tensors = _case(name, torch.float32)
+    parts = _parts(name, tensors)
+    for part, t in parts.items():
+        rows = [t.narrow(d, 0, 1) for d in range(t.dim()) if t.shape[d] > 1 and d not in FREE.get(name, ())]
+        for wrong in (t[None], *rows):
+            given = [wrong if each is t else each for each in tensors]
+            with pytest.raises(ValueError, match="|".join(map(re.escape, parts))):
+                _function(name)(x, W, *given, bias=b)
+        with pytest.raises(TypeError, match=re.escape(part)):
+            _function(name)(x, W, *(each.bool() if each is t else each for each in tensors), bias=b)
+    with pytest.raises(ValueError, match="bias has shape"):
+        _function(name)(x, W, *tensors, bias=b[:1])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if any(isinstance(s[0], tuple) for s in FORMS[name][1])])
+def test_numbers_out_of_range(name):
+    _, x, W, b, tensors = _case(name, torch.float32)
+    for part, t in _parts(name, tensors).items():
+        for wrong in () if t.is_floating_point() else (t + 40, t - 30):
+            with pytest.raises(ValueError, match=f"{part} has numbers from"):
+                _function(name)(x, W, *(wrong if each is t else each for each in tensors), bias=b)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_second_derivatives_raise(name):
+    _, x, W, b, tensors = _case(name)
+    y = _function(name)(x, W, *tensors, bias=b)
+    inputs = [t for t in (x, *tensors) if t.requires_grad]
+    # Of a gradient of the output that requires none, too.
+    for loss in (y.sum(), y.square().sum()):
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)

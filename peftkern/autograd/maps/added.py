@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...checks import accumulate_dtype
-from ..saved import kept_input
+from ..saved import first_only, kept_input
 from ..shapes import autocast_dtype, cast, rows_of, uncast
 
 # Elements of the largest intermediate of a part.
@@ -73,7 +73,7 @@ class AddedFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("a layer with factors")
     def backward(ctx, dy):
         (x, *factors), (scaling, make, shape, x_dtype) = ctx.saved_tensors, ctx.given
         needs = ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...checks import accumulate_dtype
 from ..dropout_mask import zeroed
+from ..saved import first_only
 from ..shapes import autocast_dtype, cast
 from .base_product import base_product
 
@@ -44,7 +45,7 @@ class DroppedBaseFunction(torch.autograd.Function):
         return h * (g / (1.0 - p))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("dropped_base")
     def backward(ctx, dy):
         weight, g, seed, h = ctx.saved_tensors
         p, (given, dtype) = ctx.p, ctx.dtypes

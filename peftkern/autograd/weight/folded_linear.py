@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..saved import kept_input, read_saved
+from ..saved import first_only, kept_input, read_saved
 from ..shapes import autocast_dtype, cast, rows_of
 from .base_product import base_product
 
@@ -38,7 +38,7 @@ class FoldedLinearFunction(torch.autograd.Function):
         return base_product(given, W, None if bias is None else cast(bias, torch.promote_types(dtype, torch.float32)))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("folded_linear")
     def backward(ctx, dy):
         (x, W), needs = read_saved(ctx, "folded_linear", lambda: _NAMES, lambda needs: (needs[1], needs[0]))
         dtype, (x_dtype, weight_dtype, bias_dtype) = ctx.dtype, ctx.dtypes

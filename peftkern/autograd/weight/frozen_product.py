@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..saved import first_only
 from .dropped_base import panels
 
 
@@ -25,7 +26,7 @@ class FrozenProductFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("frozen_product")
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
         dy = dy.contiguous()  # few rows of many columns: a product of columns takes several times as long

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...autograd.shapes import uncast
 from ...autograd.weight.frozen_product import frozen_product
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -66,6 +66,7 @@ def deft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, deft_P=(deft_P, "N R"), **({} if deft_R is None else {"deft_R": (deft_R, "R K")}))
     return run(with_deft(Linear(weight, bias), deft_P, deft_R, method, 1.0, acting(dropout_p, training), seed), x)
 
 

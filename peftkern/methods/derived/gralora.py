@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -42,6 +43,7 @@ def gralora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, gralora_A=(gralora_A, "k K/k R"), gralora_B=(gralora_B, "k R N/k"))
     branch = Branch(*_factors(gralora_A, gralora_B), scaling, acting(dropout_p, training), seed=seed)
     return run(Linear(weight, bias).add(branch), x)
 

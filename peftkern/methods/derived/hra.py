@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...autograd.shapes import uncast
 from ...autograd.weight.frozen_product import frozen_product
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look
@@ -63,6 +63,7 @@ def hra_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, hra_u=(hra_u, "K R"))
     return run(with_hra(Linear(weight, bias), hra_u, apply_GS), x)
 
 

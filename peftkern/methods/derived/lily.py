@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...autograd.maps.kron import add_kron
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
@@ -51,6 +51,11 @@ def lily_linear(
 
     Returns (..., N), where rows depend on each other. Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, lily_A=(lily_A, "R K"), lily_B=(lily_B, "ER N"), lily_router=(lily_router, "E R"))
+    if len(lily_B) != lily_router.numel():
+        raise ValueError(
+            f"lily_B has shape {tuple(lily_B.shape)}, expected (E R, N) with E, R = {tuple(lily_router.shape)}"
+        )
     return run(_with(Linear(weight, bias), lily_A, lily_B, lily_router, scaling), x)
 
 

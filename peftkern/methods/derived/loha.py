@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.weight.hadamard import hadamard
+from ...checks import check_parts
 from .. import tuner
 from ..exact import refuse_half
 from ..linear import Branch, Linear, run
@@ -63,6 +64,10 @@ def loha_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward beyond ranks that are small: x and the changed weight.
     """
+    check_parts(
+        weight, bias, hada_w1_a=(hada_w1_a, "N R"), hada_w1_b=(hada_w1_b, "R K"), hada_w2_a=(hada_w2_a, "N S"),
+        hada_w2_b=(hada_w2_b, "S K"),
+    )  # fmt: skip
     return run(_with(Linear(weight, bias), (hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling), x)
 
 

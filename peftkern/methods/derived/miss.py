@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import uncast
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..exact import refuse_half, wide
@@ -51,6 +52,10 @@ def miss_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, miss_block=(miss_block, "R n|N/R R R"))
+    size, whole = miss_block.shape[-1], weight.shape[miss_block.dim() - 2]
+    if not miss_block.numel() or whole % size:
+        raise ValueError(f"miss_block has shape {tuple(miss_block.shape)}, but {size} is no divisor of {whole}")
     return run(_with(Linear(weight, bias), miss_block, acting(dropout_p, training), seed), x)
 
 

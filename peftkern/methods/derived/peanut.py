@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...autograd.shapes import cast, uncast
 from ...autograd.weight.frozen_product import frozen_product
+from ...checks import check_parts
 from .. import tuner
 from ..exact import wide
 from ..linear import Branch, Linear, run
@@ -50,6 +51,10 @@ def peanut_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x, and (M, R) and some (R, K) in fp32.
     """
+    check_parts(
+        weight, bias, peanut_A=(peanut_A, "R N"), peanut_B=(peanut_B, "N R"),
+        **{f"layers[{i}]": (layer, "R R") for i, layer in enumerate(layers)},
+    )  # fmt: skip
     if len(layers) % 2:
         raise ValueError(f"layers are {len(layers)} matrices, expected as many decoders as encoders")
     return run(_with(Linear(weight, bias), peanut_A, peanut_B, layers, f, scaling), x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import uncast
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -58,6 +58,7 @@ def psoft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward unless psoft_A requires grad.
     """
+    check_parts(weight, bias, psoft_A=(psoft_A, "R K"), psoft_B=(psoft_B, "N R"), psoft_R=(psoft_R, "R R"))
     branch = _branch(psoft_A, psoft_B, psoft_R, scaling, acting(dropout_p, training))._replace(seed=seed)
     return run(Linear(weight, bias).add(branch), x)
 

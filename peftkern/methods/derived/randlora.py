@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import accumulate_dtype
+from ...autograd.saved import first_only
+from ...checks import accumulate_dtype, check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -31,7 +32,7 @@ class ScaledBasesFunction(torch.autograd.Function):
         return (A * gamma).mul_(strength[..., None])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("randlora_linear")
     def backward(ctx, grad):
         A, strength, gamma = ctx.saved_tensors
         by_base = grad * A
@@ -60,7 +61,13 @@ def randlora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    (N, K), tensors = weight.shape, (randlora_A, randlora_B, randlora_lambda, randlora_gamma)
+    N, K = weight.shape
+    m, n = "NK" if N <= K else "KN"
+    check_parts(
+        weight, bias, randlora_lambda=(randlora_lambda, "r bases"), randlora_gamma=(randlora_gamma, f"bases {m}"),
+        randlora_A=(randlora_A, f"r 1 {m}+"), randlora_B=(randlora_B, f"{n}+ bases+ r"),
+    )  # fmt: skip
+    tensors = randlora_A, randlora_B, randlora_lambda, randlora_gamma
     branch = _branch(K, N, tensors, scaling, acting(dropout_p, training))._replace(seed=seed)
     return run(Linear(weight, bias).add(branch), x)
 

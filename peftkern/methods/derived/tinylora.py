@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -37,6 +38,10 @@ def tinylora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, tinylora_A=(tinylora_A, "R K"), tinylora_B=(tinylora_B, "N R"),
+        tinylora_P=(tinylora_P, "U R R"), tinylora_v=(tinylora_v, "U"),
+    )  # fmt: skip
     branch = _branch(tinylora_A, tinylora_B, tinylora_P, tinylora_v, acting(dropout_p, training), seed)
     return run(Linear(weight, bias).add(branch), x)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -31,6 +32,12 @@ def unilora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, unilora_theta_d=(unilora_theta_d, "D"),
+        unilora_indices_A=(unilora_indices_A, "R K", unilora_theta_d.shape),
+        unilora_indices_B=(unilora_indices_B, "N R", unilora_theta_d.shape),
+        unilora_scales_A=(unilora_scales_A, "R K"), unilora_scales_B=(unilora_scales_B, "N R"),
+    )  # fmt: skip
     tensors = unilora_theta_d, unilora_indices_A, unilora_indices_B, unilora_scales_A, unilora_scales_B
     return run(Linear(weight, bias).add(_branch(tensors, acting(dropout_p, training), seed)), x)
 

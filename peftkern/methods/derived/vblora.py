@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -47,6 +48,10 @@ def vblora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, vblora_vector_bank=(vblora_vector_bank, "H V"), vblora_logits_A=(vblora_logits_A, "R K/V H"),
+        vblora_logits_B=(vblora_logits_B, "N/V R H"),
+    )  # fmt: skip
     tensors = vblora_logits_A, vblora_logits_B, vblora_vector_bank
     return run(Linear(weight, bias).add(_branch(tensors, top_k, acting(dropout_p, training), seed)), x)
 

@@ -23,6 +23,9 @@ from .layer import Embedding
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``lora.Embedding`` holds of a DoRA adapter: LoRA's tensors, and the magnitudes."""
     adapter = lora.read(look, name, shape, DORA)
+    table, dtype = look.part("base_layer").tensor("weight", frozen=True).dtype, adapter.tensors[0].dtype
+    if dtype not in (table, torch.float32):
+        raise NotCovered(f"adapter {name!r} is {dtype}, the embedding is {table}")
     if not tuner.alone(look):
         raise NotCovered(f"adapter {name!r} is DoRA, and there are other active adapters")
     part = look.part("lora_magnitude_vector").part(name)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
@@ -47,6 +48,7 @@ def fourierft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
+    check_parts(weight, bias, spectrum=(spectrum, "n"), indices=(indices, "2 n", tuple(weight.shape)))
     return run(_with(Linear(weight, bias), spectrum, indices, scaling), x)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..exact import product, refuse_half
 from ..linear import Linear, run
@@ -31,6 +32,7 @@ def hira_linear(x: Tensor, weight: Tensor, hira_A: Tensor, hira_B: Tensor, *, bi
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
+    check_parts(weight, bias, hira_A=(hira_A, "R K"), hira_B=(hira_B, "N R"))
     return run(_with(Linear(weight, bias), hira_A, hira_B), x)
 
 

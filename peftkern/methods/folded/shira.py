@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import cast
+from ...checks import check_parts
 from .. import tuner
 from ..exact import made_of, places
 from ..linear import Linear, run
@@ -42,6 +43,9 @@ def shira_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in W's dtype.
     """
+    check_parts(
+        weight, bias, shira_weight=(shira_weight, "n"), shira_indices=(shira_indices, "2 n", tuple(weight.shape))
+    )
     return run(_with(Linear(weight, bias), shira_weight, shira_indices, scaling), x)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
@@ -72,6 +73,12 @@ def waveft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
+    check_parts(
+        weight, bias, spectrum=(spectrum, "n"), indices=(indices, "2 n", tuple(weight.shape)),
+        **({} if filters is None else {"filters": (filters, "2 L")}),
+    )  # fmt: skip
+    if filters is not None and (filters.shape[1] % 2 or not filters.numel()):
+        raise ValueError(f"filters have shape {tuple(filters.shape)}, expected (2, L) with an even L")
     entries = _entries(indices, None if filters is None else wide(filters), tuple(weight.shape))
     return run(_with(Linear(weight, bias), spectrum, entries, scaling), x)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...autograd.maps.circulant import add_circulant
+from ...checks import check_parts
 from .. import tuner
 from ..linear import Linear, run
 from ..look import Look
@@ -40,6 +41,7 @@ def c3a_linear(x: Tensor, weight: Tensor, c3a_kernel: Tensor, *, bias: Tensor | 
 
     Returns (..., N). Raises as ``lora_linear`` does, and ValueError for a kernel that does not fit.
     """
+    check_parts(weight, bias, c3a_kernel=(c3a_kernel, "N/b K/b b"))
     return run(Linear(weight, bias).add_term(Correlation(c3a_kernel)), x)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.maps.kron import add_kron
+from ...checks import check_parts
 from .. import tuner
 from ..linear import Linear, Scaled, run
 from ..look import Look, NotCovered
@@ -40,6 +41,12 @@ def _kron(w1: Factor, w2: Factor, scaling: float) -> Kron:
     return Kron(w1[0] @ w1[1] if isinstance(w1, tuple) else w1, w2, scaling)
 
 
+def _named(name: str, factor: Factor, rows: str, columns: str, rank: str) -> dict[str, tuple[Tensor, str]]:
+    if not isinstance(factor, tuple):
+        return {name: (factor, f"{rows} {columns}")}
+    return {f"{name}[0]": (factor[0], f"{rows} {rank}"), f"{name}[1]": (factor[1], f"{rank} {columns}")}
+
+
 def lokr_linear(
     x: Tensor, weight: Tensor, lokr_w1: Factor, lokr_w2: Factor, *, bias: Tensor | None = None, scaling: float = 1.0
 ) -> Tensor:
@@ -51,6 +58,8 @@ def lokr_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does, and ValueError for factors that do not fit.
     """
+    w1, w2 = _named("lokr_w1", lokr_w1, "I", "P", "R1"), _named("lokr_w2", lokr_w2, "N/I", "K/P", "R2")
+    check_parts(weight, bias, **w1, **w2)
     return run(Linear(weight, bias).add_term(_kron(lokr_w1, lokr_w2, scaling)), x)
 
 

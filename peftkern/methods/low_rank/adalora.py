@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import lora_stored, tuner
 from ..linear import Branch, Linear, run
@@ -33,6 +34,7 @@ def adalora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, lora_A=(lora_A, "R K"), lora_B=(lora_B, "N R"), lora_E=(lora_E, "R 1|R"))
     p = acting(dropout_p, training)
     return run(Linear(weight, bias).add(Branch(lora_A, lora_B, scaling, p, d=lora_E.flatten(), seed=seed)), x)
 

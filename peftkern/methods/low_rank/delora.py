@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -40,6 +41,10 @@ def delora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, delora_A=(delora_A, "R K"), delora_B=(delora_B, "N R"), delora_lambda=(delora_lambda, "1|"),
+        delora_w_norm=(delora_w_norm, "K"),
+    )  # fmt: skip
     branch = _branch(delora_A, delora_B, delora_lambda, delora_w_norm, acting(dropout_p, training), seed)
     return run(Linear(weight, bias).add(branch), x)
 

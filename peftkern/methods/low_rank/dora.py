@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.row_norm import row_norm
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from ...ops.dropout_mask import acting
 from .. import lora_stored, tuner
 from ..linear import Branch, Linear, run
@@ -50,6 +50,9 @@ def dora_linear(
     Returns (..., N). Differentiable as ``lora_linear`` is, and in the magnitudes; the norm gets no gradient. Raises as
     ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, lora_A=(lora_A, "R K"), lora_B=(lora_B, "N R"), lora_magnitude_vector=(lora_magnitude_vector, "N")
+    )
     branch = Branch(lora_A, lora_B, scaling, acting(dropout_p, training), seed=seed)
     return run(with_dora(Linear(weight, bias), branch, lora_magnitude_vector), x)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..linear import Branch, Linear, run
 from ..look import Look, NotCovered
@@ -37,6 +38,10 @@ def osf_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(
+        weight, bias, U_low=(U_low, "N R"), S_low=(S_low, "R"), V_low=(V_low, "R K"), U_low_init=(U_low_init, "N R"),
+        S_low_init=(S_low_init, "R"), V_low_init=(V_low_init, "R K"),
+    )  # fmt: skip
     return run(Linear(weight, bias).add(_branch(U_low, S_low, V_low, U_low_init, S_low_init, V_low_init)), x)
 
 

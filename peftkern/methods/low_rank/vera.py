@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, run
@@ -40,6 +41,10 @@ def vera_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward unless vera_A requires grad.
     """
+    check_parts(
+        weight, bias, vera_A=(vera_A, "R K+"), vera_B=(vera_B, "N+ R"), vera_lambda_d=(vera_lambda_d, "R"),
+        vera_lambda_b=(vera_lambda_b, "N"),
+    )  # fmt: skip
     tensors = vera_A, vera_B, vera_lambda_d, vera_lambda_b
     return run(with_vera(Linear(weight, bias), tensors, acting(dropout_p, training), seed), x)
 

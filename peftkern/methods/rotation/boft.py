@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_parts
 from .. import tuner
 from ..linear import Linear, Rotation, run
 from ..look import Look, NotCovered
@@ -61,8 +62,7 @@ def boft_linear(
     Returns (..., N). Raises as ``lora_linear`` and ``block_rotate`` do. x is saved for backward, and what each factor but
     the last gives.
     """
-    if boft_R.dim() != 4 or boft_R.shape[2] != boft_R.shape[3]:
-        raise ValueError(f"boft_R has shape {tuple(boft_R.shape)}, expected (m, G, b, b)")
+    check_parts(weight, bias, boft_R=(boft_R, "m G b b"), boft_s=(boft_s, "N 1|N"))
     m, G, b, _ = boft_R.shape
     if m < 1 or (m > 1 and (b % 2 or G % (1 << (m - 1)))):
         raise ValueError(f"boft_R has shape {tuple(boft_R.shape)}: {m} factors need an even b and G / 2^{m - 1} blocks")

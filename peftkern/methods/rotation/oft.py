@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.neumann import neumann, skew
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_parts
 from .. import tuner
 from ..linear import Linear, Rotation, run
 from ..look import Look, NotCovered
@@ -51,10 +51,12 @@ def oft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` and ``block_rotate`` do. x is saved for backward if oft_R trains.
     """
+    check_parts(weight, bias, oft_R=(oft_R, "G elements"))
     elements = oft_R.shape[-1]
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
-    if oft_R.dim() != 2 or size * (size - 1) != 2 * elements:
-        raise ValueError(f"oft_R has shape {tuple(oft_R.shape)}, expected (G, b (b - 1) / 2) for some b")
+    blocks, rest = divmod(weight.shape[1], size)
+    if size * (size - 1) != 2 * elements or rest or len(oft_R) not in (1, blocks):
+        raise ValueError(f"oft_R has shape {tuple(oft_R.shape)}, expected (G, b (b - 1) / 2) with G b = K, or G = 1")
     rows, cols = torch.triu_indices(size, size, 1, device=oft_R.device)
     return run(Linear(weight, bias, rotations=(_rotation(oft_R, rows, cols, size, terms),)), x)
 

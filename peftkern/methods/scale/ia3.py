@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import FLOATING, accumulate_dtype, check_fits
+from ...checks import FLOATING, accumulate_dtype, check_fits, check_parts
 from .. import tuner
 from ..linear import Linear, run, times
 from ..look import Look
@@ -40,10 +40,12 @@ def ia3_linear(
     """A frozen linear layer with (IA)^3: the equation at the top of peftkern/methods/ia3.py.
 
     Args:
-        x: (..., K). weight: (N, K). bias: (N). ia3_l: N elements, or K with ``is_feedforward``, in fp32 or x's dtype.
+        x: (..., K). weight: (N, K). bias: (N). ia3_l: (N) or (N, 1); with ``is_feedforward`` (K) or (1, K).
+            In fp32 or x's dtype.
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, ia3_l=(ia3_l, "K|1 K" if is_feedforward else "N|N 1"))
     return run(with_ia3(Linear(weight, bias), ia3_l.flatten(), is_feedforward), x)
 
 

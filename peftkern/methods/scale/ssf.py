@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...checks import check_parts
 from ..linear import Linear, run
 from ..registry import Held, Method, register
 from .ia3 import with_ia3
@@ -20,6 +21,7 @@ def ssf_linear(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, bias:
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    check_parts(weight, bias, scale=(scale, "N"), shift=(shift, "N"))
     return run(apply(Linear(weight, bias), Held("", SSF, (scale, shift))), x)
 
 

@@ -113,3 +113,27 @@ def test_compiled(name):
         found.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) > 2
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_in_a_narrower_dtype_than_the_table():
+    ours, stock = _both(nn.Embedding(V, N), config(use_dora=True))
+    peftkern.accelerate(ours)
+    ids = torch.randint(0, V, (5,))
+    for model in (ours, stock):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
+    with pytest.warns(RuntimeWarning, match="runs PEFT's own code"):
+        assert torch.equal(ours(ids), stock(ids))
+
+
+def test_ids_that_cannot_be_saved():
+    ours, stock = _both(nn.Embedding(V, N), config())
+    peftkern.accelerate(ours)
+    with torch.inference_mode():
+        ids = torch.randint(0, V, (5,))
+    for model in (ours, stock):
+        model.base_model.model[0].lora_embedding_A.requires_grad_(False)
+        model(ids).sum().backward()
+    grads = [model.base_model.model[0].lora_embedding_B["default"].grad for model in (ours, stock)]
+    torch.testing.assert_close(*grads)

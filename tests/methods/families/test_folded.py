@@ -12,6 +12,7 @@ from torch import nn
 
 import peftkern
 from peftkern.methods import METHODS, tuner
+from peftkern.methods.exact import made_of
 from peftkern.methods.linear import Branch, Linear, run
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
@@ -179,3 +180,10 @@ def test_a_small_change_of_a_half_precision_weight_counts():
     x = torch.zeros(1, 8, dtype=torch.bfloat16)
     x[0, :2] = torch.tensor([1.0, -1.0])
     assert torch.equal(run(Linear(W).fold(change), x), change[:, :1].t().bfloat16())
+
+
+def test_what_is_made_of_a_tensor_follows_other_memory():
+    t = torch.arange(4)
+    assert torch.equal(made_of(t, torch.neg), -torch.arange(4))
+    t.data = torch.arange(4) + 1
+    assert torch.equal(made_of(t, torch.neg), -torch.arange(1, 5))
