@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATING, accumulate_dtype, check_fits
-from .saved import kept_input, read_saved
+from .saved import first_only, kept_input, read_saved
 from .shapes import as_shape, cast, rows_of, uncast
 
 BLOCK = 1 << 16  # numbers that are taken together, so that they stay in a cache between the steps
@@ -62,7 +62,7 @@ class PairRotateFunction(torch.autograd.Function):
         return _mix(x, c, -s[:, 0], s[:, -1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("pair_rotate")
     def backward(ctx, dy):
         readers = lambda n: (n[1] or n[2], any(n), any(n), any(n))  # noqa: E731
         (x, alpha, cos, sin), needs = read_saved(ctx, "road_linear", lambda: _NAMES, readers)

@@ -113,6 +113,8 @@ class Method:
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
         routes: whether what a row takes of an adapter depends on the row itself.
+        makes: whether lora_A and lora_B are made anew at every call, at more than a copy's cost: of many adapters in a batch
+            each would pay it.
         one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
@@ -151,6 +153,7 @@ class Method:
     peft_type: str | None = None
     stored: Stored | None = None
     routes: bool = False
+    makes: bool = False
     one_active: bool = False
     nests: bool = False
     worth: int = 0
@@ -160,7 +163,7 @@ class Method:
     def mixed(self) -> bool:
         """Whether rows of a batch may have adapters of their own: an adapter is coefficients of a linear layer, which holds
         it by its name."""
-        return self.family == "L" and self.of is None and self.plan is None and not self.routes
+        return self.family == "L" and self.of is None and self.plan is None and not (self.routes or self.makes)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...checks import accumulate_dtype
-from ..saved import read_saved
+from ..saved import first_only, read_saved
 from ..shapes import cast, uncast
 
 
@@ -25,7 +25,7 @@ class HadamardFunction(torch.autograd.Function):
         return (P @ Q).mul_(U @ V).mul_(scaling)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_only("loha_linear")
     def backward(ctx, dD):
         names = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "scaling"
         (P, Q, U, V, s), needs = read_saved(ctx, "loha_linear", lambda: names, lambda n: (True,) * 5)

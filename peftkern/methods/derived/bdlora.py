@@ -83,6 +83,7 @@ BDLORA = register(
         op="lora_linear",
         saves="x, (M, R) in fp32, and lora_A or lora_B with its zeros",
         merges="W + s B A",
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -140,6 +140,7 @@ DEFT = register(
         peft_type="DEFT",
         keeps_dtype=True,
         worth=1 << 21,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

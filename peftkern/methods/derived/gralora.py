@@ -111,6 +111,7 @@ GRALORA = register(
         merges="W + s B A",
         peft_type="GRALORA",
         keeps_dtype=True,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -113,6 +113,7 @@ HRA = register(
         merges="W H",
         peft_type="HRA",
         keeps_dtype=True,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

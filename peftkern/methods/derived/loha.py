@@ -134,6 +134,7 @@ LOHA = register(
         merges="W + s (w1_a w1_b) * (w2_a w2_b)",
         peft_type="LOHA",
         keeps_dtype=True,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -130,6 +130,7 @@ PEANUT = register(
         merges="W + s B h",
         peft_type="PEANUT",
         worth=1 << 22,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -129,6 +129,7 @@ PSOFT = register(
         saves="(M, R) in fp32",
         merges="W + s B (Q - I) A",
         peft_type="PSOFT",
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -129,6 +129,7 @@ RANDLORA = register(
         merges="W + s B A",
         peft_type="RANDLORA",
         keeps_dtype=True,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

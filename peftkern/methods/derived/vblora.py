@@ -124,6 +124,7 @@ VBLORA = register(
         merges="W + B A",
         peft_type="VBLORA",
         keeps_dtype=True,
+        makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -61,6 +61,12 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return _with(y, *adapter.tensors, *adapter.numbers)
 
 
+def build(linear: nn.Linear, rank: int) -> nn.Module:
+    """A model of one layer around this one: as many numbers as a LoRA of this rank has, and no more than the weight's."""
+    N, K = linear.weight.shape
+    return tuner.builder("ShiraConfig")(linear, max(1, min(rank, N * K // (N + K))))
+
+
 def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
     """PEFT models of one layer."""
     import peft
@@ -90,7 +96,7 @@ SHIRA = register(
         apply=apply,
         function=shira_linear,
         examples=examples,
-        build=tuner.builder("ShiraConfig"),
+        build=build,
         rank=32,
         op="lora_linear",
         saves="x, and the folded weight",
