@@ -20,6 +20,19 @@ from peftkern import settings
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+# Making a BOFT layer of PEFT leaves CC and CXX at gcc, which links no C++ (findings/peft_boft_leaves_cc_and_cxx.sh).
+COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The compilers that were asked for, before any fixture builds with them."""
+    for name, value in COMPILERS.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def pytest_collection_modifyitems(items):
     """Long tests first, so that workers finish together; xdist takes its groups of tests before all others."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

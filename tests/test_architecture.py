@@ -82,6 +82,7 @@ FILES = 15
 MANY_FILES = {
     ".": "what tools look for at the root",
     "benchmarks/results": "a file for each machine",
+    "findings": "a file for each surprise, to be run alone",
     "tests/gpu/golden": "a file of vectors for each wrapped instruction",
 }
 # Public functions whose parameters users rely on; every other function has PARAMETERS at most.

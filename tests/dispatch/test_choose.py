@@ -135,7 +135,7 @@ AB = torch.ones(4, 64), torch.ones(48, 4)
 # Of each field another value, and a call that is computed otherwise under it.
 OTHERS = dict(
     backend="reference", cpu_base="panels", cpu_isa="plain", batch_invariant=True, save_input="copy", triton_interpret=True,
-    cpu_kind="panels", candidate="cuda", tables="nowhere", gpu=FAKE, triton_fixed=(("base", "fused"),),
+    cpu_kind="panels", candidate="cuda", tables="nowhere", gpu=FAKE, triton_fixed=(("base", "fused"),), small_calls=True,
 )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def test_layers_that_know_no_names_are_named(zoo):
     inputs = zoo.batch("llama", rows=2)["input_ids"]
     peftkern.accelerate(model)
     for training in (False, True):
-        with pytest.raises(ValueError, match=r"base_layer is a peft.tuners.loha.layer.Linear"):
+        with pytest.raises(ValueError, match="base_layer is a layer of LoHa"):
             model.train(training)(inputs, adapter_names=["lora", "ada"])
     model = build(zoo, "llama")
     peftkern.accelerate(model)
