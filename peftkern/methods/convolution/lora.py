@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from .. import tuner
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..low_rank import lora
-from ..registry import Held, Method, register, variant_of
+from ..registry import Held, Method, register
 from .layer import CLASSES, Branch, Convolution, base
 
 
 def held(look: Look, name: str, shape: tuple[int, ...]) -> Held:
     """What the layer holds of an adapter: LoRA, or DoRA."""
-    variant = look.item("lora_variant", name)
-    if variant is None:
-        return read(look, name, shape, LORA)
-    method = variant_of(type(variant))
-    if method is None:
-        raise NotCovered(f"adapter {name!r} is a LoRA variant ({type(variant).__name__})")
-    return method.held(look, name, shape)
+    method = lora.variant(look, name)
+    return read(look, name, shape, LORA) if method is None else method.held(look, name, shape)
 
 
 def read(look: Look, name: str, shape: tuple[int, ...], method: Method) -> Held:

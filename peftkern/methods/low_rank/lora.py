@@ -16,15 +16,19 @@ from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register, variant_of
 
 
+def variant(look: Look, name: str) -> Method | None:
+    """The entry of the variant of LoRA that an adapter of a layer is, None for plain LoRA."""
+    kind = look.item("lora_variant", name)
+    method = None if kind is None else variant_of(type(kind))
+    if kind is not None and method is None:
+        raise NotCovered(f"adapter {name!r} is a LoRA variant ({type(kind).__name__})")
+    return method
+
+
 def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
     """What ``lora.Linear`` holds of an adapter: plain LoRA, or a variant of it that has an entry of its own."""
-    variant = look.item("lora_variant", name)
-    if variant is None:
-        return read(look, name, shape, LORA)
-    method = variant_of(type(variant))
-    if method is None:
-        raise NotCovered(f"adapter {name!r} is a LoRA variant ({type(variant).__name__})")
-    return method.held(look, name, shape)
+    method = variant(look, name)
+    return read(look, name, shape, LORA) if method is None else method.held(look, name, shape)
 
 
 def read(look: Look, name: str, shape: tuple[int, int], method: Method) -> Held:
