@@ -81,8 +81,8 @@ def add_floor(case: Case, which: str) -> Floor:
 
 def floor_ratio(floor: Floor, base_seconds: float, bandwidth: float) -> float:
     """Least possible time over the frozen linear's. ``bandwidth`` in bytes per second."""
-    rate = floor.base_flops / base_seconds
-    return 1.0 + (floor.branch_flops / rate + floor.branch_bytes / bandwidth) / base_seconds
+    share = floor.branch_flops / floor.base_flops if floor.branch_flops else 0.0
+    return 1.0 + share + floor.branch_bytes / bandwidth / base_seconds
 
 
 def bytes_bound_fraction(floor: Floor, seconds: float, bandwidth: float) -> float:

@@ -20,19 +20,28 @@ from ..core.case import Step
 
 def saved_bytes(step: Step, i: int = 0) -> int:
     """Bytes that one forward pass keeps for the backward pass."""
-    ours = {t.untyped_storage().data_ptr() for t in step.frozen}
+    ours = {storage.data_ptr() for t in step.frozen for storage in _storages(t)}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            seen[storage.data_ptr()] = storage.nbytes()
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in ours:
+                seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = step.forward(i)  # kept until the count is made: storages that are freed could share an address
     del y
     return sum(seen.values())
+
+
+# What the tensors of sparse layouts are made of.
+_PARTS = {torch.sparse_coo: ("_indices", "_values"), torch.sparse_csr: ("crow_indices", "col_indices", "values")}
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    parts = [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())] or [tensor]
+    return [part.untyped_storage() for part in parts]
 
 
 def peak_bytes(step: Step, i: int = 0, backward: bool = True) -> int | None:

@@ -13,7 +13,10 @@ from .figure import OURS as BLUES
 from .figure import PALETTE, quartiles, ratio_axes, result_figure
 from .terminal import PASS_TITLES, SPREAD, spread
 
-NOTE = f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart."
+NOTE = (
+    f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. Layers of other kinds are compared with"
+    " frozen ones of their own."
+)
 PROVIDERS = {LIBRARY: PALETTE[1], OURS: BLUES[0]}
 
 

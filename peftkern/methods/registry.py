@@ -108,7 +108,8 @@ class Method:
         examples: (in_features, out_features) -> models of one such layer each, by what is special about them, with adapters
             that are not zero and without dropout. The parity test compares them with the library's own code.
         inputs: (an example, in_features) -> the inputs that it is compared on, None for (..., K).
-        build: (a frozen nn.Linear, rank) -> a model of one layer around it as users make it, which the benchmark times.
+        build: (a frozen nn.Linear, or layer of its kind, rank) -> a model of one layer around it as users make it, which the
+            benchmark times.
             rank: the one that it takes there, 0 of a method without.
         function: the functional form, for those who have no library. trains: whether training is covered.
         op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
@@ -137,7 +138,7 @@ class Method:
     examples: Callable[[int, int], Mapping[str, nn.Module]] | None = None
     inputs: Callable[[nn.Module, int], list[Tensor]] | None = None
     tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
-    build: Callable[[nn.Linear, int], nn.Module] | None = None
+    build: Callable[[nn.Module, int], nn.Module] | None = None
     rank: int = 16
     function: Callable[..., Tensor] | None = None
     trains: bool = True

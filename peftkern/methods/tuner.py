@@ -172,13 +172,13 @@ def layer(linear: nn.Module, config: Any, *more: Any) -> nn.Module:
     return model
 
 
-def builder(config: str, rank: str | None = "r", **options: Any) -> Callable[[nn.Linear, int], nn.Module]:
+def builder(config: str, rank: str | None = "r", **options: Any) -> Callable[[nn.Module, int], nn.Module]:
     """What makes a model of one layer with PEFT's config of this name; ``rank``: the config's name for R, if it has one."""
 
-    def build(linear: nn.Linear, R: int) -> nn.Module:
+    def build(base: nn.Module, R: int) -> nn.Module:
         import peft
 
         ranked = {} if rank is None else {rank: R}
-        return layer(linear, getattr(peft, config)(target_modules=["0"], **ranked, **options))
+        return layer(base, getattr(peft, config)(target_modules=["0"], **ranked, **options))
 
     return build

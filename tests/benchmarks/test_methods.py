@@ -3,11 +3,11 @@ document."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from torch import nn
 
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import methods, report
@@ -71,17 +71,54 @@ def test_document(result, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.layer and method.of is None])
-def test_a_method_has_a_layer_that_computes_what_the_library_does(name):
-    ((bench, choice),) = methods.benches([name], Choice(dtypes=["fp32", "bf16"]))
-    cases = bench.cases("quick", "cpu", choice)
-    assert len(cases) == 4
-    for case in cases[::2]:
-        assert case.adapter_dtype == torch.float32 and case.R == METHODS[name].rank
-        assert bench.gate(case) is None
-    # What tells whether a dtype is slow is timed on a layer that is smaller than some ranks.
-    K, N = TINY_LAYER[1:]
-    assert METHODS[name].build(nn.Linear(K, N), 16)(torch.randn(3, K)).shape == (3, N)
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Rows of methods on other kinds of layers, and of those whose tensors are sparse."""
+    file = tmp_path_factory.mktemp("others") / "r.json"
+    names = [name for name, method in METHODS.items() if method.of and method.op != "lora_linear"]
+    argv = ["--methods", *names, "LoRA of experts", "SHiRA", "FRoD", *TINY, "--rank", str(R), "--dtype", "fp32"]
+    assert command.main([*argv, "--json", str(file)]) == 0
+    return json.loads(file.read_text())["rows"]
+
+
+def test_layers_of_other_kinds(others):
+    found = {}
+    for row in others:
+        assert row["skipped"] is None
+        found.setdefault(row["method"], {})[row["provider"], row["pass"]] = row
+    experts = [f"LoRA of experts, {E}, {code}" for E in (8, 64) for code in ("grouped_mm", "eager")]
+    embeddings = ["LoRA of embeddings", "DoRA of embeddings"]
+    convolutions = [f"{name} of convolutions, {side}" for name in ("LoRA", "DoRA") for side in ("1x1", "3x3")]
+    assert set(found) == {*convolutions, *embeddings, *experts, "SHiRA", "FRoD"}
+    for name, rows in found.items():
+        # A frozen embedding has no backward pass.
+        passes = ("fwd",) if name in embeddings else ("fwd", "fwd_bwd")
+        assert {which for provider, which in rows if provider == "base"} == set(passes)
+        for which in ("fwd", "fwd_bwd"):
+            ours, theirs = rows["peftkern", which], rows["library", which]
+            assert ours["speed_up"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1e-3)
+            assert (ours["ratio_to_base"] is None) == (which not in passes)
+    # Of sparse tensors both parts count: x, the whole weight, and the numbers with their places.
+    n = R * (K + N)
+    assert found["SHiRA"]["library", "fwd_bwd"]["saved_bytes"] == 4 * (M * K + N * K) + (8 * 2 + 4) * n
+    assert found["LoRA of convolutions, 3x3"]["library", "fwd_bwd"]["saved_bytes"] == 4 * M * (K + R)
+
+
+TIMED = [name for name, method in METHODS.items() if method.layer or method.build]
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_method_has_layers_that_compute_what_the_library_does(name):
+    for bench, choice in methods.benches([name], Choice(dtypes=["fp32", "bf16"])):
+        cases = {case.dtype: case for case in bench.cases("quick", "cpu", choice)}
+        assert len(cases) == 2
+        for case in cases.values():
+            assert case.adapter_dtype == torch.float32 and case.R == METHODS[name].rank
+            assert bench.gate(case) is None
+        # What tells whether a dtype is slow is timed on a layer that is smaller than some ranks.
+        tiny = dataclasses.replace(case, **dict(zip("MKN", TINY_LAYER)), R=min(case.R, 16))
+        step = bench.providers[methods.LIBRARY].build(tiny, bench.data(tiny, 1))
+        assert step.forward(0).shape == step.dy[0].shape
 
 
 def test_only_what_a_method_has_is_varied():

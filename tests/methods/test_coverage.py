@@ -90,6 +90,8 @@ def test_every_entry_has_a_row():
 def test_no_row_claims_what_the_parity_test_does_not_run():
     pytest.importorskip("peft", reason="HF PEFT is not installed")
     for method in METHODS.values():
+        if method.layer is None and method.of:
+            continue  # a wrapper of parameters, which the integration reads: tests/integrations/hf_peft/experts
         # Without a library's layer it is the function that is compared, with the equation.
         examples = method.examples(12, 12) if method.layer else {}
         assert examples or method.function, f"{method.name}: nothing is compared"

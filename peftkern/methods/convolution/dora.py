@@ -82,6 +82,7 @@ DORA = register(
         apply=apply,
         examples=examples,
         inputs=batched,
+        build=tuner.builder("LoraConfig", use_dora=True),
         op="convolution",
         saves="as LoRA, and the output without bias and magnitudes if these train",
         merges="f * (W + s B A)",

@@ -105,6 +105,7 @@ LORA = register(
         apply=apply,
         examples=examples,
         inputs=inputs,
+        build=tuner.builder("LoraConfig"),
         op="convolution",
         saves="x if lora_A trains, and its convolution with lora_A where that is made in forward",
         merges="W + s B A",

@@ -63,6 +63,7 @@ DORA = register(
         apply=apply,
         examples=examples,
         inputs=lora.inputs,
+        build=tuner.builder("LoraConfig", use_dora=True),
         op="embedding",
         saves="as LoRA, and the output without magnitudes",
         merges="f * (E + s (B A)^T)",

@@ -83,6 +83,7 @@ LORA = register(
         apply=apply,
         examples=examples,
         inputs=inputs,
+        build=tuner.builder("LoraConfig"),
         op="embedding",
         saves="the ids, and (M, R)",
         merges="E + s (B A)^T",
