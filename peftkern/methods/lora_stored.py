@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .stored import Settings, Stored, Unfit, check_number, check_patterns, check_rank, of_module
+from .stored import Settings, Stored, Unfit, check_names, check_number, check_patterns, check_rank, of_module
 
 READS = {
     "r": 8, "lora_alpha": 8, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False, "use_dora": False,
@@ -74,6 +74,29 @@ def _take(settings: Settings, module: str, tensors: Mapping[str, Tensor]) -> tup
     return (tensors[A], tensors[B], tensors.get(BIAS), *magnitude), (_scaling(settings, module),)
 
 
+def _parameters(settings: Settings, module: str) -> list[str]:
+    # A target is a parameter's path or the end of it.
+    of = {name: name.rpartition(".")[2] for name in settings["target_parameters"]}
+    return [last for name, last in of.items() if f".{module}.{last}".endswith(f".{name}")]
+
+
+def _expert_shapes(settings: Settings, module: str) -> dict[str, str]:
+    # Those of a parameter lie behind each other; of two the first one's are called as what is inside of the other's.
+    own = _parameters(settings, module)
+    if not own:
+        return _shapes(settings, module)
+    outer, inner = {A: "GK", B: "NG"}, {f"base_layer.{A}": "HI", f"base_layer.{B}": "OH"}
+    return outer if len(own) == 1 else outer | inner
+
+
+def _check_experts(settings: Settings) -> None:
+    check_names(settings, "target_parameters", pattern=False)
+    alone = [name for name in settings["target_parameters"] if "." not in name]
+    if alone:
+        raise Unfit("target_parameters", f"names {alone[0]!r} without its module, which may be of any")
+    _check(settings)
+
+
 _COMMON: dict[str, Any] = dict(
     names=(A, B, BIAS),
     shapes=_shapes,
@@ -86,3 +109,15 @@ _COMMON: dict[str, Any] = dict(
 )
 LORA = Stored(**_COMMON, base=lambda settings: bool(settings["lora_bias"]))
 DORA = Stored(**{**_COMMON, "names": (A, B, BIAS, MAGNITUDE)}, switch="use_dora", base=lambda settings: True)
+EXPERTS = Stored(
+    **{
+        **_COMMON,
+        "shapes": _expert_shapes,
+        "reads": {**READS, "target_parameters": None},
+        "check": _check_experts,
+        "changes": {k: v for k, v in CHANGES.items() if k != "target_parameters"}
+        | {"lora_bias": "biases of parameters' adapters"},
+    },
+    switch="target_parameters",
+    parameters=_parameters,
+)

@@ -41,6 +41,10 @@ def _never(settings: Settings) -> bool:
     return False
 
 
+def _none(settings: Settings, module: str) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Stored:
     """The form of a checkpoint.
@@ -55,6 +59,8 @@ class Stored:
         ignores: settings that describe, or matter in training alone. changes: settings that make the adapter another
             function, and which.
         switch: the setting that makes an adapter of PEFT's type one of this method; None for the type's own method.
+        parameters: (settings, module) -> names of parameters of this module that the adapter may be of, instead of its one
+            weight. ``shapes`` has G axes then, of the ranks of all that a parameter consists of.
         base: whether the adapter is computed from the layer's weight or bias.
         shared: names and axes of tensors that all layers share, each a slice from the start; K and N are the largest
             layer's then. made: (settings, the layers in the model's order) -> them, where settings say that no file has
@@ -70,6 +76,7 @@ class Stored:
     ignores: Collection[str] = ()
     changes: Mapping[str, str] = field(default_factory=dict)
     switch: str | None = None
+    parameters: Callable[[Settings, str], Collection[str]] = _none
     base: Callable[[Settings], bool] = _never
     shared: Mapping[str, str] = field(default_factory=dict)
     saves_shared: Callable[[Settings], bool] = _never

@@ -154,7 +154,7 @@ class Checkpoint:
         sizes = {"R": rank, "1": 1}
         for name in axes:
             self._check(found[name], axes[name], sizes)
-        matrices = [found[name] for name in axes if set(axes[name]) in ({"R", "K"}, {"N", "R"})]
+        matrices = [found[name] for name in axes if len(axes[name]) == 2 and "1" not in axes[name]]
         dtypes = tuple(self._weights.header[key].dtype for key in matrices)
         return Part(method, config, module, rank, axes, {name: found[name] for name in axes}, dtypes)
 

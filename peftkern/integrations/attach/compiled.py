@@ -58,6 +58,18 @@ def attached_linear(
     return _named(layer).run(x, weight, bias, _named(number) if number else None)
 
 
+@torch.library.custom_op("peftkern::attached_experts", mutates_args=())
+def attached_experts(x: Tensor, index: Tensor, weights: Tensor, module: int, batch: Tensor | None) -> Tensor:
+    """The forward of a module of experts for the batch of this number, in the dtype of its weights."""
+    number = 0 if batch is None else int(batch)
+    return _named(module).run(x, index, weights, _named(number) if number else None)
+
+
+@attached_experts.register_fake
+def _(x, index, weights, module, batch):
+    return torch.empty_like(x)
+
+
 @attached_linear.register_fake
 def _(x, weight, bias, out_features, layer, batch):
     return x.new_empty((*x.shape[:-1], out_features))

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...checks import accumulate_dtype
-from ...many.adapter import Adapter
 from ...many.pool import Pool
 from ...methods.registry import Held
-from ...methods.stored import Size
+from ...methods.stored import Size, Unfit
+from ..experts import attached
 from .checkpoint import Checkpoint, Part
 from .keys import PREFIX, complaint
 from .layer import base_of, device_of, features, layer_reason
@@ -35,8 +35,8 @@ class Fitted(NamedTuple):
     layers: dict[str, nn.Module]
     sizes: list[Size]
 
-    def adapters(self, pool: Pool) -> Iterator[tuple[nn.Module, Adapter, list[Tensor]]]:
-        """(layer, its adapter, the tensors that it has from ``pool``) of every part, one after the other.
+    def adapters(self, pool: Pool) -> Iterator[tuple[nn.Module, Any, list[Tensor]]]:
+        """(layer, its adapter as it keeps it, the tensors that it has from ``pool``) of every part, one after the other.
 
         What an adapter takes of the layer's weight and bias it takes now, once.
         """
@@ -44,6 +44,9 @@ class Fitted(NamedTuple):
         pooled: dict[tuple, dict[str, Tensor]] = {}
         for name, own in self.checkpoint.tensors():
             part, layer = self.checkpoint.parts[name], self.layers[name]
+            if attached.takes(layer):
+                yield layer, attached.adapter(layer, part, own), []
+                continue
             where = device_of(layer), accumulate_dtype(layer.weight.dtype)
             if where not in pooled:
                 pooled[where] = {name: pool.get(t, *where) for name, t in shared.items()}
@@ -56,9 +59,9 @@ class Fitted(NamedTuple):
             yield layer, adapter, list(pooled[where].values())
 
 
-def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Container[nn.Module]) -> Fitted:
+def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], held: Container[nn.Module]) -> Fitted:
     """The layers that ``checkpoint`` changes. ``modules``: the model's by name, the model itself as ``""``;
-    ``attached``: layers with a bank already.
+    ``held``: layers with adapters already.
 
     Names that an earlier transformers used are found by the map that transformers has for the model. Of a file with
     adapters of several models (diffusers), those of this model are taken. Warns of layers that the config names and
@@ -75,11 +78,16 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
         layer = modules.get(name)
         if layer is None:
             raise refuse(checkpoint.file, part.key, _absent(name, modules))
-        reason = None if layer in attached else layer_reason(layer) or bypass(name, modules)
+        experts = attached.takes(layer)
+        reason = None
+        if layer not in held:
+            reason = (attached.reason(layer) if experts else layer_reason(layer)) or bypass(name, modules)
         if reason is not None:
             raise refuse(checkpoint.file, part.key, f"{name} {reason}")
-        if checkpoint.targets(name) is False and checkpoint.targets(old) is False:
-            raise refuse(checkpoint.file, part.key, "is of a layer that the config's target_modules do not name")
+        named = bool(attached.parameters(layer, part))
+        if not named and (experts or (checkpoint.targets(name) is False and checkpoint.targets(old) is False)):
+            targets = "target_parameters" if experts else "target_modules"
+            raise refuse(checkpoint.file, part.key, f"is of a layer that the config's {targets} do not name")
         if layer in covered:
             raise refuse(checkpoint.file, part.key, f"{name} shares its module with another key of the file")
         _check_shapes(checkpoint, part, layer)
@@ -89,7 +97,7 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
     missing = [
         name
         for name, module in modules.items()
-        if module not in covered and checkpoint.targets(name) and (module in attached or layer_reason(module) is None)
+        if module not in covered and checkpoint.targets(name) and (module in held or layer_reason(module) is None)
     ]
     if missing:
         warnings.warn(
@@ -101,13 +109,19 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], attached: Contain
         shared = " and ".join(next(iter(checkpoint.parts.values())).method.stored.shared)
         reason = f"is missing, and {shared}, which the file lacks too, are made for the largest of all layers"
         raise refuse(checkpoint.file, f"{PREFIX}{missing[0]}", reason)
-    sizes = [Size(*features(m), m.weight.dtype) for m in modules.values() if m in covered]
+    sizes = [Size(*features(m), m.weight.dtype) for m in modules.values() if m in covered and not attached.takes(m)]
     return Fitted(checkpoint, layers, sizes)
 
 
 def _check_shapes(checkpoint: Checkpoint, part: Part, layer: nn.Module) -> None:
-    K, N = features(layer)
-    sizes = {"K": K, "N": N, "R": part.rank, "1": 1}
+    if attached.takes(layer):
+        try:
+            sizes = attached.sizes(layer, part)
+        except Unfit as unfit:
+            raise refuse(checkpoint.config_file, unfit.key, unfit.reason) from None
+    else:
+        K, N = features(layer)
+        sizes = {"K": K, "N": N, "R": part.rank, "G": part.rank, "1": 1}
     for name, key in part.keys.items():
         shape, expected = checkpoint.shape(key), tuple(sizes[axis] for axis in part.axes[name])
         if shape != expected:
@@ -165,7 +179,7 @@ def _names(checkpoint: Checkpoint, find: _Finder) -> dict[str, str]:
 def _absent(name: str, modules: dict[str, nn.Module]) -> str:
     experts = re.match(r"(.+)\.\d+\.[^.]+$", name)
     if experts and experts[1] in modules and any(w.dim() == 3 for w in modules[experts[1]].parameters(recurse=False)):
-        return f"is of one expert, a slice of a parameter of {experts[1]}: adapters of parameters are not served"
+        return f"is of one expert, a slice of a parameter of {experts[1]}: adapters of slices are not served"
     return f"the model has no module {name!r}"
 
 

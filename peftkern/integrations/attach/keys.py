@@ -11,6 +11,8 @@ from ...methods.registry import METHODS
 
 PREFIX = "base_model.model."
 _SHARED = "base_model"
+# Of a module of which PEFT adapts two parameters, the adapter of the first one lies inside of the other's.
+INNER = "base_layer."
 # diffusers' own spellings, the older ones with the projection's name in that of the tensor.
 _DIFFUSERS = re.compile(
     r"(?P<module>.+?)(?:\.processor)?(?:\.lora(?:_linear_layer)?|\.to_(?P<old>q|k|v|out)_lora)\.(?P<part>down|up)\.weight"
@@ -43,7 +45,10 @@ def parse(key: str, names: Collection[str], shared: Collection[str] = ()) -> Key
     """The key of one of these tensors of a layer, or of all layers, as PEFT writes it, prefix included."""
     found = _parsed(key, names)
     if found is not None and found.module.startswith(PREFIX):
-        return found._replace(module=found.module.removeprefix(PREFIX))
+        module = found.module.removeprefix(PREFIX)
+        if f"{module}.".endswith(f".{INNER}"):
+            return found._replace(module=module[: -len(INNER)], part=INNER + found.part)
+        return found._replace(module=module)
     found = _parsed(key, shared)
     return found._replace(module=None) if found is not None and found.module == _SHARED else None
 

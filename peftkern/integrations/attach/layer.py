@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ...many.adapter import Adapter
 from ...many.bank import AdapterBank
 from .compiled import number_of
-from .request import Batch, Request, batch_of, current_request
+from .request import Batch, Each, Entry, Request, batch_of, current_request
 from .rows import UNKNOWN, Rows
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -22,20 +24,28 @@ _FIRST = Rows(0)
 
 def layer_reason(layer: nn.Module) -> str | None:
     """Why this layer can carry no attached adapters, or None."""
-    forward = layer.__dict__.get(forward_attribute(layer))
-    if isinstance(forward, AttachedLinear):
-        return "has adapters attached already: add to those"
     cls = type(layer)
     if cls is not nn.Linear and cls is not Conv1D:
         return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
-    # accelerate's hooks, while there and once removed, leave the class's own method on the layer, as copies do.
-    if forward is not None and forward != types.MethodType(cls.forward, layer):
-        return "has a forward that was replaced"
+    reason = forward_reason(layer)
+    if reason is not None:
+        return reason
     weight = layer.weight
     if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:
         return f"has a weight that is a {weight.dtype} {type(weight).__name__}"
     if device_of(layer).type == "meta":
         return "has no weight yet (device meta)"
+    return None
+
+
+def forward_reason(module: nn.Module) -> str | None:
+    """Why the forward of this module cannot be replaced, or None."""
+    forward = module.__dict__.get(forward_attribute(module))
+    if isinstance(forward, Attached):
+        return "has adapters attached already: add to those"
+    # accelerate's hooks, while there and once removed, leave the class's own method on the layer, as copies do.
+    if forward is not None and forward != types.MethodType(type(module).forward, module):
+        return "has a forward that was replaced"
     return None
 
 
@@ -137,39 +147,28 @@ class NoGradient(torch.autograd.Function):
         return dy, None, None, None
 
 
-class AttachedLinear(Replacement):
-    """The forward of a layer: the base model's outside of ``use``, else that of all adapters at once."""
+class Attached(Replacement):
+    """The forward of a module: the base model's outside of ``use``, else that of all adapters at once.
 
-    def __init__(self, owner, name: str, module: nn.Module, bank: AdapterBank):
+    A kind of module says where it keeps adapters (``add``, ``remove``, ``slots`` as in a request, ``nbytes``), and what it
+    computes.
+    """
+
+    def __init__(self, owner, name: str, module: nn.Module):
         super().__init__(owner, name, module)
-        self.bank = bank
         self.number = number_of(self)
         self._trained = False
 
-    def __call__(self, *args, **kwargs) -> Tensor:
-        if len(args) + len(kwargs) != 1:
-            return self.inner(*args, **kwargs)
-        (x,) = args or kwargs.values()
-        if torch.compiler.is_compiling() and self._before is None:
-            return self._in_graph(x)
-        return self.run(x, self.module.weight, self.module.bias)
-
-    def _in_graph(self, x: Tensor) -> Tensor:
-        layer = self.module
-        weight, bias = layer.weight, layer.bias
-        if torch.is_autocast_enabled(x.device.type):
-            # Within a graph no state says so when the op runs.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        _, N = features(layer)
-        return torch.ops.peftkern.attached_linear(x, weight, bias, N, self.number, self.owner.graph_batch)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch | None = None) -> Tensor:
-        """y for an input of the layer. ``batch``: the call that it belongs to, if the context does not show it."""
+    def serve(
+        self, x: Tensor, batch: Batch | None, base: Callable[[], Tensor], adapted: Callable[[Tensor, Each], Tensor]
+    ) -> Tensor:
+        """y for an input of the module. ``batch``: the call that it belongs to, if the context does not show it. ``base``: y
+        without adapters; ``adapted``: with those of these ids, one per leading index or row of x.
+        """
         request = current_request(self.owner)
         if request is None:
             self._outside()
-            return self._base(x, weight, bias)
+            return base()
         if torch._C._get_tracing_state() is not None:
             raise RuntimeError(
                 f"torch.jit.trace would keep the adapters of this use() block in {self.name} for every later caller: use"
@@ -177,40 +176,25 @@ class AttachedLinear(Replacement):
             )
         if batch is None and not request.uniform:
             batch = batch_of(request)
+        trace = None if batch is None else batch.trace
         rows = _FIRST
-        if batch is not None and batch.trace is not None:
+        if trace is not None:
             rows = batch.rows_of(self, x)  # found for later batches, whether or not these adapters differ here
         each = request.each(self)
         if not each.any or not x.shape[:-1].numel():
-            return self._base(x, weight, bias)
+            return base()
         self._trained |= x.requires_grad
         copies = 0
         if each.differ:
             rows, copies = self._rows(request, batch, x), batch.copies
         ids = request.ids(self, x.shape if x.dim() > 1 else (1, *x.shape), x.device, rows if copies else _FIRST, copies)
-        trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        beside = self.bank.snapshot().beside if trains else None
-        if trains and weight.requires_grad and beside is None:
-            # The base stays trainable as it was; the fused op has no gradient for a weight.
-            y = self._base(x, weight, bias) + sgmv(x, self.bank, ids)
-        else:
-            y = self._fused(x, weight if beside is None else weight.detach(), bias, ids)
-            if beside is not None:
-                y = NoGradient.apply(y, f"{self.name}: {beside} acts on the base", weight, bias)
-        if batch is not None and batch.trace is not None:
-            batch.trace.mark(y, UNKNOWN if rows is None else rows)
-            batch.trace.computed(y)
+        decided = trace is not None and trace.decided
+        y = adapted(ids, each)
+        if trace is not None:
+            trace.decided = decided  # what is read in here chooses no way through the model
+            trace.mark(y, UNKNOWN if rows is None else rows)
+            trace.computed(y)
         return y
-
-    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-        return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
-
-    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if weight is self.module.weight:
-            return self.inner(x)
-        if type(self.module) is nn.Linear:
-            return nn.functional.linear(x, weight, bias)
-        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
     def _outside(self) -> None:
         self.owner.check_outside(self.name)
@@ -239,3 +223,76 @@ class AttachedLinear(Replacement):
                 " Call the model with one adapter for all (use('name')), or remove this layer from the adapters"
             )
         return rows
+
+
+class AttachedLinear(Attached):
+    """The forward of a linear layer, whose adapters lie in a bank."""
+
+    def __init__(self, owner, name: str, module: nn.Module, bank: AdapterBank):
+        super().__init__(owner, name, module)
+        self.bank = bank
+
+    @property
+    def slots(self) -> Hashable:
+        """See ``Layer`` in request.py."""
+        return self.bank.snapshot().slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its adapters."""
+        return self.bank.nbytes
+
+    def add(self, entry: Entry, adapter: Adapter) -> None:
+        """Keep an adapter of this layer."""
+        A, B, scaling, coefficients = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.coefficients
+        if (
+            A is None or A.shape[0] or adapter.beside()
+        ):  # otherwise all of its ranks are pruned: the layer is the base's
+            entry.ids[self] = self.bank.add(entry.key, A, B, scaling, bias=adapter.bias, **coefficients)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget it."""
+        self.bank.remove(entry.key)
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if len(args) + len(kwargs) != 1:
+            return self.inner(*args, **kwargs)
+        (x,) = args or kwargs.values()
+        if torch.compiler.is_compiling() and self._before is None:
+            return self._in_graph(x)
+        return self.run(x, self.module.weight, self.module.bias)
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        layer = self.module
+        weight, bias = layer.weight, layer.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # Within a graph no state says so when the op runs.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        _, N = features(layer)
+        return torch.ops.peftkern.attached_linear(x, weight, bias, N, self.number, self.owner.graph_batch)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch | None = None) -> Tensor:
+        """y for an input of the layer. ``batch``: the call that it belongs to, if the context does not show it."""
+        return self.serve(
+            x, batch, lambda: self._base(x, weight, bias), lambda ids, each: self._adapted(x, weight, bias, ids)
+        )
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        beside = self.bank.snapshot().beside if trains else None
+        if trains and weight.requires_grad and beside is None:
+            # The base stays trainable as it was; the fused op has no gradient for a weight.
+            return self._base(x, weight, bias) + sgmv(x, self.bank, ids)
+        y = self._fused(x, weight if beside is None else weight.detach(), bias, ids)
+        return y if beside is None else NoGradient.apply(y, f"{self.name}: {beside} acts on the base", weight, bias)
+
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
+
+    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight is self.module.weight:
+            return self.inner(x)
+        if type(self.module) is nn.Linear:
+            return nn.functional.linear(x, weight, bias)
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])

@@ -18,10 +18,11 @@ from torch import nn
 from ...checks import accumulate_dtype
 from ...many.bank import AdapterBank
 from ...many.pool import Pool
+from ..experts.attached import AttachedExperts, takes
 from .checkpoint import Checkpoint
 from .entry import AttachedEntry, AttachedGenerate, entries_above
 from .fit import Fitted, fit
-from .layer import AttachedLinear, Replacement, device_of, features
+from .layer import Attached, AttachedLinear, Replacement, device_of, features
 from .reach import Edge, check_in_place, edges
 from .request import Entry, Request, in_force
 from .use import BoundModel, Use, checked_repeats, named
@@ -111,7 +112,7 @@ class MultiLoRA:
         self._max_adapters, self._max_rank, self._dtype = max_adapters, max_rank, dtype
         self._entries: dict[str, Entry] = {}
         self._leaving: set[Entry] = set()
-        self._attached: dict[nn.Module, AttachedLinear] = {}
+        self._attached: dict[nn.Module, Attached] = {}
         self._edges: list[Edge] = []  # the way to each of them
         self._replaced: dict[str, Replacement] = {}  # the model's own methods, where batches come in
         self._serial, self._pool = count(), Pool()
@@ -210,9 +211,9 @@ class MultiLoRA:
 
     @property
     def banks(self) -> dict[str, AdapterBank]:
-        """The bank of each of these layers, by the layer's name."""
+        """The bank of each of these layers that is linear, by the layer's name."""
         with self._lock:
-            return {attached.name: attached.bank for attached in self._attached.values()}
+            return {a.name: a.bank for a in self._attached.values() if isinstance(a, AttachedLinear)}
 
     @property
     def in_use(self) -> int:
@@ -228,7 +229,7 @@ class MultiLoRA:
 
     def __repr__(self) -> str:
         with self._lock:
-            size = sum(attached.bank.nbytes for attached in self._attached.values())
+            size = sum(attached.nbytes for attached in self._attached.values())
             what = f"{len(self)} of {self._max_adapters} adapters, {len(self._attached)} layers"
         return f"MultiLoRA({type(self.model).__name__}: {what}, {size / 2**20:.1f} MiB)"
 
@@ -270,7 +271,7 @@ class MultiLoRA:
 
     def _free(self, entry: Entry) -> None:
         for attached in entry.ids:
-            attached.bank.remove(entry.key)
+            attached.remove(entry)
 
     def _add_all(self, adapters: Mapping[str, str | PathLike]) -> None:
         for name in adapters:
@@ -295,7 +296,7 @@ class MultiLoRA:
             entries: dict[str, Entry] = {}
             try:
                 for name, one in fitted.items():
-                    entries[name] = Entry(f"{name}#{next(self._serial)}")
+                    entries[name] = Entry(name, next(self._serial))
                     self._load(entries[name], one, layers)
             except BaseException:
                 for entry in entries.values():
@@ -332,46 +333,49 @@ class MultiLoRA:
                 raise refuse(checkpoint.file, part.key, reason)
         return self._max_rank
 
-    def _new_layers(self, fitted: dict[str, Fitted], max_rank: int) -> dict[nn.Module, AttachedLinear]:
+    def _new_layers(self, fitted: dict[str, Fitted], max_rank: int) -> dict[nn.Module, Attached]:
         stored: dict[nn.Module, tuple[str, set[torch.dtype]]] = {}
         for one in fitted.values():
             for name, layer in one.layers.items():
                 if layer not in self._attached:
                     stored.setdefault(layer, (name, set()))[1].update(one.checkpoint.parts[name].dtypes)
         return {
-            layer: AttachedLinear(self, name, layer, self._bank(name, layer, dtypes, max_rank))
+            layer: AttachedExperts(self, name, layer, self._kept(name, layer.down_proj.dtype, dtypes))
+            if takes(layer)
+            else AttachedLinear(self, name, layer, self._bank(name, layer, dtypes, max_rank))
             for layer, (name, dtypes) in stored.items()
         }
 
-    def _bank(self, name: str, layer: nn.Module, stored: set[torch.dtype], max_rank: int) -> AdapterBank:
-        own = layer.weight.dtype
+    def _kept(self, name: str, own: torch.dtype, stored: set[torch.dtype]) -> torch.dtype:
+        # In which dtype a layer of this one keeps adapters.
         wide = accumulate_dtype(own)
         dtype = self._dtype or (own if stored == {own} else wide)
         if dtype not in (own, wide):
             allowed = " or ".join(dict.fromkeys(map(str, (own, wide))))
             raise ValueError(f"dtype is {dtype}, but {name} is {own} and takes adapters in {allowed}")
+        return dtype
+
+    def _bank(self, name: str, layer: nn.Module, stored: set[torch.dtype], max_rank: int) -> AdapterBank:
+        dtype = self._kept(name, layer.weight.dtype, stored)
         K, N = features(layer)
         return AdapterBank(
             K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=device_of(layer)
         )
 
-    def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, AttachedLinear]) -> None:
+    def _load(self, entry: Entry, fitted: Fitted, attached: dict[nn.Module, Attached]) -> None:
         for module, adapter, shared in fitted.adapters(self._pool):
-            A, B, scaling, coefficients = adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.coefficients
-            if A is not None and not A.shape[0] and not adapter.beside():
-                continue  # all of its ranks are pruned: the layer is the base's
-            layer = attached[module]
-            entry.ids[layer] = layer.bank.add(entry.key, A, B, scaling, bias=adapter.bias, **coefficients)
-            entry.shared += shared
+            attached[module].add(entry, adapter)
+            if attached[module] in entry.ids:
+                entry.shared += shared
 
 
-def _reserve(fitted: Mapping[str, Fitted], attached: Mapping[nn.Module, AttachedLinear]) -> None:
+def _reserve(fitted: Mapping[str, Fitted], attached: Mapping[nn.Module, Attached]) -> None:
     # One piece of memory in each bank for all that come at once. What adapters share is not counted: it may be there.
     ranks: dict[AttachedLinear, list[int]] = {}
     for one in fitted.values():
         for name, layer in one.layers.items():
             part = one.checkpoint.parts[name]
-            if part.rank and not part.method.stored.shared:
+            if part.rank and not part.method.stored.shared and not takes(layer):
                 ranks.setdefault(attached[layer], []).append(part.rank)
     for layer, each in ranks.items():
         layer.bank.reserve(each)

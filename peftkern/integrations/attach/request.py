@@ -10,32 +10,31 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...many.bank import AdapterBank
 from .rows import Layout, Rows, RowTrace, layout_of
 
 
 class Layer(Protocol):
     """What a request asks of a layer with attached adapters."""
 
-    bank: AdapterBank
+    slots: Hashable  # equal for layers in which ids mean the same adapters
 
 
 class Entry:
-    """An adapter of a model: its id in the bank of every layer that it changes.
+    """An adapter of a model: its id in every layer that it changes.
 
-    ``users`` requests run with it; once it was removed, the last of them frees it. ``shared``: tensors that others may
-    have too, which are known as long as one of them is there.
+    ``number``: no two entries of a model ever share one. ``users`` requests run with it; once it was removed, the last of
+    them frees it. ``shared``: tensors that others may have too, which are known as long as one of them is there.
     """
 
-    def __init__(self, key: str):
-        self.key = key  # its name in the banks: no two entries ever share one
+    def __init__(self, name: str, number: int):
+        self.number, self.key = number, f"{name}#{number}"  # the key is its name in banks
         self.ids: dict[Layer, int] = {}
         self.shared: list[Tensor] = []
         self.users = 0
@@ -43,7 +42,7 @@ class Entry:
 
 
 class Each(NamedTuple):
-    """What the names of a request are to one layer: ids of its bank (-1: none), whether any is there, and if they differ."""
+    """What the names of a request are to one layer: its ids (-1: none), whether any is there, and if they differ."""
 
     ids: tuple[int, ...]
     any: bool
@@ -82,7 +81,7 @@ class Request:
         return 0
 
     def each(self, layer: Layer) -> Each:
-        """The id of each name in the layer's bank."""
+        """The id of each name in the layer."""
         each = self._each.get(layer)
         if each is None:
             ids = tuple(-1 if name is None else self.entries[name].ids.get(layer, -1) for name in self.names)
@@ -92,11 +91,11 @@ class Request:
     def ids(self, layer: Layer, shape: torch.Size, device: torch.device, rows: Rows, copies: int) -> Tensor:
         """int32: one id per leading index of an input of this shape, or per row if its batch lies elsewhere.
 
-        ``copies`` = 0: one adapter for all rows. Layers whose banks agree share the tensor: it carries the route.
+        ``copies`` = 0: one adapter for all rows. Layers whose slots agree share the tensor: it carries the route.
         """
         each = self.each(layer).ids
         lead = shape[:1] if rows.axis == 0 else shape[:-1]
-        key = each, lead, rows, copies, device, layer.bank.snapshot().slots
+        key = each, lead, rows, copies, device, layer.slots
         ids = self._ids.get(key)
         if ids is None:
             with torch.inference_mode(False):

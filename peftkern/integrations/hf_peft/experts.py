@@ -5,21 +5,16 @@ takes the gradient of the whole sum in backward. What the layer computes is
 
     y_t = sum over the experts e of token t of c[t, e] * Down_e(gate(Up_e(x_t))),      Up_e, Down_e: (W[e] + s B[e] A[e]) x + b[e]
 
-of which nothing of a parameter's size has to be made (peftkern/autograd/expert_lora_linear.py). transformers has one contract for
-all such modules (``use_experts_implementation``); only modules under it are taken, whichever of its own implementations
-the model asks for.
+of which nothing of a parameter's size has to be made (peftkern/autograd/expert_lora_linear.py), on the modules that are under
+transformers' contract (peftkern/integrations/experts/contract.py).
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import peft
 import torch
-import transformers
-from packaging.version import Version
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -30,14 +25,11 @@ from ...methods.linear import run as run_linear
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, read
 from ...methods.low_rank import lora
 from ...methods.registry import Held, Plan
+from ..experts import contract
 from .fsdp import trains
 
 # The releases whose wrapper, and whose contract, this file repeats.
-TESTED = {"peft": (peft.__version__, (0, 21)), "transformers": (transformers.__version__, (5, 23))}
-# Implementations of the contract that compute in the dtype of the parameters.
-_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-# Modules whose own code ("eager") computes in fp32 whatever the dtype of its parameters.
-_WIDE = ("OpenAIPrivacyFilterExperts",)
+TESTED = {"peft": (peft.__version__, (0, 21)), "transformers": contract.TRANSFORMERS}
 
 
 class Projection(NamedTuple):
@@ -47,7 +39,7 @@ class Projection(NamedTuple):
     bias: Tensor | None
     held: list[Held]
 
-    def run(self, x: Tensor, counts: list[int]) -> Tensor:
+    def run(self, x: Tensor, counts: list[int], tokens: Tensor) -> Tensor:
         """y (M, N) of rows (M, K) that are sorted by expert."""
         weight, bias, held = self
         W, b = weight.unbind(), [None] * len(weight) if bias is None else bias.unbind()
@@ -81,19 +73,7 @@ class ExpertsPlan(NamedTuple):
 
     def run(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """y (T, K) of tokens x (T, K), their experts (T, k) and the weights of those (T, k)."""
-        experts, (T, k), E = self.experts, index.shape, len(self.up.weight)
-        ids = index.reshape(-1)
-        order = ids.argsort(stable=True)
-        counts = torch.bincount(ids, minlength=E)[:E].tolist()  # E stands for no expert
-        h = self.up.run(x[order // k], counts)
-        h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
-        y = self.down.run(h, counts)
-        if experts.has_post_expert_norm:
-            y = experts.post_expert_norm(y)
-        y = y * weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(T * k, device=order.device)
-        return y[back].unflatten(0, (T, k)).sum(1).to(x.dtype)
+        return contract.mixed(self.experts, (x, index, weights), self.up.run, self.down.run)
 
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
@@ -107,37 +87,16 @@ def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
 def base_reason(layer: ParamWrapper) -> str | None:
     """Why the module whose parameters are adapted is none of transformers' experts, or the release none that is known, or
     None."""
-    for library, (version, (major, minor)) in TESTED.items():
-        if Version(version).release[:2] != (major, minor):
-            return f"experts are covered with {library} {major}.{minor}, this is {version}"
+    for library, (version, known) in TESTED.items():
+        reason = contract.release_reason(library, version, known)
+        if reason is not None:
+            return reason
     chain = wrappers(layer)
     base = type(chain[-1].base_layer)
-    if not _under_contract(base, sys.modules.get("transformers.integrations.moe")):
+    if not contract.under_contract(base):
         names = ", ".join(w.parameter_name for w in chain)
         return f"target_parameters ({names} of {base.__name__}) are adapted inside the base layer, which is not covered"
     return None
-
-
-def _under_contract(cls: type, moe: ModuleType | None) -> bool:
-    # Whether its forward is the one that use_experts_implementation made, with transformers' own table.
-    forward = cls.forward
-    if moe is None or getattr(forward, "__globals__", None) is not vars(moe):
-        return False
-    return any(cell.cell_contents is moe.ALL_EXPERTS_FUNCTIONS for cell in forward.__closure__ or ())
-
-
-def _check_implementation(part: Look) -> str:
-    # Its name; None stands for the module's own code.
-    moe = sys.modules["transformers.integrations.moe"]
-    name = getattr(part.module.config, "_experts_implementation", None) or "eager"
-    function = moe.ALL_EXPERTS_FUNCTIONS.get(name)
-    if name not in _IMPLEMENTATIONS or (function is not None and function.__module__ != moe.__name__):
-        raise NotCovered(f"its experts implementation is {name!r}")
-    if name == "eager" and type(part.module).__name__ in _WIDE:
-        raise NotCovered("its own code computes in fp32, whatever its parameters are")
-    if part.value("_is_expert_parallel"):
-        raise NotCovered("its experts are spread over devices")
-    return name
 
 
 def _projection(part: Look, name: str, around: dict[str, Look]) -> Projection:
@@ -158,7 +117,6 @@ def _projection(part: Look, name: str, around: dict[str, Look]) -> Projection:
 
 
 def _held(level: Look, name: str, weight: Tensor) -> Held:
-    # A is stored as (E R, K), its first R rows those of the first expert; B as (N, R E), expert by expert within a rank.
     E, N, K = weight.shape
     held = lora.held(level, name, (N, K))
     A, B, bias = held.tensors
@@ -166,9 +124,7 @@ def _held(level: Look, name: str, weight: Tensor) -> Held:
         raise NotCovered(f"adapter {name!r} is not one of {E} experts")
     if A.dtype not in (weight.dtype, torch.float32):
         raise NotCovered(f"adapter {name!r} is {A.dtype}, the experts are {weight.dtype}")
-    R = held.rank // E
-    B = B.view(N, R, E).permute(2, 0, 1).contiguous()
-    return held._replace(tensors=(A.view(E, R, K), B, None), rank=R)
+    return held._replace(tensors=(*contract.split(A, B, E), None), rank=held.rank // E)
 
 
 def look_at(layer: ParamWrapper) -> tuple[ExpertsPlan, str]:
@@ -179,9 +135,8 @@ def look_at(layer: ParamWrapper) -> tuple[ExpertsPlan, str]:
         around[look.value("parameter_name")] = look
         look = look.part("base_layer")
         look.require(type(look.module), "base_layer")
-    name = _check_implementation(look)
-    up = _projection(look, "gate_up_proj" if look.value("has_gate") else "up_proj", around)
-    down = _projection(look, "down_proj", around)
+    name = contract.implementation(look.module)
+    up, down = (_projection(look, weight, around) for weight in contract.projections(look.module))
     if up.weight.dtype != down.weight.dtype:
         raise NotCovered("its projections differ in dtype")
     if around:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .. import tuner
+from .. import lora_stored, tuner
 from ..registry import Method, register
 from .lora import apply
 
@@ -36,6 +36,8 @@ EXPERTS = register(
         op="lora_linear",
         saves="x of the experts that have rows if lora_A trains, and (M, R) in fp32",
         merges="W + s B A",
+        peft_type="LORA",
+        stored=lora_stored.EXPERTS,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )
