@@ -94,6 +94,8 @@ def _check_experts(settings: Settings) -> None:
     alone = [name for name in settings["target_parameters"] if "." not in name]
     if alone:
         raise Unfit("target_parameters", f"names {alone[0]!r} without its module, which may be of any")
+    if settings["lora_bias"]:
+        raise Unfit("lora_bias", f"is {settings['lora_bias']!r} along with target_parameters, which have no such bias")
     _check(settings)
 
 
@@ -115,8 +117,7 @@ EXPERTS = Stored(
         "shapes": _expert_shapes,
         "reads": {**READS, "target_parameters": None},
         "check": _check_experts,
-        "changes": {k: v for k, v in CHANGES.items() if k != "target_parameters"}
-        | {"lora_bias": "biases of parameters' adapters"},
+        "changes": {key: meaning for key, meaning in CHANGES.items() if key != "target_parameters"},
     },
     switch="target_parameters",
     parameters=_parameters,

@@ -49,10 +49,14 @@ def _moe() -> ModuleType | None:
     return sys.modules.get("transformers.integrations.moe")
 
 
+def asked(experts: nn.Module) -> str:
+    """Name of the implementation that the model asks for, ``eager`` for the module's own code."""
+    return getattr(experts.config, "_experts_implementation", None) or "eager"
+
+
 def implementation(experts: nn.Module) -> str:
-    """Name of the implementation that computes these experts. Raises NotCovered with the reason for one that is not known."""
-    moe = _moe()
-    name = getattr(experts.config, "_experts_implementation", None) or "eager"  # None stands for the module's own code
+    """The same, checked. Raises NotCovered with the reason for one that is not known."""
+    moe, name = _moe(), asked(experts)
     function = moe.ALL_EXPERTS_FUNCTIONS.get(name)
     if name not in _IMPLEMENTATIONS or (function is not None and function.__module__ != moe.__name__):
         raise NotCovered(f"its experts implementation is {name!r}")

@@ -162,7 +162,6 @@ MEANS = {
     "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [3, 4],
     "use_qalora": True,
-    "target_parameters": ["mlp.experts.down_proj"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"hidden": 3},
