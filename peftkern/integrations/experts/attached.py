@@ -139,11 +139,7 @@ class AttachedExperts(Attached):
     def _adapted(self, call: tuple[Tensor, Tensor, Tensor], ids: Tensor, each: Each) -> Tensor:
         numbers = sorted({*each.ids} - {-1})
         up, down = (self._projection(name, ids, numbers) for name in contract.projections(self.module))
-        x, dtype = call[0], self.module.down_proj.dtype
-        if not torch.is_autocast_enabled(x.device.type) or contract.asked(self.module) != "grouped_mm":
-            return contract.mixed(self.module, call, up, down)
-        with torch.autocast(x.device.type, enabled=False):  # which grouped_mm does not know
-            return contract.mixed(self.module, (x.to(dtype), *call[1:]), up, down).to(x.dtype)
+        return contract.mixed(self.module, call, up, down)
 
     def _projection(self, name: str, ids: Tensor, numbers: list[int]) -> contract.Project:
         held = [(number, self._adapters[number][name]) for number in numbers if name in self._adapters[number]]

@@ -82,6 +82,10 @@ def split(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]
 def mixed(experts: nn.Module, call: tuple[Tensor, Tensor, Tensor], up: Project, down: Project) -> Tensor:
     """y (T, K) of a call: tokens x (T, K), the experts (T, k) of each, and the weights (T, k) of those."""
     x, index, weights = call
+    if torch.is_autocast_enabled(x.device.type) and asked(experts) == "grouped_mm":
+        # It knows no autocast, and takes x in the dtype of its weights.
+        with torch.autocast(x.device.type, enabled=False):
+            return mixed(experts, (x.to(experts.down_proj.dtype), index, weights), up, down).to(x.dtype)
     (T, k), E = index.shape, len(experts.down_proj)
     ids = index.reshape(-1)
     order = ids.argsort(stable=True)

@@ -60,11 +60,6 @@ class ExpertsPlan(NamedTuple):
     up: Projection
     down: Projection
 
-    @property
-    def one_each(self) -> bool:
-        """Whether each projection has one adapter."""
-        return len(self.up.held) == len(self.down.held) == 1
-
     def one(self) -> Plan:
         """The layer of one expert, which says who computes all of them."""
         weight, bias, held = self.up if self.up.held else self.down
@@ -127,15 +122,15 @@ def _held(level: Look, name: str, weight: Tensor) -> Held:
     return held._replace(tensors=(*contract.split(A, B, E), None), rank=held.rank // E)
 
 
-def look_at(layer: ParamWrapper) -> tuple[ExpertsPlan, str]:
-    """(the plan of this layer, the implementation that it stands for). Raises NotCovered with the reason."""
+def look_at(layer: ParamWrapper) -> ExpertsPlan:
+    """The plan of this layer. Raises NotCovered with the reason."""
     look, around = Look(layer, Record(read, trains)), {}
     while type(look.module) is ParamWrapper:
         tuner.check_state(look)
         around[look.value("parameter_name")] = look
         look = look.part("base_layer")
         look.require(type(look.module), "base_layer")
-    name = contract.implementation(look.module)
+    contract.implementation(look.module)
     up, down = (_projection(look, weight, around) for weight in contract.projections(look.module))
     if up.weight.dtype != down.weight.dtype:
         raise NotCovered("its projections differ in dtype")
@@ -143,22 +138,17 @@ def look_at(layer: ParamWrapper) -> tuple[ExpertsPlan, str]:
         raise NotCovered(f"{', '.join(around)} of {type(look.module).__name__} is not the weight of a projection")
     if not up.held and not down.held:
         raise NotCovered("it has no active adapter")
-    return ExpertsPlan(look.module, up, down), name
+    return ExpertsPlan(look.module, up, down)
 
 
 def call_plan(layer: ParamWrapper, x: Any, *args: Any) -> ExpertsPlan:
     """What a call with these tokens, experts and their weights computes. Raises NotCovered with the reason."""
-    plan, implementation = look_at(layer)
+    plan = look_at(layer)
     if len(args) != 2 or any(type(t) not in PLAIN_TENSORS for t in (x, *args)):
         raise NotCovered("the call has arguments of its own")
     index, weights = args
     if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or len(index) != len(x):
         raise NotCovered(f"the call has shapes {tuple(x.shape)}, {tuple(index.shape)}, {tuple(weights.shape)}")
-    dtype = plan.up.weight.dtype
-    if not torch.is_autocast_enabled("cpu"):
-        if x.dtype != dtype:
-            raise NotCovered(f"the input is {x.dtype}, the experts are not")
-    elif implementation == "grouped_mm" and dtype != torch.get_autocast_dtype("cpu") and not plan.one_each:
-        # grouped_mm knows no autocast. The sum of a parameter and one adapter does: its product is in half precision.
-        raise NotCovered("autocast leaves grouped_mm alone, but for a projection with one adapter")
+    if x.dtype != plan.up.weight.dtype and not torch.is_autocast_enabled("cpu"):
+        raise NotCovered(f"the input is {x.dtype}, the experts are not")
     return plan

@@ -211,7 +211,7 @@ def experts_plan(layer: ParamWrapper, *call: Any) -> _experts.ExpertsPlan | str:
     if reason is not None:
         return reason
     try:
-        return _experts.call_plan(layer, *call) if call else _experts.look_at(layer)[0]
+        return _experts.call_plan(layer, *call) if call else _experts.look_at(layer)
     except NotCovered as reason:
         return str(reason)
 
