@@ -95,14 +95,12 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], held: Container[n
         covered.add(layer)
     _check_copies(checkpoint, find)
     missing = [
-        name
-        for name, module in modules.items()
-        if module not in covered and checkpoint.targets(name) and (module in held or layer_reason(module) is None)
+        name for name, module in modules.items() if module not in covered and _named(checkpoint, name, module, held)
     ]
     if missing:
         warnings.warn(
-            f"{checkpoint.file}: holds nothing for {len(missing)} layers that the config's target_modules name "
-            f"({missing[0]}{', ...' if len(missing) > 1 else ''}): the adapter has no effect there",
+            f"{checkpoint.file}: holds nothing for {len(missing)} layers that the config's target_modules or"
+            f" target_parameters name ({missing[0]}{', ...' if len(missing) > 1 else ''}): the adapter has no effect there",
             stacklevel=2,
         )
     if missing and checkpoint.incomplete:
@@ -111,6 +109,14 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], held: Container[n
         raise refuse(checkpoint.file, f"{PREFIX}{missing[0]}", reason)
     sizes = [Size(*features(m), m.weight.dtype) for m in modules.values() if m in covered and not attached.takes(m)]
     return Fitted(checkpoint, layers, sizes)
+
+
+def _named(checkpoint: Checkpoint, name: str, module: nn.Module, held: Container[nn.Module]) -> bool:
+    """Whether the config surely wants an adapter for this layer of the model."""
+    if attached.takes(module):
+        part = next(iter(checkpoint.parts.values()))
+        return bool(attached.parameters(module, part._replace(module=name)))
+    return bool(checkpoint.targets(name)) and (module in held or layer_reason(module) is None)
 
 
 def _check_shapes(checkpoint: Checkpoint, part: Part, layer: nn.Module) -> None:

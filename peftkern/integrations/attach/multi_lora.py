@@ -46,7 +46,8 @@ def attach_adapters(
 
     A layer computes the equation of ``multi_lora_linear`` with the coefficients of the adapter of the sequence that x
     belongs to. Covered are LoRA and rsLoRA (``rank_pattern``, ``alpha_pattern``, ``lora_bias``), DoRA, AdaLoRA, VeRA and
-    (IA)^3, on ``torch.nn.Linear`` and transformers' ``Conv1D``; the adapters may differ in method, in ranks and in the
+    (IA)^3, on ``torch.nn.Linear`` and transformers' ``Conv1D``, and on CPU LoRA on the weights of transformers' experts
+    (``target_parameters``), where each token takes its own adapter; the adapters may differ in method, in ranks and in the
     layers that they change. A setting that could mean another function is refused by name, whatever else a config notes
     is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``) must be the model's own.
 

@@ -309,6 +309,21 @@ def test_other_releases_are_refused(tmp_path, monkeypatch):
         peftkern.attach_adapters(plain, {"a": tmp_path})
 
 
+@torch.no_grad()
+def test_layers_that_the_file_leaves_out(tmp_path):
+    plain = _plain()
+    stock = _saved(plain, tmp_path, **ADAPTERS["both"])
+    _tensors(tmp_path, lambda t: {key: None if key.startswith(KEY) else value for key, value in t.items()})
+    with pytest.warns(UserWarning, match=r"holds nothing for 1 layers .*\(model\.layers\.0\.mlp\.experts\)"):
+        multi = peftkern.attach_adapters(plain, {"a": tmp_path})
+    for name, p in stock.named_parameters():
+        if "layers.0.mlp.experts" in name and "lora_" in name:
+            p.zero_()
+    ids = torch.randint(40, (2, 5))
+    with multi.use("a"):
+        torch.testing.assert_close(plain(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_attached_twice(tmp_path):
     plain = _plain()
     _saved(plain, tmp_path, **ADAPTERS["both"])
