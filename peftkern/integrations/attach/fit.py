@@ -84,8 +84,11 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], held: Container[n
             reason = (attached.reason(layer) if experts else layer_reason(layer)) or bypass(name, modules)
         if reason is not None:
             raise refuse(checkpoint.file, part.key, f"{name} {reason}")
-        named = bool(attached.parameters(layer, part))
-        if not named and (experts or (checkpoint.targets(name) is False and checkpoint.targets(old) is False)):
+        own = attached.parameters(layer, part)
+        if own and not experts:
+            reason = f"{name} has an adapter of its parameter {own[0]!r}: of such those of experts are served alone"
+            raise refuse(checkpoint.config_file, "target_parameters", reason)
+        if not own and (experts or (checkpoint.targets(name) is False and checkpoint.targets(old) is False)):
             targets = "target_parameters" if experts else "target_modules"
             raise refuse(checkpoint.file, part.key, f"is of a layer that the config's {targets} do not name")
         if layer in covered:

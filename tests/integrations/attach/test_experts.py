@@ -224,6 +224,10 @@ REFUSED = {
         lambda folder: _saved(_plain(), folder, target_parameters=["mlp.gate.weight"]) and None,
         r"gate.lora_A.weight: model.layers.0.mlp.gate is a transformers.*Router, expected torch.nn.Linear",
     ),
+    "linear": (
+        lambda folder: _saved(_plain(), folder, target_parameters=["q_proj.weight"]) and None,
+        r"target_parameters: .*q_proj has an adapter of its parameter 'weight'",
+    ),
     "bare": (lambda folder: _config(folder, target_parameters=["down_proj"]), "names 'down_proj' without its module"),
     "no list": (
         lambda folder: _config(folder, target_parameters="x.y"),
