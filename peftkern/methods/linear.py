@@ -30,6 +30,9 @@ from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter
 from ..ops.dropout_mask import seed_tensor
 
+# Ranks from which a branch is products of whole matrices: what the op with the base makes of it pays while A and B are thin.
+WHOLE = 512
+
 
 class Branch(NamedTuple):
     """lora_A (R, K), lora_B (N, R), and the branch's scales. ``seed``: of its dropout, as in ``lora_linear``.
@@ -54,9 +57,14 @@ class Branch(NamedTuple):
         return self._replace(g_d=times(self.g_d, g), share=None if self.share is None else self.share * g)
 
     @property
+    def whole(self) -> bool:
+        """Whether its factors are whole matrices, as large as the weight may be."""
+        return self.lora_A.shape[0] >= WHOLE
+
+    @property
     def apart(self) -> bool:
-        """Whether the op with the base cannot have it."""
-        return self.share is not None or self.route is not None
+        """Whether the op with the base cannot have it, or is slower."""
+        return self.share is not None or self.route is not None or self.whole
 
 
 class Term(Protocol):
@@ -156,7 +164,7 @@ def times(scale: Tensor | None, factor: Tensor) -> Tensor:
     return factor if scale is None else scale * factor
 
 
-def wide(scaling: float | Tensor, like: Tensor) -> float | Tensor:
+def wide_scaling(scaling: float | Tensor, like: Tensor) -> float | Tensor:
     """A scaling as vectors in fp32 (fp64 for fp64 ``like``) are multiplied by it."""
     return scaling.to(accumulate_dtype(like.dtype)) if isinstance(scaling, Tensor) else scaling
 
@@ -295,7 +303,7 @@ def _stacked(branches: tuple[Branch, ...]) -> Branch:
 def whole_d(b: Branch) -> Tensor:
     """d times the scaling, (R) in fp32 or better: what a branch with scaling 1 has for d."""
     d = b.lora_A.new_ones(1) if b.d is None else b.d
-    return (d.to(accumulate_dtype(d.dtype)) * wide(b.scaling, d)).expand(b.lora_A.shape[0])
+    return (d.to(accumulate_dtype(d.dtype)) * wide_scaling(b.scaling, d)).expand(b.lora_A.shape[0])
 
 
 def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:
@@ -305,13 +313,16 @@ def _alone(weight: Tensor, b: Branch, x: Tensor) -> Tensor:
     if b.share is not None:
         scales = Scales(b.d, None, b.p_d, b.share * factor, b.g_d)
         return lora_linear_with(dropped, weight, b.lora_A, b.lora_B, None, Options(scaling), scales)
-    down = dropped.to(b.lora_A.dtype) if b.p_d is None else (dropped * b.p_d).to(b.lora_A.dtype)
-    u = F.linear(down, b.lora_A)
+    down, product = dropped if b.p_d is None else dropped * b.p_d, folded_linear
+    if not b.whole:
+        down, product = down.to(b.lora_A.dtype), F.linear
+    u = product(down, b.lora_A)
     if b.route is not None:
-        by = b.route(down)
+        by = b.route(down.to(b.lora_A.dtype))
         u = (u.unflatten(-1, (by.shape[-1], -1)) * by[..., None]).flatten(-2)
-    delta = F.linear(u if b.d is None else (u * b.d).to(b.lora_B.dtype), b.lora_B)
-    return (delta if b.g_d is None else delta * b.g_d) * scaling
+    delta = product(u if b.d is None else (u * b.d).to(b.lora_B.dtype), b.lora_B)
+    delta = delta if b.g_d is None else delta * b.g_d
+    return delta if type(scaling) is float and scaling == 1.0 else delta * scaling
 
 
 def drop(x: Tensor, p: float, seed: int | Tensor | None) -> tuple[Tensor, float]:

@@ -8,10 +8,8 @@ memory, and the library's second product is folded into the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checks import check_parts
 from .. import tuner
@@ -19,6 +17,7 @@ from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
 from ..look import Look
 from ..registry import Held, Method, register
+from . import models
 
 
 def _half(indices: Tensor, N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -65,28 +64,6 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return _with(y, *adapter.tensors, *adapter.numbers)
 
 
-def build(linear: nn.Linear, rank: int) -> nn.Module:
-    """A model of one layer around this one, with the library's number of coefficients, or as many as there are."""
-    return tuner.builder("FourierFTConfig", None, n_frequency=min(1000, linear.weight.numel()))(linear, rank)
-
-
-def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
-    """PEFT models of one layer."""
-    import peft
-    from transformers.pytorch_utils import Conv1D
-
-    def config(**options):
-        return peft.FourierFTConfig(**{"target_modules": ["0"], "n_frequency": 30, "init_weights": False, **options})
-
-    K, N = in_features, out_features
-    return {
-        "linear": tuner.layer(nn.Linear(K, N), config()),
-        "no bias, all frequencies": tuner.layer(nn.Linear(K, N, bias=False), config(n_frequency=K * N)),
-        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
-        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(random_loc_seed=3, scaling=20.0)),
-    }
-
-
 FOURIERFT = register(
     Method(
         name="FourierFT",
@@ -97,8 +74,8 @@ FOURIERFT = register(
         held=held,
         apply=apply,
         function=fourierft_linear,
-        examples=examples,
-        build=build,
+        examples=models.examples("FourierFTConfig", {"scaling": 20.0}),
+        build=models.builder("FourierFTConfig", 1000),
         rank=0,
         op="lora_linear",
         saves="x, and the folded weight in fp32",

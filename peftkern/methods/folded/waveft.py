@@ -10,10 +10,9 @@ its upper right quarter and the columns of its lower left one as high frequencie
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checks import check_parts
 from .. import tuner
@@ -21,6 +20,7 @@ from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
+from . import models
 
 # How often an adapter may add to the entries of the weight: each to so many of them on the average, beyond which a transform of
 # the whole matrix is faster, and all in all, since their places take memory.
@@ -119,30 +119,6 @@ def apply(y: Linear, adapter: Held) -> Linear:
     return _with(y, spectrum, entries, scaling)
 
 
-def build(linear: nn.Linear, rank: int) -> nn.Module:
-    """A model of one layer around this one, with the library's number of coefficients, or as many as there are."""
-    return tuner.builder("WaveFTConfig", None, n_frequency=min(2592, linear.weight.numel()))(linear, rank)
-
-
-def examples(in_features: int, out_features: int) -> Mapping[str, nn.Module]:
-    """PEFT models of one layer."""
-    import peft
-    from transformers.pytorch_utils import Conv1D
-
-    def config(**options):
-        return peft.WaveFTConfig(**{"target_modules": ["0"], "n_frequency": 30, "init_weights": False, **options})
-
-    K, N = in_features, out_features
-    return {
-        "linear": tuner.layer(nn.Linear(K, N), config()),
-        "no bias, all coefficients": tuner.layer(nn.Linear(K, N, bias=False), config(n_frequency=K * N)),
-        "sym4": tuner.layer(nn.Linear(K, N), config(wavelet_family="sym4")),
-        "no transform": tuner.layer(nn.Linear(K, N), config(use_idwt=False)),
-        "Conv1D": tuner.layer(Conv1D(N, K), config(fan_in_fan_out=True)),
-        "two adapters": tuner.layer(nn.Linear(K, N), config(), config(random_loc_seed=3, wavelet_family="db3")),
-    }
-
-
 WAVEFT = register(
     Method(
         name="WaveFT",
@@ -153,8 +129,12 @@ WAVEFT = register(
         held=held,
         apply=apply,
         function=waveft_linear,
-        examples=examples,
-        build=build,
+        examples=models.examples(
+            "WaveFTConfig",
+            {"wavelet_family": "db3"},
+            {"sym4": {"wavelet_family": "sym4"}, "no transform": {"use_idwt": False}},
+        ),
+        build=models.builder("WaveFTConfig", 2592),
         rank=0,
         op="lora_linear",
         saves="x, and the folded weight in fp32",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...autograd.lora_linear import Options, lora_linear_with
 from .. import lora_stored, tuner
-from ..linear import Branch, Linear, run, wide
+from ..linear import Branch, Linear, run, wide_scaling
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register, variant_of
 
@@ -60,7 +60,7 @@ def read(look: Look, name: str, shape: tuple[int, int], method: Method) -> Held:
 
 def with_bias(y: Linear, bias: Tensor | None, scaling: float | Tensor) -> Linear:
     """The layer with lora_bias, which is part of the branch, so it is scaled."""
-    return y if bias is None else y.add_bias(wide(bias, bias) * wide(scaling, bias))
+    return y if bias is None else y.add_bias(wide_scaling(bias, bias) * wide_scaling(scaling, bias))
 
 
 def apply(y: Linear, adapter: Held) -> Linear:
