@@ -2,8 +2,8 @@
 
 Where the outputs outnumber the rows of W, which is what most convolutions are like, both products are one: a convolution with
 W + s BA, made anew for every pass, which costs less than a branch over all of the outputs. No gradient is as large as a weight:
-dA and dB come from conv(x, A), which is computed in backward. Saved: x if A or B needs a gradient, parameters. Elsewhere torch's
-own convolutions are composed, the scaling in B and the branch added in place.
+dA and dB come from conv(x, A), which is computed in backward. Saved: parameters, and x if A needs a gradient, conv(x, A) if B
+alone does. Elsewhere torch's own convolutions are composed, the scaling in B and the branch added in place.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class LoRAConvFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, call):
         of, s, _ = call
-        reads_x = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if reads_x else None, weight, lora_A, lora_B)
+        need_A, need_B = ctx.needs_input_grad[2:4]
+        u = conv(x, cast(lora_A, x.dtype), None, of) if need_B and not need_A else None
+        ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, u)
         ctx.call, ctx.x = call, (x.shape, x.dtype)
         return conv(x, _adapted(weight, lora_A, lora_B, s, x.dtype), bias, of)
 
@@ -73,13 +74,13 @@ class LoRAConvFunction(torch.autograd.Function):
     @first_only("lora_conv")
     def backward(ctx, dy):
         need_x, _, need_A, need_B, need_bias, _ = ctx.needs_input_grad
-        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x, weight, lora_A, lora_B, u = ctx.saved_tensors
         (of, s, _), (shape, dtype) = ctx.call, ctx.x
         dx = dA = dB = None
         if need_A or need_B:
             A, B = cast(lora_A, dtype), cast(lora_B * s, dtype)
-            # What du needs of u is its shape.
-            u = conv(x, A, None, of) if need_B else dy.new_empty(1).expand(dy.shape[0], A.shape[0], *dy.shape[2:])
+            if u is None:  # what du needs of it is its shape
+                u = conv(x, A, None, of) if need_B else dy.new_empty(1).expand(dy.shape[0], A.shape[0], *dy.shape[2:])
             du, dB = _back(dy, u, B, _point(of), (need_A, need_B))
             dB = cast(dB, lora_B.dtype) * s if need_B else None
             dA = cast(_back(du, x, A, of, (False, True))[1], lora_A.dtype) if need_A else None

@@ -34,6 +34,7 @@ _BYPASSED = {cls: cls.forward for cls in (nn.Linear, Conv1D, nn.Dropout)}
 _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
+_TRACES = torch._C._TorchDispatchModeKey.PROXY  # the mode of make_fx, whose graph would have ops without a gradient
 
 Read = Callable[[nn.Module, str], Any]
 FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
@@ -98,6 +99,8 @@ def process_reason() -> str | None:
         return "torch.export is tracing" if torch.compiler.is_exporting() else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit is tracing"
+    if torch._C._get_dispatch_mode(_TRACES) is not None:
+        return "make_fx is tracing"
     if torch._C._functorch.maybe_current_level() is not None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -110,6 +113,7 @@ PROCESS = (
     at(vars(_nn_module), items(dict.fromkeys(_GLOBAL_HOOKS, EMPTY))),
     *(at(cls, instance(type, {}, {"forward": same(forward)})) for cls, forward in _BYPASSED.items()),
     at(vars(torch.compiler), items({"_is_compiling_flag": same(False)})),
+    call(torch._C._get_dispatch_mode, (_TRACES,), same(None)),
     call(torch._C._functorch.maybe_current_level, (), same(None)),
     at(vars(forward_ad), items({"_current_level": equal(-1)})),
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
@@ -228,6 +229,9 @@ def test_functional_transforms_forward_mode_tracing_and_export(zoo, fused):
         tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
     torch.testing.assert_close(tangent.sum(), jacobian.sum(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.jit.trace(layer, (x,), check_trace=False)(x), expected)
+    graph = make_fx(layer)(x)
+    graph(x).sum().backward()
+    assert "peftkern" not in str(graph.graph) and layer.lora_A["default"].weight.grad is not None
     program = torch.export.export(layer, (x,))
     assert "peftkern" not in str(program.graph)
     torch.testing.assert_close(program.module()(x), expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as nn_module
 
 import peftkern
@@ -128,6 +129,7 @@ CHANGES = {
     "compilation": _patched(torch.compiler, "_is_compiling_flag", True),
     "vmap": lambda layer, x, check, patch: torch.func.vmap(lambda t: (check(x), t)[1])(x),
     "jit.trace": lambda layer, x, check, patch: torch.jit.trace(lambda t: (check(x), t)[1], x, check_trace=False),
+    "make_fx": lambda layer, x, check, patch: make_fx(lambda t: (check(x), t + 1)[1])(x),
     "a mixed batch that trained": lambda layer, x, check, patch: (hf_peft_forward.trained_mixed.add(layer), check(x)),
 }  # fmt: skip
 ON_BY_PATCH = {**CHANGES, "unpatch": _after(lambda m: hf_peft.unpatch())}

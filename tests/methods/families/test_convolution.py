@@ -50,6 +50,28 @@ def test_dropout_by_its_mask(agree, monkeypatch, dtype, dora):
     assert (status.fused, status.stock) == (4, 0) and kept
 
 
+def test_a_frozen_lora_A_keeps_what_it_gives_alone():
+    model = tuner.layer(nn.Conv2d(C, N, 3), config(r=4, init_lora_weights=False)).train()
+    model.base_model.model[0].lora_A.requires_grad_(False)
+    stock = copy.deepcopy(model)
+    peftkern.accelerate(model)
+    with torch.inference_mode():  # which cannot be kept
+        x = torch.randn(2, C, 40, 40)
+    own, sizes = {p.data_ptr() for p in model.parameters()}, []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel() * (t.data_ptr() not in own)) or t, lambda t: t
+    ):
+        y = model(x)
+    assert sum(sizes) == 2 * 4 * 38 * 38
+    y.square().mean().backward()
+    stock(x).square().mean().backward()
+    for (name, p), q in zip(model.named_parameters(), stock.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+    assert peftkern.status(model).fused == 1
+
+
 def test_dropout_draws_anew_and_is_reproducible():
     model = tuner.layer(nn.Conv1d(C, N, 3), config(lora_dropout=0.5)).train()
     peftkern.accelerate(model)
