@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
+from .autograd.bottleneck_adapter import bottleneck_adapter
 from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
@@ -26,8 +27,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "LoRALinear", "__version__", "dropout_mask", "expert_lora_linear", "lora_linear",
-    "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "LoRALinear", "__version__", "bottleneck_adapter", "dropout_mask", "expert_lora_linear",
+    "lora_linear", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 
