@@ -12,6 +12,7 @@ from .autograd.bottleneck_adapter import bottleneck_adapter
 from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .autograd.reft import reft
 from .many.adapter import Adapter
 from .many.bank import AdapterBank
 from .methods import FUNCTIONS
@@ -28,7 +29,7 @@ _LAZY = {
 
 __all__ = [
     "Adapter", "AdapterBank", "LoRALinear", "__version__", "bottleneck_adapter", "dropout_mask", "expert_lora_linear",
-    "lora_linear", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
+    "lora_linear", "multi_lora_linear", "reft", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

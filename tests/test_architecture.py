@@ -92,6 +92,7 @@ PUBLIC = {
     "peftkern.autograd.bottleneck_adapter.bottleneck_adapter",
     "peftkern.autograd.expert_lora_linear.expert_lora_linear",
     "peftkern.autograd.lora_linear.lora_linear",
+    "peftkern.autograd.reft.reft",
     "peftkern.nn.lora.LoRALinear.__init__",
 }
 
