@@ -93,6 +93,7 @@ PUBLIC = {
     "peftkern.autograd.expert_lora_linear.expert_lora_linear",
     "peftkern.autograd.lora_linear.lora_linear",
     "peftkern.autograd.reft.reft",
+    "peftkern.nn.bottleneck.BottleneckAdapter.__init__",
     "peftkern.nn.lora.LoRALinear.__init__",
 }
 
