@@ -49,17 +49,22 @@ VARIANTS = {
 
 
 class Rows(NamedTuple):
-    """The listed rows, B P entries, without a look at their values: no host waits for a device.
+    """The listed rows, B P entries, on a device without a look at their values: no host waits for it.
 
     ``at``: int64, the row of h seen as (B T, H) that an entry writes; one that is no position writes what another of its
     sequence does. ``first``: of the entries of a row the first, itself for most. ``counts``: whether an entry is its row's
-    first, and a position. ``edits``: whether its sequence has a position at all.
+    first, and a position. ``edits``: whether its sequence has a position at all. These three are None where all entries
+    are known to be different positions.
     """
 
     at: Tensor
-    first: Tensor
-    counts: Tensor
-    edits: Tensor
+    first: Tensor | None
+    counts: Tensor | None
+    edits: Tensor | None
+
+    def once(self, t: Tensor) -> Tensor:
+        """t (B P, ...), where what stands there twice counts once, and what is no position not at all."""
+        return t if self.counts is None else torch.where(self.counts[:, None], t, 0.0)
 
 
 class Call(NamedTuple):
@@ -112,6 +117,8 @@ def _rows(positions: Tensor, T: int) -> Rows:
         return last[2]
     _check_positions(positions, T)
     rows = _made_rows(known, T)
+    if positions.is_cpu and rows.counts.all():
+        rows = Rows(rows.at, None, None, None)
     _last = weakref.ref(positions), state, rows
     return rows
 
@@ -141,8 +148,9 @@ def _dropped(x: Tensor, call: Call, seed: Tensor | None) -> Tensor:
 
 
 def _write(y: Tensor, edited: Tensor, before: Tensor, rows: Rows) -> None:
-    # Equal rows get equal bits, whichever entry is written last.
-    edited = torch.where(rows.edits[:, None], cast(edited, y.dtype), before).index_select(0, rows.first)
+    edited = cast(edited, y.dtype)
+    if rows.first is not None:  # equal rows get equal bits, whichever entry is written last
+        edited = torch.where(rows.edits[:, None], edited, before).index_select(0, rows.first)
     y.flatten(0, -2).index_copy_(0, rows.at, edited)
 
 
@@ -195,15 +203,13 @@ def _gradients(ctx, dy: Tensor, saved: tuple, needs: tuple[bool, ...]) -> tuple[
         dx = torch.addmm(dx, dz, R, alpha=-1) if subtracts else dx
         dh = dy.clone(memory_format=torch.contiguous_format)
         _write(dh, dx, given, rows)
-    # What stands there twice counts once, what is no position not at all.
-    once = rows.counts[:, None]
     if needs[1]:
-        dR = torch.where(once, z, 0.0).t() @ e
+        dR = rows.once(z).t() @ e
         if subtracts:
-            dR.addmm_(torch.where(once, dz, 0.0).t(), cast(x, acc), alpha=-1)
+            dR.addmm_(rows.once(dz).t(), cast(x, acc), alpha=-1)
         dR = cast(dR, ctx.dtypes[0])
     if needs[2] or needs[3]:
-        dt = torch.where(once, dt, 0.0)
+        dt = rows.once(dt)
         dW = cast(dt.t() @ cast(x, acc), ctx.dtypes[1]) if needs[2] else None
         db = cast(dt.sum(0), ctx.dtypes[2]) if needs[3] else None
     return dh, dR, dW, db

@@ -12,6 +12,7 @@ from peftkern.autograd.reft import VARIANTS
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 POSITIONS = torch.tensor([[2, -1, 0, 2], [-1, -1, -1, -1], [4, 3, 4, 1]])
+DISTINCT = torch.tensor([[2, 0], [1, 4], [3, 2]])
 NAMES = ("h", "rotate", "weight", "bias")
 
 
@@ -64,7 +65,7 @@ def of(t, call):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_formulas(variant, options):
     for activation in ("identity", "gelu", "relu") if VARIANTS[variant].source else ("identity",):
-        for positions in (POSITIONS, POSITIONS[:, :1], POSITIONS[:, 1:2]):
+        for positions in (POSITIONS, POSITIONS[:, :1], POSITIONS[:, 1:2], DISTINCT):
             t = operands(variant)
             named = {"variant": variant, "activation": activation} | options
             expected = of(t, lambda t, named=named, at=positions: row_by_row(t, at, **named))
