@@ -111,3 +111,10 @@ def test_bad_arguments():
             BottleneckAdapter(10, 3, **options)
     with pytest.raises(ValueError, match=r"expected \(B, T, K\) for a gate"):
         BottleneckAdapter(10, 3, gate=True)(torch.randn(4, 10))
+
+
+def test_compiled():
+    m, h = trained(10, 3, "gelu", "learned", gate=True), torch.randn(2, 4, 10)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(h).square().sum(), tuple(m.parameters())) for f in (m, compiled)]
+    torch.testing.assert_close(*grads)

@@ -185,3 +185,10 @@ def test_decoding_edits_what_training_edited():
 def test_bad_positions(change, error, match):
     with pytest.raises(error, match=match):
         reft_positions(**({"spec": "f3", "lengths": LENGTHS} | change))
+
+
+def test_compiled():
+    m, h = ReFT(16, 3), torch.randn(2, 5, 16)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(h, POSITIONS).square().sum(), tuple(m.parameters())) for f in (m, compiled)]
+    torch.testing.assert_close(*grads)
