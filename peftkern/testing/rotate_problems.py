@@ -18,14 +18,14 @@ LAYOUTS = ("contiguous", "row_stride", "transposed")
 @dataclass(frozen=True)
 class BlockRotateProblem:
     """M rows of ``blocks`` blocks of ``size`` columns; ``seed`` makes the values, and the order of the columns if they are
-    ``permuted``. ``shared``: one matrix for all blocks. ``layout``: of x."""
+    ``permuted``. ``adapter_dtype``: of the matrices. ``shared``: one for all blocks. ``layout``: of x."""
 
     seed: int
     M: int
     blocks: int
     size: int
     dtype: torch.dtype
-    matrix_dtype: torch.dtype
+    adapter_dtype: torch.dtype
     shared: bool = False
     permuted: bool = False
     layout: str = "contiguous"
@@ -51,7 +51,7 @@ class BlockRotateProblem:
         shape = (1 if self.shared else self.blocks, self.size, self.size)
         x, dy = (torch.randn(self.M, self.K, generator=gen).to(self.dtype) for _ in range(2))
         R = torch.randn(shape, generator=gen) / math.sqrt(self.size)
-        return {"x": laid_out(x, self.layout), "R": R.to(self.matrix_dtype), "dy": dy}
+        return {"x": laid_out(x, self.layout), "R": R.to(self.adapter_dtype), "dy": dy}
 
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """y from peftkern."""
@@ -85,6 +85,6 @@ def random_rotate_problem(
     block = rng.choice((2, 4, 8, 16, 32)) if rng.random() < 0.4 else size(min(max_R, max_KN))
     return BlockRotateProblem(
         seed=seed, M=size(max_M), blocks=size(max(max_KN // block, 1)), size=block, dtype=dtype,
-        matrix_dtype=rng.choice((torch.float32, dtype)), shared=rng.random() < 0.3, permuted=rng.random() < 0.4,
+        adapter_dtype=rng.choice((torch.float32, dtype)), shared=rng.random() < 0.3, permuted=rng.random() < 0.4,
         layout=rng.choice(LAYOUTS),
     )  # fmt: skip

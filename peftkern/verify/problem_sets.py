@@ -4,6 +4,7 @@
     multi:DTYPE:SEED[:KIND]      multi_lora_linear, or sgmv (a quarter of them), on a list or a bank (three in ten)
     norm:DTYPE:SEED[:cancel]     lora_row_norm; ``cancel``: of what the branch leaves of its own negative, rounded
     rotate:DTYPE:SEED[:tall]     block_rotate; ``tall``: 20,000 rows
+    bottleneck:DTYPE:SEED[:tall] bottleneck_adapter; ``tall``: 20,000 rows
 
 KIND: ``segment`` (10,000 rows, all with one adapter), ``rows`` (65,600 rows), ``base`` (no row has an adapter), ``wide``
 (a rank of 512 beside a rank of 1).
@@ -110,7 +111,17 @@ def _rotate(dtype: torch.dtype, seed: int, kind: str, limits: dict):
     return dataclasses.replace(problem, M=20_000) if kind else problem
 
 
-_MAKE = {"lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm, "block_rotate": _rotate}
+def _bottleneck(dtype: torch.dtype, seed: int, kind: str, limits: dict):
+    from peftkern.testing.bottleneck_problems import random_bottleneck_problem
+
+    problem = random_bottleneck_problem(seed, dtype, **(({"max_KN": 128, "max_R": 64} if kind else {}) | limits))
+    return dataclasses.replace(problem, M=20_000) if kind else problem
+
+
+_MAKE = {
+    "lora_linear": _single, "multi_lora_linear": _many, "lora_row_norm": _norm, "block_rotate": _rotate,
+    "bottleneck_adapter": _bottleneck,
+}  # fmt: skip
 SETS = {
     s.op: s
     for s in (
@@ -127,6 +138,10 @@ SETS = {
         ),
         ProblemSet(
             "block_rotate", "rotate:", ("tall",), frozenset({"tall"}), dict(max_M=96, max_KN=160, max_R=40),
+            "of 20,000 rows",
+        ),
+        ProblemSet(
+            "bottleneck_adapter", "bottleneck:", ("tall",), frozenset({"tall"}), dict(max_M=96, max_KN=160, max_R=40),
             "of 20,000 rows",
         ),
     )

@@ -10,6 +10,7 @@ import torch
 
 from peftkern.testing import accuracy
 from peftkern.verify import main as verify
+from peftkern.verify.problem_sets import SETS
 
 
 @pytest.fixture
@@ -30,6 +31,13 @@ def test_three_problems(small, tmp_path, capsys):
     assert {r["dtype"] for r in written["rows"]} == {"fp32", "bf16", "fp16"}
     assert all(r["ok"] and r["ratio"] <= 1 for r in written["rows"])
     assert written["header"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("op", SETS)
+def test_every_op(op, small, capsys):
+    names = [f"{SETS[op].prefix}{problem}" for problem in ("fp32:3", "fp16:1")]
+    assert verify.main(["--op", op, "--backend", "reference", "--problem", *names]) == 0
+    assert "2 problems" in capsys.readouterr().out
 
 
 def test_a_wrong_result_fails_and_can_be_repeated(small, monkeypatch, capsys):

@@ -1,0 +1,202 @@
+"""A bottleneck adapter as a differentiable function.
+
+Saved for backward, each only if a gradient that is needed reads it: h, or a copy of it where that costs less (``saved.py``);
+t, the input of the activation, which is (M, R) in fp32; parameters and a seed. Dropout bits are drawn again from the seed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import activation_name
+from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
+from ..dispatch.registry import caller
+from ..dispatch.watch import nobody_watches
+from ..ops.bottleneck_adapter import BottleneckNeeds
+from ..ops.dropout_mask import acting, seed_tensor
+from .saved import first_only, kept_input, read_saved
+from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
+
+_fwd, _bwd = caller("bottleneck_adapter_fwd"), caller("bottleneck_adapter_bwd")
+
+# What a node saves, by name, for messages.
+_SAVED = ("h", "t", "down", "up", "up_bias", "gate", "out_scale", "seed")
+
+
+class Call(NamedTuple):
+    """What a pass takes besides tensors. ``dtype``: of the activation, h and the residual promoted."""
+
+    activation: str
+    scaling: float
+    dropout_p: float
+    on_input: bool
+    dtype: torch.dtype
+
+
+def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    # Which of _SAVED the gradients of (h, residual, down, up, down_bias, up_bias, gate, out_scale) read.
+    h, _, down, up, down_bias, up_bias, gate, scale = needs
+    before, after = h or down or down_bias, up or up_bias or scale
+    matrix_up = before or gate or scale
+    return (
+        down,
+        before or up or gate or scale,
+        h,
+        matrix_up,
+        gate or scale,
+        before or after,
+        before or gate or up or up_bias,
+        True,
+    )
+
+
+class BottleneckAdapterFunction(torch.autograd.Function):
+    """The op with its gradients.
+
+    ``residual``: None for h. ``rest``: down, up, down_bias, up_bias, gate, out_scale, the seed and the ``Call``.
+    """
+
+    @staticmethod
+    def forward(ctx, h, residual, *rest):
+        *parts, seed, call = rest
+        given = cast(h, call.dtype)
+        rows = None if residual is None else rows_of(residual, call.dtype)
+        y, t = _fwd(rows_of(given, call.dtype), rows, *parts, *call[:4], seed)
+        down, up, _, *vectors = parts
+        saved = [h, t, down, up, *vectors, seed]
+        if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
+            saved = [v if read else None for v, read in zip(saved, _reads(ctx.needs_input_grad[:8]))]
+            if saved[0] is not None:
+                saved[0] = kept_input(h, given, None)
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.h = call, (h.shape, h.dtype)
+        ctx.others = [None if v is None else (v.shape, v.dtype) for v in (residual, *parts)]
+        ctx.inputs = 1 if residual is None else 2
+        return as_shape(y, h)
+
+    @staticmethod
+    @first_only("bottleneck_adapter")
+    def backward(ctx, dy):
+        saved, needs = read_saved(ctx, "bottleneck_adapter", lambda: _SAVED, lambda n: _reads(n[:8]))
+        h, t, down, up, up_bias, gate, out_scale, seed = saved
+        call, (shape, dtype) = ctx.call, ctx.h
+        residual, (down_shape, down_dtype), (up_shape, up_dtype), *vectors = ctx.others
+        rows, need = rows_of(dy, call.dtype), BottleneckNeeds(needs[0], *needs[2:8])
+        grads: list[Tensor | None] = [None] * 7
+        if any(need):
+            # What no needed gradient reads stands as a matrix of no memory.
+            down = rows.new_empty(1, dtype=down_dtype).expand(down_shape) if down is None else down
+            up = rows.new_empty(1, dtype=up_dtype).expand(up_shape) if up is None else up
+            if t is None:
+                t = rows.new_empty(1, dtype=accumulate_dtype(call.dtype)).expand(rows.shape[0], down_shape[0])
+            done = _bwd(
+                rows, None if h is None else rows_of(h, call.dtype), t, down, up, up_bias, gate, out_scale, call.activation,
+                call.scaling, call.dropout_p, call.on_input, seed, residual is None, list(need),
+            )  # fmt: skip
+            grads = [grad if wanted else None for grad, wanted in zip(done, need)]
+        dh, dresidual = None, None
+        if needs[0]:
+            dh = cast(grads[0], dtype).view(shape)
+        if needs[1]:
+            dresidual = cast(dy, residual[1])
+        dvectors = [None if grad is None else cast(grad, v[1]) for grad, v in zip(grads[3:], vectors)]
+        return dh, dresidual, grads[1], grads[2], *dvectors, None, None
+
+
+def _folded(scaling: Tensor, out_scale: Tensor | None, N: int, h: Tensor) -> Tensor:
+    # A trained factor as a vector (N), whose autograd torch sees to.
+    check_factor("scaling", scaling, h.device, "h")
+    acc = accumulate_dtype(h.dtype)
+    scaling = scaling.reshape(1).to(acc)
+    return scaling.expand(N) if out_scale is None else scaling * out_scale.to(acc)
+
+
+def _rows_gate(gate: Tensor, h: Tensor) -> Tensor:
+    check_tensor("gate", gate)
+    try:
+        return gate.expand(*h.shape[:-1], 1).reshape(h.shape[:-1].numel())
+    except RuntimeError:
+        expected = f"what broadcasts to (..., 1) = {(*h.shape[:-1], 1)}"
+        raise ValueError(f"gate has shape {tuple(gate.shape)}, expected {expected}") from None
+
+
+def bottleneck_adapter(
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scaling: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_on: str = "output",
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """A bottleneck adapter in the residual stream.
+
+        y = residual + gate * drop(scaling * out_scale * (f(h D^T + down_bias) U^T + up_bias))
+
+    The adapter of Houlsby et al. (2019), Pfeiffer et al. (2020), He et al. (2022, parallel), AdapterPlus (out_scale) and UniPELT
+    (gate); with ``residual`` the output of a linear layer that reads h, the parallel adapter of LLM-Adapters.
+
+    Args:
+        h: (..., K) in fp32, bf16 or fp16 (fp64 through the reference).
+        down: D (R, K). up: U (N, R). Both in fp32 or both in h's dtype.
+        down_bias: (R). up_bias: (N). out_scale: (N). In fp32 or h's dtype.
+        activation: f: relu, gelu, gelu_tanh, silu, tanh, leaky_relu, sigmoid or identity (peftkern/activations.py).
+        scaling: a float or a one-element tensor on h's device (differentiable, not synchronised to the host).
+        residual: (..., N), what is added to; None: h itself, and N is K.
+        gate: what broadcasts to (..., 1), such as (batch, 1, 1) of one value for each sequence.
+        dropout_p: drop probability, acts if ``training`` and > 0, on the ``dropout_on`` "output" (what is added) or "input" (h).
+        seed: int or one-element int64 tensor on h's device; the bits are those of ``dropout_mask`` for the flattened (M, N) or
+            (M, K). None draws one from torch's default generator, only if dropout acts.
+
+    Returns:
+        (..., N) in the dtype of h and residual, promoted. Every argument but a float and a seed is differentiable; each
+        gradient has its argument's dtype. Autocast changes nothing but parameters in another half precision than h, which
+        are cast to h's.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named in the message.
+        RuntimeError: a second derivative, or use under a torch.func transform; in backward, an h that was changed in place
+            since and is needed as it was.
+    """
+    if not nobody_watches():
+        no_transforms("bottleneck_adapter")
+    check_tensor("h", h)
+    if dropout_on not in ("output", "input"):
+        raise ValueError(f"dropout_on is {dropout_on!r}, expected 'output' or 'input'")
+    p, dtype = acting(dropout_p, training), h.dtype
+    residual = None if residual is h else residual
+    if residual is not None:
+        check_tensor("residual", residual)
+        if residual.shape[:-1] != h.shape[:-1]:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}, expected (..., N) with ... = {tuple(h.shape[:-1])}"
+            )
+        dtype = torch.promote_types(dtype, residual.dtype)
+    check_tensor("up", up)
+    if isinstance(scaling, Tensor):
+        out_scale, scaling = _folded(scaling, out_scale, up.shape[0], h), 1.0
+    else:
+        check_number("scaling", scaling)
+    gate = None if gate is None else _rows_gate(gate, h)
+    parts = [down, up, down_bias, up_bias, gate, out_scale]
+    if autocast_dtype(h) is not None:
+        allowed = (dtype, torch.float32)
+        parts = [v if not isinstance(v, Tensor) or v.dtype in allowed else v.to(dtype) for v in parts]
+    seed = seed_tensor(seed, h.device) if p > 0.0 else None
+    call = Call(activation_name(activation), float(scaling), p, dropout_on == "input", dtype)
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (h, residual, *parts)):
+        return BottleneckAdapterFunction.apply(h, residual, *parts, seed, call)
+    rows = None if residual is None else rows_of(residual, dtype)
+    y, _ = _fwd(rows_of(h, dtype), rows, *parts, *call[:4], seed)
+    return as_shape(y, h)
