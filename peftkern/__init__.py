@@ -11,6 +11,7 @@ from ._version import __version__
 from .autograd.bottleneck_adapter import bottleneck_adapter
 from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
+from .autograd.multi_bottleneck_adapter import Bottleneck, multi_bottleneck_adapter
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .autograd.reft import reft
 from .many.adapter import Adapter
@@ -28,8 +29,9 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "BottleneckAdapter", "LoRALinear", "ReFT", "__version__", "bottleneck_adapter", "dropout_mask",
-    "expert_lora_linear", "lora_linear", "multi_lora_linear", "reft", "reft_positions", "sgmv", *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "Bottleneck", "BottleneckAdapter", "LoRALinear", "ReFT", "__version__", "bottleneck_adapter",
+    "dropout_mask", "expert_lora_linear", "lora_linear", "multi_bottleneck_adapter", "multi_lora_linear", "reft",
+    "reft_positions", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from ..many.adapter import Adapter
 from ..many.bank import AdapterBank
 from ..many.route import route
 from ..many.table import AdapterTable, probabilities, table_of
-from ..ops.adapter_table import BETA
+from ..ops.adapter_table import BETA, PHI, RANK_BIAS
 from ..ops.dropout_mask import check_p, seed_tensor
 from ..ops.multi_lora_linear import NO_BASE
 from ..settings import Settings, current
@@ -32,16 +32,20 @@ from .shapes import as_shape, autocast_dtype, cast, cast_base, escaped, no_trans
 
 _fwd, _bwd = caller("multi_lora_linear_fwd"), caller("multi_lora_linear_bwd")
 _add = caller("sgmv_add")
-_BRANCH = Base(NO_BASE, ())
+# No base: the branch is all there is.
+BRANCH = Base(NO_BASE, ())
 _SAVED = ("x", "u", "h", "table", "scaling", "order", "starts", "dropout_p", "seed", "weight or an adapter's part")
 
 
 class Parts(NamedTuple):
-    """How the tensors of a node follow each other: the base's, the weights, the vectors, whose ``owners`` the table names."""
+    """How the tensors of a node follow each other: the base's, the weights, the vectors, whose ``owners`` the table names.
+
+    ``curved``: whether an adapter has an activation."""
 
     base: int
     weights: int
     owners: tuple[tuple[int, str], ...]
+    curved: bool
 
     def split(self, tensors: Sequence) -> tuple[Sequence, Sequence, Sequence]:
         """(the base's, weights, vectors)."""
@@ -68,9 +72,10 @@ def _reads(needs: tuple[bool, ...], parts: Parts) -> tuple[bool, ...]:
     """Which of ``_SAVED`` the needed gradients read; last the base's tensors, lora_A and lora_B of each adapter, vectors."""
     dx, (_, matrices, vectors), trained = needs[0], parts.split(needs[4:]), _trained(needs, parts)
     symbols = {symbol for _, symbol in trained}
-    through_B = {slot for slot, symbol in trained if symbol in ("d", "p_d", "g_d")}
+    through_B = {slot for slot, symbol in trained if symbol in ("d", "p_d", "g_d", RANK_BIAS)}
     x = any(matrices[::2]) or bool(symbols & {"p_b", "p_d"})
     u = any(matrices[1::2]) or bool(symbols & {"d", "g_d"})
+    u = u or (parts.curved and (dx or x or RANK_BIAS in symbols))
     read: list[bool] = []
     for i in range(len(matrices)):
         if i % 2 == 0:
@@ -218,7 +223,7 @@ def _call(x: Tensor, base: Base, bias: Tensor | None, batch: Batch) -> Tensor:
     if torch.is_grad_enabled() and (batch.now is not None or torch._C._get_tracing_state() is None):
         for t in (x, bias, *weights, *vectors):
             if t is not None and t.requires_grad:
-                parts = Parts(len(base.tensors), len(weights), batch.state.owners)
+                parts = Parts(len(base.tensors), len(weights), batch.state.owners, PHI in batch.state.acting.split())
                 apply = MultiLoRALinearFunction.apply if batch.now is None or escaped(x) else _apply
                 return apply(x, bias, batch, parts, *base.tensors, *weights, *vectors)
     given = x if batch.autocast is None else cast(x, batch.autocast)
@@ -321,7 +326,7 @@ def sgmv(
         raise ValueError(f"{state.beside} acts on the base, which sgmv does without: use multi_lora_linear")
     order, starts = route(adapter_ids, x, state)
     if out is None:
-        return _call(x, _BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, autocast))
+        return _call(x, BRANCH, None, Batch(now, NO_BASE, state, order, starts, None, None, autocast))
     check_tensor("out", out)
     shape = (*x.shape[:-1], state.out_features)
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != x.device:

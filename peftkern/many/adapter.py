@@ -8,31 +8,35 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from ..activations import activation_name
 from ..checks import FLOATING, accumulate_dtype, check_fits
 from ..equation import COEFFICIENTS, fold, place
-from ..ops.adapter_table import BESIDE, BETA
+from ..ops.adapter_table import BESIDE, BETA, RANK_BIAS
 
-_AXES = {c.name: place(c.symbol).axis for c in COEFFICIENTS} | {"bias": "N"}
+_AXES = {c.name: place(c.symbol).axis for c in COEFFICIENTS} | {"bias": "N", "rank_bias": "R"}
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class Adapter:
     """One adapter of any method that is the equation's coefficients; immutable.
 
-        y = g_b * Base(x * p_b) + scaling * g_d * ((d * ((drop(x) * p_d) A^T)) B^T) + bias
+        y = g_b * Base(x * p_b) + scaling * g_d * ((d * f((drop(x) * p_d) A^T + rank_bias)) B^T) + bias
 
     Args:
         lora_A: (R, K). lora_B: (N, R). Both may be None: there is no branch then, as in (IA)^3.
         scaling: a float.
         bias: (N), takes the place of the layer's own bias.
+        rank_bias: (R). activation: f, of peftkern/activations.py.
         coefficients: rank_scale (R), base_in_scale (K), delta_in_scale (K), base_out_scale (N), delta_out_scale (N) and
             whatever else has a row in peftkern/equation.py; 1 where they are not given.
 
     DoRA: base_out_scale = delta_out_scale = magnitude / norm. VeRA: rank_scale and delta_out_scale, lora_A and lora_B
     being those of all adapters. (IA)^3: base_in_scale, or base_out_scale and bias = base_out_scale * the layer's bias.
+    A bottleneck adapter: an activation, on the base ``identity``.
 
     Raises:
-        TypeError: a name that is no coefficient, or lora_A without lora_B. What does not fit a layer is found by the call
+        TypeError: a name that is no coefficient, or lora_A without lora_B. ValueError: an unknown activation. What does not
+            fit a layer is found by the call
             that takes the adapter.
     """
 
@@ -40,11 +44,14 @@ class Adapter:
     lora_B: Tensor | None
     scaling: float
     bias: Tensor | None
+    rank_bias: Tensor | None
+    activation: str
     coefficients: Mapping[str, Tensor | None] = field(repr=False)
 
     def __init__(
         self, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0, *,
-        bias: Tensor | None = None, **coefficients: Tensor | None,
+        bias: Tensor | None = None, rank_bias: Tensor | None = None, activation: str = "identity",
+        **coefficients: Tensor | None,
     ):  # fmt: skip
         for name in coefficients:
             if name not in _AXES:
@@ -53,7 +60,13 @@ class Adapter:
             raise TypeError(f"{'lora_B' if lora_A is None else 'lora_A'} is given alone: lora_A and lora_B go together")
         values = {n: v for n, v in coefficients.items() if v is not None}
         for name, value in dict(
-            lora_A=lora_A, lora_B=lora_B, scaling=scaling, bias=bias, coefficients=MappingProxyType(values)
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            bias=bias,
+            rank_bias=rank_bias,
+            activation=activation_name(activation),
+            coefficients=MappingProxyType(values),
         ).items():
             object.__setattr__(self, name, value)
 
@@ -71,13 +84,13 @@ def vectors_of(
     ``sizes``: of the axes R, K and N. ``anywhere``: they may be on other devices than ``like``. Raises TypeError or
     ValueError with the name after ``where``.
     """
-    if not adapter.coefficients and adapter.bias is None:
+    if not adapter.coefficients and adapter.bias is None and adapter.rank_bias is None:
         return {}
-    given = {**adapter.coefficients, "bias": adapter.bias}
+    given = {**adapter.coefficients, "bias": adapter.bias, "rank_bias": adapter.rank_bias}
     for name, value in given.items():
         if value is not None:
             axis = _AXES[name]
             device = value.device if anywhere and isinstance(value, Tensor) else like.device
             check_fits(where + name, value, (sizes[axis],), f"({axis},)", device, FLOATING)
-    found = fold(adapter.coefficients, like)._asdict() | {BETA: adapter.bias}
+    found = fold(adapter.coefficients, like)._asdict() | {BETA: adapter.bias, RANK_BIAS: adapter.rank_bias}
     return {symbol: v.to(accumulate_dtype(like.dtype)) for symbol, v in found.items() if v is not None}

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import CODES
 from ..checks import FLOATING, check_number, check_tensor
-from ..ops.adapter_table import AXES, COLUMNS, FREE, table_row
+from ..ops.adapter_table import AXES, COLUMNS, FREE, PHI, table_row
 from .adapter import Adapter, vectors_of
 from .chunks import Chunks, Range
 from .rows import Rows
@@ -70,6 +71,12 @@ class _Adapter(NamedTuple):
     vectors: Range | None
     offsets: dict[str, int]  # by symbol, in the chunk
     beside: str | None  # see AdapterTable
+    activation: int  # its code
+
+    @property
+    def symbols(self) -> set[str]:
+        """What acts in it."""
+        return {*self.offsets, *[PHI] * (self.activation > 0)}
 
     @property
     def rank(self) -> int:
@@ -142,8 +149,9 @@ class AdapterBank:
     ) -> int:  # fmt: skip
         """Copy an adapter in, and return its id. lora_A (R, K), lora_B (N, R), 1 <= R <= max_rank, any dtype; or neither.
 
-        ``coefficients`` and ``bias`` as in ``Adapter``. Raises ValueError for a name that is there, or shapes that do not
-        fit; RuntimeError if the bank is full, or for a kind of vector that CUDA graphs which were captured before leave out.
+        ``coefficients``, ``bias``, rank_bias and activation as in ``Adapter``. Raises ValueError for a name that is there, or
+        shapes that do not fit; RuntimeError if the bank is full, or for what CUDA graphs which were captured before leave
+        out.
         """
         adapter = Adapter(lora_A, lora_B, scaling, bias=bias, **coefficients)
 
@@ -256,9 +264,10 @@ class AdapterBank:
 
     def _store(self, name: str, adapter: Adapter, number: Callable[[], int]) -> int:
         """Make this the adapter ``name``. ``number`` gives its id or raises, under the lock."""
-        vectors = self._check(name, adapter)
+        vectors, activation = self._check(name, adapter), CODES[adapter.activation]
+        phi = [PHI] * (activation > 0)
         for acting in self._captured:
-            if unknown := [symbol for symbol in vectors if symbol not in acting.split()]:
+            if unknown := [symbol for symbol in (*vectors, *phi) if symbol not in acting.split()]:
                 raise RuntimeError(
                     f"a CUDA graph was captured when no adapter of the bank had {unknown[0]}, and would leave it out:"
                     " add one such adapter before the capture"
@@ -273,7 +282,7 @@ class AdapterBank:
                 room, offsets = self._copy_vectors(vectors)
             with self._lock:
                 beside = next((f"adapter {name!r} {what}" for what in adapter.beside()), None)
-                stored = _Adapter(number(), matrices, room, offsets, beside)
+                stored = _Adapter(number(), matrices, room, offsets, beside, activation)
                 matrices = room = None  # the bank's from here on
                 self._change(name, stored, float(adapter.scaling))
         finally:
@@ -361,7 +370,7 @@ class AdapterBank:
             for one, count in (old, -1), (adapter, 1):
                 if one is not None:
                     self._ranks[one.rank] += count
-                    for symbol in one.offsets:
+                    for symbol in one.symbols:
                         self._symbols[symbol] += count
                     self._present ^= _token(one.number)
             if adapter is None:
@@ -380,7 +389,7 @@ class AdapterBank:
         rank, (chunk, at, _) = adapter.rank, adapter.matrices.memory
         columns_A, columns_B = _padded(self.in_features), _padded(self.out_features)
         matrices = adapter.number, rank, chunk, at, columns_A, chunk, at + rank * columns_A, 1, columns_B, 1
-        return table_row(*matrices, **vectors)
+        return table_row(*matrices, activation=adapter.activation, **vectors)
 
     def _advance(self, write: Callable[[], None], old: _Adapter | None = None) -> None:
         """The next state: what ``write`` makes of this one, which no longer shows ``old``."""
@@ -402,7 +411,7 @@ class AdapterBank:
 
     def _snapshot(self) -> AdapterTable:
         rank = self.max_rank if self.device.type == "cuda" else max((r for r, n in self._ranks.items() if n), default=1)
-        acting = " ".join(symbol for symbol in AXES if self._symbols[symbol])
+        acting = " ".join(symbol for symbol in (*AXES, PHI) if self._symbols[symbol])
         return AdapterTable(
             self._chunks.tensors, self._rows.table.detach(), self._rows.scaling, self._slots - 1, rank, self.in_features,
             self.out_features, (self.max_adapters, self._present), True, self._vectors.tensors if acting else (), acting,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations import CODES
 from ..backends.cpu import multi_call
 from ..bases.base import Base, kind_of
 from ..checks import accumulate_dtype, check_number, check_tensor
-from ..ops.adapter_table import AXES, BESIDE, table_row
+from ..ops.adapter_table import AXES, BESIDE, PHI, table_row
 from .adapter import Adapter, vectors_of
 
 INT32_MASK = 2**31 - 1
@@ -75,9 +76,11 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
     if not adapters:
         raise ValueError("adapters is empty: at least one (lora_A, lora_B, scaling) is needed")
     K, N, weights, scalings, whole = x.shape[-1], None, [], [], False
+    activations = [0] * len(adapters)
     for i, adapter in enumerate(adapters):
         if type(adapter) is Adapter:
             A, B, scaling, whole = adapter.lora_A, adapter.lora_B, adapter.scaling, True
+            activations[i] = CODES[adapter.activation]
         elif isinstance(adapter, (tuple, list)) and len(adapter) == 3:
             A, B, scaling = adapter
         else:
@@ -107,10 +110,12 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
         given = [w.view(w.shape) for w in given]  # it refuses a function that gets one tensor twice, as of VeRA
     vectors = _vectors(adapters, x, {"K": K, "N": N}, ranks) if whole else {}
     acting = {symbol for _, symbol in vectors}
+    if any(activations):
+        acting.add(PHI)
     scaling = _constant(tuple(scalings), wide, x.device, lambda: scalings)
     return AdapterTable(
-        given, _rows(ranks, steps, N, x.device, tuple(vectors)), scaling, INT32_MASK,
-        max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in AXES if s in acting),
+        given, _rows(ranks, steps, N, x.device, tuple(vectors), tuple(activations)), scaling, INT32_MASK,
+        max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in (*AXES, PHI) if s in acting),
         tuple(vectors), _beside(adapters) if acting.intersection(BESIDE) else None,
     )  # fmt: skip
 
@@ -209,15 +214,18 @@ def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -
     return _constant((each, repeats), torch.float64, device, lambda: each * repeats)
 
 
-def _rows(ranks: tuple[int, ...], steps: tuple[int, ...], N: int, device: torch.device, owners: Owners) -> Tensor:
+def _rows(
+    ranks: tuple[int, ...], steps: tuple[int, ...], N: int, device: torch.device, owners: Owners,
+    activations: tuple[int, ...],
+) -> Tensor:  # fmt: skip
     # Matrices and vectors, each a tensor of its own. steps: from a row of A to the next.
     def rows() -> list[list[int]]:
         vectors: list[dict[str, tuple[int, int]]] = [{} for _ in ranks]
         for i, (slot, symbol) in enumerate(owners):
             vectors[slot][symbol] = (i, 0)
         return [
-            table_row(i, R, 2 * i, 0, step, 2 * i + 1, 0, R, 1, 0, **vectors[i])
+            table_row(i, R, 2 * i, 0, step, 2 * i + 1, 0, R, 1, 0, activation=activations[i], **vectors[i])
             for i, (R, step) in enumerate(zip(ranks, steps))
         ]
 
-    return _constant((ranks, steps, N, owners), torch.int64, device, rows)
+    return _constant((ranks, steps, N, owners, activations), torch.int64, device, rows)

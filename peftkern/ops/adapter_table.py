@@ -13,17 +13,21 @@ from torch import Tensor
 
 from ..equation import PLACES
 
-# The vectors that an adapter may have and the axis of each: one for each place of the equation, and a bias of its own.
-BETA = "beta"
-AXES = {**{place.symbol: place.axis for place in PLACES}, BETA: "N"}
+# The vectors that an adapter may have and the axis of each: one for each place of the equation, a bias of its own, and one
+# of the rank, which is added before the activation.
+BETA, RANK_BIAS = "beta", "b"
+AXES = {**{place.symbol: place.axis for place in PLACES}, BETA: "N", RANK_BIAS: "R"}
+# What acts where an adapter has an activation, beside the symbols of vectors.
+PHI = "phi"
 # Those that act on the base and not on the branch.
 BESIDE = ("p_b", "g_b", BETA)
 
 # A's columns are adjacent. PADDED: rows of A and of B^T are adjacent, and zeros follow them up to a multiple of 16 columns.
 MATRICES = ("ID", "RANK", "A_TENSOR", "A_OFFSET", "A_ROW", "B_TENSOR", "B_OFFSET", "B_N", "B_R", "PADDED")
 ID, RANK, A_TENSOR, A_OFFSET, A_ROW, B_TENSOR, B_OFFSET, B_N, B_R, PADDED = range(len(MATRICES))
-# Of each vector the tensor, ABSENT where the adapter has none, and the offset.
-COLUMNS = (*MATRICES, *(f"{symbol}_{part}" for symbol in AXES for part in ("TENSOR", "OFFSET")))
+# Of each vector the tensor, ABSENT where the adapter has none, and the offset; last the code of the activation.
+COLUMNS = (*MATRICES, *(f"{symbol}_{part}" for symbol in AXES for part in ("TENSOR", "OFFSET")), "ACTIVATION")
+ACTIVATION = len(COLUMNS) - 1
 ABSENT = -1
 FREE = -2  # the id of a slot without an adapter: no row may ask for it
 
@@ -35,9 +39,10 @@ def vector_column(symbol: str) -> int:
     return COLUMNS.index(f"{symbol}_TENSOR")
 
 
-def table_row(*matrices: int, **vectors: tuple[int, int]) -> list[int]:
-    """A row from the columns of the matrices in their order and, by symbol, the (tensor, offset) of each vector."""
-    row = [*matrices, *[ABSENT, 0] * len(AXES)]
+def table_row(*matrices: int, activation: int = 0, **vectors: tuple[int, int]) -> list[int]:
+    """A row from the columns of the matrices in their order, the code of the activation (peftkern/activations.py), 0 for
+    none, and, by symbol, the (tensor, offset) of each vector."""
+    row = [*matrices, *[ABSENT, 0] * len(AXES), activation]
     for symbol, place in vectors.items():
         column = vector_column(symbol)
         row[column : column + 2] = place

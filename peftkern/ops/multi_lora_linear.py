@@ -1,16 +1,18 @@
 """multi_lora_linear: a frozen base with other scales and another low-rank branch for every row.
 
-    y_t = g_b[a] * Base(x_t * p_b[a]) + s[a] g_d[a] * ((d[a] * u_t) B[a]^T) + beta[a],     u_t = (drop(x_t) * p_d[a]) A[a]^T
+    y_t = g_b[a] * Base(x_t * p_b[a]) + s[a] g_d[a] * ((d[a] * z_t) B[a]^T) + beta[a],     z_t = f[a](u_t + b[a])
+    u_t = (drop(x_t) * p_d[a]) A[a]^T
 
     x (M, K)   A[a] (R[a], K)   B[a] (N, R[a])   s (slots)   a = a_t the slot of row t, or base only: y_t = Base(x_t) + bias
-    d (R[a]), p_b, p_d (K), g_b, g_d, beta (N): vectors that an adapter may have; without beta the layer's bias is added
+    d, b (R[a]), p_b, p_d (K), g_b, g_d, beta (N): vectors that an adapter may have; without beta the layer's bias is added
+    f: the activation that an adapter may have, of a bottleneck (peftkern/activations.py)
 
-and its gradients, for the output gradient dy, with sums over the rows of an adapter and H[a] = sum_t dy_t^T (d[a] * u_t):
+and its gradients, for the output gradient dy, with sums over the rows of an adapter and H[a] = sum_t dy_t^T (d[a] * z_t):
 
-    dv_t = s[a] (g_d[a] * dy_t) B[a]       du_t = d[a] * dv_t
+    dv_t = s[a] (g_d[a] * dy_t) B[a]       du_t = d[a] * dv_t * f[a]'(u_t + b[a])          db[a] = sum_t du_t
     dx_t = ((g_b[a] * dy_t) W) * p_b[a] + drop'((du_t A[a]) * p_d[a])
     dA[a] = sum_t du_t^T (drop(x_t) * p_d[a])                          dB[a] = s[a] g_d[a][:, None] * H[a]
-    dd[a] = sum_t dv_t * u_t      dg_d[a] = s[a] rowdot(B[a], H[a])    dp_d[a] = coldot(A[a], sum_t du_t^T drop(x_t))
+    dd[a] = sum_t dv_t * z_t      dg_d[a] = s[a] rowdot(B[a], H[a])    dp_d[a] = coldot(A[a], sum_t du_t^T drop(x_t))
     dg_b[a] = sum_t dy_t * h_t    dp_b[a] = sum_t ((g_b[a] * dy_t) W) * x_t          dbeta[a] = sum_t dy_t
 
 Without a base the branch is all there is: sgmv. u is (M, max_rank) in fp32, zero right of a row's rank.
@@ -30,25 +32,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..bases.base import kind_of
 from ..checks import accumulate_dtype, check_fits, check_rows, check_tensor
 from ..dispatch.registry import Size, define
 from ..problem import Problem, problem_like
+from .adapter_batch import check_dropout, check_route, check_vectors, check_weights
 from .adapter_table import (
     A_TENSOR,
     ABSENT,
+    ACTIVATION,
     AXES,
     B_TENSOR,
     BETA,
     COLUMNS,
     ID,
     RANK,
+    RANK_BIAS,
     matrix_A,
     matrix_B,
     vector_column,
     vectors_at,
 )  # fmt: skip
-from .dropout_mask import check_seed, dropout_rows_ref
+from .dropout_mask import dropout_rows_ref
 
 # The kind of a base that is not there: the branch alone.
 NO_BASE = "none"
@@ -63,9 +69,10 @@ class Route(NamedTuple):
 
 
 class MultiForward(NamedTuple):
-    """Arguments of ``multi_lora_linear_fwd`` -> (y in x.dtype, u without d and s, h = Base(x * p_b) if ``save_base``).
+    """Arguments of ``multi_lora_linear_fwd`` -> (y in x.dtype, u, h = Base(x * p_b) if ``save_base``).
 
-    ``vectors``: in fp32 (fp64 for fp64); ``acting``: the symbols of those that some adapter has, with spaces between.
+    ``vectors``: in fp32 (fp64 for fp64); ``acting``: the symbols of those that some adapter has, with spaces between, and
+    ``phi`` if one has an activation.
     h is in x.dtype, empty if not wanted.
     """
 
@@ -92,7 +99,7 @@ class MultiBackward(NamedTuple):
 
     ``need``, ``need_vectors``: of which tensors gradients are wanted; what is not wanted comes back empty. dbias and the
     vectors' gradients are in fp32 (fp64 for fp64). x is read for dA, dp_b and dp_d alone, h for dg_b, u for dB, dd and
-    dg_d, the base for dx and dp_b.
+    dg_d, and for all of the branch where an adapter has an activation, the base for dx and dp_b.
     """
 
     dy: Tensor
@@ -184,6 +191,16 @@ def _rows_times(t: Tensor, segments: list[_Segment], symbol: str) -> Tensor:
     return t
 
 
+_NAMES = tuple(ACTIVATIONS)
+
+
+def _activation(row: list[int], at: dict[str, Tensor | None], u: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(z, f' at its argument), or (u, None) of an adapter without an activation."""
+    t = u if at[RANK_BIAS] is None else u + at[RANK_BIAS]
+    f = ACTIVATIONS[_NAMES[row[ACTIVATION]]]
+    return (f.value(t), f.slope(t)) if row[ACTIVATION] else (t, None)
+
+
 def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bool) -> Tensor:
     """A fresh Base(t), or its transpose's, (M, columns)."""
     if kind == NO_BASE:
@@ -204,7 +221,7 @@ def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor, Tensor]:
         dropped = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed)
         us = _times(dropped, at["p_d"]) @ matrix_A(c.weights, row, K).to(acc).t()
         u[rows, : row[RANK]] = us
-        delta = _times(us, at["d"]) * c.scaling[slot] @ matrix_B(c.weights, row, N).to(acc).t()
+        delta = _times(_activation(row, at, us)[0], at["d"]) * c.scaling[slot] @ matrix_B(c.weights, row, N).to(acc).t()
         y[rows] += _times(delta, at["g_d"])
     shared = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
     for s in segments:
@@ -257,62 +274,23 @@ def _branch_bwd(c: MultiBackward, s: _Segment, dx: Tensor, grads: list[Tensor]) 
     (slot, row, rows, at), wanted = s, _wanted(c, s.row)
     dys, us = c.dy[rows].to(dx.dtype), c.u[rows, : row[RANK]]
     A, B = (m.to(dx.dtype) for m in (matrix_A(c.weights, row, c.in_features), matrix_B(c.weights, row, c.dy.shape[1])))
+    z, slope = _activation(row, at, us)
     dv = _times(dys, at["g_d"]) @ B * c.scaling[slot]
-    du = _times(dv, at["d"])
-    found = {"d": (dv * us).sum(0)}
+    du = _times(_times(dv, at["d"]), slope)
+    found = {"d": (dv * z).sum(0), RANK_BIAS: du.sum(0)}
     if c.need[row[A_TENSOR]] or "p_d" in wanted:
         G = du.t() @ _dropped(c.x[rows].to(dx.dtype), rows, slot, c.dropout_p, c.seed)
         found["p_d"] = (A * G).sum(0)
         if c.need[row[A_TENSOR]]:
             matrix_A(grads, row, c.in_features).copy_(_times(G, at["p_d"]))
     if c.need[row[B_TENSOR]] or "g_d" in wanted:
-        H = dys.t() @ _times(us, at["d"]) * c.scaling[slot]
+        H = dys.t() @ _times(z, at["d"]) * c.scaling[slot]
         found["g_d"] = (B * H).sum(1)
         if c.need[row[B_TENSOR]]:
             matrix_B(grads, row, c.dy.shape[1]).copy_(_times(H.t(), at["g_d"]).t())
     if c.need_x:
         dx[rows] += _dropped(_times(du @ A, at["p_d"]), rows, slot, c.dropout_p, c.seed)
     return found
-
-
-def _check_route(table, order, starts, M: int, device: torch.device) -> int:
-    check_tensor("table", table, dtypes=(torch.int64,))
-    if table.dim() != 2 or table.shape[1] != len(COLUMNS):
-        raise ValueError(f"table has shape {tuple(table.shape)}, expected (slots, {len(COLUMNS)})")
-    slots = table.shape[0]
-    check_fits("table", table, table.shape, "(slots, columns)", device, (torch.int64,))
-    check_fits("order", order, (M,), "(M,)", device, (torch.int32,))
-    check_fits("starts", starts, (slots + 3,), "(slots + 3,)", device, (torch.int32,))
-    return slots
-
-
-def _check_weights(weights, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    for i, w in enumerate(weights):
-        check_tensor(f"weights[{i}]", w, dtypes=(dtype, torch.float32))
-        if w.dtype != weights[0].dtype:
-            raise TypeError(f"weights[{i}] has dtype {w.dtype}, expected {weights[0].dtype} like weights[0]")
-        if w.device != device:
-            raise ValueError(f"weights[{i}] is on {w.device}, expected {device}")
-    return weights[0].dtype if weights else dtype
-
-
-def _check_vectors(vectors, acting: str, acc: torch.dtype, device: torch.device) -> dict[str, bool]:
-    """What acts, by symbol."""
-    for i, v in enumerate(vectors or ()):
-        check_fits(f"vectors[{i}]", v, v.shape, "(elements,)", device, (acc,))
-    symbols = acting.split()
-    for symbol in symbols:
-        if symbol not in AXES:
-            raise ValueError(f"acting holds {symbol!r}, expected some of {', '.join(AXES)}")
-    if symbols and not vectors:
-        raise ValueError(f"acting is {acting!r}, but there are no vectors")
-    return dict.fromkeys(symbols, True)
-
-
-def _check_dropout(dropout_p, seed, slots: int, device: torch.device) -> None:
-    if dropout_p is not None:
-        check_fits("dropout_p", dropout_p, (slots,), "(slots,)", device, (torch.float64,))
-        check_seed(seed, device)
 
 
 def _check_base(c: MultiForward | MultiBackward, like: Tensor, N: int, K: int) -> None:
@@ -337,17 +315,17 @@ def describe_fwd(c: MultiForward) -> Problem:
     _check_base(c, x, N, K)
     if c.bias is not None:
         check_fits("bias", c.bias, (N,), "(N,)", x.device, (x.dtype, torch.float32))
-    slots = _check_route(c.table, c.order, c.starts, M, x.device)
+    slots = check_route(c.table, c.order, c.starts, M, x.device)
     check_fits("scaling", c.scaling, (slots,), "(slots,)", x.device, (accumulate_dtype(x.dtype),))
-    dtype = _check_weights(c.weights, x.dtype, x.device)
-    _check_dropout(c.dropout_p, c.seed, slots, x.device)
+    dtype = check_weights(c.weights, x.dtype, x.device)
+    check_dropout(c.dropout_p, c.seed, slots, x.device)
     present = {
         "base": c.kind != NO_BASE,
         "bias": c.bias,
         "dropout": c.dropout_p,
         "save_base": c.save_base,
         c.kind: c.kind not in ("dense", NO_BASE),
-        **_check_vectors(c.vectors, c.acting, accumulate_dtype(x.dtype), x.device),
+        **check_vectors(c.vectors, c.acting, accumulate_dtype(x.dtype), x.device),
     }
     return problem_like(x, "multi_lora_linear_fwd", dtype, (M, N, K, c.max_rank), present)
 
@@ -365,19 +343,19 @@ def _describe_bwd(c: MultiBackward) -> Problem:
     base = c.need_x or (any(c.wants_vectors) and len(c.base) > 0)
     if base:
         _check_base(c, dy, N, K)
-    slots = _check_route(c.table, c.order, c.starts, M, dy.device)
+    slots = check_route(c.table, c.order, c.starts, M, dy.device)
     check_fits("scaling", c.scaling, (slots,), "(slots,)", dy.device, (acc,))
-    dtype = _check_weights(c.weights, dy.dtype, dy.device)
+    dtype = check_weights(c.weights, dy.dtype, dy.device)
     if len(c.need) != len(c.weights):
         raise ValueError(f"need has {len(c.need)} entries, expected {len(c.weights)}, one per tensor of weights")
     if len(c.wants_vectors) != len(c.vectors or ()):
         raise ValueError(
             f"need_vectors has {len(c.wants_vectors)} entries, expected {len(c.vectors or ())}, one per vector"
         )
-    _check_dropout(c.dropout_p, c.seed, slots, dy.device)
+    check_dropout(c.dropout_p, c.seed, slots, dy.device)
     present = {"base": c.kind != NO_BASE and base, "need_x": c.need_x, "need_weights": any(c.need)}
     present |= {"need_bias": c.need_bias, "dropout": c.dropout_p, c.kind: c.kind not in ("dense", NO_BASE)}
-    present |= {"need_vectors": any(c.wants_vectors)} | _check_vectors(c.vectors, c.acting, acc, dy.device)
+    present |= {"need_vectors": any(c.wants_vectors)} | check_vectors(c.vectors, c.acting, acc, dy.device)
     return problem_like(dy, "multi_lora_linear_bwd", dtype, (M, N, K, c.u.shape[1]), present)
 
 

@@ -1,6 +1,7 @@
 """lora_linear stated twice in plain torch with autograd, neither taken from the ops: the oracle and eager.
 
-Without a ``weight`` the base is the identity. Which vector acts where is read from peftkern/equation.py.
+Without a ``weight`` the base is the identity. With an activation, or a ``rank_bias``, the branch is a bottleneck. Which vector
+acts where is read from peftkern/equation.py.
 
 A product of half-precision matrices is written as product of their fp32 values, rounded: the same result as a native
 one that accumulates in fp32, at fp32 speed on every CPU.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import equation
+from ..activations import ACTIVATIONS
 
 
 def acting(t: dict[str, Tensor], symbol: str) -> list[Tensor]:
@@ -21,12 +23,19 @@ def acting(t: dict[str, Tensor], symbol: str) -> list[Tensor]:
     return [t[c.name] for c in equation.COEFFICIENTS if c.symbol == symbol and c.name in t]
 
 
-def oracle(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
+def _bent(u: Tensor, t: dict[str, Tensor], activation: str) -> Tensor:
+    u = (u + t["rank_bias"]).to(u.dtype) if "rank_bias" in t else u
+    return ACTIVATIONS[activation].value(u)
+
+
+def oracle(
+    t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float, activation: str = "identity"
+) -> Tensor:
     """The equation in the tensors' own dtype (fp64)."""
     x = t["x"].flatten(0, -2)
     dropped = x if keep is None else torch.where(keep, x / (1 - dropout_p), torch.zeros_like(x))
     d, p_b, p_d, g_b, g_d = (math.prod(acting(t, at.symbol), start=1.0) for at in equation.PLACES)
-    delta = scaling * ((((dropped * p_d) @ t["lora_A"].T) * d) @ t["lora_B"].T)
+    delta = scaling * ((_bent((dropped * p_d) @ t["lora_A"].T, t, activation) * d) @ t["lora_B"].T)
     base = x * p_b if "weight" not in t else (x * p_b) @ t["weight"].T
     y = base * g_b + delta * g_d + t.get("bias", 0.0)
     return y.unflatten(0, t["x"].shape[:-1])
@@ -43,7 +52,9 @@ def _scale(a: Tensor, t: dict[str, Tensor], symbol: str) -> Tensor:
     return a
 
 
-def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float) -> Tensor:
+def eager(
+    t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: float, activation: str = "identity"
+) -> Tensor:
     """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
     x = t["x"].flatten(0, -2)
     base = _scale(x, t, "p_b")
@@ -51,7 +62,7 @@ def eager(t: dict[str, Tensor], scaling: float, keep: Tensor | None, dropout_p: 
     z = x.to(t["lora_A"].dtype)
     if keep is not None:
         z = torch.where(keep, z / (1 - dropout_p), torch.zeros((), dtype=z.dtype))
-    u = _scale(mm(_scale(z, t, "p_d"), t["lora_A"]), t, "d")
+    u = _scale(_bent(mm(_scale(z, t, "p_d"), t["lora_A"]), t, activation), t, "d")
     delta = _scale(mm(u, t["lora_B"]) * scaling, t, "g_d")
     if "bias" in t:
         base = (base + t["bias"]).to(base.dtype)

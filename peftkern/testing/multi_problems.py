@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..autograd.multi_lora_linear import multi_lora_linear, sgmv
 from ..many.adapter import Adapter
 from ..many.bank import AdapterBank
@@ -26,7 +27,8 @@ class MultiLoRALinearProblem:
 
     ``mix``: see MIXES (``one``: all rows take one adapter; ``base``: none takes any). ``base_share``: of rows that take
     the base alone. ``bank``: the adapters lie in an AdapterBank. ``branch``: sgmv instead, without W. ``vectors``: names
-    of the coefficients that each adapter has, and its bias; none for adapters beyond its length.
+    of the coefficients that each adapter has, and its biases; none for adapters beyond its length. ``activations``:
+    likewise, identity beyond.
     """
 
     seed: int
@@ -47,10 +49,12 @@ class MultiLoRALinearProblem:
     branch: bool = False
     frozen: frozenset[str] = field(default_factory=frozenset)
     vectors: tuple[tuple[str, ...], ...] = ()
+    activations: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = asdict(self) | {"frozen": ",".join(sorted(self.frozen)) or "-"}
         parts["vectors"] = "/".join("+".join(names) for names in self.vectors) or "-"
+        parts["activations"] = "/".join(self.activations) or "-"
         return " ".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in parts.items())
 
     def ids(self) -> Tensor:
@@ -83,7 +87,7 @@ class MultiLoRALinearProblem:
         for i, R in enumerate(self.ranks):
             out[f"A{i}"] = normal(R, K, scale=1 / math.sqrt(K), dtype=self.adapter_dtype)
             out[f"B{i}"] = normal(N, R, scale=1 / math.sqrt(R), dtype=self.adapter_dtype)
-        axes = vectors()
+        axes = vectors() | {"rank_bias": "R"}
         for i, names in enumerate(self.vectors[: len(self.ranks)]):
             for name in names:
                 size = {"R": self.ranks[i], "K": K, "N": N}[axes[name]]
@@ -95,21 +99,26 @@ class MultiLoRALinearProblem:
         names = self.vectors[i] if i < len(self.vectors) else ()
         return {name: t[f"{name}{i}"] for name in names}
 
+    def activation(self, i: int) -> str:
+        """Of adapter ``i``."""
+        return self.activations[i] if 0 <= i < len(self.activations) else "identity"
+
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """y from ``multi_lora_linear`` or ``sgmv``."""
         device = t["x"].device
         ids, adapters = self.ids().to(device), []
         for i, s in enumerate(self.scalings):
-            matrices, own = (t[f"A{i}"], t[f"B{i}"], s), self.own(t, i)
-            adapters.append(Adapter(*matrices, **own) if own else matrices)
+            matrices, own = (t[f"A{i}"], t[f"B{i}"], s), {**self.own(t, i), "activation": self.activation(i)}
+            adapters.append(Adapter(*matrices, **own) if own != {"activation": "identity"} else matrices)
         if self.bank:
             bank = AdapterBank(
                 self.K, self.N, max_adapters=len(adapters), max_rank=max(self.ranks), dtype=self.adapter_dtype,
                 device=device,
             )  # fmt: skip
             added = (
-                bank.add(str(i), t[f"A{i}"], t[f"B{i}"], s, **self.own(t, i)) for i, s in enumerate(self.scalings)
-            )  # fmt: skip
+                bank.add(str(i), t[f"A{i}"], t[f"B{i}"], s, **self.own(t, i), activation=self.activation(i))
+                for i, s in enumerate(self.scalings)
+            )
             numbers = torch.tensor([*added, -1], device=device)
             adapters, ids = bank, numbers[ids]
         ids = ids.reshape(t["x"].shape[:-1])
@@ -146,7 +155,7 @@ class MultiLoRALinearProblem:
             if "bias" in t:
                 single["bias"] = t["bias"]
             single |= self.own(t, i) if i >= 0 else {}
-            y = y.index_put((rows,), equation(single, s, keep, p))
+            y = y.index_put((rows,), equation(single, s, keep, p, self.activation(i)))
         return y.unflatten(0, t["x"].shape[:-1])
 
 
@@ -187,4 +196,12 @@ def random_multi_problem(
     chosen = tuple(tuple(n for n in usable if rng.random() < 0.4) for _ in range(count))
     each = [f"{n}{i}" for i, names in enumerate(chosen) for n in names]
     frozen |= {n for n in each if bank or rng.random() < 0.2}
-    return replace(problem, vectors=chosen, frozen=frozenset(frozen))
+    problem = replace(problem, vectors=chosen, frozen=frozenset(frozen))
+    if rng.random() < 0.6:
+        return problem
+    # From here on bottlenecks.
+    bent = [i for i in range(count) if rng.random() < 0.6]
+    chosen = tuple((*names, "rank_bias") if i in bent else names for i, names in enumerate(chosen))
+    frozen |= {f"rank_bias{i}" for i in bent if bank or rng.random() < 0.2}
+    activations = tuple(rng.choice(list(ACTIVATIONS)) for _ in range(count))
+    return replace(problem, vectors=chosen, frozen=frozenset(frozen), activations=activations)

@@ -5,6 +5,7 @@
 
 #include "cpu/common/scratch.h"
 #include "cpu/common/views.h"
+#include "cpu/multi/activation.h"
 #include "peftkern/cpu_multi.h"
 
 namespace peftkern::cpu {
@@ -25,7 +26,7 @@ bool inside(const MultiMemory& memory, int64_t offset, int64_t R, int64_t row, i
 
 // The vectors that a table row names.
 void find_vectors(const MultiAdapters& a, const int64_t* row, MultiGroup& g) {
-  const int64_t sizes[] = {g.R, a.K, a.K, a.N, a.N, a.N};
+  const int64_t sizes[] = {g.R, a.K, a.K, a.N, a.N, a.N, g.R};
   static_assert(std::size(sizes) == kMultiVectors);
   for (int v = 0; v < kMultiVectors; ++v) {
     const int64_t tensor = row[kVectors + 2 * v], offset = row[kVectors + 2 * v + 1];
@@ -81,6 +82,8 @@ MultiBatch::MultiBatch(const MultiAdapters& a, const int32_t* order, const int32
         if (C > 0) g.panel[side] = {data + offset * element_size(a.dtype), a.dtype, row, col};
       }
       find_vectors(a, t, g);
+      require(t[kActivation] >= 0 && t[kActivation] < kActivations, "table: there is no such activation");
+      g.activation = static_cast<int>(t[kActivation]);
       g.scaling = a.scaling[slot];
       if (dropout_p != nullptr) {
         const double p = dropout_p[slot];

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/lora/steps.h"
+#include "cpu/multi/activation.h"
 
 namespace peftkern::cpu {
 namespace {
@@ -178,23 +179,56 @@ void sums_of_dy(const MultiBatch& batch, const MultiLinearBackward& g) {
   }
 }
 
-// du = d * dv in place, and the gradients of d.
-void finish_ranks(const MultiBatch& batch, const MultiLinearBackward& g, float* du) {
+// Whether z of an adapter is not u.
+bool curved(const MultiGroup& group) {
+  return group.R > 0 && (group.activation != 0 || group.vector[kRankBias] != nullptr);
+}
+
+// z = f(u + b), which is u itself where no adapter has f or b. `in_place`: nobody reads u any more.
+const float* activated(const MultiBatch& batch, float* u, bool in_place, KeptScratch& scratch) {
+  if (std::none_of(batch.groups.begin(), batch.groups.end(), curved)) return u;
+  const int64_t ld = batch.adapters.max_rank;
+  float* z = in_place ? u : scratch.take(batch.M * ld);
+  if (!in_place) std::copy_n(u, batch.M * ld, z);
+  for (const MultiGroup& each : batch.groups) {
+    if (!curved(each)) continue;
+    const float* b = each.vector[kRankBias];
+    for (int64_t i = 0; i < each.count; ++i) {
+      float* row = z + each.rows[i] * ld;
+      for (int64_t r = 0; r < each.R; ++r)
+        row[r] = activation_value(each.activation, b != nullptr ? row[r] + b[r] : row[r]);
+    }
+  }
+  return z;
+}
+
+// du = d * dv * f'(u + b) in place, and the gradients of d and b.
+void finish_ranks(const MultiBatch& batch, const MultiLinearBackward& g, const float* z, float* du) {
   const int64_t ld = batch.adapters.max_rank;
   for (const MultiGroup& each : batch.groups) {
-    const float* d = each.vector[kD];
-    if (d == nullptr || each.R == 0) continue;
-    if (float* grad = vector_grad(each, kD, g.vector_grads))
-      column_dot({{du, DType::f32, ld, 1},
-                  {g.u, DType::f32, ld, 1},
-                  each.count,
-                  each.R,
-                  grad,
-                  false,
-                  worth_threads(each.count * each.R, g.threads),
-                  each.rows});
-    for (int64_t i = 0; i < each.count; ++i)
-      for (int64_t r = 0; r < each.R; ++r) du[each.rows[i] * ld + r] *= d[r];
+    const float *d = each.vector[kD], *b = each.vector[kRankBias];
+    if ((d == nullptr && !curved(each)) || each.R == 0) continue;
+    const auto sum = [&](MultiVector vector, const ConstMatrix& with) {
+      if (float* grad = vector_grad(each, vector, g.vector_grads))
+        column_dot({{du, DType::f32, ld, 1},
+                    with,
+                    each.count,
+                    each.R,
+                    grad,
+                    false,
+                    worth_threads(each.count * each.R, g.threads),
+                    each.rows});
+    };
+    sum(kD, {z, DType::f32, ld, 1});
+    for (int64_t i = 0; i < each.count; ++i) {
+      float* row = du + each.rows[i] * ld;
+      const float* u = each.activation != 0 ? g.u + each.rows[i] * ld : nullptr;
+      for (int64_t r = 0; r < each.R; ++r) {
+        if (d != nullptr) row[r] *= d[r];
+        if (u != nullptr) row[r] *= activation_slope(each.activation, b != nullptr ? u[r] + b[r] : u[r]);
+      }
+    }
+    sum(kRankBias, ConstMatrix{});
   }
 }
 
@@ -208,14 +242,21 @@ void multi_linear_forward(const MultiBatch& batch, const MultiLinearForward& g) 
   shrink.side = Side::A, shrink.in = g.x, shrink.C = adapters.K;
   shrink.dot = u, shrink.ld = adapters.max_rank, shrink.threads = reduce_threads(batch, g, adapters.K);
   multi_reduce(batch, shrink);
-  onto_base(batch, g, {Side::B, g.x, g.y, u, as_floats(g.bias, adapters.N, scratch), g.h, {}, nullptr});
+  const float* z = activated(batch, u, g.u == nullptr, scratch);
+  onto_base(batch, g, {Side::B, g.x, g.y, z, as_floats(g.bias, adapters.N, scratch), g.h, {}, nullptr});
 }
 
 void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g) {
   const MultiAdapters& adapters = batch.adapters;
-  const bool dA = wanted(batch, g, kA), dB = wanted(batch, g, kB), dd = wanted(batch, g, kD);
+  const bool dA = wanted(batch, g, kA), dB = wanted(batch, g, kB);
+  const bool dd = wanted(batch, g, kD), db = wanted(batch, g, kRankBias);
+  // All that goes through an activation's slope reads its argument.
+  const bool slopes = (dA || db || g.dx.data != nullptr) &&
+                      std::any_of(batch.groups.begin(), batch.groups.end(),
+                                  [](const MultiGroup& each) { return each.R > 0 && each.activation != 0; });
   const bool dp_b = wanted(batch, g, kPb);
-  if (((dA || dp_b) && g.x.data == nullptr && batch.M * adapters.K > 0) || ((dB || dd) && g.u == nullptr) ||
+  if (((dA || dp_b) && g.x.data == nullptr && batch.M * adapters.K > 0) ||
+      ((dB || dd || slopes) && g.u == nullptr) ||
       (wanted(batch, g, kGb) && g.h.data == nullptr && batch.M * adapters.N > 0) ||
       (dp_b && (!g.base || g.dx.data == nullptr) && batch.M * adapters.K > 0))
     throw std::invalid_argument("a gradient is wanted, and what it is made of is not there");
@@ -224,12 +265,14 @@ void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g
   clear(batch, g);
   MultiReduceArgs over_dy{}, over_x{};
   over_dy.side = Side::B, over_dy.in = g.dy, over_dy.C = adapters.N, over_dy.dot = du;
-  over_dy.v = g.u, over_dy.grads = dB ? &g.grads : nullptr, over_dy.colsum = g.dbias;
+  // (u is read alone: `activated` copies what it changes.)
+  const float* z = g.u != nullptr ? activated(batch, const_cast<float*>(g.u), false, scratch) : nullptr;
+  over_dy.v = z, over_dy.grads = dB ? &g.grads : nullptr, over_dy.colsum = g.dbias;
   over_dy.vector_grads = dB ? &g.vector_grads : nullptr;
   over_dy.ld = adapters.max_rank, over_dy.threads = reduce_threads(batch, g, adapters.N);
-  if (dA || dB || dd || g.dbias != nullptr || g.dx.data != nullptr) {
+  if (dA || dB || dd || db || g.dbias != nullptr || g.dx.data != nullptr) {
     multi_reduce(batch, over_dy);
-    finish_ranks(batch, g, du);
+    finish_ranks(batch, g, z, du);
   }
   sums_of_dy(batch, g);
   over_x.side = Side::A, over_x.in = g.x, over_x.C = adapters.K;

@@ -14,7 +14,9 @@
 //
 // i runs over the rows that take the adapter. alpha is the adapter's scaling on side B, and 1 / (1 - p) on
 // side A, where dropout acts. The adapter's vectors, 1 where it has none: base and col are p_b and p_d on
-// side A, g_b and g_d on side B; row is d on side B, and 1 on side A, which gets du = d * dv.
+// side A, g_b and g_d on side B; row is d on side B, and 1 on side A, which gets du = d * dv. Where an
+// adapter has an activation or a bias of its rank, v of expand and of G on side B is z = f(u + b), and du is
+// d * dv * f'(u + b).
 #pragma once
 
 #include <vector>
@@ -38,8 +40,10 @@ enum MultiColumn : int {
   kPadded,
   kVectors
 };
-enum MultiVector : int { kD, kPb, kPd, kGb, kGd, kBeta };
-constexpr int64_t kMultiVectors = 6, kMultiColumns = kVectors + 2 * kMultiVectors;
+enum MultiVector : int { kD, kPb, kPd, kGb, kGd, kBeta, kRankBias };
+constexpr int64_t kMultiVectors = 7;
+// Last in a row: the code of the activation, 0 for none.
+constexpr int64_t kActivation = kVectors + 2 * kMultiVectors, kMultiColumns = kActivation + 1;
 
 enum class Side { A, B };
 
@@ -55,6 +59,7 @@ struct MultiGroup {
   const float* vector[kMultiVectors];  // null: absent; and where they lie
   int vector_tensor[kMultiVectors];
   int64_t vector_offset[kMultiVectors];
+  int activation;
   float scaling;
   float keep_scale;  // 1 / (1 - p)
   uint32_t threshold;

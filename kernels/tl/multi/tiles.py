@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(22)
+COLUMNS = tl.constexpr(25)
 ID, RANK, A_TENSOR, A_OFFSET, A_ROW = (tl.constexpr(i) for i in range(5))
 B_TENSOR, B_OFFSET, B_N, B_R = (tl.constexpr(i) for i in range(5, 9))
 VECTORS = tl.constexpr(10)  # of each vector the tensor, negative where there is none, and the offset

@@ -19,6 +19,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"no kernel for {problem.dtype}"
     if max(problem.M, problem.N, problem.K) >= 2**31:
         return "a size is 2^31 or more"
+    if "curved" in problem.flags:
+        return "no kernel for adapters with an activation or a bias of the rank"
     kernel = problem.R, CODES[problem.dtype], int(problem.arch.removeprefix("sm_"))
     if problem.op == "sgmv_add":
         return None if native._C.cuda_sgmv_takes(*kernel) else "the ranks take more shared memory than a block has"

@@ -49,6 +49,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return None
     if problem.dtype not in _DTYPES:
         return f"no kernel for {problem.dtype}"
+    if "curved" in problem.flags:
+        return "no kernel for adapters with an activation or a bias of the rank"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
     return None
