@@ -159,6 +159,10 @@ static void combine_rows(const float* v, int64_t ldv, int64_t R, const T* p, int
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep)
     combine_block<ROWS, kCombineVectors>(v, ldv, R, p + c, ldp, out + c, ldo);
+  // By one vector alone each product would wait for the one before it.
+  if constexpr (kCombineVectors > 2) {
+    for (; c + 2 * W <= n; c += 2 * W) combine_block<ROWS, 2>(v, ldv, R, p + c, ldp, out + c, ldo);
+  }
   for (; c < n; c += W) combine_block<ROWS, 1>(v, ldv, R, p + c, ldp, out + c, ldo);
 }
 
@@ -212,6 +216,9 @@ static void outer_columns(const float* x, int64_t ldx, int64_t rows, const float
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep)
     outer_block<RANKS, kOuterVectors>(x + c, ldx, rows, v, ldv, out + c, ldo);
+  if constexpr (kOuterVectors > 2) {
+    for (; c + 2 * W <= n; c += 2 * W) outer_block<RANKS, 2>(x + c, ldx, rows, v, ldv, out + c, ldo);
+  }
   for (; c < n; c += W) outer_block<RANKS, 1>(x + c, ldx, rows, v, ldv, out + c, ldo);
 }
 

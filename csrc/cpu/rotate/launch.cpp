@@ -6,6 +6,7 @@
 
 PEFTKERN_DISPATCH_LOCAL(block_rotate_run, BlockRotateTask)
 PEFTKERN_DISPATCH_LOCAL(block_rotate_grad_run, BlockRotateGradTask)
+PEFTKERN_DISPATCH_LOCAL(skew_series_run, SkewSeriesTask)
 
 namespace peftkern::cpu {
 namespace {
@@ -54,6 +55,18 @@ void block_rotate_grad(const BlockRotateGradArgs& args) {
   task.scratch = scratch.take(task.segments * floats);
   task.threads = worth_threads(args.M * args.blocks * b * b, args.threads);
   block_rotate_grad_run(task);
+}
+
+void skew_series(const SkewSeriesArgs& args) {
+  SkewSeriesTask task{args};
+  KeptScratch scratch;
+  const int64_t b = args.size, matrices = 6 + args.pairs;
+  task.ld = padded(b);
+  task.threads = worth_threads(args.blocks * args.pairs * b * b * b, args.threads);
+  task.threads = static_cast<int>(std::clamp<int64_t>(args.blocks, 1, task.threads));
+  task.thread_floats = matrices * b * task.ld;
+  task.scratch = scratch.take(task.threads * task.thread_floats);
+  skew_series_run(task);
 }
 
 }  // namespace peftkern::cpu

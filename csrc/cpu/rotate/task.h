@@ -2,6 +2,7 @@
 #pragma once
 
 #include "peftkern/cpu.h"
+#include "peftkern/cpu_series.h"
 
 namespace peftkern::cpu {
 
@@ -16,6 +17,13 @@ struct BlockRotateGradTask : BlockRotateGradArgs {
   int64_t segments = 1;
   float* scratch = nullptr;
   int64_t ld = 0;
+};
+
+// Matrices of `ld` floats a row in scratch, `thread_floats` for each thread.
+struct SkewSeriesTask : SkewSeriesArgs {
+  int64_t ld = 0;
+  float* scratch = nullptr;
+  int64_t thread_floats = 0;
 };
 
 }  // namespace peftkern::cpu

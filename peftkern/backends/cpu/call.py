@@ -7,6 +7,7 @@
     norm              = row_norm(threads, weight, A, B, scaling)
     y                 = block_rotate(threads, x, R, index)
     dR                = block_rotate_grad(threads, x, dy, size, index)
+    R or dupper       = skew_series(threads, upper, rows, cols, size, c, d)
 
 All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), forward and backward
 also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
@@ -77,9 +78,10 @@ if unavailable is None:
     forward, learn_forward = _C.lora_linear_forward, _C.lora_linear_forward_learn
     backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
     row_norm = _C.lora_row_norm
-    block_rotate, block_rotate_grad = _C.block_rotate, _C.block_rotate_grad
+    block_rotate, block_rotate_grad, skew_series = _C.block_rotate, _C.block_rotate_grad, _C.skew_series
 else:
-    forward = learn_forward = backward = learn_backward = row_norm = block_rotate = block_rotate_grad = nothing
+    forward = learn_forward = backward = learn_backward = row_norm = nothing
+    block_rotate = block_rotate_grad = skew_series = nothing
 
 
 def kind_of(c, way) -> str:
