@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
   if (!tensors::bind(m.ptr())) throw py::error_already_set();
   bind_base(m);
   bind_block_rotate(m);
+  bind_bottleneck_adapter(m);
   bind_lora(m);
   bind_lora_linear(m);
   bind_lora_row_norm(m);
