@@ -1,4 +1,5 @@
-"""Passes of lora_linear and of bottlenecks, row norms and rotated blocks as one native call each: tensors in, tensors out (csrc/bindings/).
+"""Passes of lora_linear and of bottlenecks, row norms and rotated blocks as one native call each: tensors in, tensors out
+(csrc/bindings/).
 
     y                 = forward(settings, threads, x, kind, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
