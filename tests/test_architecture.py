@@ -92,6 +92,8 @@ PUBLIC = {
     "peftkern.autograd.bottleneck_adapter.bottleneck_adapter",
     "peftkern.autograd.expert_lora_linear.expert_lora_linear",
     "peftkern.autograd.lora_linear.lora_linear",
+    "peftkern.autograd.reft.reft",
+    "peftkern.nn.bottleneck.BottleneckAdapter.__init__",
     "peftkern.nn.lora.LoRALinear.__init__",
 }
 

@@ -48,7 +48,7 @@ def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
         matrix_up,
         gate or scale,
         before or after,
-        matrix_up or up or up_bias,
+        before or gate or up or up_bias,
         True,
     )
 
