@@ -12,7 +12,7 @@ from torch import Tensor
 import peftkern
 
 from ..core.bench import Bench
-from ..core.case import BASE, Case, Floor, Provider, Step
+from ..core.case import BASE, FP32_BASE, Case, Floor, Provider, Step
 from ..core.presets import Entry
 from ..peers.data import SCALING, Data, make_data
 
@@ -36,7 +36,7 @@ def _parameters(case: Case, data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _base(case: Case, data: Data) -> Step:
-    down, up = (t.detach().to(case.dtype) for t in data.adapters(case.R, case.adapter_dtype))
+    down, up = (t.detach().to(data.x[0].dtype) for t in data.adapters(case.R, case.adapter_dtype))
     return Step(lambda i: F.linear(F.linear(data.x[i], down), up), [[x] for x in data.x], data.dy, [down, up])
 
 
@@ -95,6 +95,7 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider(BASE, "two frozen products", _base),
+        Provider(FP32_BASE, "two frozen products, fp32", lambda case, data: _base(case, data.as_fp32())),
         Provider("eager", "AdapterHub's order of operations", _eager),
         Provider("peftkern", "peftkern", _ours, gated=True),
     )
