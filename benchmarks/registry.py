@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .core.bench import Bench
-from .ops import lora_linear, multi_lora_linear
+from .ops import bottleneck_adapter, lora_linear, multi_lora_linear
 
-OPS: dict[str, Bench] = {op.BENCH.name: op.BENCH for op in (lora_linear, multi_lora_linear)}
+OPS: dict[str, Bench] = {op.BENCH.name: op.BENCH for op in (bottleneck_adapter, lora_linear, multi_lora_linear)}

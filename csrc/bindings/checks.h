@@ -41,10 +41,11 @@ inline int check_threads(int threads) {
   return threads;
 }
 
-// Each adds the functions of one group: base product, rotated blocks, branch of one adapter, lora_linear as a
-// whole, row norms, many adapters, the check of a call plan, kernels on a GPU.
+// Each adds the functions of one group: base product, rotated blocks, bottlenecks, branch of one adapter,
+// lora_linear as a whole, row norms, many adapters, the check of a call plan, kernels on a GPU.
 void bind_base(pybind11::module_& m);
 void bind_block_rotate(pybind11::module_& m);
+void bind_bottleneck_adapter(pybind11::module_& m);
 void bind_lora(pybind11::module_& m);
 void bind_lora_linear(pybind11::module_& m);
 void bind_lora_row_norm(pybind11::module_& m);

@@ -1,4 +1,5 @@
-// The Python face of the native code, a file for each group of entry points; cuda/ has what runs on GPUs.
+// The Python face of the native code, a file for each group of entry points; direct/ has those that take any
+// ordinary call, without a choice that somebody made, cuda/ has what runs on GPUs.
 // Python has checked shapes and dtypes; sizes and null pointers are checked here once more, since a slip
 // would write to foreign memory. The GIL is released while a kernel runs.
 #include "bindings/checks.h"
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   if (!tensors::bind(m.ptr())) throw py::error_already_set();
   bind_base(m);
   bind_block_rotate(m);
+  bind_bottleneck_adapter(m);
   bind_lora(m);
   bind_lora_linear(m);
   bind_lora_row_norm(m);

@@ -5,11 +5,6 @@
 namespace peftkern::cpu {
 namespace {
 
-// The sums over rows keep up to a few dozen copies of an (R, C) gradient. With more elements than this only a
-// few copies fit, too few to occupy the threads, so dy is read twice: by rows for du, by columns for the
-// gradient of B.
-constexpr int64_t kFusedElements = int64_t{1} << 20;
-
 // What all steps of a backward pass read.
 struct Backward {
   const LoraLinearBackward& g;
@@ -25,16 +20,13 @@ void reduce_dy(const Backward& b) {
   LoraReduceArgs args{};
   args.in = g.dy, args.M = g.M, args.C = g.N, args.R = g.R;
   args.alpha_dot = args.alpha_outer = 1.0f;
-  LoraReduceArgs sums = args;
-  sums.v = b.G != nullptr ? g.u : nullptr, sums.g = b.G, sums.colsum = g.dbias;
+  args.v = b.G != nullptr ? g.u : nullptr, args.g = b.G, args.colsum = g.dbias;
   if (b.du != nullptr) {
     const Panel p = as_panel(transposed(g.B), g.R, g.N, g.scaling, g.dd != nullptr ? nullptr : b.d, b.g_d,
                              g.threads, b.scratch);
-    LoraReduceArgs& with_dot = g.R * g.N <= kFusedElements ? sums : args;
-    with_dot.p = p.data, with_dot.ldp = p.ld, with_dot.out = b.du;
+    args.p = p.data, args.ldp = p.ld, args.out = b.du;
   }
-  if (args.out != nullptr) reduce(args, g.threads);
-  if (sums.out != nullptr || sums.g != nullptr || sums.colsum != nullptr) reduce(sums, g.threads);
+  reduce_both(args, g.threads);
 }
 
 // Gradients of d, B, g_d and g_b. d acts on du and G here, if it has not yet.

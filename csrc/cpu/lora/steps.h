@@ -58,6 +58,22 @@ inline void reduce(LoraReduceArgs args, int threads) {
   lora_reduce(args);
 }
 
+// The sums over rows keep up to a few dozen copies of an (R, C) gradient. With more elements than this only a
+// few copies fit, too few to occupy the threads, so the operand is read twice: by rows for the products with
+// p, by columns for the sums.
+constexpr int64_t kFusedElements = int64_t{1} << 20;
+
+// Both kinds of results of one operand, or either, with `reduce`.
+inline void reduce_both(const LoraReduceArgs& args, int threads) {
+  LoraReduceArgs dot = args, sums = args;
+  dot.v = nullptr, dot.g = nullptr, dot.colsum = nullptr;
+  if (args.R * args.C > kFusedElements) {
+    sums.p = nullptr, sums.out = nullptr;
+    if (args.out != nullptr) reduce(dot, threads);
+  }
+  if (sums.out != nullptr || sums.g != nullptr || sums.colsum != nullptr) reduce(sums, threads);
+}
+
 // m[r, c] *= rows[r] * cols[c]; either may be null.
 inline void scale_in_place(float* m, int64_t R, int64_t C, const float* rows, const float* cols) {
   for (int64_t r = 0; rows != nullptr && r < R; ++r)

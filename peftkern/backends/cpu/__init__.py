@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...problem import Problem
 from ...settings import Settings
 from ..marshal import CODES
-from . import block_rotate, lora_linear, lora_row_norm, multi_lora_linear, native
+from . import block_rotate, bottleneck_adapter, lora_linear, lora_row_norm, multi_lora_linear, native
 
 NAME = "cpu"
 BASES = ("dense", "identity")  # that its kernels read
@@ -27,5 +27,6 @@ def decline(problem: Problem, now: Settings) -> str | None:
 
 
 OPS = {
-    **block_rotate.OPS, **lora_linear.OPS, **lora_row_norm.OPS, "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS,
+    **block_rotate.OPS, **bottleneck_adapter.OPS, **lora_linear.OPS, **lora_row_norm.OPS,
+    "dropout_mask": native.dropout_mask, **multi_lora_linear.OPS,
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""lora_linear's passes, row norms and rotated blocks as one native call each: tensors in, tensors out (csrc/bindings/).
+"""Passes of lora_linear and of bottlenecks, row norms and rotated blocks as one native call each: tensors in, tensors out
+(csrc/bindings/).
 
     y                 = forward(settings, threads, x, kind, weight, A, B, bias, scaling, dropout_p, seed, scales, False, False)
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
@@ -8,8 +9,12 @@
     y                 = block_rotate(threads, x, R, index)
     dR                = block_rotate_grad(threads, x, dy, size, index)
     R or dupper       = skew_series(threads, upper, rows, cols, size, c, d)
+    y, t              = bottleneck_forward(threads, h, residual, down, up, down_bias, up_bias, gate, out_scale, activation,
+                                           scaling, dropout_p, on_input, seed)
+    dh, ddown, ...    = bottleneck_backward(threads, dy, h, t, down, up, up_bias, gate, out_scale, activation, scaling,
+                                            dropout_p, on_input, seed, through, needs)
 
-All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), forward and backward
+All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), lora_linear's
 also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
 ``learn_forward`` or ``learn_backward`` (the same arguments, and the kind of base product: peftkern/dispatch/cpu_base.py).
 Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
@@ -79,9 +84,10 @@ if unavailable is None:
     backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
     row_norm = _C.lora_row_norm
     block_rotate, block_rotate_grad, skew_series = _C.block_rotate, _C.block_rotate_grad, _C.skew_series
+    bottleneck_forward, bottleneck_backward = _C.bottleneck_forward, _C.bottleneck_backward
 else:
     forward = learn_forward = backward = learn_backward = row_norm = nothing
-    block_rotate = block_rotate_grad = skew_series = nothing
+    block_rotate = block_rotate_grad = skew_series = bottleneck_forward = bottleneck_backward = nothing
 
 
 def kind_of(c, way) -> str:
