@@ -24,25 +24,34 @@ def _columns_of(du: Tensor, ids: Tensor, V: int, padding: int) -> Tensor:
     return dA
 
 
+def _forward(ids: Tensor, weight: Tensor, scale: float | Tensor | None, wide: bool, pairs: tuple[Tensor, ...]):
+    """(y, A[:, ids] of each branch)."""
+    flat, looked_up = ids.flatten(), []
+    y = torch.embedding(weight, ids)
+    if scale is not None:
+        y.mul_(scale)
+    if pairs[0].dtype != y.dtype:
+        y = y.to(torch.promote_types(y.dtype, pairs[0].dtype))
+    rows = y.view(flat.shape[0], weight.shape[1])
+    for A, B in zip(pairs[::2], pairs[1::2]):
+        u = A.index_select(1, flat)
+        rows.addmm_(cast(u, y.dtype).t(), cast(B, y.dtype).t())
+        looked_up.append(u)
+    return y if wide else cast(y, weight.dtype), looked_up
+
+
 class LoRAEmbeddingFunction(torch.autograd.Function):
     """The equation at the top. ``pairs``: A and B, scaled already, of each branch in turn."""
 
     @staticmethod
     def forward(ctx, ids, weight, scale, padding, wide, *pairs):
-        flat, saved = ids.flatten(), []
-        y = torch.embedding(weight, ids)
-        if scale is not None:
-            y.mul_(scale)
-        if pairs[0].dtype != y.dtype:
-            y = y.to(torch.promote_types(y.dtype, pairs[0].dtype))
-        rows = y.view(flat.shape[0], weight.shape[1])
-        for A, B, need_B in zip(pairs[::2], pairs[1::2], ctx.needs_input_grad[6::2]):
-            u = A.index_select(1, flat)
-            rows.addmm_(cast(u, y.dtype).t(), cast(B, y.dtype).t())
+        y, looked_up = _forward(ids, weight, scale, wide, pairs)
+        saved: list[Tensor | None] = []
+        for B, u, need_B in zip(pairs[1::2], looked_up, ctx.needs_input_grad[6::2]):
             saved += B, u if need_B else None
-        ctx.save_for_backward(flat if any(ctx.needs_input_grad[5::2]) else None, *saved)
+        ctx.save_for_backward(ids.flatten() if any(ctx.needs_input_grad[5::2]) else None, *saved)
         ctx.size = weight.shape[0], padding
-        return y if wide else cast(y, weight.dtype)
+        return y
 
     @staticmethod
     @first_only("lora_embedding")
@@ -73,4 +82,7 @@ def lora_embedding(
         pairs: A (R, V) and B (N, R) of each branch, with the branch's scaling in B; in any floating dtype, both the same.
         padding: the id whose column of A gets no gradient, None for none.
     """
+    # Dynamo mixes up the arguments of a function without a gradient.
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in pairs)):
+        return _forward(ids, weight, scale, wide, pairs)[0]
     return LoRAEmbeddingFunction.apply(ids, weight, scale, -1 if padding is None else padding, wide, *pairs)

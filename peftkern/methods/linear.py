@@ -250,7 +250,12 @@ _NAMES = {c.symbol: c.name for c in COEFFICIENTS}
 
 
 def entry(y: Linear, bias: Tensor | None) -> Adapter:
-    """A layer with one adapter as an entry of a list of adapters over a base with this bias."""
+    """A layer with one adapter as an entry of a list of adapters over a base with this bias.
+
+    Raises ValueError for what is more than the coefficients of one branch.
+    """
+    if y.folded is not None or any((y.terms, y.rotations, y.made, y.turns, y.branches[1:])):
+        raise ValueError("the layer is more than a weight with coefficients and one branch")
     vectors: dict[str, Tensor | None] = {"p_b": y.p_b, "g_b": y.g_b}
     A = B = None
     s: float | Tensor = 1.0

@@ -23,7 +23,8 @@ class Held(NamedTuple):
     """What a layer holds of one active adapter.
 
     ``tensors``, ``numbers``: as the method's ``held`` read them and its ``apply`` takes them. The first tensor has the
-    adapter's dtype. ``rank``: R, 0 without a branch. ``dropout_p``: of the branch's input, 0 outside of training.
+    adapter's dtype. ``rank``: R, 0 without a branch. ``dropout_p``: of the branch's input, 0 outside of training. ``folds``:
+    it makes another weight, which no row of a batch can have alone, though the method's other adapters are coefficients.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Held(NamedTuple):
     numbers: tuple[Any, ...] = ()
     dropout_p: float = 0.0
     rank: int = 0
+    folds: bool = False
 
     def adapter(self, weight: Tensor, bias: Tensor | None) -> Adapter:
         """What it makes of a layer (N, K), as one entry of a list of adapters."""

@@ -27,15 +27,17 @@ PEFTKERN_INLINE void set(float* p, vf x, int n) {
 
 template <Activation F>
 void values(const ActivateTask& a) {
-  const int64_t ldz = a.R + a.ones;
+  const int64_t ldt = a.rows != nullptr ? a.ld : a.R, ldz = a.rows != nullptr ? a.ld : a.R + a.ones;
   parallel(a.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.M; ++i) {
-      float* z = a.z + i * ldz;
+      const int64_t row = a.rows != nullptr ? a.rows[i] : i;
+      float* z = a.z + row * ldz;
       const float gate = a.gate != nullptr ? a.gate[i] : 1.0f;
       pieces(a.R, [&](int64_t c, int n) {
-        vf x = part(a.t + i * a.R + c, n);
-        if (a.bias != nullptr) set(a.biased + i * a.R + c, x += part(a.bias + c, n), n);
+        vf x = part(a.t + row * ldt + c, n);
+        if (a.bias != nullptr) x += part(a.bias + c, n);
+        if (a.bias != nullptr && a.biased != nullptr) set(a.biased + row * ldt + c, x, n);
         set(z + c, splat(gate) * activate<F>(x).value, n);
       });
       if (a.ones) z[a.R] = gate;
@@ -45,18 +47,20 @@ void values(const ActivateTask& a) {
 
 template <Activation F>
 void slopes(const SlopeTask& a) {
-  const int64_t ld = a.R + a.ones;
+  const int64_t ldt = a.rows != nullptr ? a.ld : a.R, ld = a.rows != nullptr ? a.ld : a.R + a.ones;
   parallel(a.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < a.M; ++i) {
-      const float *t = a.t + i * a.R, *dv = a.dv + i * ld;
+      const int64_t row = a.rows != nullptr ? a.rows[i] : i;
+      const float *t = a.t + row * ldt, *dv = a.dv + row * ld;
       const float gate = a.gate != nullptr ? a.gate[i] : 1.0f;
       vf sum = zero();
       pieces(a.R, [&](int64_t c, int n) {
         const vf d = part(dv + c, n);
-        const Point f = activate<F>(part(t + c, n));
+        const vf x = part(t + c, n);
+        const Point f = activate<F>(a.bias != nullptr ? x + part(a.bias + c, n) : x);
         if (a.dgate != nullptr) sum = fma(d, f.value, sum);
-        if (a.dt != nullptr) set(a.dt + i * a.R + c, splat(gate) * d * f.slope, n);
+        if (a.dt != nullptr) set(a.dt + row * ldt + c, splat(gate) * d * f.slope, n);
       });
       if (a.dgate == nullptr) continue;
       a.dgate[i] = a.ones ? dv[a.R] : 0.0f;

@@ -7,14 +7,11 @@
 #include "cpu/common/dispatch.h"
 #include "cpu/lora/steps.h"
 
-PEFTKERN_DISPATCH_LOCAL(activate_run, ActivateTask)
-PEFTKERN_DISPATCH_LOCAL(slope_run, SlopeTask)
+PEFTKERN_DISPATCH(activate_run, ActivateTask)
+PEFTKERN_DISPATCH(slope_run, SlopeTask)
 
 namespace peftkern::cpu {
 namespace {
-
-// Multiply-adds that an element of an activation counts for.
-constexpr int64_t kActivationWork = 32;
 
 // s c * U^T, and with `bias` s c * b_up as one more row, zeros if there is none.
 Panel panel_of_up(const Bottleneck& g, const float* c, bool bias, KeptScratch& scratch) {

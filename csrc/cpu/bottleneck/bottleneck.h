@@ -13,6 +13,8 @@ namespace peftkern::cpu {
 // f, in the order of peftkern/activations.py.
 enum class Activation : int { identity, relu, leaky_relu, gelu, gelu_tanh, silu, tanh, sigmoid };
 constexpr int kActivations = 8;
+// Multiply-adds that an element of one counts for.
+constexpr int64_t kActivationWork = 32;
 
 // down D (R, K), up U (N, R), any strides. A vector is a matrix of one row, absent if its data is null.
 // up_bias (N), gate (M), out_scale (N). Dropout acts on one side at most; kept: 1 / (1 - p) there, else 1.

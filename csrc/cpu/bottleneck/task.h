@@ -6,7 +6,8 @@
 namespace peftkern::cpu {
 
 // z = gate * f(t), then, if `ones`, a last column gate * 1. With a bias (R), it is added to t first, and
-// `biased`, which may be t, gets the sum. t and z are contiguous; gate (M) may be null.
+// `biased`, which may be t or null, gets the sum. gate (M) may be null. t and z are contiguous; with `rows`,
+// row i is row rows[i] of both, and rows are `ld` apart.
 struct ActivateTask {
   Activation activation;
   int64_t M, R;
@@ -16,10 +17,14 @@ struct ActivateTask {
   float* z;
   bool ones;
   int threads;
+  const int32_t* rows = nullptr;
+  int64_t ld = 0;
 };
+void activate_run(const ActivateTask& task);
 
 // dt = gate * dv * f'(t), and dgate = rowdot(dv, f(t)), of a dv that goes with z: with `ones`, its last
-// column is added to dgate. dt (M, R) and dgate (M) may be null.
+// column is added to dgate. dt (M, R), which may be dv, and dgate (M) may be null. `bias`, `rows` and `ld` as
+// above, of t, dv and dt.
 struct SlopeTask {
   Activation activation;
   int64_t M, R;
@@ -28,6 +33,10 @@ struct SlopeTask {
   const float* gate;
   float *dt, *dgate;
   int threads;
+  const float* bias = nullptr;
+  const int32_t* rows = nullptr;
+  int64_t ld = 0;
 };
+void slope_run(const SlopeTask& task);
 
 }  // namespace peftkern::cpu

@@ -3,9 +3,9 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "cpu/bottleneck/bottleneck.h"
 #include "cpu/common/scratch.h"
 #include "cpu/common/views.h"
-#include "cpu/multi/activation.h"
 #include "peftkern/cpu_multi.h"
 
 namespace peftkern::cpu {

@@ -3,8 +3,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/bottleneck/task.h"
 #include "cpu/lora/steps.h"
-#include "cpu/multi/activation.h"
 
 namespace peftkern::cpu {
 namespace {
@@ -185,19 +185,16 @@ bool curved(const MultiGroup& group) {
 }
 
 // z = f(u + b), which is u itself where no adapter has f or b. `in_place`: nobody reads u any more.
-const float* activated(const MultiBatch& batch, float* u, bool in_place, KeptScratch& scratch) {
+const float* activated(const MultiBatch& batch, float* u, bool in_place, int threads, KeptScratch& scratch) {
   if (std::none_of(batch.groups.begin(), batch.groups.end(), curved)) return u;
   const int64_t ld = batch.adapters.max_rank;
   float* z = in_place ? u : scratch.take(batch.M * ld);
   if (!in_place) std::copy_n(u, batch.M * ld, z);
   for (const MultiGroup& each : batch.groups) {
     if (!curved(each)) continue;
-    const float* b = each.vector[kRankBias];
-    for (int64_t i = 0; i < each.count; ++i) {
-      float* row = z + each.rows[i] * ld;
-      for (int64_t r = 0; r < each.R; ++r)
-        row[r] = activation_value(each.activation, b != nullptr ? row[r] + b[r] : row[r]);
-    }
+    activate_run({static_cast<Activation>(each.activation), each.count, each.R, u, each.vector[kRankBias],
+                  nullptr, nullptr, z, false, worth_threads(kActivationWork * each.count * each.R, threads),
+                  each.rows, ld});
   }
   return z;
 }
@@ -206,7 +203,7 @@ const float* activated(const MultiBatch& batch, float* u, bool in_place, KeptScr
 void finish_ranks(const MultiBatch& batch, const MultiLinearBackward& g, const float* z, float* du) {
   const int64_t ld = batch.adapters.max_rank;
   for (const MultiGroup& each : batch.groups) {
-    const float *d = each.vector[kD], *b = each.vector[kRankBias];
+    const float* d = each.vector[kD];
     if ((d == nullptr && !curved(each)) || each.R == 0) continue;
     const auto sum = [&](MultiVector vector, const ConstMatrix& with) {
       if (float* grad = vector_grad(each, vector, g.vector_grads))
@@ -220,14 +217,12 @@ void finish_ranks(const MultiBatch& batch, const MultiLinearBackward& g, const f
                     each.rows});
     };
     sum(kD, {z, DType::f32, ld, 1});
-    for (int64_t i = 0; i < each.count; ++i) {
-      float* row = du + each.rows[i] * ld;
-      const float* u = each.activation != 0 ? g.u + each.rows[i] * ld : nullptr;
-      for (int64_t r = 0; r < each.R; ++r) {
-        if (d != nullptr) row[r] *= d[r];
-        if (u != nullptr) row[r] *= activation_slope(each.activation, b != nullptr ? u[r] + b[r] : u[r]);
-      }
-    }
+    for (int64_t i = 0; d != nullptr && i < each.count; ++i)
+      for (int64_t r = 0; r < each.R; ++r) du[each.rows[i] * ld + r] *= d[r];
+    if (each.activation != 0 && g.u != nullptr)
+      slope_run({static_cast<Activation>(each.activation), each.count, each.R, g.u, du, false, nullptr, du,
+                 nullptr, worth_threads(kActivationWork * each.count * each.R, g.threads),
+                 each.vector[kRankBias], each.rows, ld});
     sum(kRankBias, ConstMatrix{});
   }
 }
@@ -242,7 +237,7 @@ void multi_linear_forward(const MultiBatch& batch, const MultiLinearForward& g) 
   shrink.side = Side::A, shrink.in = g.x, shrink.C = adapters.K;
   shrink.dot = u, shrink.ld = adapters.max_rank, shrink.threads = reduce_threads(batch, g, adapters.K);
   multi_reduce(batch, shrink);
-  const float* z = activated(batch, u, g.u == nullptr, scratch);
+  const float* z = activated(batch, u, g.u == nullptr, g.threads, scratch);
   onto_base(batch, g, {Side::B, g.x, g.y, z, as_floats(g.bias, adapters.N, scratch), g.h, {}, nullptr});
 }
 
@@ -266,7 +261,8 @@ void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g
   MultiReduceArgs over_dy{}, over_x{};
   over_dy.side = Side::B, over_dy.in = g.dy, over_dy.C = adapters.N, over_dy.dot = du;
   // (u is read alone: `activated` copies what it changes.)
-  const float* z = g.u != nullptr ? activated(batch, const_cast<float*>(g.u), false, scratch) : nullptr;
+  const float* z =
+      g.u != nullptr ? activated(batch, const_cast<float*>(g.u), false, g.threads, scratch) : nullptr;
   over_dy.v = z, over_dy.grads = dB ? &g.grads : nullptr, over_dy.colsum = g.dbias;
   over_dy.vector_grads = dB ? &g.vector_grads : nullptr;
   over_dy.ld = adapters.max_rank, over_dy.threads = reduce_threads(batch, g, adapters.N);

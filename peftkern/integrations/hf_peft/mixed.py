@@ -143,7 +143,7 @@ def mixed_plan(
     if x.dim() < 2 or x.shape[0] != len(batch.names):
         return _other_number(batch, x)
     for h in plan.held:
-        if not h.method.mixed:
+        if not h.method.mixed or h.folds:
             return f"a batch with adapter_names is not covered for {h.method.name}"
         if h.dropout_p > 0.0 and "g_b" in h.method.coefficients:
             return f"{h.method.name} with dropout trains on another base product than its batch"

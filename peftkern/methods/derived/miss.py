@@ -71,7 +71,7 @@ def held(look: Look, name: str, shape: tuple[int, int]) -> Held:
         refuse_half(name, block)
         if block.shape != (shape[0] // block.shape[2], block.shape[2], block.shape[2]):
             raise NotCovered(f"miss_block of {name!r} has shape {tuple(block.shape)}")
-        return Held(name, MISS, (block,))
+        return Held(name, MISS, (block,), folds=True)
     (block,) = tuner.tensors(look, name, {"miss_block": (None, None)})
     if shape[0] % block.shape[1]:
         raise NotCovered(f"miss_block of {name!r} has shape {tuple(block.shape)}")

@@ -113,6 +113,9 @@ def test_compiled(name):
         found.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) > 2
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids), model(ids))
 
 
 def test_adapters_in_a_narrower_dtype_than_the_table():
