@@ -5,6 +5,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -qq
+# Beside the other: AdapterHub's `adapters` with the release of transformers that it needs.
+HUB    := .venv-adapters
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # Two test processes with one torch thread each (tests/conftest.py) finish sooner than one process with two.
 WORKERS ?= 2
@@ -20,7 +23,7 @@ BUILD  := PEFTKERN_BUILD_DIR="$(CURDIR)/build/objects" PATH="$(CURDIR)/$(BIN):$$
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench setup adapters-env clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -39,6 +42,9 @@ bench: setup
 
 setup: $(VENV)/.package
 
+# To compare with AdapterHub's and pyreft's own modules.
+adapters-env: $(HUB)/.requirements
+
 $(VENV)/.python:
 	@echo "creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
@@ -49,6 +55,13 @@ $(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-node
 	@$(PIP) install -r requirements-torch.txt
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+$(HUB)/.requirements: requirements-adapters.txt $(VENV)/.requirements
+	@echo "creating $(HUB)"
+	@$(PYTHON) -m venv --clear --without-pip $(HUB)
+	@$(PIP) --python $(HUB)/bin/python install --no-deps -r requirements-adapters.txt
+	@echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(HUB)/bin/python $(PURELIB))/venv.pth"
 	@touch $@
 
 $(VENV)/.package: $(NATIVE) $(VENV)/.requirements
@@ -63,5 +76,5 @@ $(VENV)/.package-cuda: $(NATIVE) $(VENV)/.requirements
 	@touch $@ $(VENV)/.package
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info peftkern/*.so demo.png
+	rm -rf $(VENV) $(HUB) build dist out *.egg-info peftkern/*.so demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from ..report import Report, Status
 from .model import accelerate, patch, restore, status, unpatch, why_not
-from .report import Report, Status
 
 __all__ = ["Report", "Status", "accelerate", "patch", "restore", "status", "unpatch", "why_not"]

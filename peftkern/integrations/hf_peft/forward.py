@@ -1,16 +1,13 @@
-"""The forward of a PEFT layer on the fused op, and the switch that puts it in place.
+"""The forward of a PEFT layer on the fused op, and what puts it in place.
 
-The switch replaces the ``forward`` of each layer's class once, with a function that runs PEFT's own
-forward unless the instance carries a mark (``accelerate``) or every layer is wanted (``patch``). So an
-accelerated layer keeps its type, its parameters, its hooks and its pickle; the mark is one entry of its
-``__dict__``. What gives ``adapter_names`` to layers is replaced likewise (``names.py``). When
-the last mark is gone and no patch is in force, the classes get their own functions back.
+The ``forward`` of each layer's class is replaced by one that runs PEFT's own unless the instance is marked (``accelerate``) or
+every layer is wanted (``patch``). What gives ``adapter_names`` to layers is replaced likewise (``names.py``). When the last
+mark is gone and no patch is in force, the classes get their own functions back.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -27,59 +24,23 @@ from ...methods.look import read
 from ...methods.registry import Plan, layers
 from ...methods.unchanged import EMPTY, at, items, same
 from ...settings import current
+from ..process import PROCESS
+from ..status import KEY as CALLS
+from ..status import TOO_SMALL, Calls, calls_of, clear_calls, note_stock
+from ..switch import KEY, Switch
 from .fsdp import AtRest, plain_parts, run_inside, units
-from .guard import FUSED, PROCESS, call_plan, experts_plan, look_at_call, replaced_reason
+from .guard import FUSED, call_plan, experts_plan, look_at_call, replaced_reason
 from .kept import keep
 from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
-from .status import KEY as CALLS
-from .status import TOO_SMALL, Calls, calls_of, clear_calls, note_stock
-
-KEY = "_peftkern_accelerated"
 
 _whole = AtRest(read, units_alone=True)
-
-
-class Mark:
-    """Says that a layer is accelerated, and counts as one for as long as the layer lives."""
-
-    __slots__ = ("__weakref__",)
-
-    def __init__(self) -> None:
-        marks.add(self)
-
-    def __deepcopy__(self, memo) -> Mark:
-        return Mark()
-
-    def __reduce__(self):
-        # A plain True: the pickle of an accelerated model loads where only PEFT is installed.
-        return bool, (1,)
-
-
-class _Switch:
-    """Process-wide state, changed under the lock only. ``stock``: the own forward of each class that has ours. ``replaced``:
-    (class, name) -> its own function, if it has one, and ours, of what gives names to layers."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.everywhere = False
-        self.stock: dict[type, Callable] = {}
-        self.replaced: dict[tuple[type, str], tuple[Callable | None, Callable]] = {}
-
-
-marks: weakref.WeakSet[Mark] = weakref.WeakSet()
 # Layers that a mixed batch trains: see _no_recomputation.
 trained_mixed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-switch = _Switch()
+switch = Switch()
 # What a kept plan looks at beside the layer and the process. A layer's own mark ends together with its kept plan.
 _EVERYWHERE = at(vars(switch), items({"everywhere": same(True)}))
 _NONE_MIXED = at(trained_mixed.data, EMPTY)
-
-
-def wanted(layer: nn.Module) -> bool:
-    """Whether the user asked for this layer: by its own mark, else by the patch of the process."""
-    mark = layer.__dict__.get(KEY)
-    return switch.everywhere if mark is None else mark is not False
 
 
 def _no_recomputation(layer: nn.Module) -> None:
@@ -185,7 +146,7 @@ def _fused_forward(stock):
                         # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
                         calls.fused -= 1
                         calls.kept = None
-        if not wanted(self):
+        if not switch.wanted(self):
             return stock(self, x, *args, **kwargs)
         return _carefully(self, x, args, kwargs, stock)
 
@@ -206,7 +167,7 @@ def _experts_forward(stock):
 
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
-        if not wanted(self) or torch.compiler.is_exporting():
+        if not switch.wanted(self) or torch.compiler.is_exporting():
             return stock(self, x, *args, **kwargs)
         return run(self, x, args, kwargs)
 
@@ -215,7 +176,10 @@ def _experts_forward(stock):
 
 def _giving_names() -> dict[tuple[type, str], Callable]:
     # What makes of PEFT's own functions those that give names to accelerated layers.
-    context, call = partial(context_of, wanted=wanted, trained=trained_mixed.add), partial(call_of, wanted=wanted)
+    context, call = (
+        partial(context_of, wanted=switch.wanted, trained=trained_mixed.add),
+        partial(call_of, wanted=switch.wanted),
+    )
     contexts = {(cls, CONTEXT): context for cls in (LoraModel, BaseTuner)}
     return contexts | {(PeftMixedModel, name): call for name in ("forward", "generate")}
 
@@ -225,47 +189,21 @@ def install() -> None:
     with switch.lock:
         for cls, make in [*((cls, _fused_forward) for cls, _ in layers()), (ParamWrapper, _experts_forward)]:
             if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
-                switch.stock[cls] = cls.forward
-                FUSED[cls] = cls.forward = make(cls.forward)
+                switch.replace(cls, "forward", lambda own, cls=cls, make=make: make(cls.forward))
+                FUSED[cls] = cls.forward
         for (cls, name), make in _giving_names().items():
-            now = vars(cls).get(name)
-            if now is None or now is not switch.replaced.get((cls, name), (None, None))[1]:
-                ours = make(now)
-                switch.replaced[cls, name] = now, ours
-                setattr(cls, name, ours)
+            switch.replace(cls, name, make)
 
 
 def uninstall_if_unused() -> None:
-    """Give the libraries' classes their own functions back if no mark and no patch is left.
-
-    If another library has replaced one of them since, that stays; ours below it then passes every call on.
-    """
+    """Give the libraries' classes their own functions back if no mark and no patch is left."""
     with switch.lock:
-        if switch.everywhere or len(marks):
-            return
-        for cls in [cls for cls, fused in FUSED.items() if cls.forward is fused]:
-            stock = switch.stock[cls]
-            if any(vars(parent).get("forward") is stock for parent in cls.__mro__[1:]):
-                del cls.forward
-            else:
-                cls.forward = stock
-            del FUSED[cls], switch.stock[cls]
-        for cls, name in list(switch.replaced):
-            stock, ours = switch.replaced[cls, name]
-            if vars(cls).get(name) is ours:
-                delattr(cls, name) if stock is None else setattr(cls, name, stock)
-                del switch.replaced[cls, name]
+        switch.put_back_if_unused()
+        for cls in [cls for cls in FUSED if (cls, "forward") not in switch.replaced]:
+            del FUSED[cls]
 
 
-def set_mark(layer: nn.Module) -> None:
-    """Accelerate this layer from its next call on."""
-    if type(layer.__dict__.get(KEY)) is not Mark:
-        layer.__dict__[KEY] = Mark()
-
-
-def clear_mark(layer) -> None:
-    """Run PEFT's own code in this layer from its next call on, under ``patch`` too."""
-    layer.__dict__.pop(KEY, None)
+def clear_mark(layer: nn.Module) -> None:
+    """Run PEFT's own code in this layer from its next call on, under ``patch`` too, and forget what it did."""
+    switch.clear_mark(layer)
     clear_calls(layer)
-    if switch.everywhere:
-        layer.__dict__[KEY] = False

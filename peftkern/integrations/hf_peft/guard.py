@@ -17,24 +17,15 @@ import torch
 from packaging.version import InvalidVersion, Version
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as _nn_module
-from transformers.pytorch_utils import Conv1D
 
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
 from ...methods.registry import METHODS, Method, Plan, method_of
-from ...methods.unchanged import EMPTY, at, call, equal, instance, items, same
+from ..process import process_reason
 from . import experts as _experts
 from . import fsdp as _fsdp
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Classes whose calls are left out, and their forwards.
-_BYPASSED = {cls: cls.forward for cls in (nn.Linear, Conv1D, nn.Dropout)}
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
-)  # fmt: skip
-_TRACES = torch._C._TorchDispatchModeKey.PROXY  # the mode of make_fx, whose graph would have ops without a gradient
 
 Read = Callable[[nn.Module, str], Any]
 FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
@@ -82,41 +73,6 @@ def replaced_reason(cls: type) -> str | None:
     if (module, name) == (owner.__module__, f"{owner.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
         return None
     return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
-
-
-def process_reason() -> str | None:
-    """Why no layer of the process may be taken right now, or None."""
-    m = _nn_module
-    if m._global_forward_hooks or m._global_forward_pre_hooks:
-        return "a global module hook is registered"
-    if m._global_backward_hooks or m._global_backward_pre_hooks:
-        return "a global module hook is registered"
-    for cls, forward in _BYPASSED.items():
-        if cls.forward is not forward:
-            return f"the forward of {cls.__module__}.{cls.__qualname__} was replaced"
-    if torch.compiler.is_compiling():
-        # An exported program should run where peftkern is not installed.
-        return "torch.export is tracing" if torch.compiler.is_exporting() else None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing"
-    if torch._C._get_dispatch_mode(_TRACES) is not None:
-        return "make_fx is tracing"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return None
-
-
-# What process_reason looks at, outside of a graph. While torch.jit traces, no input looks as before: its sizes are tensors.
-PROCESS = (
-    at(vars(_nn_module), items(dict.fromkeys(_GLOBAL_HOOKS, EMPTY))),
-    *(at(cls, instance(type, {}, {"forward": same(forward)})) for cls, forward in _BYPASSED.items()),
-    at(vars(torch.compiler), items({"_is_compiling_flag": same(False)})),
-    call(torch._C._get_dispatch_mode, (_TRACES,), same(None)),
-    call(torch._C._functorch.maybe_current_level, (), same(None)),
-    at(vars(forward_ad), items({"_current_level": equal(-1)})),
-)
 
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:

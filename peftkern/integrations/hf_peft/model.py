@@ -29,15 +29,15 @@ from torch import nn
 
 from ...methods.look import read
 from ...methods.registry import Plan, layers, method_of
+from .. import status as _status
+from ..report import Report, Status, only_reference
 from . import forward as _forward
 from . import guard as _guard
 from . import mixed as _mixed
-from . import report as _report
-from . import status as _status
 from .experts import wrappers
 from .fsdp import AtRest as _AtRest
 from .fsdp import plain_parts, units
-from .report import Report, Status
+from .report import anything_else, backend_of
 
 
 def _version_reason() -> str | None:
@@ -101,17 +101,17 @@ def accelerate(model: nn.Module) -> Report:
             if plan is None:
                 # Marked even if its present state speaks against it: states end, and each call looks again.
                 _forward.install()
-                _forward.set_mark(module)
+                _forward.switch.set_mark(module)
                 plan = _static_plan(module, at_rest)
                 _status.calls_of(module).warned = None if isinstance(plan, str) else warned
             if isinstance(plan, str):
                 report.skipped[name] = plan
             else:
                 report.accelerated.append(name)
-                report.backends[name] = _report.backend_of(plan)
+                report.backends[name] = backend_of(plan)
                 devices.add(plan.weight.device.type)
     for device in sorted(devices):
-        reason = _report.only_reference(device)
+        reason = only_reference(device)
         if reason is not None:
             warnings.warn(
                 f"peftkern: the PyTorch reference computes the accelerated layers, which makes nothing faster: {reason}."
@@ -120,7 +120,7 @@ def accelerate(model: nn.Module) -> Report:
                 stacklevel=2,
             )
     if not report.accelerated and not report.skipped:
-        report.note = _report.anything_else(model)
+        report.note = anything_else(model)
     return report
 
 
@@ -203,7 +203,7 @@ def why_not(layer: nn.Module, x: Any = None, adapter_names: Sequence[str] | None
     reason = _type_reason(layer)
     if reason is not None:
         return reason
-    if not _forward.wanted(layer):
+    if not _forward.switch.wanted(layer):
         return "it is not accelerated: call accelerate or patch"
     at_rest = _AtRest(read)
     if x is None or type(layer) is ParamWrapper:  # whose calls have more than x

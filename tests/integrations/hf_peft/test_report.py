@@ -207,7 +207,7 @@ def test_device_map_hooks(zoo, order):
 
 def test_a_model_dispatched_with_its_adapters_before(zoo, monkeypatch):
     # The hooks keep the forward that PEFT's class had when they were made: here no other model is accelerated.
-    monkeypatch.setattr(hf_peft_forward, "marks", weakref.WeakSet())
+    monkeypatch.setattr(hf_peft_forward.switch, "marks", weakref.WeakSet())
     hf_peft_forward.uninstall_if_unused()
     model, _ = zoo.layer()
     model = _dispatch(model)

@@ -17,7 +17,7 @@ from peftkern.integrations.hf_peft import forward as hf_peft_forward
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """Accelerated models that earlier tests left to the garbage collector do not count."""
-    monkeypatch.setattr(hf_peft_forward, "marks", weakref.WeakSet())
+    monkeypatch.setattr(hf_peft_forward.switch, "marks", weakref.WeakSet())
     hf_peft.unpatch()
 
 

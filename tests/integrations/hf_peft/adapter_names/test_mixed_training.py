@@ -232,7 +232,7 @@ def test_only_accelerated_models_train(zoo):
 
 
 def test_the_class_gets_its_own_functions_back(zoo, monkeypatch):
-    monkeypatch.setattr(hf_peft_forward, "marks", weakref.WeakSet())
+    monkeypatch.setattr(hf_peft_forward.switch, "marks", weakref.WeakSet())
     hf_peft_forward.uninstall_if_unused()
     tuner = zoo.peft.tuners.lora.model.LoraModel
     stock = tuner._enable_peft_forward_hooks

@@ -254,7 +254,7 @@ def test_the_classes_get_their_own_functions_back(monkeypatch):
 
     from peftkern.integrations.hf_peft import forward
 
-    monkeypatch.setattr(forward, "marks", weakref.WeakSet())
+    monkeypatch.setattr(forward.switch, "marks", weakref.WeakSet())
     forward.uninstall_if_unused()
     places = [
         (peft.tuners.tuners_utils.BaseTuner, "_enable_peft_forward_hooks"),
