@@ -159,8 +159,11 @@ def block_rotate(size: int, itemsize: int) -> LaunchConfig:
 def bottleneck(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     """bottleneck_adapter, all of whose kernels take these tiles. Never a function of M. ``rank``: what v's tile holds."""
     if itemsize == 4:
-        return LaunchConfig(64, 64, 32, rank_block(R, 64), warps=4, stages=2)
-    rank = rank_block(R, 64 if arch < 90 else 128)
+        return LaunchConfig(64, 32, 32, rank_block(R, 32), warps=8, stages=2)
+    if arch < 90 or arch >= 120:
+        # The terms of A and the product's operands are held in registers.
+        return LaunchConfig(64, 64, 32, rank_block(R, 64), warps=8, stages=3)
+    rank = rank_block(R, 128)
     return LaunchConfig(64, 64, 64, rank, warps=4 if rank <= 64 else 8, stages=3)
 
 

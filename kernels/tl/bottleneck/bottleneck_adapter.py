@@ -194,7 +194,7 @@ def _outwards(c: Branch, v: Tensor, config: configs.LaunchConfig, s: Settings) -
     (M, N), R = c.out.shape, v.shape[1]
     v_terms, b_terms = expand_terms(c.out.dtype, c.b.dtype, c.b_scale is not None)
     args = dict(
-        out=c.out, v=v, gate=c.rank.gate, M=M, N=N, R=R, stride_v=R, scaling=c.rank.scaling,
+        out=c.out, v=v, gate=c.rank.gate if c.bias is not None else None, M=M, N=N, R=R, stride_v=R, scaling=c.rank.scaling,
         threshold=c.last.args["threshold"], **_onto(c),
     )  # fmt: skip
     constants = dict(
