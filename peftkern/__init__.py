@@ -12,10 +12,11 @@ from .autograd.bottleneck_adapter import bottleneck_adapter
 from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
+from .autograd.reft import reft
 from .many.adapter import Adapter
 from .many.bank import AdapterBank
 from .methods import FUNCTIONS
-from .nn.lora import LoRALinear
+from .nn import BottleneckAdapter, LoRALinear, ReFT, reft_positions
 from .ops.dropout_mask import dropout_mask
 
 globals().update(FUNCTIONS)
@@ -27,8 +28,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "Adapter", "AdapterBank", "LoRALinear", "__version__", "bottleneck_adapter", "dropout_mask", "expert_lora_linear",
-    "lora_linear", "multi_lora_linear", "sgmv", *FUNCTIONS, *_LAZY,
+    "Adapter", "AdapterBank", "BottleneckAdapter", "LoRALinear", "ReFT", "__version__", "bottleneck_adapter", "dropout_mask",
+    "expert_lora_linear", "lora_linear", "multi_lora_linear", "reft", "reft_positions", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def _sigmoid_slope(t: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda t: t, torch.ones_like),
     "relu": Activation(F.relu, lambda t: (t > 0).to(t.dtype)),
-    "leaky_relu": Activation(F.leaky_relu, lambda t: torch.where(t > 0, 1.0, LEAK).to(t.dtype)),
+    "leaky_relu": Activation(F.leaky_relu, lambda t: torch.where(t > 0, t.new_ones(()), LEAK)),
     "gelu": Activation(F.gelu, _gelu_slope),
     "gelu_tanh": Activation(lambda t: F.gelu(t, approximate="tanh"), _gelu_tanh_slope),
     "silu": Activation(F.silu, _silu_slope),

@@ -47,6 +47,7 @@ HEIGHT = {
     "peftkern.equation": 2,
     "peftkern.kernels": 2,
     "peftkern._C": 2,
+    "peftkern.activations": 1,
     "peftkern.checks": 1,
     "peftkern.problem": 1,
     "peftkern.screen": 1,
@@ -88,8 +89,11 @@ MANY_FILES = {
 # Public functions whose parameters users rely on; every other function has PARAMETERS at most.
 PARAMETERS = 8
 PUBLIC = {
+    "peftkern.autograd.bottleneck_adapter.bottleneck_adapter",
     "peftkern.autograd.expert_lora_linear.expert_lora_linear",
     "peftkern.autograd.lora_linear.lora_linear",
+    "peftkern.autograd.reft.reft",
+    "peftkern.nn.bottleneck.BottleneckAdapter.__init__",
     "peftkern.nn.lora.LoRALinear.__init__",
 }
 

@@ -23,7 +23,7 @@ from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 _fwd, _bwd = caller("bottleneck_adapter_fwd"), caller("bottleneck_adapter_bwd")
 
 # What a node saves, by name, for messages.
-_SAVED = ("x", "t", "down", "up", "up_bias", "gate", "out_scale", "seed")
+_SAVED = ("h", "t", "down", "up", "up_bias", "gate", "out_scale", "seed")
 
 
 class Call(NamedTuple):
@@ -43,37 +43,38 @@ def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
     matrix_up = before or gate or scale
     return (
         down,
-        before or after or gate,
+        before or up or gate or scale,
         h,
         matrix_up,
         gate or scale,
         before or after,
-        matrix_up or up or up_bias,
+        before or gate or up or up_bias,
         True,
     )
 
 
 class BottleneckAdapterFunction(torch.autograd.Function):
-    """The op with its gradients. ``residual``: None for h."""
+    """The op with its gradients.
+
+    ``residual``: None for h. ``rest``: down, up, down_bias, up_bias, gate, out_scale, the seed and the ``Call``.
+    """
 
     @staticmethod
-    def forward(ctx, h, residual, down, up, down_bias, up_bias, gate, out_scale, seed, call):
+    def forward(ctx, h, residual, *rest):
+        *parts, seed, call = rest
         given = cast(h, call.dtype)
         rows = None if residual is None else rows_of(residual, call.dtype)
-        y, t = _fwd(
-            rows_of(given, call.dtype), rows, down, up, down_bias, up_bias, gate, out_scale, call.activation,
-            call.scaling, call.dropout_p, call.on_input, seed,
-        )  # fmt: skip
-        saved = [h, t, down, up, up_bias, gate, out_scale, seed]
+        y, t = _fwd(rows_of(given, call.dtype), rows, *parts, *call[:4], seed)
+        down, up, _, *vectors = parts
+        saved = [h, t, down, up, *vectors, seed]
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
             saved = [v if read else None for v, read in zip(saved, _reads(ctx.needs_input_grad[:8]))]
             if saved[0] is not None:
                 saved[0] = kept_input(h, given, None)
         ctx.save_for_backward(*saved)
         ctx.call, ctx.h = call, (h.shape, h.dtype)
-        ctx.others = [
-            None if v is None else (v.shape, v.dtype) for v in (residual, down, up, down_bias, up_bias, gate, out_scale)
-        ]
+        ctx.others = [None if v is None else (v.shape, v.dtype) for v in (residual, *parts)]
+        ctx.inputs = 1 if residual is None else 2
         return as_shape(y, h)
 
     @staticmethod
@@ -86,14 +87,11 @@ class BottleneckAdapterFunction(torch.autograd.Function):
         rows, need = rows_of(dy, call.dtype), BottleneckNeeds(needs[0], *needs[2:8])
         grads: list[Tensor | None] = [None] * 7
         if any(need):
-            # A matrix that no needed gradient reads stands as one of no memory.
+            # What no needed gradient reads stands as a matrix of no memory.
             down = rows.new_empty(1, dtype=down_dtype).expand(down_shape) if down is None else down
             up = rows.new_empty(1, dtype=up_dtype).expand(up_shape) if up is None else up
-            t = (
-                rows.new_empty(1, dtype=accumulate_dtype(call.dtype)).expand(rows.shape[0], down_shape[0])
-                if t is None
-                else t
-            )
+            if t is None:
+                t = rows.new_empty(1, dtype=accumulate_dtype(call.dtype)).expand(rows.shape[0], down_shape[0])
             done = _bwd(
                 rows, None if h is None else rows_of(h, call.dtype), t, down, up, up_bias, gate, out_scale, call.activation,
                 call.scaling, call.dropout_p, call.on_input, seed, residual is None, list(need),

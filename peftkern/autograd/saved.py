@@ -94,7 +94,8 @@ def read_saved(
         if "modified by an inplace operation" not in str(error):
             raise
         if not READS_ONE_BY_ONE:
-            raise RuntimeError(f"{_changed(ctx, op, 'x or a parameter')} ({error})") from error
+            name = f"{names()[0]} or a parameter"
+            raise RuntimeError(f"{_changed(ctx, op, name, True)} ({error})") from error
     edges = (node for node, _ in ctx.next_functions if node is not None)
     needs = tuple(need and _runs(next(edges)) for need in needs)
     saved = []
@@ -103,7 +104,8 @@ def read_saved(
             saved.append(packed.unpack() if read else None)
         except RuntimeError as error:
             known = names()
-            raise RuntimeError(f"{_changed(ctx, op, known[min(i, len(known) - 1)])} ({error})") from error
+            name = known[min(i, len(known) - 1)]
+            raise RuntimeError(f"{_changed(ctx, op, name, name[0] == known[0])} ({error})") from error
     return tuple(saved), needs
 
 
@@ -114,9 +116,9 @@ def _runs(node) -> bool:
         return True
 
 
-def _changed(ctx, op: str, name: str) -> str:
+def _changed(ctx, op: str, name: str, is_input: bool) -> str:
     text = f"{op}: {name} was changed in place after the forward pass{_layer(ctx)}, and a gradient needs it as it was."
-    if name.startswith("x"):
+    if is_input:
         text += (
             " Change a copy (h = h + y, not h += y), or set PEFTKERN_SAVE_INPUT=copy in the environment to keep one."
         )
@@ -124,8 +126,8 @@ def _changed(ctx, op: str, name: str) -> str:
 
 
 def _parameters(ctx) -> Iterator[Tensor]:
-    # Of the layer: what is above its first edge, the input, belongs to others.
-    nodes = deque(ctx.next_functions[1:])
+    # Of the layer: what is above its first edges, the inputs, belongs to others.
+    nodes = deque(ctx.next_functions[getattr(ctx, "inputs", 1) :])
     for _ in range(256):
         if not nodes:
             return

@@ -131,9 +131,8 @@ def bottleneck_adapter_bwd_ref(c: BottleneckGrad) -> tuple[Tensor, Tensor, Tenso
     """(dh, ddown, dup, ddown_bias, dup_bias, dgate, dout_scale); see ``BottleneckGrad``."""
     acc, need, (p_in, p_out) = accumulate_dtype(c.dy.dtype), c.need, _shares(c)
     D, U, f = c.down.to(acc), c.up.to(acc), ACTIVATIONS[c.activation]
-    empty = c.t.new_empty(0)
     dh, dD, dU = c.dy.new_empty(0), c.down.new_empty(0), c.up.new_empty(0)
-    db_down = db_up = dg = dc = empty
+    db_down, db_up, dg, dc = (c.t.new_empty(0) for _ in range(4))
     dyf = c.dy.to(acc)
     e, z = _drop(dyf, p_out, c.seed), f.value(c.t)
     dv = (_times(e, c.out_scale) @ U) * c.scaling
