@@ -18,13 +18,13 @@ from .tiles import dot, multiple, narrow, split_dot
 
 @triton.jit(do_not_specialize=["M", "rows_per_program", "threshold"])
 def adapter_grad_kernel(
-    grad, parts, sums, products, t, v, b, h, v_scale, b_scale, seed,
+    grad, parts, sums, products, t, v, b, h, v_scale, b_scale, weights, seed,
     M, C, R, stride_t, stride_v, stride_h, stride_b_col, stride_b_rank, rows_per_program, threshold,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, T_TERMS: tl.constexpr,
     B_T_TERMS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, R_ALIGN: tl.constexpr,
     B_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, row ranges, rank chunks). Each output may be None.
+    """Grid (column blocks, row ranges, rank chunks). Each output may be None. ``weights`` (M): of the rows in ``sums``.
 
     grad (ranges, C, R), parts (column blocks, M, R), sums and products (ranges, C), all fp32. Native products
     (terms 0) take v and b in the dtype of t.
@@ -80,11 +80,18 @@ def adapter_grad_kernel(
                 vt = narrow(vt, t.dtype.element_ty)
             total += split_dot(tl.trans(tile), vt, None, T_TERMS, V_TERMS, PRECISION)
         if sums is not None:
+            if weights is not None:
+                weight = tl.load(weights + corner + local, mask=first + local < stop, other=0.0).to(tl.float32)
             if t.dtype.element_ty == tl.float32:
-                column_sum += tl.sum(tile, axis=0)
+                column_sum += tl.sum(tile if weights is None else tile * weight[:, None], axis=0)
             else:
                 # The matrix unit adds a column faster than threads exchange it; sixteen equal copies come back.
-                column_sum += tl.max(dot(tl.trans(tile), ones, None, PRECISION), axis=1)
+                if weights is None:
+                    copies = dot(tl.trans(tile), ones, None, PRECISION)
+                else:
+                    equal = tl.broadcast_to(weight[:, None], (BLOCK_M, 16))
+                    copies = split_dot(tl.trans(tile), equal, None, T_TERMS, V_TERMS, PRECISION)
+                column_sum += tl.max(copies, axis=1)
         if products is not None:
             at = local[:, None] * stride_h + col[None, :]
             ht = tl.load(h + corner * stride_h + at, mask=inside, other=0.0)

@@ -156,6 +156,22 @@ def block_rotate(size: int, itemsize: int) -> LaunchConfig:
     return LaunchConfig(64, rank_block(size, 32 if itemsize == 4 else 64), warps=4, stages=2)
 
 
+def bottleneck(K: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
+    """bottleneck_adapter, all of whose kernels take these tiles. Never a function of M. ``rank``: what v's tile holds."""
+    if itemsize == 4:
+        return LaunchConfig(64, 32, 32, rank_block(R, 32), warps=8, stages=2)
+    if arch < 90 or arch >= 120:
+        # The terms of A and the product's operands are held in registers.
+        return LaunchConfig(64, 64, 32, rank_block(R, 64), warps=8, stages=3)
+    rank = rank_block(R, 128)
+    return LaunchConfig(64, 64, 64, rank, warps=4 if rank <= 64 else 8, stages=3)
+
+
+def bottleneck_fused(M: int, config: LaunchConfig) -> bool:
+    """Whether one kernel does all of it: where there are tiles of rows enough for the chip."""
+    return cdiv(M, config.block_m) >= 96
+
+
 def row_ranges(M: int, programs: int, block_m: int) -> tuple[int, int]:
     """(row ranges, rows of a range) where a range has this many programs: enough for the chip, each of at least four tiles."""
     wanted = max(1, min(cdiv(TARGET_PROGRAMS, max(programs, 1)), cdiv(M, 4 * block_m)))
@@ -187,9 +203,10 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
     return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
 
 
-_NAMES = {"base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm", "block_rotate"} | {
-    f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")
-}
+_NAMES = {
+    "base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm", "block_rotate",
+    "bottleneck", "bottleneck_fused",
+} | {f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")}  # fmt: skip
 
 
 def fixed(**values: object) -> tuple[tuple[str, object], ...]:

@@ -20,6 +20,18 @@ from .tiles import dot, grouped, multiple, narrow, split_dot
 
 
 @triton.jit
+def column_tile(b, column_scale, rank, col, N, R, stride_b_col, stride_b_rank, NATIVE: tl.constexpr):
+    """b^T * column_scale at (rank, col), scaled in fp32; rounded to b's dtype if NATIVE."""
+    address = b + rank[:, None].to(tl.int64) * stride_b_rank + col[None, :].to(tl.int64) * stride_b_col
+    bt = tl.load(address, mask=(rank < R)[:, None] & (col < N)[None, :], other=0.0)
+    if column_scale is not None:
+        scale = tl.load(column_scale + col, mask=col < N, other=0.0).to(tl.float32)
+        scaled = bt.to(tl.float32) * scale[None, :]
+        bt = narrow(scaled, bt.dtype) if NATIVE else scaled
+    return bt
+
+
+@triton.jit
 def _low_rank_chunk(
     acc, v, b, d, column_scale, row, col, first, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
     RANK: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
@@ -30,19 +42,14 @@ def _low_rank_chunk(
     vt = tl.load(v + row[:, None] * stride_v + rank[None, :], mask=inside[None, :], other=0.0) * scaling
     if d is not None:
         vt = vt * tl.load(d + rank, mask=inside, other=0.0).to(tl.float32)[None, :]
-    address = b + rank[:, None].to(tl.int64) * stride_b_rank + col[None, :].to(tl.int64) * stride_b_col
-    bt = tl.load(address, mask=inside[:, None] & (col < N)[None, :], other=0.0)
-    if column_scale is not None:
-        scale = tl.load(column_scale + col, mask=col < N, other=0.0).to(tl.float32)
-        scaled = bt.to(tl.float32) * scale[None, :]
-        bt = narrow(scaled, bt.dtype) if V_TERMS == 0 else scaled
+    bt = column_tile(b, column_scale, rank, col, N, R, stride_b_col, stride_b_rank, V_TERMS == 0)
     if V_TERMS == 0:
         vt = narrow(vt, bt.dtype)
     return split_dot(vt, bt, acc, V_TERMS, B_TERMS, PRECISION)
 
 
 @triton.jit
-def _low_rank(
+def low_rank(
     acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
     RANK: tl.constexpr, CHUNKS: tl.constexpr, V_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +136,7 @@ def expand_kernel(
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if LOW_RANK_FIRST:
-            acc = _low_rank(
+            acc = low_rank(
                 acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                 RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
             )  # fmt: skip
@@ -154,12 +161,12 @@ def expand_kernel(
 
         if LOW_RANK_LAST:
             if seed is None:
-                acc = _low_rank(
+                acc = low_rank(
                     acc, v, b, d, column_scale, row, col, N, R, stride_v, stride_b_col, stride_b_rank, scaling,
                     RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip
             else:
-                delta = _low_rank(
+                delta = low_rank(
                     tl.zeros((BLOCK_M, BLOCK_N), tl.float32), v, b, d, column_scale, row, col, N, R,
                     stride_v, stride_b_col, stride_b_rank, scaling, RANK, CHUNKS, V_TERMS, B_TERMS, PRECISION,
                 )  # fmt: skip

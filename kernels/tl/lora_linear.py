@@ -62,26 +62,49 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, s: Setting
         return out.zero_()
     config = configs.shrink(K, R, x.element_size(), s.arch)
     config = s.config("shrink", config, x.element_size())
-    blocks = cdiv(K, config.block_k)
-    groups = s.pick("shrink_groups", configs.shrink_groups(M, K, R, config))
-    per = cdiv(blocks, groups)
-    several = per < blocks or then.d is not None or then.partial is not None
-    into = torch.empty((blocks, M, R), dtype=torch.float32, device=x.device) if several else out
-    x_terms, a_terms = terms(x.dtype, A.dtype, scale is not None, s.allow_tf32)
+    several = _share(x, R, config, s)[1] > 1 or then.d is not None or then.partial is not None
     then = then._replace(factor=then.factor * drop.factor)
+    if several:
+        add_blocks(out, shrink_parts(x, A, scale, drop, config, s), then)
+    else:
+        _shrink_into(out, x, A, scale, drop, config, s, then.factor)
+    return out
+
+
+def shrink_parts(
+    x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, config: configs.LaunchConfig, s: Settings
+) -> Tensor:
+    """The products of blocks of columns, fp32 (blocks, M, R): the sum that ``shrink`` makes, without its factors."""
+    parts = x.new_empty((cdiv(x.shape[1], config.block_k), x.shape[0], A.shape[0]), dtype=torch.float32)
+    if parts.numel() > 0:
+        _shrink_into(parts, x, A, scale, drop, config, s)
+    return parts
+
+
+def _share(x: Tensor, R: int, config: configs.LaunchConfig, s: Settings) -> tuple[int, int]:
+    # (blocks of columns that a program adds up, programs)
+    blocks = cdiv(x.shape[1], config.block_k)
+    groups = s.pick("shrink_groups", configs.shrink_groups(x.shape[0], x.shape[1], R, config))
+    per = cdiv(blocks, groups)
+    return per, cdiv(blocks, per)
+
+
+def _shrink_into(
+    into: Tensor, x: Tensor, A: Tensor, scale: Tensor | None, drop: Dropout, config, s: Settings, factor: float = 1.0
+) -> None:
+    (M, K), R = x.shape, A.shape[0]
+    per, programs = _share(x, R, config, s)
+    x_terms, a_terms = terms(x.dtype, A.dtype, scale is not None, s.allow_tf32)
     args = dict(
         u=into, x=x, a=A, in_scale=scale, M=M, K=K, R=R, stride_x=row_stride(x), stride_a_rank=A.stride(0),
-        stride_a_k=A.stride(1), blocks_per_program=per, factor=then.factor, **drop.args,
+        stride_a_k=A.stride(1), blocks_per_program=per, factor=factor, **drop.args,
     )  # fmt: skip
     constants = dict(
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, RANK=config.rank, PARTIAL=several,
+        BLOCK_M=config.block_m, BLOCK_K=config.block_k, RANK=config.rank, PARTIAL=into.dim() == 3,
         X_TERMS=x_terms, A_TERMS=a_terms, R_ALIGN=configs.alignment(R), PRECISION=s.precision,
     )  # fmt: skip
-    grid = (cdiv(M, config.block_m), cdiv(blocks, per), cdiv(R, config.rank))
+    grid = (cdiv(M, config.block_m), programs, cdiv(R, config.rank))
     launch.submit(launch.Launch(shrink_kernel, grid, args, constants, config.warps, config.stages))
-    if several:
-        add_blocks(out, into, then)
-    return out
 
 
 ADD_ROWS = 64

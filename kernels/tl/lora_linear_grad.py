@@ -25,6 +25,7 @@ class Pass(NamedTuple):
     """What is made of t (M, C) in one pass; what is None is not.
 
     t^T (v_scale * v), v (M, R); t (b * b_scale), b (C, R); column sums of t, and of t * h. ``adapter``: a dtype.
+    ``weights`` (M): of the rows, in the column sums of t.
     """
 
     t: Tensor
@@ -37,13 +38,14 @@ class Pass(NamedTuple):
     sums: bool = False
     h: Tensor | None = None
     drop: Dropout = Dropout()
+    weights: Tensor | None = None
 
 
-def _one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     t, v, b, h, (M, C), R = p.t, p.v, p.b, p.h, p.t.shape, p.R
     down = b is not None
-    config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None)
+    config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None or p.weights is not None)
     config = s.config("adapter_grad", config, t.element_size())
     ranges, rows = s.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 
@@ -58,7 +60,7 @@ def _one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tenso
     down_terms = terms(t.dtype, p.adapter, p.b_scale is not None, s.allow_tf32)
     grad_terms = terms(t.dtype, p.adapter, True, s.allow_tf32)
     args = dict(
-        **out, t=t, v=v, b=b, h=h, v_scale=p.v_scale, b_scale=p.b_scale, M=M, C=C, R=R, stride_t=row_stride(t),
+        **out, t=t, v=v, b=b, h=h, v_scale=p.v_scale, b_scale=p.b_scale, weights=p.weights, M=M, C=C, R=R, stride_t=row_stride(t),
         stride_v=row_stride(v) if v is not None else 0, stride_h=row_stride(h) if h is not None else 0,
         stride_b_col=b.stride(0) if down else 0, stride_b_rank=b.stride(1) if down else 0,
         rows_per_program=rows, **p.drop.args,
@@ -73,7 +75,7 @@ def _one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tenso
     return out["grad"], out["parts"], out["sums"], out["products"]
 
 
-def _finish(
+def finish(
     grad: Tensor, out: Tensor | None, by_column: bool, other: Tensor, scale, factor: float, dots: bool
 ) -> Tensor | None:
     """out = scale * factor * sum of grad, (C, R) if ``by_column`` else (R, C); dots = rowdot(other (C, R), that)."""
@@ -144,7 +146,7 @@ def _over_dy(c: Backward, du: Tensor | None, dB: Tensor, sums: dict[str, Tensor]
     then = Finish(c.scaling, d, c.u, partial)
     fused = wants_du and configs.fuse_down(R)
     if N > 0 and (fused or wants_H or need.bias or need.g_b):
-        grad, parts, columns, products = _one_pass(Pass(
+        grad, parts, columns, products = one_pass(Pass(
             c.dy, R, c.lora_B.dtype, c.u if wants_H else None, d if wants_H else None, c.lora_B if fused else None,
             g_d if fused else None, need.bias, rows_of(c.h) if need.g_b else None,
         ), s)  # fmt: skip
@@ -152,7 +154,7 @@ def _over_dy(c: Backward, du: Tensor | None, dB: Tensor, sums: dict[str, Tensor]
             du = torch.empty((M, R), dtype=torch.float32, device=c.dy.device)
             add_blocks(du, parts, then)
         if wants_H:
-            dots = _finish(grad, dB if need.B else None, True, c.lora_B, g_d, c.scaling, need.g_d)
+            dots = finish(grad, dB if need.B else None, True, c.lora_B, g_d, c.scaling, need.g_d)
             sums["g_d"] = dots if need.g_d else sums["g_d"]
         if need.bias:
             sums["bias"] = add_rows(columns)
@@ -167,7 +169,7 @@ def _over_dy(c: Backward, du: Tensor | None, dB: Tensor, sums: dict[str, Tensor]
 
 def _over_x(c: Backward, du: Tensor, dA: Tensor, sums: dict[str, Tensor], s: Settings) -> None:
     """Fills dA and dp_d."""
-    grad, _, _, _ = _one_pass(Pass(rows_of(c.x), du.shape[1], c.lora_A.dtype, du, drop=c.dropout), s)
+    grad, _, _, _ = one_pass(Pass(rows_of(c.x), du.shape[1], c.lora_A.dtype, du, drop=c.dropout), s)
     out = dA if c.needs.A else None
-    dots = _finish(grad, out, False, c.lora_A.t(), c.scales.p_d, c.dropout.factor, c.needs.p_d)
+    dots = finish(grad, out, False, c.lora_A.t(), c.scales.p_d, c.dropout.factor, c.needs.p_d)
     sums["p_d"] = dots if c.needs.p_d else sums["p_d"]

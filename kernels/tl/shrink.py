@@ -14,6 +14,25 @@ from .dropout import keep_tile
 from .tiles import multiple, narrow, split_dot
 
 
+@triton.jit
+def block_product(
+    x, a, in_scale, key, rows, row, rank, block, K, R, stride_x, stride_a_rank, stride_a_k, threshold,
+    BLOCK_K: tl.constexpr, X_TERMS: tl.constexpr, A_TERMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(drop(x) * in_scale) a^T over one block of columns. ``key``: the seed's value, None without dropout."""
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    xt = tl.load(x + row[:, None] * stride_x + k[None, :], mask=(k < K)[None, :], other=0.0)
+    if key is not None:
+        xt = tl.where(keep_tile(key, rows, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
+    address = a + rank[None, :].to(tl.int64) * stride_a_rank + k[:, None].to(tl.int64) * stride_a_k
+    at = tl.load(address, mask=(k < K)[:, None] & (rank < R)[None, :], other=0.0)
+    if in_scale is not None:
+        scale = tl.load(in_scale + k, mask=k < K, other=0.0).to(tl.float32)
+        scaled = at.to(tl.float32) * scale[:, None]
+        at = narrow(scaled, at.dtype) if X_TERMS == 0 else scaled
+    return split_dot(xt, at, None, X_TERMS, A_TERMS, PRECISION)
+
+
 @triton.jit(do_not_specialize=["M", "blocks_per_program", "threshold"])
 def shrink_kernel(
     u, x, a, in_scale, seed, M, K, R, stride_x, stride_a_rank, stride_a_k,
@@ -26,27 +45,20 @@ def shrink_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(rows, M - 1)
     rank = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    depth = tl.arange(0, BLOCK_K)
     first = tl.program_id(1) * blocks_per_program
     last = tl.minimum(first + blocks_per_program, tl.cdiv(K, BLOCK_K))
     inside = (rows < M)[:, None] & (rank < R)[None, :]
     at = row[:, None] * R + rank[None, :]
     total = tl.zeros((BLOCK_M, RANK), tl.float32)
+    key = seed
     if seed is not None:
         # Once: within the loop it would be one more narrow copy to keep under way.
         key = tl.load(seed)
     for block in tl.range(first, last):
-        k = block * BLOCK_K + depth
-        xt = tl.load(x + row[:, None] * stride_x + k[None, :], mask=(k < K)[None, :], other=0.0)
-        if seed is not None:
-            xt = tl.where(keep_tile(key, rows, block * BLOCK_K, threshold, BLOCK_K), xt, 0.0)
-        address = a + rank[None, :].to(tl.int64) * stride_a_rank + k[:, None].to(tl.int64) * stride_a_k
-        at_tile = tl.load(address, mask=(k < K)[:, None] & (rank < R)[None, :], other=0.0)
-        if in_scale is not None:
-            scale = tl.load(in_scale + k, mask=k < K, other=0.0).to(tl.float32)
-            scaled = at_tile.to(tl.float32) * scale[:, None]
-            at_tile = narrow(scaled, at_tile.dtype) if X_TERMS == 0 else scaled
-        product = split_dot(xt, at_tile, None, X_TERMS, A_TERMS, PRECISION)
+        product = block_product(
+            x, a, in_scale, key, rows, row, rank, block, K, R, stride_x, stride_a_rank, stride_a_k, threshold,
+            BLOCK_K, X_TERMS, A_TERMS, PRECISION,
+        )  # fmt: skip
         if PARTIAL:
             tl.store(u + tl.cast(block, tl.int64) * M * R + at, product, mask=inside)
         else:

@@ -9,7 +9,7 @@ import torch
 
 from ...problem import Problem, TritonWay
 from ...settings import Settings
-from . import block_rotate, lora_linear, lora_row_norm, multi_lora_linear
+from . import block_rotate, bottleneck_adapter, lora_linear, lora_row_norm, multi_lora_linear
 from .device import on_device
 
 NAME = "triton"
@@ -66,6 +66,7 @@ def dropout_mask(c, way: TritonWay):
 
 OPS = {
     **block_rotate.OPS,
+    **bottleneck_adapter.OPS,
     **lora_linear.OPS,
     **lora_row_norm.OPS,
     "dropout_mask": dropout_mask,

@@ -37,7 +37,7 @@ TILES = {
     "adapter_grad_kernel": {
         "t": "BLOCK_M BLOCK_C", "h": "BLOCK_M BLOCK_C", "v": "BLOCK_M RANK", "parts": "BLOCK_M RANK",
         "b": "BLOCK_C RANK", "grad": "BLOCK_C RANK", "sums": "BLOCK_C", "products": "BLOCK_C", "v_scale": "RANK",
-        "b_scale": "BLOCK_C", "seed": "",
+        "b_scale": "BLOCK_C", "weights": "BLOCK_M", "seed": "",
     },
     "add_blocks_kernel": {
         "out": "BLOCK_M RANK", "parts": "BLOCK_M RANK", "u": "BLOCK_M RANK", "partial": "RANK", "d": "RANK",
@@ -52,6 +52,20 @@ TILES = {
     },
     "block_rotate_kernel": {"y": "BLOCK_M BLOCK", "x": "BLOCK_M BLOCK", "r": "BLOCK BLOCK"},
     "block_rotate_grad_kernel": {"parts": "BLOCK BLOCK", "x": "BLOCK_M BLOCK", "dy": "BLOCK_M BLOCK"},
+    "bottleneck_kernel": {
+        "out": "BLOCK_M BLOCK_N", "x": "BLOCK_M BLOCK_K", "a": "RANK BLOCK_K", "in_scale": "BLOCK_K", "t": "BLOCK_M RANK",
+        "v": "BLOCK_M RANK", "z": "BLOCK_M RANK", "b": "BLOCK_N RANK", "column_scale": "BLOCK_N", "column_bias": "BLOCK_N",
+        "residual": "BLOCK_M BLOCK_N", "sums": "RANK", "rank_bias": "RANK", "gate": "BLOCK_M", "dots": "BLOCK_M",
+        "seed_in": "", "seed_out": "",
+    },
+    "bottleneck_rank_kernel": {
+        "parts": "BLOCK_M RANK", "t": "BLOCK_M RANK", "v": "BLOCK_M RANK", "z": "BLOCK_M RANK", "sums": "RANK",
+        "rank_bias": "RANK", "gate": "BLOCK_M", "dots": "BLOCK_M",
+    },
+    "bottleneck_out_kernel": {
+        "out": "BLOCK_M BLOCK_N", "v": "BLOCK_M RANK", "b": "BLOCK_N RANK", "column_scale": "BLOCK_N",
+        "column_bias": "BLOCK_N", "residual": "BLOCK_M BLOCK_N", "gate": "BLOCK_M", "seed_out": "",
+    },
 }  # fmt: skip
 
 

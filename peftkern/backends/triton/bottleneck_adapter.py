@@ -1,0 +1,48 @@
+"""bottleneck_adapter and its gradients on Triton: the ops' arguments as launches, on the device and stream of the call."""
+
+from __future__ import annotations
+
+from .device import kernel_settings, on_device
+
+
+def _dropouts(c):
+    from ...kernels.call import Dropout
+
+    drop = Dropout(c.dropout_p, c.seed)
+    return (drop, Dropout()) if c.on_input else (Dropout(), drop)
+
+
+def bottleneck_adapter_fwd(c, way):
+    """(y, t), see ``peftkern.ops.bottleneck_adapter``."""
+    from ...kernels.bottleneck.bottleneck_adapter import Forward, forward
+
+    given = Forward(
+        c.h,
+        c.residual,
+        c.down,
+        c.up,
+        c.down_bias,
+        c.up_bias,
+        c.gate,
+        c.out_scale,
+        c.activation,
+        c.scaling,
+        *_dropouts(c),
+    )
+    with on_device(c.h):
+        return forward(given, kernel_settings(c.h, way))
+
+
+def bottleneck_adapter_bwd(c, way):
+    """(dh, ddown, dup, ddown_bias, dup_bias, dgate, dout_scale), likewise."""
+    from ...kernels.bottleneck.bottleneck_adapter import Backward, Needs, backward
+
+    given = Backward(
+        c.dy, c.h, c.t, c.down, c.up, c.up_bias, c.gate, c.out_scale, c.activation, c.scaling, *_dropouts(c), c.through,
+        Needs(*c.needs),
+    )  # fmt: skip
+    with on_device(c.dy):
+        return backward(given, kernel_settings(c.dy, way))
+
+
+OPS = {"bottleneck_adapter_fwd": bottleneck_adapter_fwd, "bottleneck_adapter_bwd": bottleneck_adapter_bwd}
