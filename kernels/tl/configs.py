@@ -130,7 +130,9 @@ def adapter_grad(
     """One pass over t (M, C). Never a function of M: ``parts`` (``down``) is a sum over the columns of a block."""
     rank = rank_block(R)
     if itemsize == 4:
-        return LaunchConfig(32, 64, 0, min(rank, 64), warps=4, stages=2)
+        return LaunchConfig(32, 64, 0, min(rank, 64), warps=8, stages=2)
+    if arch >= 120 and rank > 32:  # no wgmma: the product's operands are held in registers
+        return LaunchConfig(64, 64, 0, 32, warps=4, stages=3)
     if arch >= 90:
         if down and not products:
             # wgmma takes 64 rows from four warps: of eight, four would repeat the others' product with b.

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import configs, launch
 from ..call import Dropout, Settings
 from ..configs import cdiv
-from ..lora_linear import add_rows, expand_terms, shrink, shrink_parts, terms
+from ..lora_linear import Finish, add_blocks, add_rows, expand_terms, shrink, shrink_parts, terms
 from ..lora_linear_grad import Pass, finish, one_pass
 from ..operand import row_stride, rows_of, vector
 from .kernel import bottleneck_kernel, bottleneck_out_kernel, bottleneck_rank_kernel
@@ -192,13 +192,14 @@ def _composed(c: Branch, config: configs.LaunchConfig, fits: bool, s: Settings) 
 
 def _outwards(c: Branch, v: Tensor, config: configs.LaunchConfig, s: Settings) -> None:
     (M, N), R = c.out.shape, v.shape[1]
+    rank = config.rank if R <= config.rank else min(config.rank, 32)
     v_terms, b_terms = expand_terms(c.out.dtype, c.b.dtype, c.b_scale is not None)
     args = dict(
         out=c.out, v=v, gate=c.rank.gate if c.bias is not None else None, M=M, N=N, R=R, stride_v=R, scaling=c.rank.scaling,
         threshold=c.last.args["threshold"], **_onto(c),
     )  # fmt: skip
     constants = dict(
-        BLOCK_M=config.block_m, BLOCK_N=config.block_c, RANK=config.rank, CHUNKS=cdiv(R, config.rank), V_TERMS=v_terms,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_c, RANK=rank, CHUNKS=cdiv(R, rank), V_TERMS=v_terms,
         B_TERMS=b_terms, GROUP=config.group, R_ALIGN=configs.alignment(R),
         B_ALIGN=configs.alignment(args["stride_b_col"]), PRECISION=s.precision,
     )  # fmt: skip
@@ -255,8 +256,7 @@ def backward(c: Backward, s: Settings) -> tuple[Tensor, ...]:
         )  # fmt: skip
         dots, sums_down = _run(branch, s)
     if need.gate and c.up_bias is not None and N > 0:
-        row = c.up_bias.float() if c.out_scale is None else c.up_bias.float() * c.out_scale
-        dots = dots + c.scaling * shrink(c.dy, row[None], None, c.last, s)[:, 0]
+        dots = dots + _along_bias(c, s)
     if dt is not None and R > 0 and K > 0:
         grad, *_ = one_pass(Pass(rows_of(c.h), R, c.down.dtype, dt, drop=c.first), s)
         finish(grad, dD, False, c.down.t(), None, c.first.factor, False)
@@ -271,6 +271,17 @@ def backward(c: Backward, s: Settings) -> tuple[Tensor, ...]:
         dots if need.gate else zeros(False),
         sums[1],
     )
+
+
+def _along_bias(c: Backward, s: Settings) -> Tensor:
+    """What the bias gives of the gate's gradient (M): a product with a single row."""
+    row = c.up_bias.float() if c.out_scale is None else c.up_bias.float() * c.out_scale
+    (M, N), size = c.dy.shape, c.dy.element_size()
+    config = s.config("bottleneck", configs.bottleneck(N, 1, size, s.arch), size)
+    out = c.t.new_empty((M, 1))
+    parts = shrink_parts(c.dy, row[None], None, c.last, config, s)
+    add_blocks(out, parts, Finish(c.scaling * c.last.factor))
+    return out[:, 0]
 
 
 def _over_dy(c: Backward, z: Tensor | None, dU: Tensor, s: Settings) -> tuple[Tensor, Tensor]:

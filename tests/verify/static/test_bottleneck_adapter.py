@@ -1,0 +1,42 @@
+"""Every Triton launch of bottleneck_adapter compiles ahead of time and stays within its bounds; see test_lora_linear.py."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is an optional dependency")
+
+from peftkern.verify.static import bottleneck_adapter as launches
+from peftkern.verify.static import records
+from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
+
+if reason := unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+GROUPS = {arch: pytest.mark.xdist_group(f"aot-bottleneck-sm_{arch}") for arch in (*ARCHS, 120)}
+CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
+CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in launches.MORE]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_code_and_recorded_bounds(case):
+    bounds, unknown = records.read(launches.BOUNDS), 0
+    for r in launches.reports(case):
+        assert not [p for check in launches.CHECKS for p in check(r)], r.key
+        assert not records.broken(r.row, bounds.get(r.key, {})), r.key
+        unknown += VERSION not in bounds[r.key]
+    if unknown:
+        pytest.skip(f"registers differ between versions of Triton, and none were recorded with {VERSION}")
+
+
+def test_many_rows_are_one_kernel_and_few_are_three():
+    names = {
+        case.M: {item.name for item in launches.capture(case) if item.name.startswith("bottleneck")}
+        for case in launches.standard_cases(90)[::2]
+    }
+    assert names == {8192: {"bottleneck_kernel"}, 64: {"bottleneck_rank_kernel", "bottleneck_out_kernel"}}
+
+
+def test_no_bound_is_stale():
+    used = {key(item, case.arch) for case in [*launches.STANDARD, *launches.MORE] for item in launches.capture(case)}
+    assert records.read(launches.BOUNDS).keys() == used, "variants have changed: record the bounds anew"
