@@ -71,7 +71,7 @@ def apply(y: Linear, adapter: Held) -> Linear:
 
 def alone(weight: Tensor, bias: Tensor | None, adapter: Held, x: Tensor) -> Tensor:
     """y of a layer with this adapter alone."""
-    _, _, (A, B, branch_bias), (scaling,), p, _ = adapter
+    _, _, (A, B, branch_bias), (scaling,), p, *_ = adapter
     if branch_bias is not None:
         return run(apply(Linear(weight, bias), adapter), x)
     return lora_linear_with(x, weight, A, B, bias, Options(scaling, p))
