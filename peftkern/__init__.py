@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 
 from ._version import __version__
-from .autograd.bottleneck_adapter import bottleneck_adapter
 from .autograd.expert_lora_linear import expert_lora_linear
 from .autograd.lora_linear import lora_linear
-from .autograd.multi_bottleneck_adapter import Bottleneck, multi_bottleneck_adapter
 from .autograd.multi_lora_linear import multi_lora_linear, sgmv
-from .autograd.reft import reft
+from .autograd.residual.bottleneck_adapter import bottleneck_adapter
+from .autograd.residual.multi_bottleneck_adapter import Bottleneck, multi_bottleneck_adapter
+from .autograd.residual.reft import reft
 from .many.adapter import Adapter
 from .many.bank import AdapterBank
 from .methods import FUNCTIONS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import activation_name
-from ..autograd.bottleneck_adapter import bottleneck_adapter
+from ..autograd.residual.bottleneck_adapter import bottleneck_adapter
 from ..checks import check_number
 from ..ops.dropout_mask import check_p
 

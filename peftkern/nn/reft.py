@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import activation_name
-from ..autograd.reft import VARIANTS, reft
+from ..autograd.residual.reft import VARIANTS, reft
 from ..checks import check_tensor
 from ..ops.dropout_mask import check_p
 from .orthogonal import free_numbers, orthonormal

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..autograd.bottleneck_adapter import bottleneck_adapter
+from ..autograd.residual.bottleneck_adapter import bottleneck_adapter
 from ..ops.dropout_mask import dropout_mask_ref
 from .equations import mm
 from .problems import DROPOUT_SEED, LAYOUTS, laid_out

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftkern import ReFT, reft, reft_positions
-from peftkern.autograd.reft import VARIANTS
+from peftkern.autograd.residual.reft import VARIANTS
 from peftkern.nn.orthogonal import free_numbers, orthonormal
 from peftkern.nn.reft import ORTHONORMAL
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftkern import dropout_mask, reft
-from peftkern.autograd.reft import VARIANTS
+from peftkern.autograd.residual.reft import VARIANTS
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 POSITIONS = torch.tensor([[2, -1, 0, 2], [-1, -1, -1, -1], [4, 3, 4, 1]])

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import activation_name
-from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
-from ..dispatch.registry import caller
-from ..dispatch.watch import nobody_watches
-from ..ops.bottleneck_adapter import BottleneckNeeds
-from ..ops.dropout_mask import acting, seed_tensor
-from .saved import first_only, kept_input, read_saved
-from .shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
+from ...activations import activation_name
+from ...checks import accumulate_dtype, check_factor, check_number, check_tensor
+from ...dispatch.registry import caller
+from ...dispatch.watch import nobody_watches
+from ...ops.bottleneck_adapter import BottleneckNeeds
+from ...ops.dropout_mask import acting, seed_tensor
+from ..saved import first_only, kept_input, read_saved
+from ..shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
 
 _fwd, _bwd = caller("bottleneck_adapter_fwd"), caller("bottleneck_adapter_bwd")
 

@@ -23,13 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, activation_name
-from ..checks import FLOATING, accumulate_dtype, check_fits, check_tensor
-from ..dispatch.registry import caller
-from ..dispatch.watch import nobody_watches
-from ..ops.dropout_mask import acting, seed_tensor
-from .saved import first_only, read_saved
-from .shapes import cast, no_transforms, uncast
+from ...activations import ACTIVATIONS, activation_name
+from ...checks import FLOATING, accumulate_dtype, check_fits, check_tensor
+from ...dispatch.registry import caller
+from ...dispatch.watch import nobody_watches
+from ...ops.dropout_mask import acting, seed_tensor
+from ..saved import first_only, read_saved
+from ..shapes import cast, no_transforms, uncast
 
 _mask = caller("dropout_mask")
 _NAMES = ("h", "z", "t", "rotate", "weight", "seed")

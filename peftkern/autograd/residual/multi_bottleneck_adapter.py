@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bases.base import Base
-from ..checks import accumulate_dtype, check_factor, check_fits, check_number, check_tensor
-from ..many.adapter import Adapter
-from ..many.bank import AdapterBank
-from .multi_lora_linear import BRANCH, multi_lora_linear
-from .shapes import uncast
+from ...bases.base import Base
+from ...checks import accumulate_dtype, check_factor, check_fits, check_number, check_tensor
+from ...many.adapter import Adapter
+from ...many.bank import AdapterBank
+from ..multi_lora_linear import BRANCH, multi_lora_linear
+from ..shapes import uncast
 
 _IDENTITY = Base("identity", ())
 
