@@ -13,7 +13,7 @@ from peftkern.kernels.bottleneck.bottleneck_adapter import Backward, Forward, Ne
 from peftkern.kernels.call import Dropout, Settings
 
 from .lora_linear import widths as _widths
-from .triton import ARCHS, NAMES, Report, captured, fits, report
+from ..triton import ARCHS, NAMES, Report, captured, fits, report
 
 BOUNDS = "triton_bottleneck_adapter"
 
