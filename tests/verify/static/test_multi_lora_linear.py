@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from peftkern.verify.static.launches import multi_lora_linear as launches
 from peftkern.verify.static import records
+from peftkern.verify.static.launches import multi_lora_linear as launches
 from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
 
 if reason := unavailable():
