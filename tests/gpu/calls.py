@@ -147,6 +147,24 @@ def _norm(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
     return Call("lora_row_norm", inputs, compute, ("lora_row_norm",))
 
 
+def _bottleneck(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    make = _normal(device, dtype, 6)
+    inputs = dict(
+        h=make(M, K), down=make(R, K, scale=K**-0.5, dtype=adapter_dtype), up=make(K, R, scale=R**-0.5, dtype=adapter_dtype),
+        down_bias=make(R, dtype=torch.float32), up_bias=make(K, dtype=torch.float32), gate=make(M, 1, dtype=torch.float32),
+        dy=make(M, K), seed=torch.tensor([78], device=device),
+    )  # fmt: skip
+
+    def compute(t):
+        leaves = {k: v.detach().requires_grad_() for k, v in t.items() if k not in ("dy", "seed")}
+        y = peftkern.bottleneck_adapter(
+            **leaves, activation="gelu", scaling=2.0, dropout_p=0.25, training=True, seed=t["seed"]
+        )
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), t["dy"])]
+
+    return Call("bottleneck_adapter", inputs, compute, ("bottleneck_adapter_fwd", "bottleneck_adapter_bwd"))
+
+
 def _mask(device: str) -> Call:
     def compute(t):
         return [torch.ops.peftkern.dropout_mask(t["seed"], M, K, 0.3)]
@@ -159,13 +177,13 @@ def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch
     return [
         _training(device, dtype, adapter_dtype, 0.0), _training(device, dtype, adapter_dtype, 0.25),
         _many(device, dtype, adapter_dtype), _methods(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype),
-        _norm(device, dtype, adapter_dtype), _mask(device),
+        _norm(device, dtype, adapter_dtype), _bottleneck(device, dtype, adapter_dtype), _mask(device),
     ]  # fmt: skip
 
 
 NAMES = (
     "lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "multi_lora_linear-vectors", "sgmv", "lora_row_norm",
-    "dropout_mask",
+    "bottleneck_adapter", "dropout_mask",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from peftkern.verify import main as verify
 
 # Problems of each op and dtype. Triton compiles anew for most of them.
 COUNTS = {"cuda": 8, "reference": 3, "triton": 5, "auto": 1}
+COMPILES = {"bottleneck_adapter": 2}  # at most, where a problem compiles a dozen kernels
 # What the CUDA kernels leave to others: most of the problems that have it would only be declined.
 ELSEWHERE = {"base_in_scale", "base_out_scale"}
 
@@ -37,10 +38,10 @@ def names(op: str, backend: str, dtype: str, count: int) -> list[str]:
 
 RANDOM = [
     pytest.param(op, backend, name, id=f"{op}-{backend}-{name}")
-    for op in ("lora_linear", "multi_lora_linear")
+    for op in ("lora_linear", "multi_lora_linear", "bottleneck_adapter")
     for backend, count in COUNTS.items()
     for dtype in DTYPES
-    for name in names(op, backend, dtype, count)
+    for name in names(op, backend, dtype, min(count, COMPILES.get(op, count)))
 ]
 
 

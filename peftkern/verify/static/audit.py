@@ -76,7 +76,7 @@ def triton_variants(op: str, archs: list[str] | None) -> dict[tuple[int, bool], 
     """Which launches to compile so that each variant is compiled once: positions by case, (index, among the standard)."""
     from . import triton
 
-    launches, seen, todo = importlib.import_module(f".{op}", __package__), set(), {}
+    launches, seen, todo = importlib.import_module(f".launches.{op}", __package__), set(), {}
     for standard, cases in ((True, launches.STANDARD), (False, launches.MORE)):
         for index, case in enumerate(cases):
             if not _wanted(str(case.arch), archs):
@@ -93,7 +93,7 @@ def compile_variants(op: str, which: tuple[int, bool], positions: list[int]) -> 
     """Compile some launches of a case; what is wrong with their code, bounds aside."""
     from . import triton
 
-    launches = importlib.import_module(f".{op}", __package__)
+    launches = importlib.import_module(f".launches.{op}", __package__)
     case = (launches.STANDARD if which[1] else launches.MORE)[which[0]]
     with triton.own_cache():
         items = launches.capture(case)
@@ -170,7 +170,7 @@ class _Audit:
             return
         from . import triton
 
-        launches = importlib.import_module(f".{op}", __package__)
+        launches = importlib.import_module(f".launches.{op}", __package__)
         todo = triton_variants(op, self.args.arch)
         with self.console.progress(sum(map(len, todo.values()))) as progress:
             progress.say(f"Triton kernels of {op}")

@@ -120,7 +120,7 @@ def test_triton_kernels(bounds, monkeypatch, capsys):
     """One case of one op: recorded, within its bounds, and not within narrower ones."""
     pytest.importorskip("triton", reason="Triton is an optional dependency")
     from peftkern.verify.static import audit as command
-    from peftkern.verify.static import lora_linear
+    from peftkern.verify.static.launches import lora_linear
 
     if reason := command.triton_unavailable():
         pytest.skip(reason)

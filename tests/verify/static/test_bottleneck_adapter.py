@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from peftkern.verify.static import bottleneck_adapter as launches
 from peftkern.verify.static import records
+from peftkern.verify.static.launches import bottleneck_adapter as launches
 from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
 
 if reason := unavailable():

@@ -1,7 +1,7 @@
 """Every Triton launch compiles ahead of time: without spills, with wide memory accesses, within recorded bounds.
 
-What is compiled, and what must hold of it, is in ``peftkern/verify/static/lora_linear.py``, which ``peftkern verify --static``
-runs too. Registers, shared memory and the instruction mix differ between versions of Triton. Their bounds are written,
+What is compiled, and what must hold of it, is in ``peftkern/verify/static/launches/lora_linear.py``; ``peftkern verify --static``
+runs that too. Registers, shared memory and the instruction mix differ between versions of Triton. Their bounds are written,
 for the version in use, by
 
     python -m peftkern verify --static --kernels triton --record
@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from peftkern.verify.static import lora_linear as launches
 from peftkern.verify.static import records
+from peftkern.verify.static.launches import lora_linear as launches
 from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
 
 if reason := unavailable():

@@ -1,6 +1,6 @@
 """The many-adapter kernels compile ahead of time: no spills, no atomics, wide accesses, within recorded bounds.
 
-As in test_lora_linear.py; what must hold is in ``peftkern/verify/static/multi_lora_linear.py``.
+As in test_lora_linear.py; what must hold is in ``peftkern/verify/static/launches/multi_lora_linear.py``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from peftkern.verify.static import multi_lora_linear as launches
 from peftkern.verify.static import records
+from peftkern.verify.static.launches import multi_lora_linear as launches
 from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
 
 if reason := unavailable():

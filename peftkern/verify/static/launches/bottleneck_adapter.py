@@ -12,8 +12,8 @@ from peftkern.kernels import launch
 from peftkern.kernels.bottleneck.bottleneck_adapter import Backward, Forward, Needs, backward, forward
 from peftkern.kernels.call import Dropout, Settings
 
+from ..triton import ARCHS, NAMES, Report, captured, fits, report
 from .lora_linear import widths as _widths
-from .triton import ARCHS, NAMES, Report, captured, fits, report
 
 BOUNDS = "triton_bottleneck_adapter"
 

@@ -20,7 +20,7 @@ from peftkern.kernels.lora_linear import forward
 from peftkern.kernels.lora_linear_grad import backward
 from peftkern.kernels.lora_row_norm import row_norm
 
-from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
+from ..triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
 BOUNDS = "triton_lora_linear"
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024), (5120, 5120))

@@ -19,7 +19,7 @@ from peftkern.kernels.multi.batch import Adapters, batch
 from peftkern.kernels.multi.route import route
 from peftkern.kernels.multi.tiles import COLUMNS
 
-from .triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
+from ..triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
 SYMBOLS = ("d", "p_b", "p_d", "g_b", "g_d", "beta")
 BOUNDS = "triton_multi_lora_linear"

@@ -1,0 +1,1 @@
+"""The Triton launches of each op, and what must hold of their code."""
