@@ -1,7 +1,7 @@
 """Every Triton launch compiles ahead of time: without spills, with wide memory accesses, within recorded bounds.
 
-What is compiled, and what must hold of it, is in ``peftkern/verify/static/launches/lora_linear.py``, which ``peftkern verify
---static`` runs too. Registers, shared memory and the instruction mix differ between versions of Triton. Their bounds are written,
+What is compiled, and what must hold of it, is in ``peftkern/verify/static/launches/lora_linear.py``; ``peftkern verify --static``
+runs that too. Registers, shared memory and the instruction mix differ between versions of Triton. Their bounds are written,
 for the version in use, by
 
     python -m peftkern verify --static --kernels triton --record
