@@ -160,9 +160,10 @@ class MultiLoRALinearProblem:
 
 
 def random_multi_problem(
-    seed: int, dtype: torch.dtype, *, max_M: int = 2048, max_KN: int = 3000, max_R: int = 512, max_adapters: int = 12
-) -> MultiLoRALinearProblem:
-    """The problem number ``seed``."""
+    seed: int, dtype: torch.dtype, *, max_M: int = 2048, max_KN: int = 3000, max_R: int = 512, max_adapters: int = 12,
+    bottlenecks: bool = True,
+) -> MultiLoRALinearProblem:  # fmt: skip
+    """The problem number ``seed``; without ``bottlenecks`` no adapter has an activation."""
     rng = random.Random(seed)
 
     def size(low: int, high: int) -> int:
@@ -197,9 +198,8 @@ def random_multi_problem(
     each = [f"{n}{i}" for i, names in enumerate(chosen) for n in names]
     frozen |= {n for n in each if bank or rng.random() < 0.2}
     problem = replace(problem, vectors=chosen, frozen=frozenset(frozen))
-    if rng.random() < 0.6:
+    if not bottlenecks or rng.random() < 0.6:
         return problem
-    # From here on bottlenecks.
     bent = [i for i in range(count) if rng.random() < 0.6]
     chosen = tuple((*names, "rank_bias") if i in bent else names for i, names in enumerate(chosen))
     frozen |= {f"rank_bias{i}" for i in bent if bank or rng.random() < 0.2}

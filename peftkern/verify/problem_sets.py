@@ -131,7 +131,7 @@ SETS = {
         ),
         ProblemSet(
             "multi_lora_linear", "multi:", ("segment", "rows", "base", "wide"), frozenset({"segment", "rows", "wide"}),
-            dict(max_M=96, max_KN=160, max_R=40, max_adapters=5), "of special kinds",
+            dict(max_M=96, max_KN=160, max_R=40, max_adapters=5, bottlenecks=False), "of special kinds",
         ),
         ProblemSet(
             "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40), "where W and the branch cancel",
