@@ -29,7 +29,7 @@ export TOKENIZERS_PARALLELISM = false
 demo: setup
 	$(BIN)/python -m peftkern demo --png demo.png
 
-test: lint $(VENV)/.package-cuda
+test: lint $(VENV)/.package-cuda adapters-env
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 10 $(TESTS)
 
 lint: $(VENV)/.requirements
@@ -42,7 +42,7 @@ bench: setup
 
 setup: $(VENV)/.package
 
-# To compare with AdapterHub's and pyreft's own modules.
+# tests/integrations/test_adapters.py runs tests/integrations/adapters in it.
 adapters-env: $(HUB)/.requirements
 
 $(VENV)/.python:
