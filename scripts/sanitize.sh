@@ -5,7 +5,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-PYTHON=$(command -v "$PYTHON")
+PYTHON=$(realpath -s "$(command -v "$PYTHON")") # what follows runs in another folder
 export PATH="$(dirname "$PYTHON"):$PATH"
 WORK=${SANITIZE_DIR:-$(mktemp -d)}
 [ -n "${SANITIZE_DIR:-}" ] || trap 'rm -rf "$WORK"' EXIT
