@@ -82,7 +82,8 @@ def lora_embedding(
         pairs: A (R, V) and B (N, R) of each branch, with the branch's scaling in B; in any floating dtype, both the same.
         padding: the id whose column of A gets no gradient, None for none.
     """
-    # Dynamo mixes up the arguments of a function without a gradient.
+    # A compiler gets such a function wrong where nothing needs a gradient
+    # (findings/torch_compile_autograd_function_varargs.sh).
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in pairs)):
         return _forward(ids, weight, scale, wide, pairs)[0]
     return LoRAEmbeddingFunction.apply(ids, weight, scale, -1 if padding is None else padding, wide, *pairs)

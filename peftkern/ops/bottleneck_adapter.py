@@ -27,7 +27,8 @@ from ..activations import ACTIVATIONS
 from ..checks import accumulate_dtype, check_fits, check_number, check_rows, check_tensor
 from ..dispatch.registry import define
 from ..problem import Problem, problem_like
-from .dropout_mask import check_p, check_seed, dropout_mask_ref
+from .dropout_mask import check_p, check_seed
+from .reference import dropped, times
 
 
 class Bottleneck(NamedTuple):
@@ -93,34 +94,22 @@ class BottleneckNeeds(NamedTuple):
     out_scale: bool = False
 
 
-def _drop(t: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    # where, not a product: a dropped NaN contributes exactly 0.
-    if dropout_p == 0.0:
-        return t
-    keep = dropout_mask_ref(seed, t.shape[0], t.shape[1], dropout_p)
-    return torch.where(keep, t * (1.0 / (1.0 - dropout_p)), 0.0)
-
-
 def _shares(c: Bottleneck | BottleneckGrad) -> tuple[float, float]:
     # dropout of the input and of the output
     return (c.dropout_p, 0.0) if c.on_input else (0.0, c.dropout_p)
-
-
-def _times(t: Tensor, scale: Tensor | None) -> Tensor:
-    return t if scale is None else t * scale.to(t.dtype)
 
 
 def bottleneck_adapter_fwd_ref(c: Bottleneck) -> tuple[Tensor, Tensor]:
     """(y, t); see ``Bottleneck``."""
     acc, (p_in, p_out) = accumulate_dtype(c.h.dtype), _shares(c)
     hf = c.h.to(acc)
-    t = _drop(hf, p_in, c.seed) @ c.down.to(acc).t()
+    t = dropped(hf, p_in, c.seed) @ c.down.to(acc).t()
     if c.down_bias is not None:
         t = t + c.down_bias.to(acc)
     o = ACTIVATIONS[c.activation].value(t) @ c.up.to(acc).t()
     if c.up_bias is not None:
         o = o + c.up_bias.to(acc)
-    o = _drop(_times(o * c.scaling, c.out_scale), p_out, c.seed)
+    o = dropped(times(o * c.scaling, c.out_scale), p_out, c.seed)
     if c.gate is not None:
         o = o * c.gate.to(acc)[:, None]
     residual = hf if c.residual is None else c.residual.to(acc)
@@ -134,20 +123,20 @@ def bottleneck_adapter_bwd_ref(c: BottleneckGrad) -> tuple[Tensor, Tensor, Tenso
     dh, dD, dU = c.dy.new_empty(0), c.down.new_empty(0), c.up.new_empty(0)
     db_down, db_up, dg, dc = (c.t.new_empty(0) for _ in range(4))
     dyf = c.dy.to(acc)
-    e, z = _drop(dyf, p_out, c.seed), f.value(c.t)
-    dv = (_times(e, c.out_scale) @ U) * c.scaling
+    e, z = dropped(dyf, p_out, c.seed), f.value(c.t)
+    dv = (times(e, c.out_scale) @ U) * c.scaling
     if need.gate:
         dg = (dv * z).sum(1)
         if c.up_bias is not None:
-            dg = dg + (e @ _times(c.up_bias.to(acc), c.out_scale)) * c.scaling
+            dg = dg + (e @ times(c.up_bias.to(acc), c.out_scale)) * c.scaling
     if need.h or need.down or need.down_bias:
         dt = dv * f.slope(c.t)
         dt = dt if c.gate is None else dt * c.gate.to(acc)[:, None]
         if need.h:
-            dh = _drop(dt @ D, p_in, c.seed)
+            dh = dropped(dt @ D, p_in, c.seed)
             dh = (dh + dyf if c.through else dh).to(c.dy.dtype)
         if need.down:
-            dD = (dt.t() @ _drop(c.h.to(acc), p_in, c.seed)).to(c.down.dtype)
+            dD = (dt.t() @ dropped(c.h.to(acc), p_in, c.seed)).to(c.down.dtype)
         if need.down_bias:
             db_down = dt.sum(0)
     if need.up or need.up_bias or need.out_scale:
@@ -156,7 +145,7 @@ def bottleneck_adapter_bwd_ref(c: BottleneckGrad) -> tuple[Tensor, Tensor, Tenso
         if need.up:
             dU = (H if c.out_scale is None else H * c.out_scale.to(acc)[:, None]).to(c.up.dtype)
         if need.up_bias:
-            db_up = _times(S, c.out_scale)
+            db_up = times(S, c.out_scale)
         if need.out_scale:
             dc = (U * H).sum(1) if c.up_bias is None else (U * H).sum(1) + c.up_bias.to(acc) * S
     return dh, dD, dU, db_down, db_up, dg, dc

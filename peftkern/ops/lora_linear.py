@@ -29,7 +29,8 @@ from ..checks import accumulate_dtype, check_adapters, check_fits, check_number,
 from ..dispatch.registry import define
 from ..equation import PLACES, Needs, Scales, names
 from ..problem import Problem, problem_like
-from .dropout_mask import check_p, check_seed, dropout_mask_ref
+from .dropout_mask import check_p, check_seed
+from .reference import dropped, times
 
 
 class Forward(NamedTuple):
@@ -89,18 +90,6 @@ class Backward(NamedTuple):
         return Needs(*self.needs)
 
 
-def _times(t: Tensor, scale: Tensor | None) -> Tensor:
-    return t if scale is None else t * scale.to(t.dtype)
-
-
-def _drop(t: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    # where, not a product: a dropped NaN contributes exactly 0.
-    if dropout_p == 0.0:
-        return t
-    keep = dropout_mask_ref(seed, t.shape[0], t.shape[1], dropout_p)
-    return torch.where(keep, t * (1.0 / (1.0 - dropout_p)), 0.0)
-
-
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     # BLAS libraries sum narrow products in one long chain, far less accurately than wide ones: not in a definition.
     if min(a.shape[0], b.shape[1]) >= 16 or a.shape[1] <= 64:
@@ -113,10 +102,10 @@ def lora_linear_fwd_ref(c: Forward) -> tuple[Tensor, Tensor, Tensor]:
     acc, s = accumulate_dtype(c.x.dtype), c.at
     xf = c.x.to(acc)
     W = kind_of(c.kind).dequantise(c.base, acc)
-    h = _times(xf, s.p_b) if W is None else _mm(_times(xf, s.p_b), W.t())
-    u = _mm(_times(_drop(xf, c.dropout_p, c.seed), s.p_d), c.lora_A.to(acc).t())
-    delta = _mm(_times(u, s.d) * c.scaling, c.lora_B.to(acc).t())
-    y = _times(h, s.g_b) + _times(delta, s.g_d)
+    h = times(xf, s.p_b) if W is None else _mm(times(xf, s.p_b), W.t())
+    u = _mm(times(dropped(xf, c.dropout_p, c.seed), s.p_d), c.lora_A.to(acc).t())
+    delta = _mm(times(u, s.d) * c.scaling, c.lora_B.to(acc).t())
+    y = times(h, s.g_b) + times(delta, s.g_d)
     if c.bias is not None:
         y = y + c.bias.to(acc)
     return y.to(c.x.dtype), u, h.to(c.x.dtype, copy=True) if c.save_base else c.x.new_empty(0)
@@ -128,25 +117,25 @@ def lora_linear_bwd_ref(c: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, li
     dyf, A, B = c.dy.to(acc), c.lora_A.to(acc), c.lora_B.to(acc)
     dx, dA, dB = c.dy.new_empty(0), c.lora_A.new_empty(0), c.lora_B.new_empty(0)
     sums = {name: c.u.new_empty(0) for name in ("bias", *Scales._fields)}
-    dv = _mm(_times(dyf, s.g_d), B) * c.scaling
-    du = _times(dv, s.d)
+    dv = _mm(times(dyf, s.g_d), B) * c.scaling
+    du = times(dv, s.d)
     if need.x or need.p_b:
         W = kind_of(c.kind).dequantise(c.base, acc)
-        base = _times(dyf, s.g_b) if W is None else _mm(_times(dyf, s.g_b), W)
+        base = times(dyf, s.g_b) if W is None else _mm(times(dyf, s.g_b), W)
         if need.p_b:
             sums["p_b"] = (base * c.x.to(acc)).sum(0)
         if need.x:
-            dx = (_times(base, s.p_b) + _drop(_times(_mm(du, A), s.p_d), c.dropout_p, c.seed)).to(c.dy.dtype)
+            dx = (times(base, s.p_b) + dropped(times(_mm(du, A), s.p_d), c.dropout_p, c.seed)).to(c.dy.dtype)
     if need.A or need.p_d:
-        G = _mm(du.t(), _drop(c.x.to(acc), c.dropout_p, c.seed))
+        G = _mm(du.t(), dropped(c.x.to(acc), c.dropout_p, c.seed))
         if need.A:
-            dA = _times(G, s.p_d).to(c.lora_A.dtype)
+            dA = times(G, s.p_d).to(c.lora_A.dtype)
         if need.p_d:
             sums["p_d"] = (A * G).sum(0)
     if need.B or need.g_d:
-        H = _mm(dyf.t(), _times(c.u, s.d)) * c.scaling
+        H = _mm(dyf.t(), times(c.u, s.d)) * c.scaling
         if need.B:
-            dB = _times(H.t(), s.g_d).t().to(c.lora_B.dtype).contiguous()
+            dB = times(H.t(), s.g_d).t().to(c.lora_B.dtype).contiguous()
         if need.g_d:
             sums["g_d"] = (B * H).sum(1)
     if need.d:

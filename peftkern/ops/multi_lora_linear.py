@@ -54,7 +54,7 @@ from .adapter_table import (
     vector_column,
     vectors_at,
 )  # fmt: skip
-from .dropout_mask import dropout_rows_ref
+from .reference import dropped, times
 
 # The kind of a base that is not there: the branch alone.
 NO_BASE = "none"
@@ -171,15 +171,8 @@ def _invalid(table, order, starts) -> torch.Tensor:
     return order[starts[table.shape[0] + 1] :].to(torch.int64)
 
 
-def _dropped(t, rows, slot: int, dropout_p, seed):
-    p = 0.0 if dropout_p is None else dropout_p[slot].item()
-    if p == 0.0:
-        return t
-    return torch.where(dropout_rows_ref(seed, rows, t.shape[1], p), t * (1.0 / (1.0 - p)), 0.0)
-
-
-def _times(t: Tensor, scale: Tensor | None) -> Tensor:
-    return t if scale is None else t * scale
+def _dropped(t: Tensor, rows: Tensor, slot: int, dropout_p: Tensor | None, seed: Tensor | None) -> Tensor:
+    return dropped(t, 0.0 if dropout_p is None else dropout_p[slot].item(), seed, rows)
 
 
 def _rows_times(t: Tensor, segments: list[_Segment], symbol: str) -> Tensor:
@@ -218,11 +211,11 @@ def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor, Tensor]:
     for slot, row, rows, at in segments:
         if row[RANK] == 0:
             continue
-        dropped = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed)
-        us = _times(dropped, at["p_d"]) @ matrix_A(c.weights, row, K).to(acc).t()
+        kept = _dropped(xf[rows], rows, slot, c.dropout_p, c.seed)
+        us = times(kept, at["p_d"]) @ matrix_A(c.weights, row, K).to(acc).t()
         u[rows, : row[RANK]] = us
-        delta = _times(_activation(row, at, us)[0], at["d"]) * c.scaling[slot] @ matrix_B(c.weights, row, N).to(acc).t()
-        y[rows] += _times(delta, at["g_d"])
+        delta = times(_activation(row, at, us)[0], at["d"]) * c.scaling[slot] @ matrix_B(c.weights, row, N).to(acc).t()
+        y[rows] += times(delta, at["g_d"])
     shared = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
     for s in segments:
         if s.at[BETA] is not None:
@@ -275,21 +268,21 @@ def _branch_bwd(c: MultiBackward, s: _Segment, dx: Tensor, grads: list[Tensor]) 
     dys, us = c.dy[rows].to(dx.dtype), c.u[rows, : row[RANK]]
     A, B = (m.to(dx.dtype) for m in (matrix_A(c.weights, row, c.in_features), matrix_B(c.weights, row, c.dy.shape[1])))
     z, slope = _activation(row, at, us)
-    dv = _times(dys, at["g_d"]) @ B * c.scaling[slot]
-    du = _times(_times(dv, at["d"]), slope)
+    dv = times(dys, at["g_d"]) @ B * c.scaling[slot]
+    du = times(times(dv, at["d"]), slope)
     found = {"d": (dv * z).sum(0), RANK_BIAS: du.sum(0)}
     if c.need[row[A_TENSOR]] or "p_d" in wanted:
         G = du.t() @ _dropped(c.x[rows].to(dx.dtype), rows, slot, c.dropout_p, c.seed)
         found["p_d"] = (A * G).sum(0)
         if c.need[row[A_TENSOR]]:
-            matrix_A(grads, row, c.in_features).copy_(_times(G, at["p_d"]))
+            matrix_A(grads, row, c.in_features).copy_(times(G, at["p_d"]))
     if c.need[row[B_TENSOR]] or "g_d" in wanted:
-        H = dys.t() @ _times(z, at["d"]) * c.scaling[slot]
+        H = dys.t() @ times(z, at["d"]) * c.scaling[slot]
         found["g_d"] = (B * H).sum(1)
         if c.need[row[B_TENSOR]]:
-            matrix_B(grads, row, c.dy.shape[1]).copy_(_times(H.t(), at["g_d"]).t())
+            matrix_B(grads, row, c.dy.shape[1]).copy_(times(H.t(), at["g_d"]).t())
     if c.need_x:
-        dx[rows] += _dropped(_times(du @ A, at["p_d"]), rows, slot, c.dropout_p, c.seed)
+        dx[rows] += _dropped(times(du @ A, at["p_d"]), rows, slot, c.dropout_p, c.seed)
     return found
 
 

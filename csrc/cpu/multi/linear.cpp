@@ -184,12 +184,14 @@ bool curved(const MultiGroup& group) {
   return group.R > 0 && (group.activation != 0 || group.vector[kRankBias] != nullptr);
 }
 
-// z = f(u + b), which is u itself where no adapter has f or b. `in_place`: nobody reads u any more.
-const float* activated(const MultiBatch& batch, float* u, bool in_place, int threads, KeptScratch& scratch) {
+// z = f(u + b), which is u itself where no adapter has f or b; else `into`, which may be u, or scratch if it
+// is null.
+const float* activated(const MultiBatch& batch, const float* u, float* into, int threads,
+                       KeptScratch& scratch) {
   if (std::none_of(batch.groups.begin(), batch.groups.end(), curved)) return u;
   const int64_t ld = batch.adapters.max_rank;
-  float* z = in_place ? u : scratch.take(batch.M * ld);
-  if (!in_place) std::copy_n(u, batch.M * ld, z);
+  float* z = into != nullptr ? into : scratch.take(batch.M * ld);
+  if (z != u) std::copy_n(u, batch.M * ld, z);
   for (const MultiGroup& each : batch.groups) {
     if (!curved(each)) continue;
     activate_run({static_cast<Activation>(each.activation), each.count, each.R, u, each.vector[kRankBias],
@@ -237,7 +239,7 @@ void multi_linear_forward(const MultiBatch& batch, const MultiLinearForward& g) 
   shrink.side = Side::A, shrink.in = g.x, shrink.C = adapters.K;
   shrink.dot = u, shrink.ld = adapters.max_rank, shrink.threads = reduce_threads(batch, g, adapters.K);
   multi_reduce(batch, shrink);
-  const float* z = activated(batch, u, g.u == nullptr, g.threads, scratch);
+  const float* z = activated(batch, u, g.u == nullptr ? u : nullptr, g.threads, scratch);
   onto_base(batch, g, {Side::B, g.x, g.y, z, as_floats(g.bias, adapters.N, scratch), g.h, {}, nullptr});
 }
 
@@ -260,9 +262,7 @@ void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g
   clear(batch, g);
   MultiReduceArgs over_dy{}, over_x{};
   over_dy.side = Side::B, over_dy.in = g.dy, over_dy.C = adapters.N, over_dy.dot = du;
-  // (u is read alone: `activated` copies what it changes.)
-  const float* z =
-      g.u != nullptr ? activated(batch, const_cast<float*>(g.u), false, g.threads, scratch) : nullptr;
+  const float* z = g.u != nullptr ? activated(batch, g.u, nullptr, g.threads, scratch) : nullptr;
   over_dy.v = z, over_dy.grads = dB ? &g.grads : nullptr, over_dy.colsum = g.dbias;
   over_dy.vector_grads = dB ? &g.vector_grads : nullptr;
   over_dy.ld = adapters.max_rank, over_dy.threads = reduce_threads(batch, g, adapters.N);

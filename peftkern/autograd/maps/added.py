@@ -114,8 +114,11 @@ def added(y: Tensor, x: Tensor, scaling: float, make: Callable[..., Map], *facto
     if torch._C._get_tracing_state() is not None:
         delta = _make(make, factors, y.dtype).forward(rows_of(x, accumulate_dtype(y.dtype)))
         return (y + scaling * delta.view(y.shape)).to(y.dtype)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # A compiler gets a function that needs no gradient wrong where its forward takes any number of arguments
+    # (findings/torch_compile_autograd_function_varargs.sh).
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *factors))):
         given = cast(x, autocast_dtype(x) or x.dtype)
+        y = y.clone() if torch.compiler.is_compiling() else y
         with uncast(x):
             _add(y, given, _make(make, factors, y.dtype), scaling)
         return y

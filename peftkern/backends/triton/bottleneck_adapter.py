@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .device import kernel_settings, on_device
 
+# Up to ``scaling`` an op's arguments are those of the kernels.
+
 
 def _dropouts(c):
     from ...kernels.call import Dropout
@@ -16,19 +18,7 @@ def bottleneck_adapter_fwd(c, way):
     """(y, t), see ``peftkern.ops.bottleneck_adapter``."""
     from ...kernels.bottleneck.bottleneck_adapter import Forward, forward
 
-    given = Forward(
-        c.h,
-        c.residual,
-        c.down,
-        c.up,
-        c.down_bias,
-        c.up_bias,
-        c.gate,
-        c.out_scale,
-        c.activation,
-        c.scaling,
-        *_dropouts(c),
-    )
+    given = Forward(*c[:10], *_dropouts(c))
     with on_device(c.h):
         return forward(given, kernel_settings(c.h, way))
 
@@ -37,10 +27,7 @@ def bottleneck_adapter_bwd(c, way):
     """(dh, ddown, dup, ddown_bias, dup_bias, dgate, dout_scale), likewise."""
     from ...kernels.bottleneck.bottleneck_adapter import Backward, Needs, backward
 
-    given = Backward(
-        c.dy, c.h, c.t, c.down, c.up, c.up_bias, c.gate, c.out_scale, c.activation, c.scaling, *_dropouts(c), c.through,
-        Needs(*c.needs),
-    )  # fmt: skip
+    given = Backward(*c[:10], *_dropouts(c), c.through, Needs(*c.needs))
     with on_device(c.dy):
         return backward(given, kernel_settings(c.dy, way))
 
