@@ -21,9 +21,9 @@ _PACKAGES = {"peft": "hf_peft", "adapters": "adapter_hub"}
 
 
 def _libraries() -> list[Library]:
-    names = [ours for theirs, ours in _PACKAGES.items() if theirs in sys.modules]
+    names = [ours for theirs, ours in _PACKAGES.items() if sys.modules.get(theirs)]
     if not names and find_spec("peft") is None:
-        raise ModuleNotFoundError("peftkern accelerates layers of peft or adapters: pip install peft", name="peft")
+        raise ModuleNotFoundError("peftkern.accelerate needs peft, or adapters: pip install peft", name="peft")
     names = names or ["hf_peft"]
     return [importlib.import_module(f"{__package__}.{name}.model").LIBRARY for name in names]
 

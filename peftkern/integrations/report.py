@@ -72,16 +72,19 @@ class Report:
         return _groups(self.skipped)
 
     def __str__(self) -> str:
-        if not self.libraries:
+        taken, of = (
+            set(self.accelerated),
+            {name: self.libraries.get(name, "PEFT") for name in (*self.accelerated, *self.skipped)},
+        )
+        if not of:
             return "peftkern: the model has no PEFT layer" + (f": {self.note}" if self.note else "")
-        taken = set(self.accelerated)
         heads = [
             f"{sum(name in taken for name in names)} of {_plural(len(names), f'{library} layer')}"
-            for library, names in _groups(self.libraries).items()
+            for library, names in _groups(of).items()
         ]
         lines = [f"peftkern: {', '.join(heads)} accelerated"]
         rows = [(f"run fused, back end {backend}", names) for backend, names in _groups(self.backends).items()]
-        left = {name: f"run {self.libraries[name]}'s own code: {reason}" for name, reason in self.skipped.items()}
+        left = {name: f"run {of[name]}'s own code: {reason}" for name, reason in self.skipped.items()}
         lines += _table(rows + list(_groups(left).items()))
         if self.accelerated:
             lines.append("  checked again at every call; peftkern.status(model) counts what ran")
@@ -102,7 +105,7 @@ class Status:
     fused: int = 0
     stock: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
-    libraries: dict[str, str] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         whose = " or ".join(f"{library}'s" for library in _groups(self.libraries)) or "PEFT's"
