@@ -5,21 +5,15 @@ from __future__ import annotations
 from peft import PeftConfig
 from torch import nn
 
-from ...dispatch.choose import Declined, choose
-from ...dispatch.explain import passes
 from ...methods.registry import Plan
 from ...problem import Problem, device_arch
-from ...settings import current
-from ..report import ROWS
+from ..report import ROWS, computed_by
 
 _LIBRARIES = {"adapters": "the adapters library", "loralib": "loralib", "pyreft": "pyreft", "pyvene": "pyvene"}
 
 
 def backend_of(plan: Plan) -> str:
-    """Name of the back end that computes this layer, forward and backward.
-
-    What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
-    """
+    """Name of the back end that computes this layer, forward and backward."""
     weight, bias, held, kind = plan
     if kind is not None:
         return kind.by
@@ -32,11 +26,7 @@ def backend_of(plan: Plan) -> str:
         "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, held[0].tensors[0].dtype,
         ROWS, N, K, sum(h.rank for h in held), frozenset(flags),
     )  # fmt: skip
-    try:
-        forward, *rest = (choose(problem, current()).backend for problem in passes(call))
-    except Declined as error:
-        return f"none ({error})"
-    return ", backward ".join([forward, *sorted(set(rest) - {forward})])
+    return computed_by(call)
 
 
 def anything_else(model: nn.Module) -> str:
