@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from ..autograd.shapes import uncast
+
 
 def orthonormal(X: Tensor, base: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
     """What ``torch.nn.utils.parametrizations.orthogonal`` makes of its ``original`` by its Householder map.
@@ -26,8 +28,13 @@ def orthonormal(X: Tensor, base: Tensor | None = None, signs: Tensor | None = No
         base: (n, n), torch's ``base`` where it has one (``use_trivialization``): Q base^T is returned.
         signs: (k), what takes the place of the diagonal's signs.
 
-    Returns orthonormal rows (k, n), or columns (n, k). Differentiable in X.
+    Returns orthonormal rows (k, n), or columns (n, k), in X's dtype under autocast too. Differentiable in X.
     """
+    with uncast(X):
+        return _orthonormal(X, base, signs)
+
+
+def _orthonormal(X: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
     wide = X if X.shape[0] <= X.shape[1] else X.mT
     k, n = wide.shape
     V = wide.triu(1) + torch.eye(k, n, dtype=X.dtype, device=X.device)
