@@ -236,11 +236,16 @@ def test_half_precision_is_rounded_once(dtype):
 
 
 def test_autocast():
-    torch.set_default_dtype(torch.float32)
-    model = adapted("bert", adapters.LoReftConfig(r=4, dropout=0.0))
-    inputs, found = batch(), []
-    for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(model(**inputs)[0])
-        peftkern.accelerate(model)
-    assert found[0].dtype == found[1].dtype and peftkern.status(model).stock == 0
+    """No further off the library in fp64 than the library under autocast, whose rotation is rounded too."""
+    model = adapted("bert", adapters.LoReftConfig(r=4, dropout=0.0), train=False)
+    inputs, worst = batch(), []
+    with torch.no_grad():
+        exact = model(**inputs)[0]
+        model.float()
+        torch.set_default_dtype(torch.float32)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = model(**inputs)[0]
+            worst.append((y.double() - exact).abs().mean())
+            peftkern.accelerate(model)
+    assert worst[1] <= 1.5 * worst[0] and peftkern.status(model).stock == 0
