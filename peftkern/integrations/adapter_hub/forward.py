@@ -44,7 +44,9 @@ def plan_of(module: nn.Module) -> Any:
     return KINDS[type(module)].plan(look)
 
 
-def _fused(kind: Kind, stock: Callable) -> Callable:
+def _fused(kind: Kind, own: Callable | None) -> Callable:
+    stock = kind.cls.forward if own is None else own  # some classes have that of their parent
+
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         if type(self) is not kind.cls or not switch.wanted(self):

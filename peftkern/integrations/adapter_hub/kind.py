@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered
 from ...problem import Problem
+from ..library import Found
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,14 +25,14 @@ class Kind:
         plan: a look at such a module -> what its calls compute in the state of now. Raises ``NotCovered``.
         run: (plan, the module, the arguments of the call) -> what ``forward`` returns. Raises ``NotCovered``, before it
             computes or draws anything, where the arguments speak against it.
-        call: (plan, M) -> the call of a public function that it makes for M rows, for the report.
+        call: (plan, M) -> the call of a public function that it makes for M rows, for the report, or what to report.
         also: other functions to replace while modules are accelerated: (class, name) -> what makes ours of the library's.
     """
 
     cls: type
     plan: Callable[[Look], Any]
     run: Callable[..., Any]
-    call: Callable[[Any, int], Problem]
+    call: Callable[[Any, int], Problem | Found]
     also: Mapping[tuple[type, str], Callable[[Callable], Callable]] = field(default_factory=dict)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from adapters.methods.lora import LoRALayer
 from adapters.methods.modeling import GLOWCouplingBlock
 from adapters.methods.prefix_tuning import FlatPrefixTuning, PrefixTuning
 from adapters.methods.prompt_tuning import PromptTuning
 from torch import nn
 
-from . import bottleneck, invertible
+from . import bottleneck, invertible, lora, reft
 from .kind import Kind
 
-KINDS: dict[type, Kind] = {kind.cls: kind for part in (bottleneck, invertible) for kind in part.KINDS}
+KINDS: dict[type, Kind] = {kind.cls: kind for part in (bottleneck, invertible, lora, reft) for kind in part.KINDS}
 
 _PREFIX = "it makes keys and values for attention, beside which there is nothing to fuse"
 _LEFT: dict[type, str] = {
@@ -23,6 +24,8 @@ _LEFT: dict[type, str] = {
 
 def owned(module: nn.Module) -> bool:
     """Whether this is a module that computes an adapter of the library."""
+    if isinstance(module, LoRALayer):  # in the place of a linear layer, with and without adapters
+        return len(module.loras) > 0
     return isinstance(module, (*KINDS, *_LEFT))
 
 

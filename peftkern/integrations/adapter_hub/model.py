@@ -55,7 +55,7 @@ def _found(layer: nn.Module) -> Found | str:
         call = KINDS[type(layer)].call(plan_of(layer), ROWS)
     except NotCovered as reason:
         return str(reason)
-    return Found(computed_by(call), call.device)
+    return call if isinstance(call, Found) else Found(computed_by(call), call.device)
 
 
 def why_not(layer: nn.Module) -> str | None:

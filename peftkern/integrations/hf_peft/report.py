@@ -6,7 +6,6 @@ from peft import PeftConfig
 from torch import nn
 
 from ...methods.registry import Plan
-from ...problem import Problem, device_arch
 from ..report import ROWS, computed_by
 
 _LIBRARIES = {"adapters": "the adapters library", "loralib": "loralib", "pyreft": "pyreft", "pyvene": "pyvene"}
@@ -14,19 +13,7 @@ _LIBRARIES = {"adapters": "the adapters library", "loralib": "loralib", "pyreft"
 
 def backend_of(plan: Plan) -> str:
     """Name of the back end that computes this layer, forward and backward."""
-    weight, bias, held, kind = plan
-    if kind is not None:
-        return kind.by
-    device, (N, K) = weight.device, weight.shape
-    flags = {symbol for h in held for symbol in h.method.coefficients}
-    flags |= {
-        name for name, there in (("bias", bias is not None), ("dropout", any(h.dropout_p for h in held))) if there
-    }
-    call = Problem(
-        "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, held[0].tensors[0].dtype,
-        ROWS, N, K, sum(h.rank for h in held), frozenset(flags),
-    )  # fmt: skip
-    return computed_by(call)
+    return computed_by(plan.call(ROWS)) if plan.kind is None else plan.kind.by
 
 
 def anything_else(model: nn.Module) -> str:
