@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 
-from peftkern.methods import METHODS
+from peftkern.methods import METHODS, STREAM
 from peftkern.methods.coverage import COVERED, NOT_YET, NOTHING, records
 
 from .markdown import table
@@ -29,8 +29,7 @@ def _served(rows: list[dict]) -> dict[str, list[dict]]:
 
 def _kind(entry: str) -> str:
     # What the folder of its file says that it holds.
-    folder = METHODS[entry].apply.__module__.rpartition(".")[0]
-    text = sys.modules[folder].__doc__.partition(".")[0]
+    text = sys.modules[(METHODS.get(entry) or STREAM[entry]).folder].__doc__.partition(".")[0]
     return text[0].lower() + text[1:]
 
 

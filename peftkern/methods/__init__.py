@@ -3,8 +3,9 @@
 ``registry`` says what an entry is; ``linear`` is the equation that entries of family L share; ``tuner`` reads HF PEFT's layers.
 """
 
-from . import convolution, derived, embedding, folded, kronecker, low_rank, rotation, scale
+from . import convolution, derived, embedding, folded, kronecker, low_rank, residual, rotation, scale
 from .registry import METHODS, Held, Method, Plan, method_of, register
+from .residual import STREAM, StreamMethod
 
 # The functional forms, by name.
 FUNCTIONS = {m.function.__name__: m.function for m in METHODS.values() if m.function is not None}
@@ -12,9 +13,11 @@ FUNCTIONS = {m.function.__name__: m.function for m in METHODS.values() if m.func
 __all__ = [
     "FUNCTIONS",
     "METHODS",
+    "STREAM",
     "Held",
     "Method",
     "Plan",
+    "StreamMethod",
     "convolution",
     "derived",
     "embedding",
@@ -23,6 +26,7 @@ __all__ = [
     "low_rank",
     "method_of",
     "register",
+    "residual",
     "rotation",
     "scale",
 ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ..many.adapter import Adapter
 from ..problem import Problem, problem_like
+from .entry import Entry
 from .linear import Linear, entry, run
 from .look import Look
 from .stored import Settings, Stored
@@ -97,13 +98,14 @@ class Plan(NamedTuple):
         return result.to(x.dtype) if first.method.keeps_dtype else result
 
 
-@dataclass(frozen=True)
-class Method:
-    """An entry of the registry.
+_GRADIENTS = frozenset({"need_x", "need_A", "need_B"})
 
-    Attributes:
-        name: as its paper calls it. taxonomy: additive, selective, reparameterised or hybrid. family: of the kernels that
-            serve it (L: a GEMM and a linear branch).
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Entry):
+    """An entry of the registry for layers that have a weight.
+
+    Attributes, beside those of ``Entry``:
         layer: dotted name of the library's class, whose ``forward`` gets the input first; or of the class whose instance
             says that a layer of another method computes this one for an adapter (``variant``); None without a library.
         of: name of the method whose equation it is on layers of another kind, None for a method of its own. also: further
@@ -122,8 +124,7 @@ class Method:
         build: (a frozen nn.Linear, or layer of its kind, rank) -> a model of one layer around it as users make it, which the
             benchmark times.
             rank: the one that it takes there, 0 of a method without.
-        function: the functional form, for those who have no library. trains: whether training is covered.
-        op: the op that computes it. coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
+        coefficients: the symbols of the vectors that it uses (peftkern/equation.py).
         routes: whether what a row takes of an adapter depends on the row itself.
         makes: whether lora_A and lora_B are made anew at every call, at more than a copy's cost: of many adapters in a batch
             each would pay it.
@@ -132,27 +133,16 @@ class Method:
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         worth: the products M K N below which a call of a small layer on a CPU runs the library's own code, which is faster there.
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
-        saves: what backward keeps. merges: how the adapter goes into the weight.
         peft_type: name of the method in an adapter's ``adapter_config.json``. stored: the form of such a checkpoint, of a
             method that ``attach_adapters`` serves.
-        tested: library -> the oldest and the newest release that the tests know, as (major, minor).
     """
 
-    name: str
-    taxonomy: str
-    family: str
     layer: str | None
     apply: Callable[[Linear, Held], Linear]
-    op: str
-    saves: str
-    merges: str
     examples: Callable[[int, int], Mapping[str, nn.Module]] | None = None
     inputs: Callable[[nn.Module, int], list[Tensor]] | None = None
-    tested: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = field(default_factory=dict)
     build: Callable[[nn.Module, int], nn.Module] | None = None
     rank: int = 16
-    function: Callable[..., Tensor] | None = None
-    trains: bool = True
     held: Callable[[Look, str, tuple[int, ...]], Held] | None = None
     of: str | None = None
     also: tuple[str, ...] = ()
@@ -176,6 +166,19 @@ class Method:
         """Whether rows of a batch may have adapters of their own: an adapter is coefficients of a linear layer, which holds
         it by its name."""
         return self.family == "L" and self.of is None and self.plan is None and not (self.routes or self.makes)
+
+    @property
+    def folder(self) -> str:
+        return self.apply.__module__.rpartition(".")[0]
+
+    @property
+    def flags(self) -> tuple[frozenset[str], frozenset[str]]:
+        forward = frozenset(self.coefficients)
+        return forward, forward | _GRADIENTS | {f"need_{symbol}" for symbol in forward}
+
+    @property
+    def serves_many(self) -> bool:
+        return self.mixed or self.stored is not None
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ import pytest
 from peftkern.benchmarks import report
 from peftkern.benchmarks.tables import methods
 from peftkern.dispatch.choose import BACKENDS
-from peftkern.methods import METHODS, coverage
+from peftkern.methods import METHODS, STREAM, coverage
 from peftkern.methods.coverage import COVERED, NOT_YET, NOTHING, ROWS
 from peftkern.methods.coverage import main as command
 from peftkern.methods.coverage.row import by, later
+from peftkern.testing.residual import EXAMPLES
 
 # The figure of the survey arXiv 2403.14608 by class, with what the other surveys and studies add.
 SURVEYS = {
@@ -80,7 +81,9 @@ def test_rows_are_told_apart_and_say_something():
 
 def test_every_entry_has_a_row():
     own = {row.by: row.kind for row in ROWS if row.by == row.method}
-    assert {m.name: m.taxonomy for m in METHODS.values() if m.of is None}.items() <= own.items()
+    entries = [*(m for m in METHODS.values() if m.of is None), *STREAM.values()]
+    assert {entry.name: entry.taxonomy for entry in entries}.items() <= own.items()
+    assert not METHODS.keys() & STREAM.keys()
     for method in METHODS.values():  # on layers of another kind it is the same row
         if method.of is not None:
             note = coverage.record(next(row for row in ROWS if row.method == method.of))["note"]
@@ -100,6 +103,20 @@ def test_no_row_claims_what_the_parity_test_does_not_run():
                 assert row.example is None or row.example in examples, f"{row.method}: no example {row.example!r}"
 
 
+def test_no_row_of_the_residual_stream_claims_what_its_parity_test_does_not_run():
+    """tests/integrations/adapters/test_modules.py runs every form, and asks for those of the libraries that are named."""
+    assert EXAMPLES.keys() == STREAM.keys()
+    for entry in STREAM.values():
+        forms = EXAMPLES[entry.name]
+        assert {example.library for example in forms.values()} == set(entry.tested), entry.name
+        for row in ROWS:
+            if row.by == entry.name:
+                assert row.family == entry.family or (row.family, entry.family) == ("L+phi", "B"), row
+                assert row.example is None or row.example in forms, f"{row.method}: no form {row.example!r}"
+                for library, _, name in (called.partition(".") for called in row.called):
+                    assert library in entry.tested, f"{row.method}: not compared with {library}'s {name}"
+
+
 def test_what_is_told_comes_from_the_entry():
     found = {(r["class"], r["method"]): r for r in coverage.records()}
     assert len(found) == len(ROWS)
@@ -109,6 +126,14 @@ def test_what_is_told_comes_from_the_entry():
     lora, entry = found["reparameterised", "rsLoRA"], next(m for m in METHODS.values() if m.name == "LoRA")
     assert (lora["by"], lora["op"], lora["saves"], lora["many_adapters"]) == ("LoRA", entry.op, entry.saves, True)
     assert lora["tested_against"].startswith("peft 0.") and lora["backends"] == list(BACKENDS)
+    houlsby, reft = found["additive", "Houlsby"], found["additive", "LoReFT"]
+    assert (houlsby["by"], houlsby["op"], houlsby["many_adapters"]) == (
+        "bottleneck adapter",
+        "bottleneck_adapter",
+        True,
+    )
+    assert {"cpu", "triton"} <= set(houlsby["backends"]) and reft["backends"] == ["torch"]
+    assert reft["tested_against"] == "adapters 1.3, pyreft 0.1" and reft["function"] == "reft"
 
 
 def test_a_claim_without_its_entry_is_not_yet():

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from .row import by, later, nothing, section
+from .row import Row, by, later, nothing, section
 
-BOTTLENECK = "a kernel for down, activation and up on the residual"
-MADE = "a generated or averaged bottleneck, then that kernel"
+NET = "its matrices are what a network of one's own makes"
 LONGER = "a longer sequence: no other computation"
 MADE_PROMPT = "a small network makes or picks the prompt, then a longer sequence"
-KEYS = "more keys and values: the library's attention reads them"
+KEYS = "more keys and values: the library's attention reads them (`prefix_attention`: a reference)"
 ROWS = "a kernel that edits the listed rows in place"
+
+
+def bottleneck(method: str, note: str, example: str | None = None, *, family: str = "B", called: str = "") -> Row:
+    """A method whose computation is that of a bottleneck adapter."""
+    return by(method, "bottleneck adapter", note, example=example, family=family, called=called)
+
 
 ADAPTERS = section(
     "additive", "adapter",
-    later("Houlsby", "B", BOTTLENECK, "adapters.double_seq_bn adapters.houlsby"),
-    later("Pfeiffer", "B", BOTTLENECK, "adapters.seq_bn adapters.pfeiffer"),
-    later("parallel", "B", BOTTLENECK, "adapters.par_bn adapters.scaled_par_bn adapters.parallel adapters.scaled_parallel"),
-    later("invertible", "B", "two such kernels, half the width each",
-          "adapters.seq_bn_inv adapters.double_seq_bn_inv adapters.pfeiffer+inv adapters.houlsby+inv"),
-    later("adapter at a Linear", "L+phi", "an activation in rank space, on lora_linear's base"),
-    later("LLM-Adapters", "L+phi", "an activation in rank space, on lora_linear's base"),
-    later("residual adapter", "B", BOTTLENECK),
-    later("AdapterPlus", "B", "the same kernel with a scale for each output", "adapters.AdapterPlusConfig"),
-    later("AdaptFormer", "B", "a parallel adapter at the feed-forward part; " + BOTTLENECK),
-    later("CIAT", "B", "parallel adapters, also at the embeddings; " + BOTTLENECK),
+    bottleneck("bottleneck adapter", ""),
+    bottleneck("Houlsby", "behind attention and behind the feed-forward part", "double_seq_bn",
+               called="adapters.double_seq_bn adapters.houlsby"),
+    bottleneck("Pfeiffer", "behind the feed-forward part", "seq_bn", called="adapters.seq_bn adapters.pfeiffer"),
+    bottleneck("parallel", "beside the feed-forward part, whose output is the residual", "par_bn",
+               called="adapters.par_bn adapters.scaled_par_bn adapters.parallel adapters.scaled_parallel"),
+    by("invertible", "invertible", "two of them, half the width each", family="B",
+       called="adapters.seq_bn_inv adapters.double_seq_bn_inv adapters.pfeiffer+inv adapters.houlsby+inv"),
+    bottleneck("adapter at a Linear", "the residual is the layer's output", "par_bn", family="L+phi"),
+    bottleneck("LLM-Adapters", "before, behind or beside a linear layer", "par_bn", family="L+phi"),
+    bottleneck("residual adapter", "behind a norm of its own", "seq_bn"),
+    bottleneck("AdapterPlus", "a scale for each output", "adapterplus", called="adapters.AdapterPlusConfig"),
+    bottleneck("AdaptFormer", "a parallel adapter at the feed-forward part", "par_bn"),
+    bottleneck("CIAT", "parallel adapters, also at the embeddings", "par_bn"),
     later("CoDA", "B", "a parallel adapter; routing decides which tokens skip the frozen layer"),
     later("Tiny-Attn", "B", "a bottleneck with attention inside"),
     later("TSA", "B", "1 x 1 convolutions beside convolutions, as linear layers of each pixel"),
@@ -33,13 +41,14 @@ ADAPTERS = section(
 MANY_TASKS = section(
     "additive",
     "multi-task adapter",
-    later("AdapterFusion", "B", "the adapters are bottlenecks; the attention over them is the library's"),
-    later("AdaMix", "B", "one of several bottlenecks in training, their mean afterwards"),
-    later("PHA", "B", MADE),
-    later("Hyperformer", "B", MADE),
+    by("AdapterFusion", "AdapterFusion", "attention over the outputs of adapters, whose keys and values need no product of"
+       " their own", family="B"),
+    bottleneck("AdaMix", "the one that a step has drawn, their mean afterwards", "seq_bn"),
+    bottleneck("PHA", NET),
+    bottleneck("Hyperformer", NET),
     nothing("AdapterSoup", "averages weights; one adapter runs"),
     nothing("MerA", "merges weights; one adapter runs"),
-)
+)  # fmt: skip
 
 PROMPTS = section(
     "additive",
@@ -51,7 +60,12 @@ PROMPTS = section(
     nothing("P-tuning v2", KEYS, "P"),
     nothing("APT", "prefixes with gates: " + KEYS, "P"),
     nothing("APrompt", "prompts inside attention: " + KEYS, "P"),
-    nothing("LLaMA-Adapter", "a gated second attention, over few prompt tokens", "P", "peft.ADAPTION_PROMPT"),
+    nothing(
+        "LLaMA-Adapter",
+        "a second softmax with a gate, over few prompt tokens: the library's attention",
+        "P",
+        "peft.ADAPTION_PROMPT",
+    ),
     nothing("Cartridge", KEYS, "P", "peft.CARTRIDGE"),
     nothing("CPT", "tokens of context as a trained prompt: a longer sequence", "P", "peft.CPT"),
     nothing("MPT", "the prompt is a shared one times a rank-one matrix", "P", "peft.MULTITASK_PROMPT_TUNING"),
@@ -81,12 +95,13 @@ OTHERS = section(
 REFT = section(
     "additive",
     "representation",
-    later("LoReFT", "R", ROWS, "pyreft.LoreftIntervention adapters.loreft"),
-    later("NoReFT", "R", ROWS, "pyreft.NoreftIntervention adapters.noreft"),
-    later("DiReFT", "R", ROWS, "pyreft.DireftIntervention adapters.direft"),
-    later("NodiReFT", "R", ROWS, "pyreft.NodireftIntervention"),
-    later("ConsReFT", "R", ROWS, "pyreft.ConsreftIntervention"),
-    later("LobiReFT", "R", ROWS, "pyreft.LobireftIntervention"),
-)
+    by("LoReFT", "LoReFT", family="R", called="pyreft.LoreftIntervention adapters.loreft"),
+    by("NoReFT", "NoReFT", "any rows in place of orthonormal ones", family="R",
+       called="pyreft.NoreftIntervention adapters.noreft"),
+    by("DiReFT", "DiReFT", "nothing is subtracted", family="R", called="pyreft.DireftIntervention adapters.direft"),
+    by("NodiReFT", "NodiReFT", "any rows, and nothing is subtracted", family="R", called="pyreft.NodireftIntervention"),
+    by("ConsReFT", "ConsReFT", "a trained vector as source", family="R", called="pyreft.ConsreftIntervention"),
+    by("LobiReFT", "LobiReFT", "a trained vector, and nothing is subtracted", family="R", called="pyreft.LobireftIntervention"),
+)  # fmt: skip
 
 ADDITIVE = (*ADAPTERS, *MANY_TASKS, *PROMPTS, *OTHERS, *REFT)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from ...dispatch.choose import BACKENDS, load
+from ...dispatch.registry import OPS
 from ...problem import DTYPES, Problem
 from ...settings import Settings
-from ..registry import Method
+from ..entry import Entry
 
 _SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
 _DEVICES = {"cpu": ("cpu", "AVX2"), "triton": ("cuda", "sm_90"), "cuda": ("cuda", "sm_90")}
-_GRADIENTS = frozenset({"need_x", "need_A", "need_B"})
 
 
 def dtypes(name: str, op: str, flags: frozenset[str]) -> list[str]:
@@ -26,13 +26,14 @@ def dtypes(name: str, op: str, flags: frozenset[str]) -> list[str]:
     return [word for word, dtype in DTYPES.items() if takes(dtype)]
 
 
-def of(method: Method) -> list[str]:
-    """The back ends of a method beside the reference, which computes all; ``(forward)`` where they do not train it."""
-    forward = frozenset(method.coefficients)
-    backward = forward | _GRADIENTS | {f"need_{symbol}" for symbol in forward}
-    found = []
+def of(entry: Entry) -> list[str]:
+    """The back ends of a method beside the reference, which computes all; ``(forward)`` where they do not train it, and
+    ``torch`` alone where all is torch's own operations."""
+    if f"{entry.op}_fwd" not in OPS:
+        return ["torch"]
+    (forward, backward), found = entry.flags, []
     for name in BACKENDS:
-        if dtypes(name, f"{method.op}_fwd", forward):
-            trains = method.trains and dtypes(name, f"{method.op}_bwd", backward)
+        if dtypes(name, f"{entry.op}_fwd", forward):
+            trains = entry.trains and dtypes(name, f"{entry.op}_bwd", backward)
             found.append(name if trains else f"{name} (forward)")
     return found

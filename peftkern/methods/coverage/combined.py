@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from .row import later, nothing, section
+from .additive import bottleneck
+from .row import nothing, section
 
 SEARCH = "a search over other methods: each layer runs the one that was found"
-BOTTLENECK = "family B's kernel"
 
 HYBRID = section(
     "hybrid",
     "",
-    later("UniPELT", "B", f"{BOTTLENECK}, and gates on adapter, LoRA and prefix", "adapters.unipelt"),
-    later("MAM", "B", f"{BOTTLENECK}; its prefix is the library's attention", "adapters.mam"),
+    bottleneck(
+        "UniPELT",
+        "a gate of each sequence; its LoRA is LoRA, its prefix the library's attention",
+        "unipelt",
+        called="adapters.unipelt",
+    ),
+    bottleneck("MAM", "a parallel adapter; its prefix is the library's attention", "par_bn", called="adapters.mam"),
     *(nothing(name, SEARCH) for name in ("S4", "NOAH", "AutoPEFT", "LLM-Adapters", "S^3PET")),
     nothing("DLoRA", "decides which adapters train at a step, and where"),
 )
@@ -19,9 +24,9 @@ HYBRID = section(
 UNIFIED = section(
     "unified",
     "",
-    later("AdaMix", "B", f"{BOTTLENECK}, on the adapter that a step has drawn"),
-    later("SparseAdapter", "B", f"{BOTTLENECK}, on pruned matrices"),
-    later("ProPETL", "B", f"{BOTTLENECK}, on a shared adapter under masks"),
-)
+    bottleneck("AdaMix", "the one that a step has drawn, their mean afterwards", "seq_bn"),
+    bottleneck("SparseAdapter", "its matrices are pruned", "seq_bn"),
+    bottleneck("ProPETL", "a shared adapter, its matrices under masks", "seq_bn"),
+)  # fmt: skip
 
 COMBINED = (*HYBRID, *UNIFIED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..registry import METHODS, Method
+from ..entry import Entry
+from ..registry import METHODS
+from ..residual import STREAM
 from . import back_ends
 from .additive import ADDITIVE
 from .combined import COMBINED
@@ -13,9 +15,9 @@ from .selective import SELECTIVE
 ROWS: tuple[Row, ...] = (*ADDITIVE, *SELECTIVE, *REPARAMETERISED, *COMBINED)
 
 
-def entry(row: Row) -> Method | None:
+def entry(row: Row) -> Entry | None:
     """The registry's entry that computes it, if it is there."""
-    return next((method for method in METHODS.values() if method.name == row.by), None)
+    return METHODS.get(row.by) or STREAM.get(row.by)
 
 
 def status(row: Row) -> str:
@@ -23,7 +25,7 @@ def status(row: Row) -> str:
     return NOTHING if not row.fuses else NOT_YET if entry(row) is None else COVERED
 
 
-def tested(method: Method) -> str:
+def tested(method: Entry) -> str:
     """Libraries and releases that the tests compare with (``peft 0.18 to 0.21``), or the equation where no library has it."""
     if not method.tested:
         return "its equation"
@@ -53,7 +55,7 @@ def record(row: Row) -> dict:
         "op": method and method.op,
         "function": method and method.function and method.function.__name__,
         "backends": method and back_ends.of(method),
-        "many_adapters": method and (method.mixed or method.stored is not None),
+        "many_adapters": method and method.serves_many,
         "tested_against": method and tested(method),
         "saves": method and method.saves,
         "merges": method and method.merges,
