@@ -23,7 +23,7 @@ def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
     if value.dtype not in dtypes:
-        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
         raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}, expected {expected}")
 
 

@@ -17,21 +17,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ..autograd.shapes import uncast
+from ..checks import accumulate_dtype
 
 
 def orthonormal(X: Tensor, base: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
     """What ``torch.nn.utils.parametrizations.orthogonal`` makes of its ``original`` by its Householder map.
 
     Args:
-        X: (k, n) with k <= n, or (n, k), in fp32 or fp64. Its diagonal is signs, whose gradient is zero. torch rounds them
-            to integers, so that the matrix is zero once weight decay has made them smaller; here a sign stays one.
+        X: (k, n) with k <= n, or (n, k). Its diagonal is signs, whose gradient is zero. torch rounds them to integers, so
+            that the matrix is zero once weight decay has made them smaller; here a sign stays one.
         base: (n, n), torch's ``base`` where it has one (``use_trivialization``): Q base^T is returned.
         signs: (k), what takes the place of the diagonal's signs.
 
-    Returns orthonormal rows (k, n), or columns (n, k), in X's dtype under autocast too. Differentiable in X.
+    Returns orthonormal rows (k, n), or columns (n, k), in X's dtype under autocast too, in fp32 for half precision.
+    Differentiable in X.
     """
     with uncast(X):
-        return _orthonormal(X, base, signs)
+        return _orthonormal(X.to(accumulate_dtype(X.dtype)), base, signs)
 
 
 def _orthonormal(X: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..activations import activation_name
 from ..autograd.residual.reft import VARIANTS, reft
-from ..checks import check_tensor
+from ..checks import accumulate_dtype, check_tensor
 from ..ops.dropout_mask import check_p
 from .orthogonal import Rotation, free_numbers
 
@@ -77,7 +77,7 @@ class ReFT(nn.Module):
         """Makes R (r, H) the rotation. pyreft saves it transposed, as ``rotate_layer`` (H, r)."""
         if R.shape != self.rotate.shape:
             raise ValueError(f"R has shape {tuple(R.shape)}, expected (r, H) = {tuple(self.rotate.shape)}")
-        R = R.to(self.rotate)
+        R = R.to(self.rotate.device, accumulate_dtype(self.rotate.dtype))
         self.rotate.copy_(free_numbers(R) if self.variant in ORTHONORMAL else R)
 
     def rotation(self) -> Tensor:

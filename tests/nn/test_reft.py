@@ -112,6 +112,30 @@ def test_dropout_acts_in_training_alone():
     assert not (m(h, POSITIONS) == 0).any()
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_and_autocast(half):
+    """A rotation stays one: in fp32, whatever its free numbers were rounded to, and under autocast."""
+    m, h = ReFT(16, 3), torch.randn(2, 5, 16)
+    plain = m(h, POSITIONS)
+    with torch.autocast("cpu", half):
+        y = m(h, POSITIONS)
+    assert torch.equal(y, plain)
+    grads = [torch.autograd.grad(each.sum(), tuple(m.parameters())) for each in (y, plain)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    m.to(half)
+    R = m.rotation()
+    torch.testing.assert_close(R @ R.mT, torch.eye(3))
+    y = m(h.to(half), POSITIONS)
+    y.sum().backward()
+    assert y.dtype == m.rotate.grad.dtype == half
+    m.set_rotation(torch.eye(3, 16))
+    torch.testing.assert_close(m.rotation(), torch.eye(3, 16))
+
+
+def test_on_the_meta_device():
+    assert ReFT(8, 3, device="meta")(torch.empty(2, 5, 8, device="meta"), POSITIONS.to("meta")).shape == (2, 5, 8)
+
+
 def test_bad_arguments():
     for args, error, match in (
         ((8, 9), ValueError, "rank is 9, expected 1 to hidden = 8"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...activations import CODES, activation_name
 from ...backends.cpu import call as native
-from ...checks import accumulate_dtype, check_factor, check_number, check_tensor
+from ...checks import accumulate_dtype, check_factor, check_fits, check_number, check_tensor
 from ...dispatch.registry import caller
 from ...dispatch.watch import nobody_watches
 from ...ops.bottleneck_adapter import BottleneckNeeds
@@ -27,6 +27,7 @@ _fwd, _bwd = caller("bottleneck_adapter_fwd"), caller("bottleneck_adapter_bwd")
 
 # What a node saves, by name, for messages.
 _SAVED = ("h", "t", "down", "up", "up_bias", "gate", "out_scale", "seed")
+_PARTS = ("down", "up", "down_bias", "up_bias", "gate", "out_scale")
 
 
 class Call(NamedTuple):
@@ -146,12 +147,15 @@ def _gradients(ctx, dy: Tensor, saved: tuple, needs: tuple[bool, ...]) -> tuple[
     return None if dh is None else dh.view(ctx.h[0]), *others
 
 
-def _folded(scaling: Tensor, out_scale: Tensor | None, N: int, h: Tensor) -> Tensor:
+def _folded(scaling: Tensor, out_scale: Tensor | None, up: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     # A trained factor as a vector (N), whose autograd torch sees to.
     check_factor("scaling", scaling, h.device, "h")
-    acc = accumulate_dtype(h.dtype)
+    acc, N = accumulate_dtype(h.dtype), up.shape[:1].numel()
     scaling = scaling.reshape(1).to(acc)
-    return scaling.expand(N) if out_scale is None else scaling * out_scale.to(acc)
+    if out_scale is None:
+        return scaling.expand(N)
+    check_fits("out_scale", out_scale, (N,), "(N,)", h.device, (dtype, torch.float32))
+    return scaling * out_scale.to(acc)
 
 
 def _rows_gate(gate: Tensor, h: Tensor) -> Tensor:
@@ -225,15 +229,20 @@ def bottleneck_adapter(
             )
         dtype = torch.promote_types(dtype, residual.dtype)
     check_tensor("up", up)
-    if isinstance(scaling, Tensor):
-        out_scale, scaling = _folded(scaling, out_scale, up.shape[0], h), 1.0
-    else:
-        check_number("scaling", scaling)
     gate = None if gate is None else _rows_gate(gate, h)
     parts = [down, up, down_bias, up_bias, gate, out_scale]
+    for name, v in zip(_PARTS, parts):
+        if v is not None and not isinstance(v, Tensor):
+            check_tensor(name, v)
     if autocast_dtype(h) is not None:
         allowed = (dtype, torch.float32)
         parts = [v if not isinstance(v, Tensor) or v.dtype in allowed else v.to(dtype) for v in parts]
+    elif dtype != h.dtype:  # a residual in more precision
+        parts = [v.to(dtype) if isinstance(v, Tensor) and v.dtype == h.dtype else v for v in parts]
+    if isinstance(scaling, Tensor):
+        parts[-1], scaling = _folded(scaling, parts[-1], up, h, dtype), 1.0
+    else:
+        check_number("scaling", scaling)
     seed = seed_tensor(seed, h.device) if p > 0.0 else None
     call = Call(now, activation_name(activation), float(scaling), p, dropout_on == "input", dtype)
     if torch.is_grad_enabled():

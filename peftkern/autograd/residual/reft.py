@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 class Rows(NamedTuple):
-    """The listed rows, B P entries, on a device without a look at their values: no host waits for it.
+    """The listed rows, B P entries, on a GPU without a look at their values: no host waits for it.
 
     ``at``: int64, the row of h seen as (B T, H) that an entry writes; one that is no position writes what another of its
     sequence does. ``first``: of the entries of a row the first, itself for most. ``counts``: whether an entry is its row's
@@ -76,8 +76,9 @@ class Call(NamedTuple):
     dropout_p: float
 
 
-# Of the last few positions: themselves, their version, T and stream, and their rows. All layers of a model share them.
-_recent: tuple[tuple[weakref.ref, tuple, Rows], ...] = ()
+# Of the last few positions: a copy of them, or on a GPU themselves; what else rows depend on; their rows. All layers of a
+# model share them.
+_recent: tuple[tuple[Tensor | weakref.ref, tuple, Rows], ...] = ()
 _KEPT = 4
 
 
@@ -98,31 +99,41 @@ def _made_rows(positions: Tensor, T: int) -> Rows:
 
 
 def _check_positions(positions: Tensor, T: int) -> None:
-    if positions.numel() and not positions.is_cuda and not -1 <= positions.min() <= positions.max() < T:
+    if positions.numel() and positions.is_cpu and not -1 <= positions.min() <= positions.max() < T:
         found = f"{positions.min()} to {positions.max()}"
         raise ValueError(f"positions are from {found}, expected -1 (none) to {T - 1} for T = {T}")
+
+
+def _same(given: Tensor | weakref.ref, positions: Tensor) -> bool:
+    # No version counts what numpy or ``data`` writes: where a look costs little, numbers are compared.
+    return torch.equal(given, positions) if positions.is_cpu else given() is positions
+
+
+def _state(positions: Tensor, T: int) -> tuple:
+    if positions.is_cpu:
+        return "cpu", T
+    stream = torch._C._cuda_getCurrentRawStream(positions.device.index) if positions.is_cuda else None
+    return positions.device, T, positions._version, stream
 
 
 def _rows(positions: Tensor, T: int) -> Rows:
     global _recent
     known = positions.reshape(1, -1) if positions.dim() == 1 else positions
     known = known if T else known[:, :0]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _made_rows(known, T)
-    if positions.is_inference() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
-        _check_positions(positions, T)
+    if positions.is_inference() and not positions.is_cpu:  # it has no version
         return _made_rows(known, T)
-    stream = torch._C._cuda_getCurrentRawStream(positions.device.index) if positions.is_cuda else None
-    state = positions._version, T, stream
+    state = _state(positions, T)
     for given, made_for, rows in _recent:
-        if given() is positions and made_for == state:
+        if made_for == state and _same(given, positions):
             return rows
     _check_positions(positions, T)
     rows = _made_rows(known, T)
     if positions.is_cpu and rows.counts.all():
         rows = Rows(rows.at, None, None, None)
-    alive = [each for each in _recent if each[0]() is not None]
-    _recent = ((weakref.ref(positions), state, rows), *alive[: _KEPT - 1])
+    given = positions.detach().clone() if positions.is_cpu else weakref.ref(positions)
+    _recent = ((given, state, rows), *_recent[: _KEPT - 1])
     return rows
 
 
@@ -196,25 +207,27 @@ def _gradients(ctx, dy: Tensor, saved: tuple, needs: tuple[bool, ...]) -> tuple[
     (source, subtracts), rows = call.variant, call.rows
     dh = dR = dW = db = dz = dt = None
     given = dy.flatten(0, -2).index_select(0, rows.at)
-    e = _dropped(cast(given, acc), call, seed)
+    # What does not count is zeroed everywhere: zero times a row that is not finite, which nobody listed, is not zero.
+    e = rows.once(_dropped(cast(given, acc), call, seed))
     if R is not None:
         R = cast(R, acc)
         dz = e @ R.t()
-        dt = dz if t is None else dz * ACTIVATIONS[call.activation].slope(t)
+        dt = dz if t is None else rows.once(dz * ACTIVATIONS[call.activation].slope(t))
     if needs[0]:
         dx = torch.addmm(e, dt, cast(W, acc)) if source else e
         dx = torch.addmm(dx, dz, R, alpha=-1) if subtracts else dx
         dh = dy.clone(memory_format=torch.contiguous_format)
         _write(dh, dx, given, rows)
+    x = None if x is None else rows.once(cast(x, acc))
     if needs[1]:
         dR = rows.once(z).t() @ e
         if subtracts:
-            dR.addmm_(rows.once(dz).t(), cast(x, acc), alpha=-1)
+            dR.addmm_(dz.t(), x, alpha=-1)
         dR = cast(dR, ctx.dtypes[0])
-    if needs[2] or needs[3]:
-        dt = rows.once(dt)
-        dW = cast(dt.t() @ cast(x, acc), ctx.dtypes[1]) if needs[2] else None
-        db = cast(dt.sum(0), ctx.dtypes[2]) if needs[3] else None
+    if needs[2]:
+        dW = cast(dt.t() @ x, ctx.dtypes[1])
+    if needs[3]:
+        db = cast(dt.sum(0), ctx.dtypes[2])
     return dh, dR, dW, db
 
 
@@ -270,7 +283,7 @@ def _check(h, rotate, weight, bias, positions, variant) -> Variant:
     check_tensor("h", h)
     if h.dim() not in (2, 3):
         raise ValueError(f"h has shape {tuple(h.shape)}, expected (B, T, H) or (T, H)")
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
     known, dtypes, H = VARIANTS[variant], FLOATING if h.dtype == torch.float64 else FLOATING[:3], h.shape[-1]
     check_tensor("rotate", rotate, dtypes=dtypes)

@@ -91,6 +91,20 @@ def test_a_residual_of_another_dtype_is_promoted():
     assert dh.dtype == BF16 and torch.equal(dresidual, torch.ones_like(residual))
 
 
+@pytest.mark.parametrize("half", [BF16, F16], ids=str)
+def test_parameters_of_h_beside_a_wider_residual(half):
+    t = operands(half)
+    t["residual"] = t["residual"].detach().float().requires_grad_()
+    t["gate"] = t["gate"].detach().expand(2, 3, 1).clone().requires_grad_()  # so that torch sums no rounded gradients
+    wide = {n: v.detach().float().requires_grad_() for n, v in t.items()}
+    found = []
+    for leaves in (t, wide):
+        y = bottleneck_adapter(**leaves, activation="gelu")
+        found.append((y, [g.float() for g in torch.autograd.grad(y, tuple(leaves.values()), torch.ones_like(y))]))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close([g.to(half) for g in found[0][1]], [g.to(half) for g in found[1][1]])
+
+
 @pytest.mark.parametrize("trains", NAMES)
 def test_what_trains_gets_its_gradient_alone(trains):
     t = operands(F64)
@@ -219,8 +233,10 @@ def test_autocast(half):
         low = bottleneck_adapter(t["h"].to(half), t["down"], t["up"])
         other = BF16 if half == F16 else F16
         mixed = bottleneck_adapter(t["h"].to(half), t["down"].to(other), t["up"].to(other))
+        scaled = dict(scaling=t["scaling"], out_scale=t["out_scale"].to(other))
+        scaled = bottleneck_adapter(t["h"].to(half), t["down"], t["up"], **scaled)
     assert torch.equal(low, bottleneck_adapter(t["h"].to(half), t["down"], t["up"]))
-    assert mixed.dtype == half
+    assert mixed.dtype == scaled.dtype == half
     leaf = operands(F32)
     with torch.autocast("cpu", half):
         y = bottleneck_adapter(leaf["h"], leaf["down"], leaf["up"])
@@ -277,12 +293,23 @@ def test_inference_mode_then_training():
     assert t["down"].grad is not None
 
 
-H, DOWN, UP = torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(6, 4)
+H, DOWN, UP, ONE = torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(6, 4), torch.ones(1)
 BAD = {
     "h is a list": (dict(h=[1.0]), TypeError, "h must be a tensor, got list"),
     "h has no dimension": (dict(h=torch.tensor(1.0)), ValueError, r"shape \(\)"),
     "up is None": (dict(up=None), TypeError, "up must be a tensor"),
     "up has another width": (dict(up=torch.randn(7, 4)), ValueError, "up has shape"),
+    "down is a list": (dict(down=DOWN.tolist()), TypeError, "down must be a tensor, got list"),
+    "up has no dimension": (dict(up=torch.tensor(1.0), scaling=ONE), ValueError, r"up has shape \(\)"),
+    "up_bias is a number": (dict(up_bias=1.0), TypeError, "up_bias must be a tensor, got float"),
+    "out_scale is a list": (dict(out_scale=[1.0], scaling=ONE), TypeError, "out_scale must be a tensor, got list"),
+    "out_scale is one number": (dict(out_scale=ONE, scaling=ONE), ValueError, "out_scale has shape"),
+    "out_scale is integer": (dict(out_scale=torch.ones(6).int(), scaling=ONE), TypeError, "out_scale has dtype int32"),
+    "out_scale is elsewhere": (
+        dict(out_scale=torch.ones(6, device="meta"), scaling=ONE),
+        ValueError,
+        "out_scale is on",
+    ),
     "residual has other rows": (dict(residual=torch.randn(3, 2, 6)), ValueError, "residual has shape"),
     "residual has no dimension": (dict(residual=torch.tensor(1.0)), ValueError, "residual has shape"),
     "gate has another batch": (dict(gate=torch.randn(4, 1, 1)), ValueError, r"gate has shape \(4, 1, 1\).*\(2, 3, 1\)"),

@@ -146,6 +146,37 @@ def test_positions_that_change_in_place_are_read_again():
     torch.testing.assert_close(reft(**wider, positions=positions), row_by_row(wider, positions, "loreft"))
 
 
+def test_positions_that_the_host_writes_are_read_again():
+    """Through numpy and ``data``, which no version counts."""
+    t = operands("loreft")
+    for write in (lambda p, v: p.numpy().__setitem__(slice(None), v), lambda p, v: p.data.copy_(v)):
+        positions = POSITIONS.clone()
+        reft(**t, positions=positions)
+        write(positions, POSITIONS.flip(0))
+        torch.testing.assert_close(reft(**t, positions=positions), row_by_row(t, POSITIONS.flip(0), "loreft"))
+        write(positions, POSITIONS + 9)
+        with pytest.raises(ValueError, match="positions are from 8"):
+            reft(**t, positions=positions)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_listed_may_be_anything(activation, bad):
+    """Rows of h and of dy that are not finite reach no gradient of a parameter, nor that of another row."""
+    listed = torch.zeros(3, 5, dtype=torch.bool)
+    for i, row in enumerate(POSITIONS.tolist()):
+        listed[i, [p for p in row if p >= 0]] = True
+    t, dy = operands("loreft"), torch.randn(3, 5, 7, dtype=F64)
+    poisoned = t | {"h": t["h"].detach().masked_fill(~listed[..., None], bad).requires_grad_()}
+    dys = dy, dy.masked_fill(~listed[..., None], bad)
+    found = []
+    for leaves, each in zip((t, poisoned), dys):
+        y = reft(**leaves, positions=POSITIONS, activation=activation)
+        dh, *grads = torch.autograd.grad(y, tuple(leaves.values()), each)
+        found.append((y[listed], dh[listed], *grads))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_any_layout():
     t = operands("loreft")
     expected = of(t, lambda t: row_by_row(t, POSITIONS, "loreft"))
@@ -276,6 +307,7 @@ BAD = {
     "no bias for lobireft": (dict(variant="lobireft", weight=None, bias=None), TypeError, "bias must be a tensor"),
     "bias is long": (dict(bias=torch.randn(3)), ValueError, "bias has shape"),
     "variant is unknown": (dict(variant="reft"), ValueError, "variant is 'reft'"),
+    "variant is a list": (dict(variant=["loreft"]), ValueError, "variant is"),
     "activation is unknown": (dict(activation="glu"), ValueError, "activation is 'glu'"),
     "activation without a source": (
         dict(variant="consreft", weight=None, activation="gelu"), ValueError, "consreft has no source",
