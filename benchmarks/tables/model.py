@@ -23,13 +23,16 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Chip:
-    """``bandwidth``: of memory, bytes per second, by the data sheet."""
+    """``bandwidth``: of memory, bytes per second, by the data sheet, as is ``peak``; ``product``: what is assumed of it."""
 
     name: str
     bandwidth: float
+    peak: float = PEAK
+    product: float = PRODUCT
 
 
 CHIPS = (Chip("H100", 3.35e12), Chip("H200", 4.8e12))
+A100 = Chip("A100", 2.04e12, 312e12, 220e12)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Part:
 
     def alone(self, chip: Chip) -> float:
         """Seconds, were it not beside another part."""
-        return max(self.flops / PRODUCT, self.bytes / chip.bandwidth)
+        return max(self.flops / chip.product, self.bytes / chip.bandwidth)
 
     def seconds(self, chip: Chip) -> float:
         """Seconds that it adds to a step."""
@@ -134,6 +137,35 @@ def decode(M: int, K: int, N: int, adapters: int, R: int = RANK, *, adapter: int
 def row_norm(N: int, K: int) -> list[Part]:
     """The row norms of W + s B A: one read of W."""
     return [Part("row norm", "2 N K bytes", 0.0, 2.0 * N * K)]
+
+
+BOTTLENECK = (8192, 4096, 64)
+
+
+def bottleneck_forward(M: int, H: int, R: int, *, adapter: int = 4) -> list[Part]:
+    """bottleneck_adapter forward in bf16 with h as residual: one launch, whose blocks read their rows twice."""
+    terms, matrix = 3 if adapter == 4 else 1, adapter * R * H
+    return [
+        Part("t = h D^T", "2 M H bytes", 2.0 * M * H * R * terms, 2.0 * M * H + matrix),
+        Part("y = h + f(t) U^T", "4 M H + 4 M R bytes", 2.0 * M * H * _depth(R, adapter), 4.0 * M * H + 4.0 * M * R + matrix),
+    ]  # fmt: skip
+
+
+def bottleneck_backward(M: int, H: int, R: int, *, adapter: int = 4) -> list[Part]:
+    """The backward part: one launch for dh, which leaves z and dt for the passes that make dU and dD."""
+    deep, small = 2.0 * M * H * _depth(R, adapter), 4.0 * M * R
+    first, second = bottleneck_forward(M, H, R, adapter=adapter)
+    return [
+        Part("dv = dy U", first.formula, first.flops, first.bytes),
+        Part("dh = dy + dt D", "4 M H + 12 M R bytes", second.flops, second.bytes + 2 * small),
+        Part("dU, one pass over dy", "2 M H + 4 M R bytes", deep, 2.0 * M * H + small),
+        Part("dD, one pass over h", "2 M H + 4 M R bytes", deep, 2.0 * M * H + small),
+    ]
+
+
+# Bytes per element of M x H that AdapterHub's operations read and write, all in bf16 and without dropout.
+EAGER_BOTTLENECK = {"down": 2, "up": 2, "scale": 4, "add": 6}
+EAGER_BOTTLENECK_GRAD = {"scale": 4, "dz": 2, "dU": 2, "bias": 2, "dD": 2, "dh": 2, "add": 6}
 
 
 def case(M: int, K: int, N: int, R: int = RANK) -> Case:

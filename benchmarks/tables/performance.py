@@ -18,8 +18,8 @@ def _us(seconds: float) -> str:
 
 def rates() -> str:
     """The assumed rates."""
-    rows = [[c.name, f"{c.bandwidth / 1e12:.2f} TB/s", f"{model.PEAK / 1e12:.0f} TFLOP/s",
-             f"{model.PRODUCT / 1e12:.0f} TFLOP/s"] for c in model.CHIPS]  # fmt: skip
+    rows = [[c.name, f"{c.bandwidth / 1e12:.2f} TB/s", f"{c.peak / 1e12:.0f} TFLOP/s",
+             f"{c.product / 1e12:.0f} TFLOP/s"] for c in (model.A100, *model.CHIPS)]  # fmt: skip
     head = ["GPU", "memory, data sheet", "dense bf16, data sheet", "a vendor's product, assumed"]
     return "\n".join([CALCULATION, "", *table(head, rows)])
 
@@ -124,6 +124,35 @@ def norm() -> str:
     return "\n".join([CALCULATION, "", *table(head, rows)])
 
 
+def bottleneck() -> str:
+    """bottleneck_adapter: parts in microseconds, sums, what h and dy once would cost, and AdapterHub's operations."""
+    M, H, R = sizes = model.BOTTLENECK
+    columns = [(adapter, chip) for adapter in (4, 2) for chip in (model.A100, model.CHIPS[-1])]
+    where = [f"{'fp32' if adapter == 4 else 'bf16'} matrices, {chip.name}" for adapter, chip in columns]
+    passes = (
+        ("forward", model.bottleneck_forward, 4, model.EAGER_BOTTLENECK),
+        ("backward", model.bottleneck_backward, 6, model.EAGER_BOTTLENECK_GRAD),
+    )
+    rows, sums = [], []
+    for name, parts, floor, eager in passes:
+        made = [parts(*sizes, adapter=adapter) for adapter, _ in columns]
+        for i, part in enumerate(made[0]):
+            times = [_us(each[i].seconds(chip)) for each, (_, chip) in zip(made, columns)]
+            rows.append([f"{name}: {part.name}", part.formula, *times])
+        totals = [model.total(each, chip) for each, (_, chip) in zip(made, columns)]
+        floors = [floor * M * H / chip.bandwidth for _, chip in columns]
+        theirs = [sum(eager.values()) * M * H / chip.bandwidth for _, chip in columns]
+        sums += [
+            [name, "the sum", *map(_us, totals)],
+            [f"{name}, were every M x H read once", f"{floor} M H bytes", *map(_us, floors)],
+            [f"{name}, AdapterHub's operations over the sum", f"{sum(eager.values())} M H bytes", *(
+                f"{t / own:.2f}" if adapter == 2 else "" for t, own, (adapter, _) in zip(theirs, totals, columns)
+            )],
+        ]  # fmt: skip
+    head = [f"M = {M}, H = {H}, R = {R}, bf16, microseconds", "cost", *where]
+    return "\n".join([CALCULATION, "", *table(head, rows + sums)])
+
+
 def limits() -> str:
     """What ``report --judge`` holds a GPU's result to, what is expected, and what our product may lose to the vendor's."""
     forward, both = _over_base(model.forward, 1), _over_base(_both, 2)
@@ -150,5 +179,5 @@ def limits() -> str:
 
 CALCULATED = {
     "rates": rates, "lora_linear": linear, "floors": floors, "multi_lora_linear": many, "row_norm": norm,
-    "limits": limits,
+    "bottleneck_adapter": bottleneck, "limits": limits,
 }  # fmt: skip

@@ -60,6 +60,22 @@ def test_forms_of_the_arguments():
     torch.testing.assert_close(one, plain[0, 0])
 
 
+@pytest.mark.parametrize("lead, K, R", [((0, 3), 6, 4), ((2, 0), 6, 4), ((2, 3), 1, 1), ((2, 3), 7, 1), ((1, 1), 5, 9)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_empty_and_small_shapes(dtype, lead, K, R):
+    """No rows, one rank, odd sizes, no biases: values and gradients of torch's steps in fp64."""
+    t = operands(dtype, lead, K, K, R, F32)
+    t = {n: t[n] for n in ("h", "down", "up")}
+    y = bottleneck_adapter(**t, activation="silu")
+    exact = {n: v.detach().double().requires_grad_() for n, v in t.items()}
+    h, down, up = exact.values()
+    expected = h + nn.functional.silu(h @ down.t()) @ up.t()
+    found = torch.autograd.grad(y, tuple(t.values()), torch.ones_like(y))
+    grads = torch.autograd.grad(expected, tuple(exact.values()), torch.ones_like(expected))
+    assert y.shape == (*lead, K)
+    torch.testing.assert_close([y, *found], [v.to(f.dtype) for v, f in zip((expected, *grads), (y, *found))])
+
+
 def test_dropout_draws_from_the_seed_or_from_torch():
     t = only({n: v.detach() for n, v in operands(F32, (2, 40)).items()})
     call = lambda **o: bottleneck_adapter(**t, dropout_p=0.5, training=True, **o)  # noqa: E731

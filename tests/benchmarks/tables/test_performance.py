@@ -115,6 +115,19 @@ def test_decoding_by_hand():
     assert model.decode(64, 4096, 4096, 64, adapter=4)[1].bytes == 2 * adapters.bytes
 
 
+def test_a_bottleneck_by_hand():
+    M, H, R = model.BOTTLENECK
+    h200, whole = model.CHIPS[1], M * H * 2 / 4.8e12
+    first, second = model.bottleneck_forward(M, H, R, adapter=2)
+    assert first.seconds(h200) == pytest.approx(whole + 2 * R * H / 4.8e12)
+    assert second.seconds(h200) == pytest.approx(2 * whole + (4 * M * R + 2 * R * H) / 4.8e12)
+    # Three products of bf16 terms take longer than their bytes.
+    assert model.bottleneck_forward(M, H, R)[0].seconds(h200) == pytest.approx(2 * M * H * 3 * R / 700e12)
+    assert model.bottleneck_backward(M, H, R)[3].seconds(model.A100) == pytest.approx(2 * M * H * 3 * R / 220e12)
+    moved = sum(p.bytes for p in model.bottleneck_backward(M, H, R, adapter=2))
+    assert moved == 10 * M * H + 5 * 4 * M * R + 2 * 2 * R * H
+
+
 def test_what_is_left_for_the_product():
     M, K, N = model.SHAPES[1]
     base, added = 2 * M * K * N / 700e12, 2 * M * 48 * (N + K) / 700e12 + 2 * M * (N + K) / 4.8e12
