@@ -76,8 +76,10 @@ void bottleneck_backward_pairs(const BottleneckBackward& g) {
   // (Backward only reads it.)
   task.t = const_cast<float*>(g.t), task.ones = steps.ones, task.alpha_v = g.scaling * g.kept_out;
   if (steps.slope) {
-    const ConstMatrix up = transposed(adjacent(transposed(g.up), g.R, g.N, c, g.threads, scratch));
-    task.first = as_tiles(c != nullptr ? up : g.up, g.N, g.R, g.threads, scratch);
+    // Its columns are those of the scale when it is read across.
+    const ConstMatrix up =
+        c == nullptr ? g.up : transposed(adjacent(transposed(g.up), g.R, g.N, c, g.threads, scratch));
+    task.first = as_tiles(up, g.N, g.R, g.threads, scratch);
   }
   if (steps.after) task.across_z = take(pairs_left(ranks, g.M), scratch);
   if (g.ddown.data != nullptr) task.across_dt = take(pairs_left(g.R, g.M), scratch);

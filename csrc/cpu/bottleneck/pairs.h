@@ -34,10 +34,10 @@ struct PairPackTask {
   int threads;
 };
 
-// Row by row, with v = drop(in) first:
+// Row by row, with v = drop(in) first and z = f(t):
 //
-//   forward    t = alpha_v * v + bias              z = f(t)       out = to + drop'(alpha * scale * (z second)
-//   + out_bias) backward   dt = alpha_v * v * f'(t)    z = f(t)       out = to + drop'(alpha * (dt second))
+//   forward    t = alpha_v * v + bias      out = to + drop'(alpha * scale * (z second) + out_bias)
+//   backward   dt = alpha_v * v * f'(t)    out = to + drop'(alpha * (dt second))
 //
 // in (M, C), first (C, R), second (R, D) packed, both or one of them absent in backward; out and `to` (M, D),
 // `to`, the vectors and what is made for later may be null. Columns of matrices are adjacent.
