@@ -56,7 +56,7 @@ void slopes(const SlopeTask& a) {
       const float gate = a.gate != nullptr ? a.gate[i] : 1.0f;
       vf sum = zero();
       pieces(a.R, [&](int64_t c, int n) {
-        const vf d = splat(a.alpha) * part(dv + c, n);
+        const vf d = part(dv + c, n);
         const vf x = part(t + c, n);
         const Point f = activate<F>(a.bias != nullptr ? x + part(a.bias + c, n) : x);
         if (a.dgate != nullptr) sum = fma(d, f.value, sum);
@@ -69,41 +69,14 @@ void slopes(const SlopeTask& a) {
   });
 }
 
-// run(constant): with the activation as a type.
-template <Activation F>
-struct Constant {
-  static constexpr Activation value = F;
-};
-template <class Run>
-void with(Activation activation, const Run& run) {
-  switch (activation) {
-    case Activation::identity:
-      return run(Constant<Activation::identity>{});
-    case Activation::relu:
-      return run(Constant<Activation::relu>{});
-    case Activation::leaky_relu:
-      return run(Constant<Activation::leaky_relu>{});
-    case Activation::gelu:
-      return run(Constant<Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return run(Constant<Activation::gelu_tanh>{});
-    case Activation::silu:
-      return run(Constant<Activation::silu>{});
-    case Activation::tanh:
-      return run(Constant<Activation::tanh>{});
-    case Activation::sigmoid:
-      return run(Constant<Activation::sigmoid>{});
-  }
-}
-
 }  // namespace
 
 void activate_run(const ActivateTask& a) {
-  with(a.activation, [&](auto f) { values<decltype(f)::value>(a); });
+  with_activation(a.activation, [&](auto f) { values<decltype(f)::value>(a); });
 }
 
 void slope_run(const SlopeTask& a) {
-  with(a.activation, [&](auto f) { slopes<decltype(f)::value>(a); });
+  with_activation(a.activation, [&](auto f) { slopes<decltype(f)::value>(a); });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

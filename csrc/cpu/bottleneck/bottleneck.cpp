@@ -8,7 +8,6 @@
 
 PEFTKERN_DISPATCH(activate_run, ActivateTask)
 PEFTKERN_DISPATCH(slope_run, SlopeTask)
-PEFTKERN_DISPATCH(add_run, AddTask)
 
 namespace peftkern::cpu {
 namespace {
@@ -97,7 +96,9 @@ void finish_up(const BottleneckBackward& g, const float* c, bool ones, float alp
 }
 
 void bottleneck_forward(const BottleneckForward& g) {
-  if (g.pairs) return bottleneck_forward_pairs(g);
+#ifdef PEFTKERN_HAVE_AVX512BF16
+  if (by_pairs(g)) return bottleneck_forward_pairs(g);
+#endif
   KeptScratch scratch;
   const float* c = as_floats(g.out_scale, g.N, scratch);
   const float* gate = as_floats(g.gate, g.M, scratch);
@@ -124,7 +125,9 @@ void bottleneck_forward(const BottleneckForward& g) {
 }
 
 void bottleneck_backward(const BottleneckBackward& g) {
-  if (g.pairs) return bottleneck_backward_pairs(g);
+#ifdef PEFTKERN_HAVE_AVX512BF16
+  if (by_pairs(g)) return bottleneck_backward_pairs(g);
+#endif
   KeptScratch scratch;
   const auto [slope, after, ones] = Steps(g);
   const int64_t ranks = g.R + ones;

@@ -25,8 +25,8 @@ struct Bottleneck {
   float scaling = 1.0f;
   Dropout drop_in, drop_out;
   float kept_in = 1.0f, kept_out = 1.0f;
-  // By products of bf16, where h and the matrices are and there is no gate; else by the register kernels of the
-  // low-rank branch, in fp32.
+  // By products of bf16, where h and the matrices are and there is no gate; else by the register kernels of
+  // the low-rank branch, in fp32.
   bool pairs = false;
   int threads = 1;
 };

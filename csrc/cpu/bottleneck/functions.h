@@ -116,4 +116,31 @@ PEFTKERN_INLINE Point activate(vf t) {
   }
 }
 
+// run(constant): with the activation as a type.
+template <Activation F>
+struct Constant {
+  static constexpr Activation value = F;
+};
+template <class Run>
+static void with_activation(Activation activation, const Run& run) {
+  switch (activation) {
+    case Activation::identity:
+      return run(Constant<Activation::identity>{});
+    case Activation::relu:
+      return run(Constant<Activation::relu>{});
+    case Activation::leaky_relu:
+      return run(Constant<Activation::leaky_relu>{});
+    case Activation::gelu:
+      return run(Constant<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return run(Constant<Activation::gelu_tanh>{});
+    case Activation::silu:
+      return run(Constant<Activation::silu>{});
+    case Activation::tanh:
+      return run(Constant<Activation::tanh>{});
+    case Activation::sigmoid:
+      return run(Constant<Activation::sigmoid>{});
+  }
+}
+
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

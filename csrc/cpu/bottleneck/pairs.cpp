@@ -1,137 +1,119 @@
-// A bottleneck in half precision by products of bf16 (base_gemm_bf16), for CPUs where those are faster than
-// what bottleneck.cpp makes of fp32. t, dv and all sums are fp32; z and dt are rounded to bf16 where they
-// meet a matrix, as every operand of such a product. Between calls nothing is kept but scratch; of M x N or
-// M x K nothing is made but results, and copies of what dropout has acted on.
-#include "cpu/base/product.h"
+// A bottleneck in half precision by products of bf16, for CPUs where those are faster than what
+// bottleneck.cpp makes of fp32. t, dv and all sums are fp32; z and dt are rounded to bf16 where they meet a
+// matrix, as every operand of such a product. Forward: one pass over h. Backward: one over dy, and for sums
+// over rows one over dy and one over h.
+#include "cpu/bottleneck/pairs.h"
+
 #include "cpu/bottleneck/passes.h"
+
+#ifdef PEFTKERN_HAVE_AVX512BF16
 
 namespace peftkern::cpu {
 namespace {
 
-// A block of a product of M x N, which stays in cache until it is added to the stream.
-constexpr int64_t kBlockRows = 256, kBlockCols = 1024;
+using namespace avx512_bf16;
 
-// out (rows, cols) = in, in bf16.
-ConstMatrix as_bf16(const ConstMatrix& in, int64_t rows, int64_t cols, const float* col_scale, int threads,
-                    KeptScratch& scratch) {
+uint32_t* take(int64_t elements, KeptScratch& scratch) {
+  return reinterpret_cast<uint32_t*>(scratch.take(elements));
+}
+
+// b (C, D) as the kernels read it.
+const uint32_t* as_tiles(const ConstMatrix& b, int64_t C, int64_t D, int threads, KeptScratch& scratch) {
+  uint32_t* out = take(pairs_right(C, D), scratch);
+  pair_pack({b, C, D, out, worth_threads(4 * C * D, threads)});
+  return out;
+}
+
+// m (rows, cols) in bf16 with adjacent columns, itself if it has no scale and is.
+ConstMatrix adjacent(const ConstMatrix& m, int64_t rows, int64_t cols, const float* col_scale, int threads,
+                     KeptScratch& scratch) {
+  if (m.data == nullptr || (m.col == 1 && col_scale == nullptr)) return m;
   const Matrix out{scratch.take((rows * cols + 1) / 2), DType::bf16, cols, 1};
-  scale_copy({in, out, rows, cols, 0, 1.0f, nullptr, col_scale, worth_threads(4 * rows * cols, threads)});
+  scale_copy({m, out, rows, cols, 0, 1.0f, nullptr, col_scale, worth_threads(4 * rows * cols, threads)});
   return as_const(out);
 }
 
-// m with adjacent columns, and what dropout leaves of it times `kept`.
-ConstMatrix dropped(ConstMatrix m, int64_t rows, int64_t cols, const Dropout& drop, float kept, int threads,
-                    KeptScratch& scratch) {
-  if (m.data == nullptr) return m;
-  if (m.col != 1) m = as_bf16(m, rows, cols, nullptr, threads, scratch);
-  if (drop.threshold == 0) return m;
-  const Matrix out{scratch.take((rows * cols + 1) / 2), DType::bf16, cols, 1};
-  add_run({out, {}, m, rows, cols, kept, nullptr, nullptr, drop, worth_threads(4 * rows * cols, threads)});
-  return as_const(out);
-}
-
-// out (M, D) in fp32 = a (M, C) b (C, D).
-void product(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b, float* out,
-             int threads, KeptScratch& scratch) {
-  if (M == 0 || D == 0) return;
-  if (C == 0) return fill_zeros(out, M * D);
-  const BaseProduct g{BaseKind::bf16, M, D, C, a, b, nullptr, {}, nullptr, worth_threads(M * D * C, threads)};
-  const BaseBlocks blocks = base_blocks(g.kind, M, D, C, g.threads);
-  float* room = scratch.take(blocks.scratch);
-  for (int64_t r = 0; r < M; r += blocks.rows)
-    for (int64_t c = 0; c < D; c += blocks.cols)
-      fill_panel(g, blocks, g.threads, r, std::min(M, r + blocks.rows), c, std::min(D, c + blocks.cols),
-                 out + r * D + c, D, room);
-}
-
-// out (M, D) = to + drop(alpha * scale * (v p) + bias), v (M, R), p (R, D); to, scale and bias may be absent.
-void add_product(const AddTask& whole, int64_t R, const ConstMatrix& v, const ConstMatrix& p,
-                 KeptScratch& kept) {
-  const auto at = [](const float* vector, int64_t c) { return vector != nullptr ? vector + c : nullptr; };
-  const int64_t M = whole.M, D = whole.C, ld = std::min(D, kBlockCols);
-  float* panel = kept.take(std::min(M, kBlockRows) * ld);
-  for (int64_t c = 0; c < D; c += kBlockCols) {
-    for (int64_t r = 0; r < M; r += kBlockRows) {
-      KeptScratch scratch;
-      const int64_t rows = std::min(kBlockRows, M - r), cols = std::min(kBlockCols, D - c);
-      product(rows, cols, R, from(v, r, 0), from(p, 0, c), panel, whole.threads, scratch);
-      AddTask task = whole;
-      task.out = from(whole.out, r, c), task.delta = {panel, DType::f32, cols, 1};
-      if (whole.to.data != nullptr) task.to = from(whole.to, r, c);
-      task.M = rows, task.C = cols, task.scale = at(whole.scale, c), task.bias = at(whole.bias, c);
-      task.dropout.row0 += r, task.dropout.col0 += c;
-      task.threads = worth_threads(4 * rows * cols, whole.threads);
-      add_run(task);
-    }
-  }
+// What rows go through, in either pass.
+PairRowsTask rows_task(const Bottleneck& g, bool backward, int64_t C, int64_t D, const Dropout& drop,
+                       KeptScratch& scratch) {
+  PairRowsTask task{};
+  task.backward = backward, task.activation = g.activation;
+  task.M = g.M, task.C = C, task.R = g.R, task.D = D, task.drop = drop;
+  task.threads = worth_threads(g.M * g.R * (C + D), g.threads);
+  task.scratch = scratch.take(task.threads * pair_rows_scratch(C, g.R, drop.threshold != 0));
+  return task;
 }
 
 }  // namespace
 
 void bottleneck_forward_pairs(const BottleneckForward& g) {
   KeptScratch scratch;
-  const float* c = as_floats(g.out_scale, g.N, scratch);
-  const ConstMatrix h = dropped(g.h, g.M, g.K, g.drop_in, g.kept_in, g.threads, scratch);
-  float* t = g.t != nullptr ? g.t : scratch.take(g.M * g.R);
-  product(g.M, g.R, g.K, h, transposed(g.down), t, g.threads, scratch);
-  float* z = scratch.take(g.M * g.R);
-  activate_run({g.activation, g.M, g.R, t, as_floats(g.down_bias, g.R, scratch), t, nullptr, z, false,
-                activation_threads(g)});
-  const float alpha = g.scaling * g.kept_out;
-  float* bias = g.up_bias.data != nullptr ? scratch.take(g.N) : nullptr;
-  if (bias != nullptr) scale_copy({g.up_bias, {bias, DType::f32, g.N, 1}, 1, g.N, 0, alpha, nullptr, c, 1});
-  const ConstMatrix to =
-      dropped(g.residual.data != nullptr ? g.residual : g.h, g.M, g.N, {}, 1.0f, g.threads, scratch);
-  add_product({g.y, to, {}, g.M, g.N, alpha, c, bias, g.drop_out, g.threads}, g.R,
-              as_bf16({z, DType::f32, g.R, 1}, g.M, g.R, nullptr, g.threads, scratch), transposed(g.up),
-              scratch);
+  PairRowsTask task = rows_task(g, false, g.K, g.N, g.drop_in, scratch);
+  task.in = adjacent(g.h, g.M, g.K, nullptr, g.threads, scratch), task.alpha_v = g.kept_in;
+  task.to =
+      g.residual.data != nullptr ? adjacent(g.residual, g.M, g.N, nullptr, g.threads, scratch) : task.in;
+  task.first = as_tiles(transposed(g.down), g.K, g.R, g.threads, scratch);
+  task.second = as_tiles(transposed(g.up), g.R, g.N, g.threads, scratch);
+  task.t = g.t != nullptr ? g.t : scratch.take(g.M * g.R);
+  task.bias = as_floats(g.down_bias, g.R, scratch);
+  task.scale = as_floats(g.out_scale, g.N, scratch);
+  task.out = g.y, task.out_drop = g.drop_out, task.alpha = g.scaling * g.kept_out;
+  if (g.up_bias.data != nullptr) {
+    float* bias = scratch.take(g.N);
+    scale_copy({g.up_bias, {bias, DType::f32, g.N, 1}, 1, g.N, 0, task.alpha, nullptr, task.scale, 1});
+    task.out_bias = bias;
+  }
+  pair_rows(task);
 }
 
 void bottleneck_backward_pairs(const BottleneckBackward& g) {
   KeptScratch scratch;
   const Steps steps(g);
   const float* c = as_floats(g.out_scale, g.N, scratch);
-  const ConstMatrix dy = dropped(g.dy, g.M, g.N, {}, 1.0f, g.threads, scratch);
-  const ConstMatrix e = dropped(dy, g.M, g.N, g.drop_out, g.kept_out, g.threads, scratch);
-  if (steps.after) {
-    const int64_t ranks = g.R + steps.ones;
-    float *z = scratch.take(g.M * ranks), *G = scratch.take(ranks * g.N);
-    activate_run(
-        {g.activation, g.M, g.R, g.t, nullptr, nullptr, nullptr, z, steps.ones, activation_threads(g)});
-    const ConstMatrix across =
-        as_bf16(transposed(ConstMatrix{z, DType::f32, ranks, 1}), ranks, g.M, nullptr, g.threads, scratch);
-    product(ranks, g.N, g.M, across, e, G, g.threads, scratch);
-    finish_up(g, c, steps.ones, g.scaling, G);
+  const int64_t ranks = g.R + steps.ones;
+  PairRowsTask task = rows_task(g, true, g.N, g.K, g.drop_out, scratch);
+  task.in = adjacent(g.dy, g.M, g.N, nullptr, g.threads, scratch);
+  // (Backward only reads it.)
+  task.t = const_cast<float*>(g.t), task.ones = steps.ones, task.alpha_v = g.scaling * g.kept_out;
+  if (steps.slope) {
+    // Its columns are those of the scale when it is read across.
+    const ConstMatrix up =
+        c == nullptr ? g.up : transposed(adjacent(transposed(g.up), g.R, g.N, c, g.threads, scratch));
+    task.first = as_tiles(up, g.N, g.R, g.threads, scratch);
   }
-  if (!steps.slope) return;
-  const ConstMatrix up =
-      c == nullptr ? g.up : transposed(as_bf16(transposed(g.up), g.R, g.N, c, g.threads, scratch));
-  float* dt = scratch.take(g.M * g.R);
-  product(g.M, g.R, g.N, e, up, dt, g.threads, scratch);
-  SlopeTask slope{g.activation, g.M, g.R, g.t, dt, false, nullptr, dt, nullptr, activation_threads(g)};
-  slope.alpha = g.scaling;
-  slope_run(slope);
-  const ConstMatrix rows{dt, DType::f32, g.R, 1};
-  if (g.ddown_bias != nullptr) dot_columns(rows, {}, g.M, g.R, g.ddown_bias, false, g.threads);
+  if (steps.after) task.across_z = take(pairs_left(ranks, g.M), scratch);
+  if (g.ddown.data != nullptr) task.across_dt = take(pairs_left(g.R, g.M), scratch);
+  if (g.ddown_bias != nullptr) task.dt = scratch.take(g.M * g.R);
+  if (g.dh.data != nullptr) {
+    task.second = as_tiles(g.down, g.R, g.K, g.threads, scratch);
+    task.out = g.dh, task.out_drop = g.drop_in, task.alpha = g.kept_in;
+    task.to = g.through ? task.in : ConstMatrix{};
+  }
+  pair_rows(task);
+  if (steps.after) {
+    float* G = scratch.take(ranks * g.N);
+    pair_sums({task.across_z, ranks, g.M, g.N, task.in, g.drop_out, G,
+               worth_threads(g.M * g.N * ranks, g.threads)});
+    finish_up(g, c, steps.ones, task.alpha_v, G);
+  }
+  if (g.ddown_bias != nullptr)
+    dot_columns({task.dt, DType::f32, g.R, 1}, {}, g.M, g.R, g.ddown_bias, false, g.threads);
   if (g.ddown.data != nullptr) {
-    const ConstMatrix h = dropped(g.h, g.M, g.K, g.drop_in, g.kept_in, g.threads, scratch);
     float* sums = scratch.take(g.R * g.K);
-    product(g.R, g.K, g.M, as_bf16(transposed(rows), g.R, g.M, nullptr, g.threads, scratch), h, sums,
-            g.threads, scratch);
+    pair_sums({task.across_dt, g.R, g.M, g.K, adjacent(g.h, g.M, g.K, nullptr, g.threads, scratch), g.drop_in,
+               sums, worth_threads(g.M * g.K * g.R, g.threads)});
     scale_copy({{sums, DType::f32, g.K, 1},
                 g.ddown,
                 g.R,
                 g.K,
                 0,
-                1.0f,
+                g.kept_in,
                 nullptr,
                 nullptr,
                 worth_threads(4 * g.R * g.K, g.threads)});
   }
-  if (g.dh.data == nullptr) return;
-  add_product(
-      {g.dh, g.through ? dy : ConstMatrix{}, {}, g.M, g.K, g.kept_in, nullptr, nullptr, g.drop_in, g.threads},
-      g.R, as_bf16(rows, g.M, g.R, nullptr, g.threads, scratch), g.down, scratch);
 }
 
 }  // namespace peftkern::cpu
+
+#endif

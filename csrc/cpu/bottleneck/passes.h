@@ -7,7 +7,10 @@
 
 namespace peftkern::cpu {
 
-// By products of bf16, where h and the matrices are and there is no gate: pairs.cpp.
+// By products of bf16: pairs.cpp. Where a size is 0 there is none.
+inline bool by_pairs(const Bottleneck& g) {
+  return g.pairs && std::min({g.M, g.N, g.K, g.R}) > 0;
+}
 void bottleneck_forward_pairs(const BottleneckForward& args);
 void bottleneck_backward_pairs(const BottleneckBackward& args);
 

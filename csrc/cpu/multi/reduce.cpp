@@ -127,10 +127,13 @@ void reduce_tile(const MultiReduceTask& a, const MultiUnit& u, int64_t i0, int64
       add_dots(a, u, i + m, take, s.col_scale != nullptr ? scaled : x, p, n, c + cols == u.c1, room.dots);
     }
     if (u.outer) {
-      for (int64_t m = 0; m < rows; ++m) {
+      // Neighbours, as the rows of a sequence are, are read where they lie.
+      const bool adjacent = s.rows[i + rows - 1] - s.rows[i] == rows - 1;
+      for (int64_t m = 0; !adjacent && m < rows; ++m) {
         std::memcpy(room.v + m * R, a.v + s.rows[i + m] * a.ld, sizeof(float) * R);
       }
-      outer(tile.data, kTileLd, rows, room.v, R, R, n, room.sums, kTileLd);
+      outer(tile.data, kTileLd, rows, adjacent ? a.v + s.rows[i] * a.ld : room.v, adjacent ? a.ld : R, R, n,
+            room.sums, kTileLd);
     }
     if (colsum != nullptr) add_columns(tile.data, rows, n, colsum);
   }

@@ -6,9 +6,9 @@
 namespace peftkern::cpu {
 
 // Columns of a tile, and what a thread's scratch holds per rank.
-constexpr int64_t kMultiTileCols = 256, kReduceFloatsPerRank = 848, kExpandFloatsPerRank = 464;
+constexpr int64_t kMultiTileCols = 256, kReduceFloatsPerRank = 848, kExpandFloatsPerRank = 528;
 // Rows of a unit of expand, at most.
-constexpr int64_t kExpandRows = 192;
+constexpr int64_t kExpandRows = 256;
 // Rows of a unit of few rows, at most, and how many floats one takes as fp32. (static: files compiled per
 // level share no inline code.)
 constexpr int64_t kFewRows = 6;

@@ -14,6 +14,7 @@ from ...many.adapter import Adapter
 from ...many.bank import AdapterBank
 from ..multi_lora_linear import BRANCH, multi_lora_linear
 from ..shapes import uncast
+from .reft import VARIANTS
 
 _IDENTITY = Base("identity", ())
 
@@ -33,6 +34,34 @@ class Bottleneck:
     scaling: float | Tensor = 1.0
     out_scale: Tensor | None = None
 
+    @classmethod
+    def of_reft(
+        cls, rotate: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, variant: str = "loreft",
+        activation: str = "identity",
+    ) -> Bottleneck:  # fmt: skip
+        """What ``reft`` does to a row that it edits, as a bottleneck: sequences of a batch then take ReFT adapters of their own.
+
+            h + f(h W^T + b) R - h R^T R = h + f(h (W - R)^T + b) R       where f is the identity, or nothing is subtracted
+
+        Arguments as in ``reft``, whose dropout of whole rows is left out. Rows that no position names take the id -1: with the
+        adapters ``chosen`` (B) and positions (B, P), all of them some, the ids are
+        ``torch.full((B, T), -1).scatter(1, positions, chosen[:, None].expand_as(positions)).flatten()``.
+
+        Raises ValueError for an unknown variant, a source where it has none or the lack of what it has, and an activation
+        where something is subtracted from what it gives.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+        known = VARIANTS[variant]
+        if (weight is None) == known.source or (bias is None and not known.source):
+            raise ValueError(
+                f"{variant} is made of {'a weight' if known.source else 'a bias alone'} beside its rotation"
+            )
+        if activation != "identity" and (known.subtracts or not known.source):
+            raise ValueError(f"activation is {activation!r}, but {variant} is a bottleneck with the identity alone")
+        down = torch.zeros_like(rotate) if weight is None else weight
+        return cls(down - rotate if known.subtracts else down, rotate.t(), bias, activation=activation)
+
     def adapter(self) -> Adapter:
         """The same as coefficients of multi_lora_linear's equation, where a bias is added after the scales."""
         check_tensor("up", self.up)
@@ -47,8 +76,9 @@ class Bottleneck:
             factor = 1.0
         check_number("scaling", factor)
         if bias is not None:
-            wide = bias.to(accumulate_dtype(bias.dtype)) * float(factor)
-            bias = wide if scale is None else wide * scale
+            bias = bias.to(accumulate_dtype(bias.dtype))
+            bias = bias if factor == 1.0 else bias * float(factor)
+            bias = bias if scale is None else bias * scale
         return Adapter(
             self.down, self.up, float(factor), bias=bias, rank_bias=self.down_bias, activation=self.activation,
             delta_out_scale=scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern import AdapterBank, Bottleneck, bottleneck_adapter, multi_bottleneck_adapter, multi_lora_linear
+from peftkern import AdapterBank, Bottleneck, bottleneck_adapter, multi_bottleneck_adapter, multi_lora_linear, reft
 from peftkern.activations import ACTIVATIONS
 from peftkern.bases.base import Base
 
@@ -172,3 +172,43 @@ def test_what_does_not_fit():
         multi_bottleneck_adapter(h, adapters, ids, residual=torch.zeros(12, 9))
     with pytest.raises((ValueError, IndexError), match="no adapter"):
         multi_bottleneck_adapter(h, adapters[:2], ids * 0 + 2)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_reft_of_each_sequence(dtype):
+    """Every variant in one batch, each on positions of its own, as ``reft`` alone: outputs and all gradients."""
+    T, H, R = 6, 10, 3
+    kinds = [("loreft", "identity"), ("noreft", "identity"), ("direft", "silu"), ("nodireft", "relu"),
+             ("consreft", "identity"), ("lobireft", "identity")]  # fmt: skip
+    h = torch.randn(len(kinds), T, H, dtype=dtype, requires_grad=True)
+    parts, adapters = [], []
+    for variant, activation in kinds:
+        rotate, weight, bias = (torch.randn(*size, dtype=dtype, requires_grad=True) for size in ((R, H), (R, H), (R,)))
+        source = weight if variant not in ("consreft", "lobireft") else None
+        parts.append((rotate, source, bias))
+        adapters.append(Bottleneck.of_reft(rotate, source, bias, variant=variant, activation=activation))
+    positions = torch.stack([torch.randperm(T)[:2] for _ in kinds])
+    chosen = torch.arange(len(kinds))
+    ids = torch.full((len(kinds), T), -1).scatter(1, positions, chosen[:, None].expand_as(positions))
+    ours = multi_bottleneck_adapter(h, adapters, ids.flatten())
+    alone = torch.cat([
+        reft(h[i : i + 1], *parts[i], positions=positions[i : i + 1], variant=variant, activation=activation)
+        for i, (variant, activation) in enumerate(kinds)
+    ])  # fmt: skip
+    leaves, dy = [h, *(t for each in parts for t in each if t is not None)], torch.randn_like(h)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(ours, alone, **close)
+    for grad, expected in zip(
+        torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(alone, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(grad, expected, **close)
+
+
+def test_reft_that_is_no_bottleneck():
+    R, W, b = torch.randn(2, 5), torch.randn(2, 5), torch.randn(2)
+    for arguments, options, message in (
+        ((R, W), {"variant": "loft"}, "variant"), ((R,), {}, "a weight"), ((R, W, b), {"variant": "consreft"}, "a bias"),
+        ((R,), {"variant": "lobireft"}, "a bias"), ((R, W), {"activation": "relu"}, "activation"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Bottleneck.of_reft(*arguments, **options)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from peftkern.activations import ACTIVATIONS, CODES
-from peftkern.backends.cpu import call, native
+from peftkern.backends.cpu import call
+from peftkern.backends.cpu.native import _C
+from peftkern.dispatch.cpu_base import Cpu, bottleneck_kind
+from peftkern.problem import Problem
 from peftkern.settings import Settings, using
 from peftkern.testing.accuracy import check
 from peftkern.testing.bottleneck_problems import BottleneckProblem, random_bottleneck_problem
@@ -16,6 +20,9 @@ from peftkern.testing.problems import laid_out
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 
+needs_pairs = pytest.mark.skipif(
+    _C is None or not _C.base_gemm_bf16_usable(), reason="this CPU or build has no products of bf16"
+)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ALL = (1 << 7) - 1
 OPTIONS = ("down_bias", "up_bias", "gate", "out_scale")
@@ -27,18 +34,29 @@ def cpu_backend(monkeypatch):
     monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
 
 
+@pytest.fixture(params=["panels", "bf16"])
+def kind(request, level):
+    """Of the products, at every level that has it."""
+    if request.param == "bf16" and not _C.base_gemm_bf16_usable():
+        pytest.skip("this level has no products of bf16")
+    return request.param
+
+
 def assert_accurate(problem):
     bad = [row for row in check(problem) if not row.ok]
     assert not bad, f"{problem}\n" + "\n".join(f"{row.ratio:.2f} {row}" for row in bad)
 
 
-def arguments(M, N, R, dtype=F32, activation="gelu", p=0.0, on_input=False):
-    """(what forward takes, what backward takes besides t) after the threads, all options present and h the residual."""
+def arguments(M, N, R, dtype=F32, activation="gelu", p=0.0, on_input=False, kind="panels"):
+    """(what forward takes, what backward takes besides t) after the threads, h the residual, all options present but a gate
+    where the products are bf16's."""
     h, dy = torch.randn(M, N).to(dtype), torch.randn(M, N).to(dtype)
     down, up, down_bias = torch.randn(R, N) / math.sqrt(N), torch.randn(N, R), torch.randn(R)
-    seed = torch.tensor([11])
-    options = (torch.randn(N), torch.randn(M), torch.randn(N), CODES[activation], 1.5, p, on_input, seed)
-    return (h, None, down, up, down_bias, *options), (dy, h, down, up, *options, True, ALL)
+    gate, needs = torch.randn(M), ALL
+    if kind == "bf16":
+        down, up, gate, needs = down.bfloat16(), up.bfloat16(), None, ALL - 32
+    options = (torch.randn(N), gate, torch.randn(N), CODES[activation], 1.5, p, on_input, torch.tensor([11]))
+    return (h, None, down, up, down_bias, *options), (dy, h, down, up, *options, True, needs)
 
 
 # Under which a call is known: one for each kind of products.
@@ -98,56 +116,93 @@ def test_activations_at_all_magnitudes(level):
         assert torch.equal(y[1], activation.value(special[1:])), name
 
 
+@needs_pairs
+def test_accuracy_of_products_of_bf16():
+    """The same problems with matrices in bf16 and without a gate, and ends of its blocks of rows, terms and columns."""
+    for seed in range(40):
+        problem = random_bottleneck_problem(700 + seed, BF16, max_M=600, max_KN=900, max_R=300)
+        options = tuple(name for name in problem.options if name != "gate")
+        with using(cpu_kind="bf16"):
+            assert_accurate(replace(problem, adapter_dtype=BF16, options=options))
+    options = ("down_bias", "up_bias", "out_scale", "residual")
+    for M, K, N, R in ((1, 1, 1, 1), (129, 31, 65, 15), (128, 256, 512, 256), (385, 600, 540, 257)):
+        for side in ("input", "output"):
+            with using(cpu_kind="bf16"):
+                assert_accurate(
+                    BottleneckProblem(5, M, K, N, R, BF16, BF16, "silu", 1.5, 0.25, side, options, vector_dtype=BF16)
+                )
+
+
+@needs_pairs
+def test_products_of_bf16_are_chosen_where_they_are_fast():
+    on = Cpu("avx512", frozenset({"x86", "avx512_bf16", "bf16_kernel"}))
+    large = Problem("bottleneck_adapter_fwd", "cpu", "AVX512", BF16, BF16, 2048, 1024, 1024, 64, frozenset({"gelu"}))
+    assert bottleneck_kind(large, on, Settings())[0] == "bf16"
+    for other in (
+        replace(large, R=1), replace(large, flags=frozenset({"gate"})), replace(large, adapter_dtype=F32),
+        replace(large, dtype=F16, adapter_dtype=F16),
+    ):  # fmt: skip
+        assert bottleneck_kind(other, on, Settings())[0] == "panels"
+    assert bottleneck_kind(large, on._replace(features=frozenset({"x86"})), Settings())[0] == "panels"
+    assert bottleneck_kind(replace(large, M=1), on, Settings(batch_invariant=True))[0] == "bf16"
+    with pytest.raises(ValueError, match="cannot be computed by"):
+        forward(1, *arguments(40, 64, 8, BF16)[0], kind="bf16")  # matrices in fp32
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("p, on_input", [(0.0, False), (0.3, False), (0.3, True)])
-def test_layouts_and_threads_do_not_change_bits(level, dtype, p, on_input):
-    first, second = arguments(290, 272, 37, dtype, p=p, on_input=on_input)
-    y, t = forward(1, *first)
-    grads = backward(1, t, second)
+def test_layouts_and_threads_do_not_change_bits(level, dtype, p, on_input, kind):
+    if kind == "bf16" and dtype != BF16:
+        pytest.skip("takes bf16 alone")
+    first, second = arguments(290, 272, 37, dtype, p=p, on_input=on_input, kind=kind)
+    y, t = forward(1, *first, kind=kind)
+    grads = backward(1, t, second, kind)
     for layout in ("transposed", "row_stride"):
         for threads in (1, 2, 5):
             given = [laid_out(v, layout) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in first]
-            assert all(map(torch.equal, forward(threads, *given), (y, t)))
+            assert all(map(torch.equal, forward(threads, *given, kind=kind), (y, t)))
             given = [laid_out(v, layout) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in second]
-            assert all(map(torch.equal, backward(threads, t, given), grads))
+            assert all(
+                a is b or torch.equal(a, b) for a, b in zip(backward(threads, t, given, kind), grads, strict=True)
+            )
 
 
-def test_bits_of_a_row_are_its_own(level):
-    first, second = arguments(290, 70, 65)
-    y, t = forward(2, *first)
-    dh, dgate = (backward(2, t, second)[i] for i in (0, 5))
-    for a, b in ((0, 1), (5, 12), (23, 50)):
+def test_bits_of_a_row_are_its_own(level, kind):
+    first, second = arguments(290, 70, 65, BF16, kind=kind)
+    y, t = forward(2, *first, kind=kind)
+    dh, dgate = (backward(2, t, second, kind)[i] for i in (0, 5))
+    for a, b in ((0, 1), (5, 12), (23, 50), (120, 270)):
         rows = [v[a:b] if isinstance(v, torch.Tensor) and v.shape[0] == 290 else v for v in first]
-        assert all(map(torch.equal, forward(1, *rows), (y[a:b], t[a:b])))
+        assert all(map(torch.equal, forward(1, *rows, kind=kind), (y[a:b], t[a:b])))
         rows = [v[a:b] if isinstance(v, torch.Tensor) and v.shape[0] == 290 else v for v in second]
-        done = backward(1, t[a:b], rows)
+        done = backward(1, t[a:b], rows, kind)
         assert torch.equal(done[0], dh[a:b])
-        assert torch.equal(done[5], dgate[a:b])
+        assert dgate is None or torch.equal(done[5], dgate[a:b])
 
 
-def test_operands_end_where_they_end(level, guarded_results):
+def test_operands_end_where_they_end(level, guarded_results, kind):
     """What lies behind a row, NaN here, is not read; nothing but the results is written."""
     for M, N, R in ((1, 1, 1), (53, 35, 5), (26, 66, 33)):
-        first, second = arguments(M, N, R)
+        first, second = arguments(M, N, R, F32 if kind == "panels" else BF16, kind=kind)
         first, second = (
             [laid_out(v, "row_stride") if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in given]
             for given in (first, second)
         )
-        y, t = forward(2, *first)
+        y, t = forward(2, *first, kind=kind)
         assert y.isfinite().all()
-        assert all(grad.isfinite().all() for grad in backward(2, t, second))
-    assert guarded_results.check() == 27
+        assert all(grad.isfinite().all() for grad in backward(2, t, second, kind) if grad is not None)
+    assert guarded_results.check() == (27 if kind == "panels" else 24)
 
 
-def test_only_what_is_needed_is_made(level):
-    first, second = arguments(9, 20, 4)
-    t = forward(1, *first)[1]
-    every = backward(1, t, second)
-    for i in range(7):
-        done = backward(1, t, (*second[:-1], 1 << i))
+def test_only_what_is_needed_is_made(level, kind):
+    first, second = arguments(9, 20, 4, F32 if kind == "panels" else BF16, kind=kind)
+    t = forward(1, *first, kind=kind)[1]
+    every = backward(1, t, second, kind)
+    for i in [i for i in range(7) if second[-1] >> i & 1]:
+        done = backward(1, t, (*second[:-1], 1 << i), kind)
         assert [grad is None for grad in done] == [k != i for k in range(7)]
         torch.testing.assert_close(done[i], every[i])
-    assert backward(1, t, (*second[:-1], 0)) == (None,) * 7
+    assert backward(1, t, (*second[:-1], 0), kind) == (None,) * 7
 
 
 def test_calls_that_are_not_ordinary():

@@ -1,0 +1,66 @@
+// Tiles of products of bf16 on AVX512-BF16: packed elements are pairs of terms that are adjacent along the
+// inner dimension, which one instruction multiplies and adds to an fp32 sum.
+#pragma once
+
+#include "cpu/base/blocks.h"
+#include "cpu/operand/pack_tile.h"
+
+#if defined(__AVX512BF16__)
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+constexpr int kPairRow = kBaseBlock / 2 + 16;
+
+PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+template <int ROWS>
+static void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
+  for (int i = 0; i < ROWS; ++i) {
+    __builtin_prefetch(out + i * ld, 1);
+    __builtin_prefetch(out + i * ld + W, 1);
+  }
+  __m512 acc[ROWS][2];
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  for (const uint32_t* end = a + depth; a < end; ++a, b += kTileCols) {
+    const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + W);
+#pragma GCC unroll 14
+    for (int i = 0; i < ROWS; ++i) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i * kPairRow]));
+      acc[i][0] = dot_pairs(acc[i][0], x, b0);
+      acc[i][1] = dot_pairs(acc[i][1], x, b1);
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) {
+    float* o = out + i * ld;
+    store(o, first ? acc[i][0] : load(o) + acc[i][0]);
+    store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
+  }
+}
+
+struct Pairs {
+  using Element = uint32_t;
+  static constexpr int64_t kRowsInL2 = 1024;
+  static constexpr int kTerms = 2, kRow = kPairRow, kTileRows = 14;
+  static constexpr TileFunction<uint32_t> tiles[] = {tile<1>,  tile<2>,  tile<3>,  tile<4>, tile<5>,
+                                                     tile<6>,  tile<7>,  tile<8>,  tile<9>, tile<10>,
+                                                     tile<11>, tile<12>, tile<13>, tile<14>};
+
+  static void pack_row(const bf16* from, int64_t step, int n, const float*, uint32_t* to) {
+    if (step != 1) {
+      for (int k = 0; k < n; k += 2) to[k / 2] = pair(from + k * step, step, k + 1 < n);
+      return;
+    }
+    for (int k = 0; k < n; k += 32) {
+      __builtin_prefetch(from + k + kBaseBlock);
+      _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
+    }
+  }
+};
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
+
+#endif
