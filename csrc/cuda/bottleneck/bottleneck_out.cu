@@ -2,7 +2,8 @@
 //
 // A block takes 64 rows and 256 columns, each of its 4 warps 64 of them. v's ranks come 64 at a time, in
 // fp32, from L2 for all but the first block of a row tile; f and the split into terms happen on the way to
-// shared memory.
+// shared memory. Row tiles go from the last to the first: of h, read just before, L2 still holds the last
+// rows.
 #include "cuda/bottleneck/activation.h"
 #include "cuda/bottleneck/expand.h"
 #include "cuda/instructions/launch.h"
@@ -44,7 +45,7 @@ template <class T, class Adapter>
 __global__ void __launch_bounds__(kThreads, 2)
     bottleneck_out_kernel(const BottleneckOutArgs args, int64_t strips) {
   auto* v = reinterpret_cast<uint32_t*>(shared_memory());
-  const int64_t row0 = blockIdx.x / strips * kOutRows;
+  const int64_t row0 = (gridDim.x / strips - 1 - blockIdx.x / strips) * kOutRows;
   const int64_t first = blockIdx.x % strips * kColumns + threadIdx.x / 32 * kOutColumns;
   OutTile<T, Adapter> tile(args, first);
 #pragma unroll 1
