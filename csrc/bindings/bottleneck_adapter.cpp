@@ -21,12 +21,12 @@ bool read_options(PyObject* const* a, cpu::Bottleneck& g, DType activation) {
   float kept;
   if (!read_vector(a[0], g.up_bias, g.N) || !read_vector(a[1], g.gate, g.M) ||
       !read_vector(a[2], g.out_scale, g.N) || !read_int(a[3], code) || code < 0 ||
-      code >= cpu::kActivations || !read_numbers(a[4], a[5], g.scaling, drop.threshold, kept) ||
+      code >= kActivations || !read_numbers(a[4], a[5], g.scaling, drop.threshold, kept) ||
       (drop.threshold != 0 && !read_seed(a[7], drop.seed)))
     return false;
   for (const ConstMatrix* v : {&g.up_bias, &g.gate, &g.out_scale})
     if (!fits(v->dtype, activation)) return false;
-  g.activation = static_cast<cpu::Activation>(code);
+  g.activation = static_cast<Activation>(code);
   const bool on_input = a[6] == Py_True;
   (on_input ? g.drop_in : g.drop_out) = drop;
   (on_input ? g.kept_in : g.kept_out) = kept;
@@ -40,7 +40,7 @@ PlanKey key_of(PyObject* settings, int64_t pass, const cpu::Bottleneck& g, DType
   for (const ConstMatrix* v : {&g.up_bias, &g.gate, &g.out_scale})
     present = 2 * present + (v->data != nullptr);
   present = 2 * present + (g.drop_in.threshold != 0), present = 2 * present + (g.drop_out.threshold != 0);
-  present = cpu::kActivations * present + static_cast<int64_t>(g.activation);
+  present = kActivations * present + static_cast<int64_t>(g.activation);
   key.facts = {
       pass, g.threads, static_cast<int64_t>(dtype), static_cast<int64_t>(g.down.dtype), present, 0, g.M, g.N,
       g.K,  g.R};

@@ -10,6 +10,7 @@ from peftkern.backends import marshal
 from peftkern.backends.cuda import OPS
 from peftkern.backends.cuda import multi_lora_linear as cuda_multi
 from peftkern.backends.cuda import native as cuda_native
+from peftkern.ops.bottleneck_adapter import Bottleneck, BottleneckGrad
 from peftkern.ops.dropout_mask import Mask, dropout_mask_ref
 from peftkern.ops.lora_linear import lora_linear_bwd_ref, lora_linear_fwd_ref
 from peftkern.ops.lora_row_norm import RowNorm, lora_row_norm_ref
@@ -260,6 +261,7 @@ def passes():
     whole = batch(torch.bfloat16, ["1", None, "0", "1", "0"], vectors=both)
     weight, bias = torch.ones(40, 24).to(x.dtype), torch.ones(40).to(x.dtype)
     needs = ("x", "A", "B", "bias", "d")
+    drop = t["g_d"], "silu", 2.0, t["p"], False, t["seed"]
     return {
         "lora_linear_fwd": forward(t["x"], t["weight"], t["A"], t["B"], bias=t["bias"], **numbers),
         "lora_linear_bwd": backward(t["dy"], t["x"], u, None, t["weight"], t["A"], t["B"], needs=needs, **numbers),
@@ -268,6 +270,10 @@ def passes():
         ),
         "sgmv_add": Add(torch.ones(5, 40).to(x.dtype), x, *rest, *own),
         "lora_row_norm": RowNorm([t["weight"]], "dense", t["A"], t["B"], -1.5),
+        "bottleneck_adapter_fwd": Bottleneck(t["x"], t["dy"], t["A"], t["B"], t["d"], t["bias"], None, *drop),
+        "bottleneck_adapter_bwd": BottleneckGrad(
+            t["dy"], t["x"], u, t["A"], t["B"], t["bias"], None, *drop, False, [True] * 5 + [False, True]
+        ),
     }
 
 
@@ -278,6 +284,8 @@ NATIVE = {
     "multi_lora_linear_fwd": ["cuda_scale_rows", "cuda_sgmv_add"],
     "sgmv_add": ["cuda_sgmv_add"],
     "lora_row_norm": ["cuda_lora_row_norm"],
+    "bottleneck_adapter_fwd": ["cuda_bottleneck_forward"],
+    "bottleneck_adapter_bwd": ["cuda_bottleneck_backward"],
 }
 
 
@@ -376,6 +384,15 @@ MISFITS = {
     ),
     "multi_lora_linear_fwd": dict(
         bias=lambda t: t[1:], table=lambda t: t[:, 1:], starts=lambda t: t[1:], vectors=lambda v: [t.half() for t in v],
+    ),
+    "bottleneck_adapter_fwd": dict(
+        h=lambda t: t[:, 1:], residual=lambda t: t[1:], down=lambda t: t.half(), up=lambda t: t[:, 1:],
+        down_bias=lambda t: t[1:], up_bias=lambda t: t.half(), gate=lambda t: torch.ones(2), out_scale=lambda t: t[1:],
+        seed=lambda t: t.int(), dropout_p=lambda p: 1.0,
+    ),
+    "bottleneck_adapter_bwd": dict(
+        dy=lambda t: t[:, 1:], h=lambda t: t[1:], t=lambda t: t[:, 1:], down=lambda t: t[1:], up=lambda t: t.half(),
+        gate=lambda t: torch.ones(2), through=lambda t: True,
     ),
     "lora_row_norm": dict(lora_A=lambda t: t[:, 1:], lora_B=lambda t: t[1:], scaling=lambda s: "two"),
 }  # fmt: skip

@@ -25,7 +25,7 @@ def found(folder: str, *suffixes: str) -> list[str]:
 def test_the_extension_has_every_source():
     listed = re.findall(r"csrc/\S+\.(?:cpp|cu)", (ROOT / "CMakeLists.txt").read_text())
     assert sorted(listed) == found("csrc", ".cpp", ".cu")
-    assert len(listed) == 51
+    assert len(listed) == 55
 
 
 def test_the_simulator_has_every_source(compiled):
@@ -33,9 +33,9 @@ def test_the_simulator_has_every_source(compiled):
     bindings = [*found("csrc/bindings/cuda", ".cpp"), "csrc/bindings/tensors.cpp"]
     own = found("tests/sim", ".cpp", ".cu")
     assert set(names(compiled)) == {*kernels, *own, *bindings}
-    assert (len(kernels), len(own), len(bindings), len(compiled)) == (11, 29, 6, 46)
+    assert (len(kernels), len(own), len(bindings), len(compiled)) == (14, 29, 7, 50)
 
 
 def test_nvcc_gets_every_source():
-    assert len(nvcc.sources()) == 10
+    assert len(nvcc.sources()) == 12
     assert [len(native.sources(arch)) for arch in (80, 90)] == [5, 10]

@@ -34,6 +34,6 @@ void peftkern::bind_cuda(py::module_& m) {
       },
       "max_rank"_a, "dtype"_a, "arch"_a);
   if (!bind_cuda_lora_linear(m.ptr()) || !bind_cuda_multi_lora_linear(m.ptr()) ||
-      !bind_cuda_lora_row_norm(m.ptr()))
+      !bind_cuda_lora_row_norm(m.ptr()) || !bind_cuda_bottleneck_adapter(m.ptr()))
     throw py::error_already_set();
 }

@@ -70,5 +70,6 @@ inline bool read_adjacent(PyObject* object, ConstMatrix& out, int64_t& rows, int
 bool bind_cuda_lora_linear(PyObject* module);
 bool bind_cuda_multi_lora_linear(PyObject* module);
 bool bind_cuda_lora_row_norm(PyObject* module);
+bool bind_cuda_bottleneck_adapter(PyObject* module);
 
 }  // namespace peftkern

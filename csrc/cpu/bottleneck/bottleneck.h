@@ -10,9 +10,6 @@
 
 namespace peftkern::cpu {
 
-// f, in the order of peftkern/activations.py.
-enum class Activation : int { identity, relu, leaky_relu, gelu, gelu_tanh, silu, tanh, sigmoid };
-constexpr int kActivations = 8;
 // Multiply-adds that an element of one counts for.
 constexpr int64_t kActivationWork = 32;
 

@@ -1,4 +1,5 @@
-// out = (drop(in) * scale) p^T, a tall matrix against a few rows: one pass over `in` at the memory's speed.
+// out = (drop(in) * scale) p^T + bias, a tall matrix against a few rows: one pass over `in` at the memory's
+// speed.
 //
 // A block takes 64 rows and 16, 32 or 64 ranks; of its 8 warps four share the rows and two the columns. A
 // lane copies 16 bytes of a row, 8 adjacent columns, into a ring of its own, and they are its part of two mma
@@ -14,6 +15,7 @@
 
 #include "cuda/common/philox.h"
 #include "cuda/common/split.h"
+#include "cuda/common/vector.h"
 #include "cuda/instructions/copy_async.h"
 #include "cuda/instructions/launch.h"
 #include "cuda/instructions/memory.h"
@@ -299,7 +301,8 @@ __global__ void __launch_bounds__(kThreads, Tiles == 8 ? 1 : 2)
       const int r = 8 * n + 2 * t + i % 2;
       if (!exists[i / 2] || r >= ranks) continue;
       const float scale = args.d != nullptr ? args.d[rank + r] : 1.0f;
-      args.out[(row + i / 2 * 8) * args.R + rank + r] = total[n][i] * factor * scale;
+      const float bias = args.bias.data != nullptr ? element_of(args.bias, rank + r) : 0.0f;
+      args.out[(row + i / 2 * 8) * args.R + rank + r] = total[n][i] * factor * scale + bias;
     }
   }
 }
@@ -311,7 +314,8 @@ __global__ void __launch_bounds__(kThreads) add_chunks_kernel(const LoraShrinkAr
 #pragma unroll 4
   for (int chunk = 0; chunk < chunks; ++chunk) sum += args.partial[chunk * size + i];
   const float scale = args.d != nullptr ? args.d[i % args.R] : 1.0f;
-  args.out[i] = sum * (args.alpha * args.dropout.keep_scale) * scale;
+  const float bias = args.bias.data != nullptr ? element_of(args.bias, i % args.R) : 0.0f;
+  args.out[i] = sum * (args.alpha * args.dropout.keep_scale) * scale + bias;
 }
 
 // The blocks of a launch: chunks of a block, and whether chunks go through memory.

@@ -6,9 +6,9 @@
 // A block has received all that anyone sends to it when `collect` returns, so it may exit.
 #pragma once
 
+#include "cuda/common/pieces.h"
 #include "cuda/instructions/cluster.h"
 #include "cuda/instructions/mbarrier.h"
-#include "cuda/sgmv/pieces.h"
 
 namespace peftkern::cuda {
 

@@ -5,9 +5,9 @@
 // In a launch without vectors, which adds no bias either, that is one addition.
 #pragma once
 
+#include "cuda/common/pieces.h"
 #include "cuda/common/split.h"
 #include "cuda/instructions/memory.h"
-#include "cuda/sgmv/pieces.h"
 #include "cuda/sgmv/sgmv.h"
 
 namespace peftkern::cuda {
@@ -43,18 +43,6 @@ struct Run {
     }
   }
 };
-
-// 8 adjacent values of a vector from p + n on, as many as are left; `other` if there is no vector, p null.
-template <class E>
-PEFTKERN_DEVICE void load_vector(float (&to)[8], const E* p, int n, int left, float other) {
-  Eight<E> v{};
-  if (p != nullptr) {
-    const bool at_once = left >= 8 && reinterpret_cast<uintptr_t>(p + n) % 16 == 0;
-    v = at_once ? load_eight<true>(p + n, left) : load_eight<false>(p + n, left);
-  }
-#pragma unroll
-  for (int e = 0; e < 8; ++e) to[e] = p != nullptr ? value_of(v, e) : other;
-}
 
 template <class T, bool Vectors>
 struct Output {

@@ -22,7 +22,7 @@ struct DeviceDropout {
 const char* dropout_mask(const int64_t* seed, int64_t M, int64_t K, uint32_t threshold, uint8_t* out,
                          void* stream);
 
-// out[i, r] = d[r] * alpha * sum_c drop(in)[i, c] * scale[c] * p[r, c], fp32 (M, R) without gaps:
+// out[i, r] = d[r] * alpha * sum_c drop(in)[i, c] * scale[c] * p[r, c] + bias[r], fp32 (M, R) without gaps:
 // u from x and A, or du from dy and B^T. The order of the sum depends on C, R and dtypes, never on M.
 struct LoraShrinkArgs {
   ConstMatrix in, p;
@@ -34,6 +34,7 @@ struct LoraShrinkArgs {
   float* out;
   float* partial;  // lora_shrink_partials floats; null if that is 0
   void* stream;
+  ConstMatrix bias = {};  // (R) without gaps, fp32 or of in's type; data null: none
 };
 int64_t lora_shrink_partials(int64_t M, int64_t C, int64_t R, DType dtype);
 const char* lora_shrink(const LoraShrinkArgs& args);
@@ -109,6 +110,40 @@ struct LoraRowNormArgs {
 };
 int64_t lora_row_norm_partials(int64_t N, int64_t K, int64_t R);
 const char* lora_row_norm(const LoraRowNormArgs& args);
+
+// A bottleneck onto the residual, rounded once:
+//   out[m, n] = residual[m, n]
+//             + drop(gate[m] * scaling * column_scale[n] * (sum_r f(v[m, r]) * b[n, r] + bias[n]))
+// Forward: v = t, b = up. Input gradient: v = dt, b = down^T, f the identity. A row's bits depend on neither
+// M nor the other rows.
+struct BottleneckOutArgs {
+  ConstMatrix residual;  // (M, N), data null: none
+  const float* v;        // (M, R) without gaps
+  Activation activation;
+  ConstMatrix b;              // (N, R)
+  ConstMatrix bias;           // (N) without gaps, fp32 or of out's type; data null: none
+  const float* column_scale;  // (N) or null
+  const float* gate;          // (M) or null
+  float scaling;
+  DeviceDropout dropout;
+  int64_t M, N, R;
+  Matrix out;
+  void* stream;
+};
+const char* bottleneck_out(const BottleneckOutArgs& args);
+
+// Between the products of a bottleneck's backward pass, what is not null of
+//   z = gate[m] * f(t)      dt = gate[m] * dv * f'(t)      dgate[m] (+)= sum_r dv[m, r] * f(t)[m, r]
+struct BottleneckRankArgs {
+  const float *t, *dv;  // (M, R) without gaps; dv null: z alone
+  const float* gate;    // (M) or null
+  Activation activation;
+  float *z, *dt, *dgate;  // dt may be dv
+  bool adds;              // to what is in dgate
+  int64_t M, R;
+  void* stream;
+};
+const char* bottleneck_rank(const BottleneckRankArgs& args);
 
 // out[i] = host[i], where `host` alone is in host memory, read before the call returns.
 const char* store_addresses(const uint64_t* host, int64_t count, uint64_t* out, void* stream);

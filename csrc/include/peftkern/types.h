@@ -36,6 +36,10 @@ struct Scales {
   V d{}, p_b{}, p_d{}, g_b{}, g_d{};
 };
 
+// The activations of a bottleneck, in the order of peftkern/activations.py.
+enum class Activation : int { identity, relu, leaky_relu, gelu, gelu_tanh, silu, tanh, sigmoid };
+constexpr int kActivations = 8;
+
 // Dropout of element (row0 + i, col0 + j): kept iff its Philox word is >= threshold. threshold 0 keeps
 // everything.
 struct Dropout {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...settings import Settings
+from . import bottleneck_adapter as cuda_bottleneck
 from . import lora_linear as cuda_lora
 from . import multi_lora_linear as cuda_multi
 from . import native
@@ -37,7 +38,10 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"the tensors are on {problem.device}"
     if problem.op == "dropout_mask":
         return None
-    return (cuda_multi if problem.op in cuda_multi.OPS else cuda_lora).decline(problem, now)
+    for part in (cuda_multi, cuda_bottleneck):
+        if problem.op in part.OPS:
+            return part.decline(problem, now)
+    return cuda_lora.decline(problem, now)
 
 
 def _dropout_mask(c) -> Tensor:
@@ -48,4 +52,4 @@ def _dropout_mask(c) -> Tensor:
     return out
 
 
-OPS = {"dropout_mask": _dropout_mask, **cuda_lora.OPS, **cuda_multi.OPS}
+OPS = {"dropout_mask": _dropout_mask, **cuda_lora.OPS, **cuda_multi.OPS, **cuda_bottleneck.OPS}

@@ -1,4 +1,5 @@
-// Operands of sgmv_cluster.cu on their way from global memory to tensor cores, in registers throughout.
+// Operands on their way from global memory to tensor cores, in registers throughout, for sgmv_cluster.cu and
+// bottlenecks.
 //
 // Within a dot product the terms may come in any order, if both operands agree: lane t of a quad takes what
 // lies together in memory, 8 columns of K or 4 ranks, as if it were what mma.h says the lane holds. Columns
@@ -73,6 +74,18 @@ PEFTKERN_DEVICE float value_of(const Eight<E>& v, int e) {
     const uint32_t word = v.words.word[e / 2];
     return e % 2 == 0 ? low_half<E>(word) : high_half<E>(word);
   }
+}
+
+// 8 adjacent values of a vector from p + n on, as many as are left; `other` if there is no vector, p null.
+template <class E>
+PEFTKERN_DEVICE void load_vector(float (&to)[8], const E* p, int n, int left, float other) {
+  Eight<E> v{};
+  if (p != nullptr) {
+    const bool at_once = left >= 8 && reinterpret_cast<uintptr_t>(p + n) % 16 == 0;
+    v = at_once ? load_eight<true>(p + n, left) : load_eight<false>(p + n, left);
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) to[e] = p != nullptr ? value_of(v, e) : other;
 }
 
 // Each value times a factor.
