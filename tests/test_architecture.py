@@ -69,6 +69,7 @@ THIRD_PARTY = {
     "safetensors": ("peftkern.integrations",),
     "matplotlib": ("peftkern.demo", "peftkern.benchmarks"),
     "psutil": ("peftkern.benchmarks",),
+    "adapters": ("peftkern.testing.residual",),
     "polylora": ("peftkern.benchmarks.peers.polylora",),
 }
 # Ops without a benchmark of their own, and why.
