@@ -22,9 +22,10 @@ from .ops.dropout_mask import dropout_mask
 
 globals().update(FUNCTIONS)
 
-# Names that need HF PEFT or transformers are looked up at first use.
+# Names that need HF PEFT, AdapterHub's adapters or transformers are looked up at first use.
 _LAZY = {
-    **dict.fromkeys(("accelerate", "restore", "status", "Report"), "peftkern.integrations.hf_peft"),
+    **dict.fromkeys(("accelerate", "restore", "status"), "peftkern.integrations.model"),
+    "Report": "peftkern.integrations.report",
     **dict.fromkeys(("attach_adapters", "MultiLoRA"), "peftkern.integrations.attach"),
 }
 

@@ -14,7 +14,15 @@ namespace peftkern {
 
 // Everything that a choice may depend on. `settings` is an object of Python's, compared by identity.
 struct PlanKey {
-  enum Pass { kLoraForward, kLoraBackward, kMultiForward, kMultiBackward, kSgmvAdd };
+  enum Pass {
+    kLoraForward,
+    kLoraBackward,
+    kMultiForward,
+    kMultiBackward,
+    kSgmvAdd,
+    kBottleneckForward,
+    kBottleneckBackward
+  };
   enum Fact { kPass, kThreads, kDType, kAdapterDType, kPresent, kStrides, kM, kN, kK, kR, kFacts };
   PyObject* settings = nullptr;
   std::array<int64_t, kFacts> facts{};

@@ -56,13 +56,14 @@ class Trainer:
 
     model: nn.Module
     seconds_left: float = float("inf")
+    learning_rate: float = LEARNING_RATE
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
         self._deadline = float("inf")
         if self.seconds_left < float("inf"):
             watch(self.model, self._check)

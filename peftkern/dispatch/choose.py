@@ -98,10 +98,12 @@ def _way(name: str, problem: Problem, now: Settings) -> tuple[CpuWay | TritonWay
 
 
 def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
-    product = cpu_base.product_of(problem)
+    product, on = cpu_base.product_of(problem), cpu_base.this_cpu(now.cpu_isa, now.tables)
+    if problem.op in cpu_base.BOTTLENECKS:
+        kind, why = cpu_base.bottleneck_kind(problem, on, now)
+        return CpuWay(now, kind, kind), f"products {kind}: {why}"
     if product is None:
         return CpuWay(now), "the C++ kernels, there is no base product"
-    on = cpu_base.this_cpu(now.cpu_isa, now.tables)
     kind, why = cpu_base.choose_kind(product, on, now)
     strided, _ = cpu_base.choose_kind(product._replace(unit_stride=False), on, now)
     return CpuWay(now, kind, strided), f"base product {kind}: {why}"

@@ -27,6 +27,7 @@ from .cpu_table import Product
 
 _ALIGN = 32  # columns of zeros that pad a row of a
 _FEW_SCRATCH = 4 << 20  # floats of fp32 copies of a
+_PAIR_ROWS, _PAIR_RANKS = 32, 8  # of a bottleneck by products of bf16, at least
 
 
 class Cpu(NamedTuple):
@@ -142,3 +143,20 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     if not auto or not vendor_is_fast(p.dtype, on) or (pairs and pairs_are_fast(p, on)):
         return panels, why
     return "vendor", why
+
+
+BOTTLENECKS = ("bottleneck_adapter_fwd", "bottleneck_adapter_bwd")
+
+
+def bottleneck_kind(problem: Problem, on: Cpu, now: Settings) -> tuple[str, str]:
+    """(kind of a bottleneck's products, why): ``bf16`` as above, or ``panels``, the register kernels of a branch in fp32."""
+    able = problem.dtype == problem.adapter_dtype == torch.bfloat16 and "bf16_kernel" in on.features
+    if not able or "gate" in problem.flags:
+        return "panels", "fp32 is what there is for this call"
+    if now.cpu_kind != "auto":
+        return "bf16" if now.cpu_kind == "bf16" else "panels", f"cpu_kind={now.cpu_kind} is set"
+    if now.batch_invariant:
+        return "panels", "PEFTKERN_BATCH_INVARIANT=1: bits of a row must not depend on the batch"
+    if problem.M < _PAIR_ROWS or problem.R < _PAIR_RANKS:
+        return "panels", "few rows or ranks"
+    return "bf16", "twice the products of fp32"

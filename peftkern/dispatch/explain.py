@@ -44,6 +44,8 @@ def passes(call: Problem) -> list[Problem]:
             flags = (flags - {"bias"}) | {"need_x", "need_A", "need_B"}
         elif op == "multi_lora_linear_bwd":
             flags = (flags - {"bias"}) | {"need_x", "need_weights"}
+        elif op == "bottleneck_adapter_bwd":
+            flags = (flags - {"down_bias", "residual"}) | {"need_h", "need_down", "need_up"}
         problems.append(dataclasses.replace(call, op=op, flags=flags))
     return problems
 

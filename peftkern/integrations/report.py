@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..dispatch.choose import ORDER, load
+from ..dispatch.choose import ORDER, Declined, choose, load
+from ..dispatch.explain import passes
+from ..problem import Problem
 from ..settings import current
 
 _SHOWN = 3
@@ -45,14 +47,15 @@ class Report:
 
     Attributes:
         accelerated: names of the modules whose calls run fused.
-        skipped: module name -> why it runs PEFT's own code. The parameters of one module that ``target_parameters``
+        skipped: module name -> why it runs its library's own code. The parameters of one module that ``target_parameters``
             adapts (experts) are one entry.
         backends: name of an accelerated module -> back end that computes it ("cpu", "cuda", "triton", "reference";
             "cuda, backward triton" where they differ), at its dtype and device of now.
-        note: what else was found in a model without PEFT layers.
+        libraries: name of each of these modules -> the library that made it: "PEFT" or "AdapterHub".
+        note: what else was found in a model without such layers.
 
-    All are in the order of ``model.named_modules()``. Checked again at every call: the type of the layer and of its
-    parts, their hooks and replaced forwards, merged, disabled and active adapters, variants, tensor types, shapes,
+    All are in the order of ``model.named_modules()``, library by library. Checked again at every call: the type of the layer
+    and of its parts, their hooks and replaced forwards, merged, disabled and active adapters, variants, tensor types, shapes,
     dtypes, devices, a base weight that requires grad, the input, global hooks, tracing and transforms. So a layer that
     is skipped for its state is taken as soon as that state ends, and the other way round; then the first call warns, and
     ``status`` counts. Weights that FSDP holds as shards are judged as a forward will find them.
@@ -61,6 +64,7 @@ class Report:
     accelerated: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
     def by_reason(self) -> dict[str, list[str]]:
@@ -68,13 +72,20 @@ class Report:
         return _groups(self.skipped)
 
     def __str__(self) -> str:
-        total = len(self.accelerated) + len(self.skipped)
-        if not total:
+        taken, of = (
+            set(self.accelerated),
+            {name: self.libraries.get(name, "PEFT") for name in (*self.accelerated, *self.skipped)},
+        )
+        if not of:
             return "peftkern: the model has no PEFT layer" + (f": {self.note}" if self.note else "")
-        lines = [f"peftkern: {len(self.accelerated)} of {_plural(total, 'PEFT layer')} accelerated"]
+        heads = [
+            f"{sum(name in taken for name in names)} of {_plural(len(names), f'{library} layer')}"
+            for library, names in _groups(of).items()
+        ]
+        lines = [f"peftkern: {', '.join(heads)} accelerated"]
         rows = [(f"run fused, back end {backend}", names) for backend, names in _groups(self.backends).items()]
-        rows += [(f"run PEFT's own code: {reason}", names) for reason, names in self.by_reason().items()]
-        lines += _table(rows)
+        left = {name: f"run {of[name]}'s own code: {reason}" for name, reason in self.skipped.items()}
+        lines += _table(rows + list(_groups(left).items()))
         if self.accelerated:
             lines.append("  checked again at every call; peftkern.status(model) counts what ran")
         return "\n".join(lines)
@@ -85,18 +96,33 @@ class Status:
     """Result of ``status``: calls of accelerated layers since the last reset.
 
     Attributes:
-        fused: calls that ran fused. stock: calls that ran PEFT's own code.
-        reasons: module name -> why its last call that ran PEFT's own code did, or, for a PEFT layer whose calls
+        fused: calls that ran fused. stock: calls that ran the library's own code.
+        reasons: module name -> why its last call that ran the library's own code did, or, for a layer whose calls
             cannot run fused and are not counted, why that is so.
+        libraries: name of each layer -> the library that made it.
     """
 
     fused: int = 0
     stock: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
-        head = f"peftkern: {_plural(self.fused, 'call')} ran fused, {self.stock} ran PEFT's own code"
+        whose = " or ".join(f"{library}'s" for library in _groups(self.libraries)) or "PEFT's"
+        head = f"peftkern: {_plural(self.fused, 'call')} ran fused, {self.stock} ran {whose} own code"
         return "\n".join([head, *_table(list(_groups(self.reasons).items()))])
+
+
+def computed_by(call: Problem) -> str:
+    """Name of the back end that computes this call of a public function, forward and backward.
+
+    What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
+    """
+    try:
+        forward, *rest = (choose(problem, current()).backend for problem in passes(call))
+    except Declined as error:
+        return f"none ({error})"
+    return ", backward ".join([forward, *sorted(set(rest) - {forward})])
 
 
 def only_reference(device: str) -> str | None:

@@ -1,6 +1,6 @@
-"""What ran: calls of accelerated layers, fused and in PEFT's own code, and a warning where a report said otherwise.
+"""What ran: calls of accelerated layers, fused and in the library's own code, and a warning where a report said otherwise.
 
-Counting must cost a small layer nothing: a fused call adds one to an integer, everything else happens where PEFT's own
+Counting must cost a small layer nothing: a fused call adds one to an integer, everything else happens where the library's own
 code runs. Between reading and storing an attribute CPython (with its lock) switches no thread, so no call is lost.
 """
 
@@ -17,13 +17,13 @@ KEY = "_peftkern_calls"
 
 _lock = threading.Lock()
 
-# What the user asked for: then the base layer alone is the whole of PEFT's forward, and nothing is lost.
+# What the user asked for: then the base layer alone is the whole of the library's forward, and nothing is lost.
 _ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no")
 TOO_SMALL = "too small to gain: PEFT's own code is faster"
 
 
 class Calls:
-    """Calls of one layer since the last reset. ``reason``: why the last of those that ran PEFT's own code did.
+    """Calls of one layer since the last reset. ``reason``: why the last of those that ran the library's own code did.
 
     ``warned``: None, or, if a report said that the layer is accelerated, what its layers have warned of already.
     ``least``: the elements of an input below which it does, since it is faster then (``Method.worth``); 0 if it never is.
@@ -72,12 +72,14 @@ def clear_calls(layer: nn.Module) -> None:
 
 
 def _kind(layer: nn.Module) -> str:
-    base = type(layer._modules.get("base_layer"))
-    return f"{base.__module__}.{base.__qualname__}"
+    base = layer._modules.get("base_layer")
+    cls = type(layer if base is None else base)
+    return f"{'a' if base is None else 'a LoRA layer on'} {cls.__module__}.{cls.__qualname__}"
 
 
-def note_stock(layer: nn.Module, reason: str) -> None:
-    """Count a call that runs PEFT's own code; warn if the report said otherwise, once for each kind of layer and reason."""
+def note_stock(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
+    """Count a call that runs the library's own code; warn if the report said otherwise, once for each kind of layer and
+    reason."""
     calls = calls_of(layer)
     calls.stock += 1
     calls.reason = reason
@@ -88,7 +90,7 @@ def note_stock(layer: nn.Module, reason: str) -> None:
     if key not in calls.warned:
         calls.warned.add(key)
         warnings.warn(
-            f"peftkern: a LoRA layer on {key[0]} was reported as accelerated, but runs PEFT's own code: {reason}."
+            f"peftkern: {key[0]} was reported as accelerated, but runs {library}'s own code: {reason}."
             " peftkern.status(model) counts such calls and names their layers.",
             RuntimeWarning,
             stacklevel=2,

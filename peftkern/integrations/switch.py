@@ -50,6 +50,11 @@ class Switch:
         mark = layer.__dict__.get(KEY)
         return self.everywhere if mark is None else mark is not False
 
+    def marked(self, layer: nn.Module) -> bool:
+        """Whether the user asked for this very layer."""
+        mark = layer.__dict__.get(KEY)
+        return type(mark) is Mark and mark in self.marks
+
     def set_mark(self, layer: nn.Module) -> None:
         """Accelerate this layer from its next call on."""
         if type(layer.__dict__.get(KEY)) is not Mark:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..many.adapter import Adapter
+from ..problem import Problem, problem_like
 from .entry import Entry
 from .linear import Linear, entry, run
 from .look import Look
@@ -75,6 +76,14 @@ class Plan(NamedTuple):
             return 0
         worth = max(h.method.worth for h in self.held)
         return -(-worth // max(self.weight.shape[0], 1))
+
+    def call(self, rows: int) -> Problem:
+        """The call of ``lora_linear`` that a linear layer makes for so many rows."""
+        (N, K), held = self.weight.shape, self.held
+        present = dict.fromkeys((symbol for h in held for symbol in h.method.coefficients), True)
+        present |= {"bias": self.bias, "dropout": any(h.dropout_p for h in held)}
+        sizes = rows, N, K, sum(h.rank for h in held)
+        return problem_like(self.weight, "lora_linear", held[0].tensors[0].dtype, sizes, present)
 
     def run(self, x: Tensor) -> Tensor:
         """y of x, (..., K) of a linear layer."""

@@ -12,7 +12,7 @@ from ..activations import activation_name
 from ..autograd.residual.reft import VARIANTS, reft
 from ..checks import check_tensor
 from ..ops.dropout_mask import check_p
-from .orthogonal import free_numbers, orthonormal
+from .orthogonal import Rotation, free_numbers
 
 ORTHONORMAL = ("loreft", "direft", "consreft", "lobireft")
 
@@ -57,8 +57,7 @@ class ReFT(nn.Module):
         self.rotate = nn.Parameter(torch.empty(rank, hidden, **options))
         self.weight = nn.Parameter(torch.empty(rank, hidden, **options)) if source else None
         self.bias = nn.Parameter(torch.empty(rank, **options)) if bias or not source else None
-        # Free numbers and the rotation that they make.
-        self._made: tuple[Tensor, Tensor] | None = None
+        self._rotation = Rotation()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,16 +82,7 @@ class ReFT(nn.Module):
 
     def rotation(self) -> Tensor:
         """R (r, H)."""
-        X = self.rotate
-        if self.variant not in ORTHONORMAL:
-            return X
-        if (X.requires_grad and torch.is_grad_enabled()) or not X.is_cpu or torch.compiler.is_compiling():
-            return orthonormal(X)
-        made = self._made
-        if made is None or made[0].dtype != X.dtype or not torch.equal(made[0], X):
-            with torch.inference_mode(False), torch.no_grad():
-                made = self._made = X.detach().clone(), orthonormal(X)
-        return made[1]
+        return self._rotation.of(self.rotate) if self.variant in ORTHONORMAL else self.rotate
 
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
         """h (B, T, H) or (T, H), edited at ``positions`` (B, P) or (P)."""

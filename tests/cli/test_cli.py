@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import peftkern
 from peftkern import __version__, cli
@@ -41,13 +42,27 @@ def test_a_missing_package_is_named_with_the_command_that_mends_it(monkeypatch, 
     assert f"{package!r} is not installed: pip install {package} (" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["accelerate", "restore", "Report"])
-def test_names_that_need_peft_say_how_to_get_it(monkeypatch, name):
+@pytest.fixture
+def no_peft(monkeypatch):
+    """A process in which peft is not installed."""
     for module in [m for m in sys.modules if m.partition(".")[0] == "peft" or m.startswith("peftkern.integrations")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=f"^peftkern.{name} needs peft: pip install peft$"):
-        getattr(peftkern, name)
+
+
+@pytest.mark.parametrize("name", ["accelerate", "restore", "status"])
+def test_what_needs_peft_says_how_to_get_it(no_peft, name):
+    with pytest.raises(ModuleNotFoundError, match=r"^peftkern\.accelerate needs peft, or adapters: pip install peft$"):
+        getattr(peftkern, name)(torch.nn.Linear(2, 2))
+
+
+def test_names_that_need_peft_say_how_to_get_it(no_peft, monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^peftkern\.attach_adapters needs transformers: pip install transformers$"
+    ):
+        peftkern.attach_adapters  # noqa: B018
 
 
 def test_a_missing_part_of_peftkern_is_not_blamed_on_the_user(monkeypatch):

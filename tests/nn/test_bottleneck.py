@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from peftkern import BottleneckAdapter
 
@@ -56,21 +55,6 @@ def test_a_new_module_gives_its_residual():
         assert torch.equal(m(h), h) and torch.equal(m(h, residual), residual)
         m(h).sum().backward()
         assert m.up.grad.any()
-
-
-def test_places():
-    """Before, after and beside a linear layer; between layer norms; beside a feed-forward part."""
-    linear, norm = nn.Linear(10, 10).double(), nn.LayerNorm(10).double()
-    m, h = trained(10, 3, dtype=torch.float64), torch.randn(2, 4, 10, dtype=torch.float64)
-    torch.testing.assert_close(linear(m(h)), linear(plain(m, h)))
-    torch.testing.assert_close(m(linear(h)), plain(m, linear(h)))
-    torch.testing.assert_close(norm(m(h)), norm(plain(m, h)))
-    torch.testing.assert_close(m(norm(h), h), plain(m, norm(h), h))
-    wide = trained(10, 3, out=6, dtype=torch.float64)
-    base = nn.Linear(10, 6).double()
-    x = torch.randn(2, 4, 10, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(wide(x, residual=base(x)), plain(wide, x, base(x)))
-    same(wide, x, torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True))
 
 
 def test_dropout_acts_in_training_alone():

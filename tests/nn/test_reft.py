@@ -95,6 +95,14 @@ def test_the_rotation_is_kept_until_its_numbers_change():
         assert torch.equal(other.rotation(), m.rotation())
 
 
+def test_autocast_does_not_round_the_rotation():
+    m = ReFT(8, 3)
+    h = torch.randn(2, 5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m(h, POSITIONS)
+    assert torch.equal(y, m(h, POSITIONS))
+
+
 def test_dropout_acts_in_training_alone():
     m = ReFT(40, 3, dropout=0.5)
     h = torch.randn(2, 5, 40)

@@ -47,7 +47,8 @@ void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int
                 int64_t c0, int64_t c1, float* panel, int64_t ld, float* room);
 
 // epilogue(r0, r1, c0, c1, block): block holds the product of rows [r0, r1) and columns [c0, c1); it is that
-// part of g.out, or fp32 scratch. The blocks cover the result once, none is empty, c0 is a multiple of 32.
+// part of g.out, of g.a where the base is the identity, or fp32 scratch. The blocks cover the result once,
+// none is empty, c0 is a multiple of 32.
 template <class Epilogue>
 void base_product(const BaseProduct& g, KeptScratch& scratch, const Epilogue& epilogue) {
   if (g.M == 0 || g.D == 0) return;
@@ -58,6 +59,10 @@ void base_product(const BaseProduct& g, KeptScratch& scratch, const Epilogue& ep
       vendor_product(g, scratch);
     }
     epilogue(0, g.M, 0, g.D, as_const(g.out));
+    return;
+  }
+  if (g.kind == BaseKind::identity && g.scale == nullptr && g.a.col == 1) {
+    epilogue(0, g.M, 0, g.D, g.a);
     return;
   }
   const int threads = worth_threads(g.M * g.C * g.D, g.threads);

@@ -56,7 +56,7 @@ void slopes(const SlopeTask& a) {
       const float gate = a.gate != nullptr ? a.gate[i] : 1.0f;
       vf sum = zero();
       pieces(a.R, [&](int64_t c, int n) {
-        const vf d = part(dv + c, n);
+        const vf d = splat(a.alpha) * part(dv + c, n);
         const vf x = part(t + c, n);
         const Point f = activate<F>(a.bias != nullptr ? x + part(a.bias + c, n) : x);
         if (a.dgate != nullptr) sum = fma(d, f.value, sum);

@@ -3,12 +3,12 @@
 // ones.
 #include "cpu/bottleneck/bottleneck.h"
 
-#include "cpu/bottleneck/task.h"
+#include "cpu/bottleneck/passes.h"
 #include "cpu/common/dispatch.h"
-#include "cpu/lora/steps.h"
 
 PEFTKERN_DISPATCH(activate_run, ActivateTask)
 PEFTKERN_DISPATCH(slope_run, SlopeTask)
+PEFTKERN_DISPATCH(add_run, AddTask)
 
 namespace peftkern::cpu {
 namespace {
@@ -60,27 +60,6 @@ void reduce_rows(LoraReduceArgs args, const Matrix& out, int threads, KeptScratc
               worth_threads(4 * args.R * args.C, threads)});
 }
 
-int activation_threads(const Bottleneck& g) {
-  return worth_threads(kActivationWork * g.M * g.R, g.threads);
-}
-
-// What needs H = (g e)^T z: G (R or R + 1, N) is s H^T, its last row with `ones` s S.
-void finish_up(const BottleneckBackward& g, const float* c, bool ones, float* G) {
-  const ConstMatrix H{G, DType::f32, g.N, 1};
-  float* S = ones ? G + g.R * g.N : nullptr;
-  if (g.dout_scale != nullptr) {
-    dot_columns(H, transposed(g.up), g.R, g.N, g.dout_scale, false, g.threads);
-    if (g.up_bias.data != nullptr)
-      dot_columns({S, DType::f32, g.N, 1}, g.up_bias, 1, g.N, g.dout_scale, true, g.threads);
-  }
-  if (g.dup.data != nullptr) {
-    scale_copy(
-        {H, transposed(g.dup), g.R, g.N, 0, 1.0f, nullptr, c, worth_threads(4 * g.R * g.N, g.threads)});
-  }
-  if (g.dup_bias != nullptr)
-    scale_copy({{S, DType::f32, g.N, 1}, {g.dup_bias, DType::f32, g.N, 1}, 1, g.N, 0, 1.0f, nullptr, c, 1});
-}
-
 // What follows from dt: gradients of D, b_down and h.
 void finish_down(const BottleneckBackward& g, const float* dt, KeptScratch& scratch) {
   if (g.ddown_bias != nullptr)
@@ -100,21 +79,40 @@ void finish_down(const BottleneckBackward& g, const float* dt, KeptScratch& scra
 
 }  // namespace
 
+void finish_up(const BottleneckBackward& g, const float* c, bool ones, float alpha, float* G) {
+  const ConstMatrix H{G, DType::f32, g.N, 1};
+  float* S = ones ? G + g.R * g.N : nullptr;
+  if (g.dout_scale != nullptr) {
+    dot_columns(H, transposed(g.up), g.R, g.N, g.dout_scale, false, g.threads);
+    if (g.up_bias.data != nullptr)
+      dot_columns({S, DType::f32, g.N, 1}, g.up_bias, 1, g.N, g.dout_scale, true, g.threads);
+    for (int64_t i = 0; i < g.N; ++i) g.dout_scale[i] *= alpha;
+  }
+  if (g.dup.data != nullptr) {
+    scale_copy(
+        {H, transposed(g.dup), g.R, g.N, 0, alpha, nullptr, c, worth_threads(4 * g.R * g.N, g.threads)});
+  }
+  if (g.dup_bias != nullptr)
+    scale_copy({{S, DType::f32, g.N, 1}, {g.dup_bias, DType::f32, g.N, 1}, 1, g.N, 0, alpha, nullptr, c, 1});
+}
+
 void bottleneck_forward(const BottleneckForward& g) {
+  if (g.pairs) return bottleneck_forward_pairs(g);
   KeptScratch scratch;
   const float* c = as_floats(g.out_scale, g.N, scratch);
   const float* gate = as_floats(g.gate, g.M, scratch);
   LoraReduceArgs shrink{};
   shrink.in = g.h, shrink.M = g.M, shrink.C = g.K, shrink.R = g.R, shrink.dropout = g.drop_in;
   const Panel d = as_panel(g.down, g.R, g.K, 1.0f, nullptr, nullptr, g.threads, scratch);
-  shrink.p = d.data, shrink.ldp = d.ld, shrink.out = g.t, shrink.alpha_dot = g.kept_in;
+  float* t = g.t != nullptr ? g.t : scratch.take(g.M * g.R);
+  shrink.p = d.data, shrink.ldp = d.ld, shrink.out = t, shrink.alpha_dot = g.kept_in;
   reduce(shrink, g.threads);
   // A bias that nothing else acts on is added at the end.
   const bool biased = g.up_bias.data != nullptr;
   const bool ones = biased && (gate != nullptr || g.drop_out.threshold != 0);
   const int64_t ranks = g.R + ones;
   float* z = scratch.take(g.M * ranks);
-  activate_run({g.activation, g.M, g.R, g.t, as_floats(g.down_bias, g.R, scratch), g.t, gate, z, ones,
+  activate_run({g.activation, g.M, g.R, t, as_floats(g.down_bias, g.R, scratch), t, gate, z, ones,
                 activation_threads(g)});
   const Panel up = panel_of_up(g, c, ones, scratch);
   float* bias = biased && !ones ? scratch.take(g.N) : nullptr;
@@ -126,11 +124,9 @@ void bottleneck_forward(const BottleneckForward& g) {
 }
 
 void bottleneck_backward(const BottleneckBackward& g) {
+  if (g.pairs) return bottleneck_backward_pairs(g);
   KeptScratch scratch;
-  const bool slope = g.dh.data != nullptr || g.ddown.data != nullptr || g.ddown_bias != nullptr;
-  const bool after = g.dup.data != nullptr || g.dup_bias != nullptr || g.dout_scale != nullptr;
-  const bool ones =
-      g.dup_bias != nullptr || (g.up_bias.data != nullptr && (g.dgate != nullptr || g.dout_scale != nullptr));
+  const auto [slope, after, ones] = Steps(g);
   const int64_t ranks = g.R + ones;
   const float* c = as_floats(g.out_scale, g.N, scratch);
   const float* gate = as_floats(g.gate, g.M, scratch);
@@ -148,7 +144,7 @@ void bottleneck_backward(const BottleneckBackward& g) {
     args.v = z, args.g = G = scratch.take(ranks * g.N);
   }
   reduce_both(args, g.threads);
-  if (after) finish_up(g, c, ones, G);
+  if (after) finish_up(g, c, ones, 1.0f, G);
   if (dv == nullptr) return;
   float* dt = slope ? scratch.take(g.M * g.R) : nullptr;
   slope_run({g.activation, g.M, g.R, g.t, dv, ones, gate, dt, g.dgate, activation_threads(g)});

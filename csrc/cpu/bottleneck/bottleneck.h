@@ -25,10 +25,14 @@ struct Bottleneck {
   float scaling = 1.0f;
   Dropout drop_in, drop_out;
   float kept_in = 1.0f, kept_out = 1.0f;
+  // By products of bf16, where h and the matrices are and there is no gate; else by the register kernels of the
+  // low-rank branch, in fp32.
+  bool pairs = false;
   int threads = 1;
 };
 
-// h (M, K), residual (M, N) in h's dtype, down_bias (R), any strides. y has contiguous rows; t (M, R).
+// h (M, K), residual (M, N) in h's dtype, down_bias (R), any strides. y has contiguous rows; t (M, R), null:
+// not wanted.
 struct BottleneckForward : Bottleneck {
   ConstMatrix h, residual, down_bias;
   Matrix y;

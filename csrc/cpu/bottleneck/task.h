@@ -36,7 +36,21 @@ struct SlopeTask {
   const float* bias = nullptr;
   const int32_t* rows = nullptr;
   int64_t ld = 0;
+  float alpha = 1.0f;  // of dv
 };
 void slope_run(const SlopeTask& task);
+
+// out = to + drop(alpha * scale * delta + bias), out and `to` (M, C) in bf16, delta in fp32 or bf16, vectors
+// (C) in fp32; to, scale and bias may be absent. Columns are adjacent.
+struct AddTask {
+  Matrix out;
+  ConstMatrix to, delta;
+  int64_t M, C;
+  float alpha;
+  const float *scale, *bias;
+  Dropout dropout;
+  int threads;
+};
+void add_run(const AddTask& task);
 
 }  // namespace peftkern::cpu

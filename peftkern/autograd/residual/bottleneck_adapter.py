@@ -6,19 +6,22 @@ t, the input of the activation, which is (M, R) in fp32; parameters and a seed. 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...activations import activation_name
+from ...activations import CODES, activation_name
+from ...backends.cpu import call as native
 from ...checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ...dispatch.registry import caller
 from ...dispatch.watch import nobody_watches
 from ...ops.bottleneck_adapter import BottleneckNeeds
 from ...ops.dropout_mask import acting, seed_tensor
+from ...settings import Settings, current
 from ..saved import first_only, kept_input, read_saved
-from ..shapes import as_shape, autocast_dtype, cast, no_transforms, rows_of
+from ..shapes import as_shape, autocast_dtype, cast, escaped, no_transforms, rows_of, unlooked
 
 _fwd, _bwd = caller("bottleneck_adapter_fwd"), caller("bottleneck_adapter_bwd")
 
@@ -27,15 +30,34 @@ _SAVED = ("h", "t", "down", "up", "up_bias", "gate", "out_scale", "seed")
 
 
 class Call(NamedTuple):
-    """What a pass takes besides tensors. ``dtype``: of the activation, h and the residual promoted."""
+    """What a pass takes besides tensors. ``now``: the settings, None if somebody watches which ops are called.
 
+    ``dtype``: of the activation, h and the residual promoted.
+    """
+
+    now: Settings | None
     activation: str
     scaling: float
     dropout_p: float
     on_input: bool
     dtype: torch.dtype
 
+    def forward(self, h: Tensor, residual: Tensor | None, parts, seed: Tensor | None, want_t: bool):
+        """(y, t) of h and a residual in ``dtype``, or y alone unless t is wanted."""
+        now, activation, *options = self[:5]
+        if now is not None:
+            done = native.bottleneck_forward(
+                now, torch.get_num_threads(), h, residual, *parts, CODES[activation], *options, seed, want_t
+            )
+            if done is not None:
+                return done
+        rows = None if residual is None else rows_of(residual, self.dtype)
+        y, t = _fwd(rows_of(h, self.dtype), rows, *parts, activation, *options, seed)
+        y = as_shape(y, h)
+        return (y, t) if want_t else y
 
+
+@functools.cache
 def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
     # Which of _SAVED the gradients of (h, residual, down, up, down_bias, up_bias, gate, out_scale) read.
     h, _, down, up, down_bias, up_bias, gate, scale = needs
@@ -53,6 +75,12 @@ def _reads(needs: tuple[bool, ...]) -> tuple[bool, ...]:
     )
 
 
+@functools.cache
+def _bits(needs: tuple[bool, ...]) -> int:
+    """The same as the native entry takes them, the residual left out: a bit each."""
+    return sum(1 << i for i, need in enumerate(needs[:1] + needs[2:]) if need)
+
+
 class BottleneckAdapterFunction(torch.autograd.Function):
     """The op with its gradients.
 
@@ -62,48 +90,60 @@ class BottleneckAdapterFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, residual, *rest):
         *parts, seed, call = rest
-        given = cast(h, call.dtype)
-        rows = None if residual is None else rows_of(residual, call.dtype)
-        y, t = _fwd(rows_of(given, call.dtype), rows, *parts, *call[:4], seed)
+        given, added = cast(h, call.dtype), None if residual is None else cast(residual, call.dtype)
+        y, t = call.forward(given, added, parts, seed, True)
         down, up, _, *vectors = parts
         saved = [h, t, down, up, *vectors, seed]
         if not torch.compiler.is_compiling():  # a compiler drops what it does not need by itself
             saved = [v if read else None for v, read in zip(saved, _reads(ctx.needs_input_grad[:8]))]
             if saved[0] is not None:
-                saved[0] = kept_input(h, given, None)
+                saved[0] = kept_input(h, given, call.now)
         ctx.save_for_backward(*saved)
         ctx.call, ctx.h = call, (h.shape, h.dtype)
         ctx.others = [None if v is None else (v.shape, v.dtype) for v in (residual, *parts)]
         ctx.inputs = 1 if residual is None else 2
-        return as_shape(y, h)
+        return y
 
     @staticmethod
     @first_only("bottleneck_adapter")
     def backward(ctx, dy):
         saved, needs = read_saved(ctx, "bottleneck_adapter", lambda: _SAVED, lambda n: _reads(n[:8]))
-        h, t, down, up, up_bias, gate, out_scale, seed = saved
-        call, (shape, dtype) = ctx.call, ctx.h
-        residual, (down_shape, down_dtype), (up_shape, up_dtype), *vectors = ctx.others
-        rows, need = rows_of(dy, call.dtype), BottleneckNeeds(needs[0], *needs[2:8])
-        grads: list[Tensor | None] = [None] * 7
-        if any(need):
-            # What no needed gradient reads stands as a matrix of no memory.
-            down = rows.new_empty(1, dtype=down_dtype).expand(down_shape) if down is None else down
-            up = rows.new_empty(1, dtype=up_dtype).expand(up_shape) if up is None else up
-            if t is None:
-                t = rows.new_empty(1, dtype=accumulate_dtype(call.dtype)).expand(rows.shape[0], down_shape[0])
-            done = _bwd(
-                rows, None if h is None else rows_of(h, call.dtype), t, down, up, up_bias, gate, out_scale, call.activation,
-                call.scaling, call.dropout_p, call.on_input, seed, residual is None, list(need),
-            )  # fmt: skip
-            grads = [grad if wanted else None for grad, wanted in zip(done, need)]
-        dh, dresidual = None, None
-        if needs[0]:
-            dh = cast(grads[0], dtype).view(shape)
-        if needs[1]:
-            dresidual = cast(dy, residual[1])
-        dvectors = [None if grad is None else cast(grad, v[1]) for grad, v in zip(grads[3:], vectors)]
-        return dh, dresidual, grads[1], grads[2], *dvectors, None, None
+        residual, _, _, *vectors = ctx.others
+        needs, grads = needs[:8], (None,) * 7
+        if needs[0] or any(needs[2:]):
+            grads = _gradients(ctx, cast(dy, ctx.call.dtype), saved, needs)
+        dh, ddown, dup, *dvectors = grads
+        dvectors = [None if grad is None else cast(grad, v[1]) for grad, v in zip(dvectors, vectors)]
+        dh = None if dh is None else cast(dh, ctx.h[1])
+        return dh, cast(dy, residual[1]) if needs[1] else None, ddown, dup, *dvectors, None, None
+
+
+_apply = unlooked(BottleneckAdapterFunction)
+
+
+def _gradients(ctx, dy: Tensor, saved: tuple, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """In the order of ``BottleneckNeeds``, None where not needed."""
+    h, t, down, up, *rest, seed = saved
+    now, activation, *options, dtype = ctx.call
+    residual, (shape, matrix_dtype), (up_shape, _), *_ = ctx.others
+    h = None if h is None else cast(h, dtype)
+    if now is not None and nobody_watches():
+        done = native.bottleneck_backward(
+            current(), torch.get_num_threads(), dy, h, t, down, up, *rest, CODES[activation], *options, seed, residual is None,
+            _bits(needs), shape[1], shape[0], matrix_dtype,
+        )  # fmt: skip
+        if done is not None:
+            return done
+    # What no needed gradient reads stands as a matrix of no memory.
+    rows, need = rows_of(dy, dtype), BottleneckNeeds(needs[0], *needs[2:])
+    down = rows.new_empty(1, dtype=matrix_dtype).expand(shape) if down is None else down
+    up = rows.new_empty(1, dtype=matrix_dtype).expand(up_shape) if up is None else up
+    if t is None:
+        t = rows.new_empty(1, dtype=accumulate_dtype(dtype)).expand(rows.shape[0], shape[0])
+    h = None if h is None else rows_of(h, dtype)
+    done = _bwd(rows, h, t, down, up, *rest, activation, *options, seed, residual is None, list(need))
+    dh, *others = (grad if wanted else None for grad, wanted in zip(done, need))
+    return None if dh is None else dh.view(ctx.h[0]), *others
 
 
 def _folded(scaling: Tensor, out_scale: Tensor | None, N: int, h: Tensor) -> Tensor:
@@ -169,7 +209,8 @@ def bottleneck_adapter(
         RuntimeError: a second derivative, or use under a torch.func transform; in backward, an h that was changed in place
             since and is needed as it was.
     """
-    if not nobody_watches():
+    now = current() if nobody_watches() else None
+    if now is None:
         no_transforms("bottleneck_adapter")
     check_tensor("h", h)
     if dropout_on not in ("output", "input"):
@@ -194,9 +235,10 @@ def bottleneck_adapter(
         allowed = (dtype, torch.float32)
         parts = [v if not isinstance(v, Tensor) or v.dtype in allowed else v.to(dtype) for v in parts]
     seed = seed_tensor(seed, h.device) if p > 0.0 else None
-    call = Call(activation_name(activation), float(scaling), p, dropout_on == "input", dtype)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (h, residual, *parts)):
-        return BottleneckAdapterFunction.apply(h, residual, *parts, seed, call)
-    rows = None if residual is None else rows_of(residual, dtype)
-    y, _ = _fwd(rows_of(h, dtype), rows, *parts, *call[:4], seed)
-    return as_shape(y, h)
+    call = Call(now, activation_name(activation), float(scaling), p, dropout_on == "input", dtype)
+    if torch.is_grad_enabled():
+        for v in (h, residual, *parts):
+            if v is not None and v.requires_grad:
+                apply = BottleneckAdapterFunction.apply if now is None or escaped(h) else _apply
+                return apply(h, residual, *parts, seed, call)
+    return call.forward(cast(h, dtype), None if residual is None else cast(residual, dtype), parts, seed, False)

@@ -76,8 +76,9 @@ class Call(NamedTuple):
     dropout_p: float
 
 
-# Of the last positions: themselves, their version, T and stream, and their rows. All layers of a model share them.
-_last: tuple[weakref.ref, tuple, Rows] | None = None
+# Of the last few positions: themselves, their version, T and stream, and their rows. All layers of a model share them.
+_recent: tuple[tuple[weakref.ref, tuple, Rows], ...] = ()
+_KEPT = 4
 
 
 def _made_rows(positions: Tensor, T: int) -> Rows:
@@ -103,7 +104,7 @@ def _check_positions(positions: Tensor, T: int) -> None:
 
 
 def _rows(positions: Tensor, T: int) -> Rows:
-    global _last
+    global _recent
     known = positions.reshape(1, -1) if positions.dim() == 1 else positions
     known = known if T else known[:, :0]
     if torch.compiler.is_compiling():
@@ -112,14 +113,16 @@ def _rows(positions: Tensor, T: int) -> Rows:
         _check_positions(positions, T)
         return _made_rows(known, T)
     stream = torch._C._cuda_getCurrentRawStream(positions.device.index) if positions.is_cuda else None
-    state, last = (positions._version, T, stream), _last
-    if last is not None and last[0]() is positions and last[1] == state:
-        return last[2]
+    state = positions._version, T, stream
+    for given, made_for, rows in _recent:
+        if given() is positions and made_for == state:
+            return rows
     _check_positions(positions, T)
     rows = _made_rows(known, T)
     if positions.is_cpu and rows.counts.all():
         rows = Rows(rows.at, None, None, None)
-    _last = weakref.ref(positions), state, rows
+    alive = [each for each in _recent if each[0]() is not None]
+    _recent = ((weakref.ref(positions), state, rows), *alive[: _KEPT - 1])
     return rows
 
 

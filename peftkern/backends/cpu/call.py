@@ -9,14 +9,15 @@
     y                 = block_rotate(threads, x, R, index)
     dR                = block_rotate_grad(threads, x, dy, size, index)
     R or dupper       = skew_series(threads, upper, rows, cols, size, c, d)
-    y, t              = bottleneck_forward(threads, h, residual, down, up, down_bias, up_bias, gate, out_scale, activation,
-                                           scaling, dropout_p, on_input, seed)
-    dh, ddown, ...    = bottleneck_backward(threads, dy, h, t, down, up, up_bias, gate, out_scale, activation, scaling,
-                                            dropout_p, on_input, seed, through, needs)
+    y                 = bottleneck_forward(settings, threads, h, residual, down, up, down_bias, up_bias, gate, out_scale,
+                                           activation, scaling, dropout_p, on_input, seed, False)
+    y, t              = bottleneck_forward(..., want_t)
+    dh, ddown, ...    = bottleneck_backward(settings, threads, dy, h, t, down, up, up_bias, gate, out_scale, activation,
+                                            scaling, dropout_p, on_input, seed, through, needs, K, R, matrix_dtype)
 
-All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), lora_linear's
+All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), those with settings
 also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
-``learn_forward`` or ``learn_backward`` (the same arguments, and the kind of base product: peftkern/dispatch/cpu_base.py).
+``learn_forward`` and the like (the same arguments, and the kind of product: peftkern/dispatch/cpu_base.py).
 Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
 it may depend on.
 
@@ -84,10 +85,12 @@ if unavailable is None:
     backward, learn_backward = _C.lora_linear_backward, _C.lora_linear_backward_learn
     row_norm = _C.lora_row_norm
     block_rotate, block_rotate_grad, skew_series = _C.block_rotate, _C.block_rotate_grad, _C.skew_series
-    bottleneck_forward, bottleneck_backward = _C.bottleneck_forward, _C.bottleneck_backward
+    bottleneck_forward, learn_bottleneck_forward = _C.bottleneck_forward, _C.bottleneck_forward_learn
+    bottleneck_backward, learn_bottleneck_backward = _C.bottleneck_backward, _C.bottleneck_backward_learn
 else:
     forward = learn_forward = backward = learn_backward = row_norm = nothing
-    block_rotate = block_rotate_grad = skew_series = bottleneck_forward = bottleneck_backward = nothing
+    block_rotate = block_rotate_grad = skew_series = nothing
+    bottleneck_forward = learn_bottleneck_forward = bottleneck_backward = learn_bottleneck_backward = nothing
 
 
 def kind_of(c, way) -> str:

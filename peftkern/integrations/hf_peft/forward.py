@@ -26,7 +26,7 @@ from ...methods.unchanged import EMPTY, at, items, same
 from ...settings import current
 from ..process import PROCESS
 from ..status import KEY as CALLS
-from ..status import TOO_SMALL, Calls, calls_of, clear_calls, note_stock
+from ..status import TOO_SMALL, Calls, calls_of, note_stock
 from ..switch import KEY, Switch
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, call_plan, experts_plan, look_at_call, replaced_reason
@@ -201,9 +201,3 @@ def uninstall_if_unused() -> None:
         switch.put_back_if_unused()
         for cls in [cls for cls in FUSED if (cls, "forward") not in switch.replaced]:
             del FUSED[cls]
-
-
-def clear_mark(layer: nn.Module) -> None:
-    """Run PEFT's own code in this layer from its next call on, under ``patch`` too, and forget what it did."""
-    switch.clear_mark(layer)
-    clear_calls(layer)

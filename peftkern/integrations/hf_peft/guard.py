@@ -14,7 +14,6 @@ from typing import Any
 
 import peft
 import torch
-from packaging.version import InvalidVersion, Version
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
 from ...methods.registry import METHODS, Method, Plan, method_of
 from ..process import process_reason
+from ..tested import release_reason, replaced_by
 from . import experts as _experts
 from . import fsdp as _fsdp
 
@@ -33,19 +33,12 @@ FUSED: dict[type, Callable] = {}  # the forward of each class that has ours
 
 def version_reason(library: str, version: str, methods: Iterable[Method] | None = None) -> str | None:
     """Why this release of a library is not covered by any of these methods (default: all), or None."""
-    try:
-        release = Version(version).release
-    except InvalidVersion:
-        release = ()
     methods = METHODS.values() if methods is None else methods
     tested = [method.tested[library] for method in methods if library in method.tested]
     if not tested:
         return None
     low, high = min(low for low, _ in tested), max(high for _, high in tested)
-    if low <= release[:2] <= high:
-        return None
-    low, high = (".".join(map(str, r)) for r in (low, high))
-    return f"{library.upper()} {version} is outside the tested range {low} to {high}"
+    return release_reason(library.upper(), version, low, high)
 
 
 def type_reason(layer: nn.Module) -> str | None:
@@ -65,14 +58,8 @@ def type_reason(layer: nn.Module) -> str | None:
 
 def replaced_reason(cls: type) -> str | None:
     """Why the forward of this class is not ours to replace (another library did), or None."""
-    current = cls.forward
-    if current is FUSED.get(cls):
-        return None
-    module, name = getattr(current, "__module__", "?"), getattr(current, "__qualname__", "?")
-    owner = next(c for c in cls.__mro__ if "forward" in vars(c))  # some of PEFT's classes have that of their parent
-    if (module, name) == (owner.__module__, f"{owner.__qualname__}.forward") and not hasattr(current, "__wrapped__"):
-        return None
-    return f"PEFT's {cls.__qualname__}.forward was replaced by {module}.{name}"
+    other = replaced_by(cls, FUSED.get(cls))
+    return None if other is None else f"PEFT's {cls.__qualname__}.forward was replaced by {other}"
 
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:

@@ -5,38 +5,15 @@ from __future__ import annotations
 from peft import PeftConfig
 from torch import nn
 
-from ...dispatch.choose import Declined, choose
-from ...dispatch.explain import passes
 from ...methods.registry import Plan
-from ...problem import Problem, device_arch
-from ...settings import current
-from ..report import ROWS
+from ..report import ROWS, computed_by
 
 _LIBRARIES = {"adapters": "the adapters library", "loralib": "loralib", "pyreft": "pyreft", "pyvene": "pyvene"}
 
 
 def backend_of(plan: Plan) -> str:
-    """Name of the back end that computes this layer, forward and backward.
-
-    What ``PEFTKERN_BACKEND`` names and cannot take it is said as such: every call raises it.
-    """
-    weight, bias, held, kind = plan
-    if kind is not None:
-        return kind.by
-    device, (N, K) = weight.device, weight.shape
-    flags = {symbol for h in held for symbol in h.method.coefficients}
-    flags |= {
-        name for name, there in (("bias", bias is not None), ("dropout", any(h.dropout_p for h in held))) if there
-    }
-    call = Problem(
-        "lora_linear", device.type, device_arch(device.type, device.index), weight.dtype, held[0].tensors[0].dtype,
-        ROWS, N, K, sum(h.rank for h in held), frozenset(flags),
-    )  # fmt: skip
-    try:
-        forward, *rest = (choose(problem, current()).backend for problem in passes(call))
-    except Declined as error:
-        return f"none ({error})"
-    return ", backward ".join([forward, *sorted(set(rest) - {forward})])
+    """Name of the back end that computes this layer, forward and backward."""
+    return computed_by(plan.call(ROWS)) if plan.kind is None else plan.kind.by
 
 
 def anything_else(model: nn.Module) -> str:

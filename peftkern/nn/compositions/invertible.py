@@ -5,10 +5,29 @@ y1 = x1 + F(x2)     y2 = x2 + G(y1)          x2 = y2 - G(y1)     x1 = y1 - F(x2)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ..bottleneck import BottleneckAdapter
+
+Beside = Callable[[Tensor, Tensor], Tensor]
+
+
+def coupled(x: Tensor, split: int, F: Beside, G: Beside, inverse: bool = False) -> Tensor:
+    """The coupling of x (..., hidden), whose first half has ``split`` columns.
+
+    ``F``, ``G``: (what a subnetwork reads, what its output is added to) -> the sum.
+    """
+    first, second = x.tensor_split([split], -1)
+    if inverse:
+        second = -G(first, -second)
+        first = -F(second, -first)
+    else:
+        first = F(second, first)
+        second = G(first, second)
+    return torch.cat([first, second], -1)
 
 
 class Invertible(nn.Module):
@@ -40,11 +59,4 @@ class Invertible(nn.Module):
 
     def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
         """(..., hidden) -> (..., hidden). ``inverse``: what gives x, to a rounding of each sum."""
-        first, second = x.tensor_split([self.hidden // 2], -1)
-        if inverse:
-            second = -self.G(first, residual=-second)
-            first = -self.F(second, residual=-first)
-        else:
-            first = self.F(second, residual=first)
-            second = self.G(first, residual=second)
-        return torch.cat([first, second], -1)
+        return coupled(x, self.hidden // 2, self.F, self.G, inverse)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from peftkern.activations import ACTIVATIONS, CODES
-from peftkern.backends.cpu import call
+from peftkern.backends.cpu import call, native
+from peftkern.settings import Settings, using
 from peftkern.testing.accuracy import check
 from peftkern.testing.bottleneck_problems import BottleneckProblem, random_bottleneck_problem
 from peftkern.testing.problems import laid_out
@@ -40,9 +41,23 @@ def arguments(M, N, R, dtype=F32, activation="gelu", p=0.0, on_input=False):
     return (h, None, down, up, down_bias, *options), (dy, h, down, up, *options, True, ALL)
 
 
-def backward(threads, t, given):
+# Under which a call is known: one for each kind of products.
+NOW = {kind: Settings(cpu_kind=kind) for kind in ("panels", "bf16")}
+
+
+def forward(threads, *given, kind="panels"):
+    """(y, t), or None for a call that is not ordinary."""
+    args = (NOW[kind], threads, *given, True)
+    call.learn_bottleneck_forward(*args, kind)
+    return call.bottleneck_forward(*args)
+
+
+def backward(threads, t, given, kind="panels"):
+    """Likewise, the gradients."""
     dy, h, *rest = given
-    return call.bottleneck_backward(threads, dy, h, t, *rest)
+    args = (NOW[kind], threads, dy, h, t, *rest, given[2].shape[1], given[2].shape[0], given[2].dtype)
+    call.learn_bottleneck_backward(*args, kind)
+    return call.bottleneck_backward(*args)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -70,15 +85,15 @@ def test_activations_at_all_magnitudes(level):
     for name, activation in ACTIVATIONS.items():
         options = (None, None, None, CODES[name], 1.0, 0.0, False, None)
         exact = grid.double()
-        y, t = call.bottleneck_forward(1, grid[:, None], zero, one, one, None, *options)
+        y, t = forward(1, grid[:, None], zero, one, one, None, *options)
         assert torch.equal(t[:, 0], grid)
         # gelu's 1 + erf and 1 - tanh^2 cancel in any arithmetic: an ulp of what cancels.
         floor = 4 * 2.0**-24 * (1 + exact.abs())
         assert ((y[:, 0].double() - activation.value(exact)).abs() <= floor).all(), name
-        dh = call.bottleneck_backward(1, torch.ones(M, 1), None, t, one, one, *options, False, 1)[0]
+        dh = backward(1, t, (torch.ones(M, 1), None, one, one, *options, False, 1))[0]
         assert ((dh[:, 0].double() - activation.slope(exact)).abs() <= floor).all(), name
         special = torch.tensor([math.nan, math.inf])
-        y, _ = call.bottleneck_forward(1, special[:, None], zero[:2], one, one, None, *options)
+        y, _ = forward(1, special[:, None], zero[:2], one, one, None, *options)
         assert y[0].isnan().all()
         assert torch.equal(y[1], activation.value(special[1:])), name
 
@@ -87,23 +102,23 @@ def test_activations_at_all_magnitudes(level):
 @pytest.mark.parametrize("p, on_input", [(0.0, False), (0.3, False), (0.3, True)])
 def test_layouts_and_threads_do_not_change_bits(level, dtype, p, on_input):
     first, second = arguments(290, 272, 37, dtype, p=p, on_input=on_input)
-    y, t = call.bottleneck_forward(1, *first)
+    y, t = forward(1, *first)
     grads = backward(1, t, second)
     for layout in ("transposed", "row_stride"):
         for threads in (1, 2, 5):
             given = [laid_out(v, layout) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in first]
-            assert all(map(torch.equal, call.bottleneck_forward(threads, *given), (y, t)))
+            assert all(map(torch.equal, forward(threads, *given), (y, t)))
             given = [laid_out(v, layout) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in second]
             assert all(map(torch.equal, backward(threads, t, given), grads))
 
 
 def test_bits_of_a_row_are_its_own(level):
     first, second = arguments(290, 70, 65)
-    y, t = call.bottleneck_forward(2, *first)
+    y, t = forward(2, *first)
     dh, dgate = (backward(2, t, second)[i] for i in (0, 5))
     for a, b in ((0, 1), (5, 12), (23, 50)):
         rows = [v[a:b] if isinstance(v, torch.Tensor) and v.shape[0] == 290 else v for v in first]
-        assert all(map(torch.equal, call.bottleneck_forward(1, *rows), (y[a:b], t[a:b])))
+        assert all(map(torch.equal, forward(1, *rows), (y[a:b], t[a:b])))
         rows = [v[a:b] if isinstance(v, torch.Tensor) and v.shape[0] == 290 else v for v in second]
         done = backward(1, t[a:b], rows)
         assert torch.equal(done[0], dh[a:b])
@@ -118,7 +133,7 @@ def test_operands_end_where_they_end(level, guarded_results):
             [laid_out(v, "row_stride") if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in given]
             for given in (first, second)
         )
-        y, t = call.bottleneck_forward(2, *first)
+        y, t = forward(2, *first)
         assert y.isfinite().all()
         assert all(grad.isfinite().all() for grad in backward(2, t, second))
     assert guarded_results.check() == 27
@@ -126,7 +141,7 @@ def test_operands_end_where_they_end(level, guarded_results):
 
 def test_only_what_is_needed_is_made(level):
     first, second = arguments(9, 20, 4)
-    t = call.bottleneck_forward(1, *first)[1]
+    t = forward(1, *first)[1]
     every = backward(1, t, second)
     for i in range(7):
         done = backward(1, t, (*second[:-1], 1 << i))
@@ -137,7 +152,7 @@ def test_only_what_is_needed_is_made(level):
 
 def test_calls_that_are_not_ordinary():
     first, second = arguments(6, 8, 3)
-    t = call.bottleneck_forward(1, *first)[1]
+    t = forward(1, *first)[1]
 
     def changed(given, i, value):
         return (*given[:i], value, *given[i + 1 :])
@@ -149,8 +164,8 @@ def test_calls_that_are_not_ordinary():
         (10, 1.0), (10, -0.1),
     ]  # fmt: skip
     for i, value in wrong:
-        assert call.bottleneck_forward(1, *changed(first, i, value)) is None, i
-    assert call.bottleneck_forward(0, *first) is None
+        assert forward(1, *changed(first, i, value)) is None, i
+    assert forward(0, *first) is None
     for i, value in (
         (0, second[0][1:]),
         (1, h[:, 1:]),

@@ -32,19 +32,6 @@ def same(theirs, ours, leaves, rtol=1e-11):
     assert seen > 1
 
 
-@pytest.fixture
-def shared_mask(monkeypatch):
-    """What torch's dropout keeps is what peftkern keeps for this seed."""
-    from peftkern import dropout_mask
-
-    def dropout(x, p=0.5, training=True, inplace=False):
-        keep = dropout_mask(x.shape[:-1].numel(), x.shape[-1], p, 7).view(x.shape)
-        return torch.where(keep, x / (1 - p), 0.0) if training and p else x
-
-    monkeypatch.setattr(nn.functional, "dropout", dropout)
-    return 7
-
-
 @pytest.mark.parametrize("name, form", [(name, form) for name, forms in EXAMPLES.items() for form in forms])
 def test_every_form_of_every_entry(name, form, shared_mask):
     example = EXAMPLES[name][form]

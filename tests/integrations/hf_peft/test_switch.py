@@ -159,7 +159,9 @@ def test_import_loads_no_peft():
         "import sys, peftkern, peftkern.integrations\n"
         "assert not {'peft', 'transformers', 'triton'} & set(sys.modules)\n"
         "peftkern.accelerate, peftkern.restore, peftkern.status, peftkern.Report\n"
-        "assert 'peft' in sys.modules\n"
+        "assert 'peft' not in sys.modules\n"
+        "peftkern.accelerate(peftkern.LoRALinear(2, 2))\n"
+        "assert 'peft' in sys.modules and 'adapters' not in sys.modules\n"
         "from peft.tuners.lora.layer import Linear\n"
         "assert not hasattr(Linear.forward, '__wrapped__')"
     )

@@ -1,0 +1,11 @@
+"""AdapterHub's ``adapters``: its layers on the fused ops, in place and reversibly."""
+
+from __future__ import annotations
+
+from ..model import accelerate, restore, status
+from ..report import Report, Status
+from .model import LIBRARY, why_not
+
+patch, unpatch = LIBRARY.patch, LIBRARY.unpatch
+
+__all__ = ["Report", "Status", "accelerate", "patch", "restore", "status", "unpatch", "why_not"]

@@ -1,0 +1,235 @@
+"""Bottleneck adapters of AdapterHub: ``Adapter`` in the residual stream, ``ParallelAdapter`` beside a part of the model.
+
+    y = residual + gate * drop(scaling * (f(norm(x) down^T + down_bias) up^T + up_bias)),    norms before and after by torch
+
+Which residual and which norms of the model stand around it is the affair of the library's ``pre_forward`` and ``post_forward``,
+which run as they are. A ``ParallelAdapter`` gives its branch alone, and its ``post_forward`` adds the rest: here the layer that
+calls both says what that will be, and ``forward`` adds it at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from adapters.composition import Stack
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import Adapter, ParallelAdapter
+from torch import Tensor, nn
+
+from ...autograd.residual.bottleneck_adapter import bottleneck_adapter
+from ...methods.look import Look, NotCovered
+from ...problem import Problem, problem_like
+from .kind import Kind, check_input
+from .projection import Projection, activation, projection
+
+
+class Bottleneck(NamedTuple):
+    """What a module computes. ``norm_before``, ``norm_after``, ``gate``, ``drops_rows``: modules that are called, or None."""
+
+    down: Projection
+    up: Projection
+    activation: str
+    scaling: float | Tensor
+    dropout_p: float
+    norm_before: nn.Module | None
+    norm_after: nn.Module | None
+    gate: nn.Module | None
+    drops_rows: nn.Module | None
+
+    def __call__(self, x: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
+        """residual + the branch of x."""
+        h = x if self.norm_before is None else self.norm_before(x)
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(residual.dtype)
+        scaling, out_scale = self.scaling, None
+        if isinstance(scaling, Tensor) and scaling.numel() != 1:
+            scaling, out_scale = 1.0, scaling
+        y = bottleneck_adapter(
+            h, self.down.weight(), self.up.weight(), down_bias=self.down.bias, up_bias=self.up.bias,
+            activation=self.activation, scaling=scaling, out_scale=out_scale, residual=residual, gate=gate,
+            dropout_p=self.dropout_p, training=True,
+        )  # fmt: skip
+        return y if self.norm_after is None else self.norm_after(y)
+
+
+class _Around(threading.local):
+    """What the layer that calls an adapter does with it: ``fuses`` adapters by attention, or adds ``beside`` to its branch.
+    ``added``: the adapter has done so."""
+
+    fuses = False
+    beside: Tensor | None = None
+    added = False
+
+
+_around = _Around()
+
+
+def _scaling(look: Look) -> float | Tensor:
+    value = look.value("scaling")
+    return look.tensor("scaling") if value is None else value
+
+
+def _dropout_p(look: Look) -> float:
+    look.require(nn.Dropout, "dropout")
+    p = look.value("p")
+    if not 0.0 <= p < 1.0:
+        raise NotCovered("its dropout drops everything")
+    return p if look.value("training") else 0.0
+
+
+def _plan(look: Look) -> Bottleneck:
+    down, norm_before, norm_after = look.part("adapter_down"), None, None
+    down.require(nn.Sequential, "adapter_down")
+    first = int(look.value("add_layer_norm_before"))
+    if first:
+        norm_before = down.part("0").module
+    if len(down.module) != first + 2:
+        raise NotCovered(f"adapter_down has {len(down.module)} parts")
+    if look.value("add_layer_norm_after"):
+        norm_after = look.part("adapter_norm_after").module
+        if not look.value("adapter_residual_before_ln"):
+            raise NotCovered("the residual is added behind a norm of its own")
+    rows = look.part("DropPath")
+    return Bottleneck(
+        projection(down.part(str(first)), "down"),
+        projection(look.part("adapter_up"), "up"),
+        activation(down.part(str(first + 1)), "non_linearity"),
+        _scaling(look),
+        _dropout_p(look.part("dropout")),
+        norm_before,
+        norm_after,
+        look.part("gate").module if look.value("use_gating") else None,
+        None if rows is None or not rows.value("training") else rows.module,
+    )
+
+
+def _plan_beside(look: Look) -> Bottleneck:
+    if look.value("add_layer_norm_after"):
+        raise NotCovered("its branch goes through a norm of its own")
+    return _plan(look)._replace(drops_rows=None)  # which this class never calls
+
+
+def _check(plan: Bottleneck, x: Any, residual: Any) -> None:
+    check_input(x, plan.down.like)
+    check_input(residual, plan.down.like)
+    (N, R), K = plan.up.shape, plan.down.shape[1]
+    if x.dim() < 2 or x.shape[-1] != K or residual.shape != (*x.shape[:-1], N) or plan.down.shape[0] != R:
+        raise NotCovered(f"the input has shape {tuple(x.shape)}, the residual {tuple(residual.shape)}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if residual.dtype != dtype or (isinstance(plan.scaling, Tensor) and plan.scaling.dtype != dtype):
+            raise NotCovered(f"under autocast the sum would not be {dtype}")
+
+
+def _gate(plan: Bottleneck, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    # What the branch of each row is scaled by, and the library's own shape of what it calls gate.
+    score, gate = None, None
+    if plan.gate is not None:
+        score = gate = torch.mean(torch.sigmoid(plan.gate(x)), dim=1).unsqueeze(-1)
+    if plan.drops_rows is not None:
+        rows = plan.drops_rows(x.new_ones((len(x),) + (1,) * (x.dim() - 1)))
+        gate = rows if gate is None else rows * gate
+    return gate, score
+
+
+def _run(plan: Bottleneck, layer: nn.Module, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple:
+    if _around.fuses:
+        raise NotCovered("AdapterFusion reads what it adds")
+    _check(plan, x, residual_input)
+    if plan.gate is not None and x.dim() != 3:
+        raise NotCovered(f"the input of its gate has shape {tuple(x.shape)}")
+    gate, score = _gate(plan, x)
+    y = plan(x, residual_input, gate)
+    # down and up are read by AdapterFusion alone.
+    return (y, None, None, score) if plan.gate is not None and output_gating else (y, None, None)
+
+
+def _run_beside(
+    plan: Bottleneck, layer: nn.Module, x: Tensor, residual_input: Tensor, output_gating: bool = False
+) -> tuple:
+    if _around.beside is None:
+        raise NotCovered("what it is added to comes later: it is not the only adapter of its layer")
+    result = _run(plan, layer, x, _around.beside, output_gating)
+    _around.added = True
+    return result
+
+
+def _call(plan: Bottleneck, rows: int) -> Problem:
+    (N, R), K = plan.up.shape, plan.down.shape[1]
+    channel = isinstance(plan.scaling, Tensor)
+    flags = {
+        "down_bias": plan.down.bias, "up_bias": plan.up.bias, "out_scale": channel, "residual": True,
+        "gate": plan.gate, plan.activation: True, "dropout_out": plan.dropout_p > 0.0,
+    }  # fmt: skip
+    return problem_like(plan.down.like, "bottleneck_adapter", plan.down.like.dtype, (rows, N, K, R), flags)
+
+
+def _compose_fuse(stock):
+    @functools.wraps(stock)
+    def compose_fuse(self, *args, **kwargs):
+        before, _around.fuses = _around.fuses, True
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            _around.fuses = before
+
+    return compose_fuse
+
+
+def _pad_and_concat(stock):
+    @functools.wraps(stock)
+    def pad_and_concat(self, states):
+        # Of a batch that several adapters share, some fused: nobody reads what they add.
+        if any(state.bottleneck_up is None for state in states):
+            states = [state._replace(bottleneck_up=None) for state in states]
+        return stock(self, states)
+
+    return pad_and_concat
+
+
+def _only(layer: BottleneckLayer) -> nn.Module | None:
+    # The one adapter that acts in this layer, if the setup is a plain stack.
+    setup = layer.get_active_setup()
+    if type(setup) is not Stack or not all(isinstance(child, str) for child in setup):
+        return None
+    held = [layer.adapters[child] for child in setup if child in layer.adapters]
+    return held[0] if len(held) == 1 else None
+
+
+def _layer_forward(stock):
+    @functools.wraps(stock)
+    def bottleneck_layer_forward(self, hidden_states, residual_input, layer_norm):
+        if type(_only(self)) is not ParallelAdapter:
+            return stock(self, hidden_states, residual_input, layer_norm)
+        _around.beside = hidden_states
+        try:
+            return stock(self, hidden_states, residual_input, layer_norm)
+        finally:
+            _around.beside, _around.added = None, False
+
+    return bottleneck_layer_forward
+
+
+def _post_forward(stock):
+    @functools.wraps(stock)
+    def post_forward(self, hidden_states, input_hidden_states, input_tensor, layer_norm):
+        if not _around.added:
+            return stock(self, hidden_states, input_hidden_states, input_tensor, layer_norm)
+        return Adapter.post_forward(self, hidden_states, input_hidden_states, input_tensor, layer_norm)
+
+    return post_forward
+
+
+KINDS = (
+    Kind(
+        Adapter, _plan, _run, _call,
+        {(BottleneckLayer, "compose_fuse"): _compose_fuse, (BottleneckLayer, "pad_and_concat"): _pad_and_concat},
+    ),
+    Kind(
+        ParallelAdapter, _plan_beside, _run_beside, _call,
+        {(BottleneckLayer, "bottleneck_layer_forward"): _layer_forward, (ParallelAdapter, "post_forward"): _post_forward},
+    ),
+)  # fmt: skip

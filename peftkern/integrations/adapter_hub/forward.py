@@ -1,0 +1,75 @@
+"""The forward of AdapterHub's modules on the fused ops, and what puts it in place.
+
+The ``forward`` of each class is replaced by one that runs the library's own unless the instance is marked (``accelerate``) or
+all are wanted (``patch``). Each call looks at the module anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from ...methods.look import Look, NotCovered, Record, read
+from ..process import process_reason
+from ..status import calls_of, note_stock
+from ..switch import Switch
+from ..tested import replaced_by
+from .kind import Kind
+from .known import KINDS
+
+NAME = "AdapterHub"
+switch = Switch()
+
+
+def replaced_reason(cls: type) -> str | None:
+    """Why the forward of this class is not ours to replace (another library did), or None."""
+    _, ours = switch.replaced.get((cls, "forward"), (None, None))
+    other = replaced_by(cls, ours)
+    return None if other is None else f"{NAME}'s {cls.__qualname__}.forward was replaced by {other}"
+
+
+def plan_of(module: nn.Module) -> Any:
+    """What the calls of this module compute as it is now. Raises NotCovered with the reason why the library's own code
+    runs."""
+    reason = process_reason()
+    if reason is not None:
+        raise NotCovered(reason)
+    # Whoever listens to a module, or has replaced its forward, reads what the library's own puts out.
+    look = Look(module, Record(read, lambda *_: True))
+    look.require(type(module), "the adapter")
+    return KINDS[type(module)].plan(look)
+
+
+def _fused(kind: Kind, own: Callable | None) -> Callable:
+    stock = kind.cls.forward if own is None else own  # some classes have that of their parent
+
+    @functools.wraps(stock)
+    def forward(self, *args, **kwargs):
+        if type(self) is not kind.cls or not switch.wanted(self):
+            return stock(self, *args, **kwargs)
+        counts = not is_dynamo_compiling()  # a graph that counted would be compiled anew at each call
+        try:
+            result = kind.run(plan_of(self), self, *args, **kwargs)
+        except NotCovered as reason:
+            if counts:
+                note_stock(self, str(reason), NAME)
+            return stock(self, *args, **kwargs)
+        if counts:
+            calls_of(self).fused += 1
+        return result
+
+    return forward
+
+
+def install() -> None:
+    """Put the switching functions into the library's classes. Idempotent."""
+    with switch.lock:
+        for cls, kind in KINDS.items():
+            if replaced_reason(cls) is None:
+                switch.replace(cls, "forward", functools.partial(_fused, kind))
+                for (other, name), make in kind.also.items():
+                    switch.replace(other, name, make)
