@@ -69,6 +69,10 @@ class Layer:
         """The frozen layer, made of these very tensors."""
         return frozen_linear(*weights)
 
+    def call(self, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        """What the frozen layer makes of the arguments of a call."""
+        return module(*args)
+
     def exact(self, model: nn.Module) -> nn.Module:
         """A copy of the library's model that computes in fp64."""
         return copy.deepcopy(model).double()

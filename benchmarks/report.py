@@ -21,7 +21,7 @@ from pathlib import Path
 from . import generate, small
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
-from .tables import markdown, method_times, methods, performance, summary
+from .tables import bottleneck, markdown, method_times, methods, performance, summary
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -34,6 +34,7 @@ OWN_TABLES = {
     "generate": generate.markdown,
     **dict.fromkeys(("small_calls", "small_shapes", "small_models"), small.markdown),
     "methods": method_times.markdown,
+    "bottleneck_adapter": bottleneck.markdown,
 }
 NOTHING = "No result of a GPU is committed yet.\n"
 # What else can be told of the results of an op: its view NAME is marked NAME_OP.
@@ -51,7 +52,12 @@ def load(folder: Path = RESULTS) -> list[dict]:
 
 def tables(op: str, results: list[dict]) -> str:
     """Markdown for every machine that ``op`` was measured on."""
-    return "\n".join(_machine(r) for r in results if r["header"]["op"] == op) or "No results yet.\n"
+    found = [r for r in results if r["header"]["op"] == op]
+    if op == "methods":  # parts of one table
+        groups = [([r["header"] for r in own], method_times.newest(own)) for own in method_times.machines(found)]
+    else:
+        groups = [([r["header"]], r["rows"]) for r in found]
+    return "\n".join(_machine(*group) for group in groups) or "No results yet.\n"
 
 
 def part(name: str, results: list[dict]) -> str:
@@ -72,23 +78,31 @@ def part(name: str, results: list[dict]) -> str:
     return "\n".join("\n".join([*_heading(r["header"]), *view.lines(r)]) for r in chosen) or NOTHING
 
 
-def _machine(result: dict) -> str:
-    header, rows = result["header"], result["rows"]
-    lines = _heading(header)
-    table = OWN_TABLES.get(header["op"], markdown.markdown)
+def _machine(headers: list[dict], rows: list[dict]) -> str:
+    lines = _heading(*headers)
+    table = OWN_TABLES.get(headers[0]["op"], markdown.markdown)
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         lines += table([r for r in rows if r["dtype"] == dtype], dtype)
     return "\n".join(lines)
 
 
-def _heading(header: dict) -> list[str]:
+def _heading(*headers: dict) -> list[str]:
+    header = headers[0]
     isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
-    versions = header["versions"]
+    dates = sorted({h["date"][:10] for h in headers})
+    commits = dict.fromkeys((h["commit"] or "unknown")[:10] for h in headers)
     return [
-        f"**{header['device']}** ({isa}), {header['threads']} threads, torch {versions['torch']}, "
-        f"PEFT {versions['peft']}, {header['date'][:10]}, commit {(header['commit'] or 'unknown')[:10]}",
+        f"**{header['device']}** ({isa}), {header['threads']} threads, {', '.join(_packages(headers))}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         "",
     ]
+
+
+def _packages(headers: list[dict]) -> list[str]:
+    # torch, and the libraries that something is compared with.
+    words = {"torch": "torch", "peft": "PEFT", "adapters": "adapters", "pyreft": "pyreft"}
+    found = [(name, h["versions"].get(name)) for name in words for h in headers]
+    return [f"{words[name]} {version}" for name, version in dict.fromkeys(found) if version or name == "peft"]
 
 
 def _isa(cpu: dict) -> str:

@@ -56,7 +56,7 @@ HEIGHT = {
 }
 # Third-party packages beside torch and numpy, and the only layers that may import them.
 THIRD_PARTY = {
-    "adapters": ("peftkern.integrations.adapter_hub",),
+    "adapters": ("peftkern.integrations.adapter_hub", "peftkern.testing.residual"),
     "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "triton": (

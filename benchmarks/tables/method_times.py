@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peftkern.methods import METHODS, STREAM
 from peftkern.screen import Cell, Table
 
 from ..core.case import BASE, PASSES
@@ -15,8 +16,9 @@ from .terminal import PASS_TITLES, SPREAD, spread
 
 NOTE = (
     f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. Layers of other kinds are compared with"
-    " frozen ones of their own."
+    " frozen ones of their own; what acts in the residual stream computes no layer, and is timed alone."
 )
+LIBRARIES = {"peft": "PEFT", "torch": "torch's steps"}
 PROVIDERS = {LIBRARY: PALETTE[1], OURS: BLUES[0]}
 
 
@@ -50,12 +52,44 @@ def _over(rows: list[dict]) -> str:
     return "the frozen fp32 linear (this dtype's own is too slow)" if _slow(rows) else "the frozen linear"
 
 
-def _megabytes(row: dict | None) -> str:
+def megabytes(row: dict | None) -> str:
+    """What a row's forward pass keeps."""
     return "-" if row is None or row["saved_bytes"] is None else f"{row['saved_bytes'] / 1e6:.1f}"
 
 
-def _figure(row: dict | None, field: str, form: str = "{:.2f}") -> str:
+def number(row: dict | None, field: str, form: str = "{:.2f}") -> str:
+    """A number of a row, or a dash."""
     return "-" if row is None or row[field] is None else form.format(row[field])
+
+
+def _beside(by: dict[tuple, dict]) -> str:
+    # Whose code ours is compared with; older results know PEFT alone.
+    name = next(iter(by.values())).get("beside", "peft")
+    return LIBRARIES.get(name, name)
+
+
+def machines(results: list[dict]) -> list[list[dict]]:
+    """Results in groups, those of one machine and torch together."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        header = result["header"]
+        machine = (header["device"], header["cpu"]["torch_isa"], header["threads"], header["versions"]["torch"])
+        groups.setdefault(machine, []).append(result)
+    return list(groups.values())
+
+
+def newest(results: list[dict]) -> list[dict]:
+    """The rows of all, of each block those of its last measurement, in the order of the registry."""
+    blocks: dict[tuple, list[dict]] = {}
+    for result in sorted(results, key=lambda r: r["header"]["date"]):
+        blocks |= _groups(result["rows"], "dtype", "method", "M", "K", "N", "R")
+    order = {name: i for i, name in enumerate((*METHODS, *STREAM))}
+
+    def place(key: tuple) -> int:
+        # A form stands behind its method's name.
+        return order.get(key[1].partition(", ")[0], len(order))
+
+    return [row for key in sorted(blocks, key=place) for row in blocks[key]]
 
 
 def tables(rows: list[dict]) -> list[Table]:
@@ -65,16 +99,17 @@ def tables(rows: list[dict]) -> list[Table]:
         field = _ratio(own)
         for which in PASSES:
             title = f"methods, {dtype}, {PASS_TITLES[which]}: times over {_over(own)}"
-            columns = ("method", "M x K x N", "R", "drop", "linear\nms", "library", "peftkern", "gain",
+            columns = ("method", "M x K x N", "R", "drop", "beside", "linear\nms", "library", "peftkern", "gain",
                        "library\nsaved, MB", "peftkern\nsaved, MB")  # fmt: skip
-            table = Table(title, columns, left=("method",), caption=NOTE)
+            table = Table(title, columns, left=("method", "beside"), caption=NOTE)
             for (method, M, K, N, R, dropout), by, bases in _lines(own):
                 theirs, ours = by.get((LIBRARY, which)), by.get((OURS, which))
                 saved = [by.get((name, "fwd_bwd")) for name in PROVIDERS]
                 table.add(
-                    method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _figure(bases.get(which), "median_ms"),
-                    *(_timed(row, field) for row in (theirs, ours)), Cell(_figure(ours, "speed_up", "{:.2f}x"), "bold"),
-                    *map(_megabytes, saved),
+                    method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _beside(by),
+                    number(bases.get(which), "median_ms"),
+                    *(_timed(row, field) for row in (theirs, ours)), Cell(number(ours, "speed_up", "{:.2f}x"), "bold"),
+                    *map(megabytes, saved),
                 )  # fmt: skip
             found.append(table)
     return found
@@ -92,21 +127,22 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
     for (method, M, K, N, R, dropout), by, _ in _lines(rows):
         theirs, ours = by.get((LIBRARY, "fwd_bwd")), by.get((OURS, "fwd_bwd"))
         lines.append(
-            [method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _figure(theirs, field), _figure(ours, field),
-             _figure(ours, "speed_up", "{:.2f}x"), _megabytes(theirs), _megabytes(ours)]
+            [method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _beside(by), number(theirs, field),
+             number(ours, field), number(ours, "speed_up", "{:.2f}x"), megabytes(theirs), megabytes(ours)]
         )  # fmt: skip
     head = [
         "method",
         "M x K x N",
         "R",
         "dropout",
+        "beside",
         "library",
         "**peftkern**",
         "gain",
         "library saves, MB",
         "**peftkern** saves, MB",
     ]
-    return [f"{dtype}, forward + backward, fp32 adapters: time over {_over(rows)}", "", *md.table(head, lines)]
+    return [f"{dtype}, forward + backward: time over {_over(rows)}", "", *md.table(head, lines)]
 
 
 def plot(result: dict, folder: Path) -> list[Path]:

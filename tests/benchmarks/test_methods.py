@@ -13,7 +13,10 @@ from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import methods, report
 from peftkern.benchmarks.core.presets import Choice
 from peftkern.benchmarks.measure.probe import TINY as TINY_LAYER
-from peftkern.methods import METHODS
+from peftkern.benchmarks.subjects import stream
+from peftkern.benchmarks.tables import method_times
+from peftkern.methods import METHODS, STREAM
+from peftkern.testing.residual import EXAMPLES
 
 pytest.importorskip("peft", reason="HF PEFT is not installed")
 M, K, N, R = 24, 40, 32, 4
@@ -65,10 +68,29 @@ def test_document(result, tmp_path):
     document.write_text("<!-- benchmarks:methods -->\n<!-- /benchmarks:methods -->\n")
     assert report.main(["--readme", str(document), "--results", str(folder)]) == 0
     lines = document.read_text().splitlines()
-    assert sum(line.startswith(f"| LoRA | {M}x{K}x{N} | {R} | 0") for line in lines) == 4
-    assert any(
-        line.startswith("fp32, forward + backward, fp32 adapters: time over the frozen linear") for line in lines
-    )
+    own = [line for line in lines if line.startswith(f"| LoRA | {M}x{K}x{N} | {R} | 0")]
+    assert len(own) == 4 and all(" | PEFT | " in line for line in own)
+    assert "fp32, forward + backward: time over the frozen linear" in lines
+
+
+def test_results_of_a_machine_are_one_table(result):
+    _, result = result
+    later = json.loads(json.dumps(result))
+    later["header"] |= {"date": "9999-01-01T00:00:00", "commit": "f" * 40}
+    later["rows"] = [
+        row | {"method": name, "median_ms": 7.0, "dtype": "fp32"} for row in later["rows"] for name in ("(IA)^3", "LoRA")
+        if row["dtype"] == "fp32"
+    ]  # fmt: skip
+    other = json.loads(json.dumps(result))
+    other["header"]["device"] = "another one"
+    assert [len(own) for own in method_times.machines([result, other, later])] == [2, 1]
+    rows = method_times.newest([later, result])
+    # In the registry's order; of a block measured twice the later one, of others what there is.
+    assert list(dict.fromkeys(row["method"] for row in rows)) == ["LoRA", "(IA)^3"]
+    assert {row["median_ms"] == 7.0 for row in rows if row["dtype"] == "fp32"} == {True}
+    assert {row["median_ms"] == 7.0 for row in rows if row["dtype"] == "bf16"} == {False}
+    text = report.tables("methods", [result, later])
+    assert text.count("**") - text.count("**peftkern**") * 2 == 2 and " to 9999-01-01, commits " in text
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +143,57 @@ def test_a_method_has_layers_that_compute_what_the_library_does(name):
         assert step.forward(0).shape == step.dy[0].shape
 
 
+def test_every_entry_of_the_residual_stream_is_timed():
+    assert stream.TIMED.keys() == STREAM.keys()
+    for name, forms in stream.TIMED.items():
+        assert forms.keys() <= EXAMPLES[name].keys()
+    gelu = stream.TIMED["bottleneck adapter"]["seq_bn, gelu"]
+    assert gelu == ((1024, 768, 48), (2048, 1024, 64), (2048, 4096, 256))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Rows of the residual stream without the libraries."""
+    file = tmp_path_factory.mktemp("alone") / "r.json"
+    tiny = ["--device", "cpu", "--shape", "24,32,32", "--seconds", "0.01", "--repeats", "5", "--rank", "4"]
+    argv = ["--methods", *stream.TIMED, *tiny, "--dtype", "fp32", "bf16", "--json", str(file)]
+    assert command.main(argv) == 0
+    return json.loads(file.read_text())["rows"]
+
+
+def test_rows_without_a_layer(alone):
+    names = {f"{name}, {form}": STREAM[name].op for name, forms in stream.TIMED.items() for form in forms}
+    assert {(row["method"], row["op"]) for row in alone} == set(names.items())
+    for row in alone:
+        assert row["skipped"] is None and row["ratio_to_base"] > 0
+        if row["provider"] in ("library", "peftkern"):
+            assert row["floor_ratio"] is None and row["adapter_dtype"] == row["dtype"]
+            # The environment of these tests has neither library.
+            assert row["beside"] == "torch"
+    saved = {r["provider"]: r["saved_bytes"] for r in alone
+             if (r["method"], r["dtype"], r["pass"]) == ("bottleneck adapter, double_seq_bn", "fp32", "fwd_bwd")}  # fmt: skip
+    assert saved == {"base": 0, "library": 4 * 24 * (32 + 2 * 4), "peftkern": 4 * 24 * (32 + 4)}
+    table = "\n".join(method_times.markdown([row for row in alone if row["dtype"] == "fp32"], "fp32"))
+    assert "| LoReFT, pyreft | 24x32x32 | 4 | 0 | torch's steps | " in table
+
+
+@pytest.mark.parametrize("name", stream.TIMED)
+def test_a_method_of_the_residual_stream_computes_what_torchs_steps_do(name):
+    for bench, choice in methods.benches([name], Choice(dtypes=["fp32", "bf16"])):
+        for case in bench.cases("quick", "cpu", choice):
+            assert case.adapter_dtype == case.dtype and case.K == case.N
+            assert bench.gate(case) is None
+
+
 def test_only_what_a_method_has_is_varied():
     asked = Choice(ranks=[8], dropouts=[0.0, 0.1])
-    names = ["LoRA", "(IA)^3", "PVeRA", "Arrow"]
+    names = ["LoRA", "(IA)^3", "PVeRA", "Arrow", "ConsReFT", "AdapterFusion"]
     has = {bench.name: (choice.ranks, choice.dropouts) for bench, choice in methods.benches(names, asked)}
     # PVeRA is timed in evaluation, and Arrow with dropout is the library's.
-    assert has == {"LoRA": ([8], [0.0, 0.1]), "(IA)^3": (None, None), "PVeRA": ([8], None), "Arrow": ([8], None)}
+    assert has == {
+        "LoRA": ([8], [0.0, 0.1]), "(IA)^3": (None, None), "PVeRA": ([8], None), "Arrow": ([8], None),
+        "ConsReFT, pyreft": ([8], None), "AdapterFusion, dynamic": (None, None),
+    }  # fmt: skip
 
 
 def test_an_unknown_method_is_refused(capsys):

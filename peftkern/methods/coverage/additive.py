@@ -79,7 +79,12 @@ OTHERS = section(
     "additive",
     "scale and others",
     by("(IA)^3", "(IA)^3", "one vector of the output, or of the input", called="peft.IA3"),
-    later("(IA)^3 of adapters", "L", "an entry for that library's layers; the equation is (IA)^3's", "adapters.ia3"),
+    by(
+        "(IA)^3 of adapters",
+        "(IA)^3",
+        "AdapterHub's layers; merging there leaves the bias as it is",
+        called="adapters.ia3",
+    ),
     later("MoV", "L", "a scale for each token, a router's mixture of (IA)^3 vectors"),
     by("SSF", "SSF"),
     by("Hadamard adapter", "SSF", "SSF's equation, at the output of attention"),

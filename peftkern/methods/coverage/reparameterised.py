@@ -38,7 +38,7 @@ LORA = section(
     by("Uni-LoRA", "Uni-LoRA", called="peft.UNILORA"),
     by("MiSS", "MiSS", called="peft.MISS"),
     by("aLoRA", "aLoRA", "the adapter acts on the rows after its invocation"),
-    later("LoRA of adapters", "L", "an entry for that library's layers; the equation is LoRA's", "adapters.lora"),
+    by("LoRA of adapters", "LoRA", "AdapterHub's layers", example="linear", called="adapters.lora"),
     later("MoSLoRA", "L", "an (R, R) mixer, multiplied into lora_A"),
     by("PSOFT", "PSOFT", "an orthogonal (R, R), multiplied into a frozen lora_B", called="peft.PSOFT"),
     by("VB-LoRA", "VB-LoRA", called="peft.VBLORA"),

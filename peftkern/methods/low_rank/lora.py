@@ -119,6 +119,6 @@ LORA = register(
         merges="W + s B A",
         peft_type="LORA",
         stored=lora_stored.LORA,
-        tested={"peft": ((0, 18), (0, 21))},
+        tested={"peft": ((0, 18), (0, 21)), "adapters": ((1, 3), (1, 3))},
     )
 )

@@ -131,6 +131,6 @@ IA3 = register(
         peft_type="IA3",
         stored=STORED,
         worth=1 << 23,
-        tested={"peft": ((0, 21), (0, 21))},
+        tested={"peft": ((0, 21), (0, 21)), "adapters": ((1, 3), (1, 3))},
     )
 )

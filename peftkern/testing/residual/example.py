@@ -28,13 +28,13 @@ class Example(NamedTuple):
     residual: bool = False
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """The module with random parameters: many start as zeros, which hide work and errors. The diagonal of an orthogonal
-    parametrisation is signs, and stays."""
+def randomised(module: nn.Module, std: float = 0.3) -> nn.Module:
+    """The module with random parameters of this deviation: many start as zeros, which hide work and errors. The diagonal of
+    an orthogonal parametrisation is signs, and stays."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             signs = p.diagonal().clone() if name.endswith("parametrizations.weight.original") else None
-            p.normal_(std=0.3)
+            p.normal_(std=std)
             if signs is not None:
                 p.diagonal().copy_(signs)
     return module

@@ -1,0 +1,62 @@
+"""What is timed of a method: the library's own code and ours, on the same parameters."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..core.case import Case
+from ..core.presets import Choice, Entry
+from ..layers import Layer
+
+
+class Pair(NamedTuple):
+    """Both sides, the library's first, for one copy of the weights.
+
+    ``calls``: of a layer's arguments; ``trained``: the parameters of each that get a gradient; ``frozen``: what autograd may
+    keep at no cost; ``exact()``: the library's side in fp64, and its trained parameters.
+    """
+
+    calls: tuple[Callable[..., Tensor], Callable[..., Tensor]]
+    trained: tuple[list[Tensor], list[Tensor]]
+    frozen: list[Tensor]
+    exact: Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]
+
+
+class Subject(Protocol):
+    """A method where it is timed.
+
+    Attributes:
+        name: as tables have it. op: that computes it. layer: the frozen layer that it is compared with. beside: whose code
+            it is compared with. on_layer: whether it computes the frozen layer too.
+    """
+
+    name: str
+    op: str
+    layer: Layer
+    beside: str
+    on_layer: bool
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Sizes."""
+
+    def choice(self, asked: Choice) -> Choice:
+        """What it has of what was asked for."""
+
+    def missing(self) -> str | None:
+        """Why it cannot be timed here, or None."""
+
+    def small(self, case: Case) -> Case:
+        """The case at a size for checks."""
+
+    def pair(self, case: Case, weights: tuple[Tensor, ...]) -> Pair:
+        """Both sides around a frozen layer of these weights."""
+
+
+def installed(library: str) -> bool:
+    """Whether the package is here, without an import. (``adapters`` hides its spec once it is imported.)"""
+    return library in sys.modules or importlib.util.find_spec(library) is not None
