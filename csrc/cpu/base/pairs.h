@@ -16,7 +16,7 @@ PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
 }
 
 template <int ROWS>
-static void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
+void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
   for (int i = 0; i < ROWS; ++i) {
     __builtin_prefetch(out + i * ld, 1);
     __builtin_prefetch(out + i * ld + W, 1);

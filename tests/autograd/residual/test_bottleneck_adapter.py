@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from peftkern import bottleneck_adapter
 from peftkern.activations import ACTIVATIONS
 from peftkern.autograd import saved as reading
+from peftkern.backends.cpu import call
+from peftkern.dispatch.registry import takers
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = ("h", "down", "up", "down_bias", "up_bias", "gate", "out_scale", "scaling", "residual")
@@ -345,3 +347,26 @@ def test_bad_input(case):
     change, error, match = BAD[case]
     with pytest.raises(error, match=match):
         bottleneck_adapter(**(dict(h=H, down=DOWN, up=UP) | change))
+
+
+@pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
+def test_a_known_call_is_one_native_call(monkeypatch):
+    """The second call like it does not go by the op, forward or backward, unless settings name another back end."""
+
+    def step():
+        h = torch.randn(3, 5, 8, requires_grad=True)
+        y = bottleneck_adapter(
+            h, torch.ones(2, 8), torch.ones(8, 2), residual=torch.ones(3, 5, 8), dropout_p=0.5, training=True
+        )
+        return torch.autograd.grad(y.sum(), h)
+
+    def ops():
+        return {key[0] for key in takers if key[0].startswith("bottleneck_adapter")}
+
+    step()
+    takers.clear()
+    step()
+    assert not ops()
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    step()
+    assert ops() == {"bottleneck_adapter_fwd", "bottleneck_adapter_bwd"}
