@@ -20,8 +20,8 @@ bool read_options(PyObject* const* a, cpu::Bottleneck& g, DType activation) {
   Dropout drop;
   float kept;
   if (!read_vector(a[0], g.up_bias, g.N) || !read_vector(a[1], g.gate, g.M) ||
-      !read_vector(a[2], g.out_scale, g.N) || !read_int(a[3], code) || code < 0 ||
-      code >= kActivations || !read_numbers(a[4], a[5], g.scaling, drop.threshold, kept) ||
+      !read_vector(a[2], g.out_scale, g.N) || !read_int(a[3], code) || code < 0 || code >= kActivations ||
+      !read_numbers(a[4], a[5], g.scaling, drop.threshold, kept) ||
       (drop.threshold != 0 && !read_seed(a[7], drop.seed)))
     return false;
   for (const ConstMatrix* v : {&g.up_bias, &g.gate, &g.out_scale})
