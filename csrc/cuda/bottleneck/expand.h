@@ -3,7 +3,7 @@
 // v lies in shared memory as two bf16 terms (split.h), [16 rows][16 ranks][term][lane][4 words], in the order
 // in which the lanes of a product hold it where lane t of a quad has ranks 4t to 4t + 3; B comes into
 // registers in the same order (pieces.h), once for all 64 rows. Lane g of a product has 8 adjacent columns:
-// from 8 g / 2 on if g is even, and 32 further if it is odd, so that the quad writes whole sectors.
+// from 8 (g / 2) on if g is even, and 32 further if it is odd, so that the quad writes whole sectors.
 #pragma once
 
 #include "cuda/common/philox.h"
