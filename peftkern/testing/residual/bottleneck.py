@@ -59,7 +59,7 @@ class PlainCoupling(nn.Module):
         self.split_len1 = H // 2
         sizes = (H - H // 2, H // 2)
         self.F, self.G = (
-            nn.Sequential(nn.Linear(a, R), nn.ReLU(), nn.Linear(R, b)) for a, b in (sizes, reversed(sizes))
+            nn.Sequential(nn.Linear(a, R), nn.SiLU(), nn.Linear(R, b)) for a, b in (sizes, reversed(sizes))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,13 +126,15 @@ def _make_coupling(H: int, R: int, dtype: torch.dtype) -> nn.Module:
     from adapters.methods.modeling import NICECouplingBlock
 
     reduction = max(1, H // 2 // R)
-    return randomised(NICECouplingBlock([[H]], non_linearity="relu", reduction_factor=reduction)).to(dtype)
+    return randomised(NICECouplingBlock([[H]], non_linearity="swish", reduction_factor=reduction)).to(dtype)
 
 
 def _coupling(module: nn.Module, h: Tensor, residual: Tensor, seed: int | None = None) -> Tensor:
     def net(layers: nn.Module, x: Tensor, other: Tensor) -> Tensor:
         down, up = (m for m in layers.modules() if isinstance(m, nn.Linear))
-        return bottleneck_adapter(x, down.weight, up.weight, down_bias=down.bias, up_bias=up.bias, residual=other)
+        return bottleneck_adapter(
+            x, down.weight, up.weight, down_bias=down.bias, up_bias=up.bias, activation="silu", residual=other
+        )
 
     first, second = h.tensor_split([module.split_len1], -1)
     first = net(module.F, second, first)
