@@ -1,6 +1,7 @@
-"""The device bodies of all wrappers compile for the architectures that they are for, Hopper's kernels without complaint.
+"""The device bodies of all wrappers compile for the architectures that they are for.
 
-The other kernels were compiled with the extension, and tests/verify/static/test_cuda.py looks at what came of them.
+The library's kernels are compiled with the extension. tests/verify/static/test_cuda.py looks at what came of them: products
+that ptxas serialised and a setmaxnreg that it ignored show in the machine code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ CASES = [
     (KERNELS / "gemm_sm90.cu", "sm_90a"),
     (KERNELS / "clusters.cu", "sm_90a"),
     (ROOT / "csrc/cuda/common/tensor_map.cu", "sm_90a"),
-    *((source, "sm_90a") for source in nvcc.sources() if nvcc.architectures(source) == ("sm_90a",)),
 ]
 
 
@@ -34,5 +34,3 @@ def test_compiles_without_spills(source, arch):
     assert len(built.cubin) > 0
     spills = {line for line in built.log.splitlines() if "spill" in line and "0 bytes spill stores" not in line}
     assert not spills, spills
-    if ROOT / "csrc/cuda" in source.parents:  # products in turn instead of at once, or a setmaxnreg that is ignored
-        assert "Potential Performance Loss" not in built.log and "setmaxnreg" not in built.log, built.log

@@ -117,7 +117,7 @@ def test_what_cannot_be_audited_is_said(small, monkeypatch, capsys):
 
 
 def test_triton_kernels(bounds, monkeypatch, capsys):
-    """One case of one op: recorded, within its bounds, and not within narrower ones."""
+    """One kernel of one op: recorded, within its bounds, and not within narrower ones."""
     pytest.importorskip("triton", reason="Triton is an optional dependency")
     from peftkern.verify.static import audit as command
     from peftkern.verify.static.launches import lora_linear
@@ -127,6 +127,8 @@ def test_triton_kernels(bounds, monkeypatch, capsys):
     monkeypatch.setattr(command, "TRITON", ("lora_linear",))
     monkeypatch.setattr(lora_linear, "MORE", ())
     monkeypatch.setattr(lora_linear, "STANDARD", [lora_linear.Case(90)])
+    launch = next(item for item in lora_linear.capture(lora_linear.Case(90)) if item.name == "expand_kernel")
+    monkeypatch.setattr(lora_linear, "capture", lambda case: [launch])
     assert audit("--kernels", "triton") == 1
     assert audit("--kernels", "triton", "--record") == 0
     capsys.readouterr()

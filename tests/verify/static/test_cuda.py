@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def test_no_kernel_spills_or_waits_too_often(audited):
     """What needs no record."""
     found = {r.key: records.always(r) + records.hopper(r) for r in audited}
     assert {k: p for k, p in found.items() if p} == {}
+
+
+@together
+def test_a_setmaxnreg_that_is_ignored_is_noticed(audited, bounds):
+    """The assembler then leaves it out."""
+    hopper = [r for r in audited if r.arch == "sm_90a"]
+    assert hopper
+    for r in hopper:
+        assert r.mix["USETMAXREG"] == 2, r.key
+        without = dataclasses.replace(r, mix={kind: n for kind, n in r.mix.items() if kind != "USETMAXREG"})
+        assert any("0 USETMAXREG" in p for p in records.broken(without, bounds[r.key])), r.key
 
 
 def scale(*flags: str, launch: dict[str, int] | None = LAUNCH) -> records.Row:

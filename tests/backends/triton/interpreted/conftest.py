@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import warnings
 
@@ -36,27 +37,48 @@ def without_idle_work():
     if not triton.__version__.startswith("3.9."):  # what is replaced below is private, and differs in other releases
         yield
         return
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
     patch, done = interpreter._patch_lang, set()
 
     @functools.cache
     def modules(fn) -> frozenset:
         return frozenset(id(value) for value in fn.__globals__.values() if inspect.ismodule(value))
 
-    class Launch:
-        def __init__(self, scope):
-            self.scope = scope
-
+    class Kept:
         def restore(self):
-            done.clear()
-            self.scope.restore()
+            """In this process nobody wants Triton's own functions back."""
 
     def patched(fn):
         # A launch puts the interpreter's functions in the place of Triton's; so does each call of a device function in it.
-        if modules(fn) in done:
-            return None  # which only a launch looks at, and those are not nested
-        scope = patch(fn) if done else Launch(patch(fn))
-        done.add(modules(fn))
-        return scope
+        if modules(fn) not in done:
+            patch(fn)
+            done.add(modules(fn))
+        return Kept()
+
+    # Every value of a block describes its shape anew: the same few shapes, a million times.
+    make_block_type, block_types = core.block_type.__init__, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *shape
+        if key not in block_types:
+            make_block_type(self, element_ty, shape)
+            block_types[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = block_types[key]
+
+    @functools.cache
+    def constants(sizes: tuple[int, ...]):
+        return core.tuple([core.constexpr(s) for s in sizes]), core.constexpr(math.prod(sizes))
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants((*type.shape.values,) if type.is_block() else ())
+
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(self, lhs, rhs):
+        shapes = [v.type.shape.values if v.type.is_block() else None for v in (lhs, rhs)]
+        return (lhs, rhs) if shapes[0] == shapes[1] else broadcast(self, lhs, rhs)
 
     numpy_dtype, of_scalar = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
 
@@ -70,4 +92,7 @@ def without_idle_work():
         change.setattr(interpreter, "_patch_lang", patched)
         change.setattr(interpreter, "_get_np_dtype", dtype_of)
         change.setattr(interpreter.interpreter_builder, "options", options)
+        change.setattr(core.block_type, "__init__", block_type)
+        change.setattr(core.tensor, "__init__", tensor)
+        change.setattr(semantic, "broadcast_impl_value", broadcast_impl_value)
         yield
