@@ -28,6 +28,9 @@ from ...settings import current
 from ..status import TOO_SMALL
 from .kind import Kind, check_input
 
+# Elements of x from which a gate's steps gain over the library's.
+_GATE_WORTH = 1 << 17
+
 
 class Adapted(NamedTuple):
     """The layer with its adapter. ``gate``: a module that is called, or None."""
@@ -122,6 +125,8 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
             plan = plan._replace(held=[held._replace(tensors=(held.tensors[0] * alpha,))])
     if gate is None:
         return plan.run(x)
+    if x.is_cpu and x.numel() < _GATE_WORTH and not (current().small_calls or current().batch_invariant):
+        raise NotCovered(TOO_SMALL)
     if ForwardContext.get_context() is None:
         raise NotCovered("it is called outside of a model's forward")
     (A, B, _), p = held.tensors, held.dropout_p
