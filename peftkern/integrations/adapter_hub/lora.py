@@ -24,9 +24,10 @@ from ...methods.low_rank.lora import LORA
 from ...methods.registry import Held, Plan
 from ...methods.scale.ia3 import IA3
 from ...problem import Problem
-from ...settings import current
-from ..status import TOO_SMALL
 from .kind import Kind, check_input
+
+# Elements of x from which a gate's steps gain over the library's.
+_GATE_WORTH = 1 << 17
 
 
 class Adapted(NamedTuple):
@@ -114,9 +115,6 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
     if held.method is IA3:
         if torch.is_autocast_enabled(x.device.type):
             raise NotCovered("under autocast the library's output is wider")
-        settings = current()
-        if x.is_cpu and x.numel() < plan.least() and not (settings.small_calls or settings.batch_invariant):
-            raise NotCovered(TOO_SMALL)
         alpha = layer.loras[name].scaling
         if alpha != 1:
             plan = plan._replace(held=[held._replace(tensors=(held.tensors[0] * alpha,))])
@@ -131,8 +129,12 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
     return y
 
 
+def _least(adapted: Adapted) -> int:
+    return max(adapted.plan.least(), 0 if adapted.gate is None else _GATE_WORTH)
+
+
 def _call(adapted: Adapted, rows: int) -> Problem:
     return adapted.plan.call(rows)
 
 
-KINDS = (Kind(theirs.LoRALinearTorch, _plan, _run, _call),)
+KINDS = (Kind(theirs.LoRALinearTorch, _plan, _run, _call, _least),)

@@ -74,6 +74,15 @@ def test_conv1d():
     assert len(report.skipped) == LAYERS and all("LoRAMergedLinear" in reason for reason in report.skipped.values())
 
 
+@pytest.mark.parametrize("name", ["gated", "ia3"])
+def test_small_calls_stay_with_the_library(name):
+    model, inputs = adapted("bert", CONFIGS[name]), batch()
+    with settings.using(small_calls=False):
+        same(model, inputs)
+    status = peftkern.status(model)
+    assert status.fused == 0 and status.stock and all("too small" in reason for reason in status.reasons.values())
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_other_adapters_stay_with_the_library(name):
     config, reason = STOCK[name]
