@@ -1,5 +1,6 @@
 """The programs in examples/ run as they are."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +11,38 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_serve_many_adapters():
-    command = [sys.executable, "examples/serve_many_adapters.py", "--steps", "120", "--adapters", "40"]
+def run(*command: str) -> str:
+    """What an example prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_serve_many_adapters():
+    output = run("examples/serve_many_adapters.py", "--steps", "120", "--adapters", "40")
+    lines = output.splitlines()
     assert lines[0] == "peftkern: 9 of 9 PEFT layers accelerated"
     assert lines[-1] == "every row equals its adapter run alone"
     trained = [line.split() for line in lines if line.startswith(("upward", "downward", "skip", "mirror"))]
-    assert len(trained) == 15 and sum(row[-1] == "yes" for row in trained) >= 10, done.stdout
+    assert len(trained) == 15 and sum(row[-1] == "yes" for row in trained) >= 10, output
+
+
+@pytest.mark.slow
+def test_compare_methods(tmp_path):
+    """Both sides of each method start equal and are all measured."""
+    written = ["--json", str(tmp_path / "result.json"), "--png", str(tmp_path / "result.png")]
+    output = run("examples/compare_methods.py", "--steps", "2", "--pairs", "4", "--held-out", "16", *written)
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["LoRA", "DoRA", "(IA)^3", "bottleneck", "Compacter", "LoReFT"]
+    for name, row in rows.items():
+        assert f"\n  {name} " in output and row["steps"] == 2 and min(row["step_ms"].values()) > 0, row
+        assert row["first_losses"]["peftkern"] == pytest.approx(row["first_losses"]["library"], abs=1e-5), row
+        assert row["saved_bytes"]["peftkern"] <= row["saved_bytes"]["library"], row
+        assert row["library"].startswith("PEFT" if name in ("LoRA", "DoRA", "(IA)^3") else ("adapters", "plain")), row
+    hidden, layers, width = 384, 6, 48
+    assert rows["bottleneck"]["trained_parameters"] == 2 * layers * (2 * hidden * width + hidden + width)
+    assert (tmp_path / "result.png").stat().st_size > 10_000
