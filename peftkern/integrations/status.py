@@ -19,7 +19,8 @@ _lock = threading.Lock()
 
 # What the user asked for: then the base layer alone is the whole of the library's forward, and nothing is lost.
 _ASKED_FOR = ("its adapters are disabled", "its adapters are merged", "it has no")
-TOO_SMALL = "too small to gain: PEFT's own code is faster"
+TOO_SMALL = "too small to gain: the library's own code is faster"
+NO_GAIN = "nothing to gain: the vendor's product is faster"
 
 
 class Calls:
@@ -83,7 +84,7 @@ def note_stock(layer: nn.Module, reason: str, library: str = "PEFT") -> None:
     calls = calls_of(layer)
     calls.stock += 1
     calls.reason = reason
-    if calls.warned is None or reason is TOO_SMALL or reason.startswith(_ASKED_FOR):
+    if calls.warned is None or reason in (TOO_SMALL, NO_GAIN) or reason.startswith(_ASKED_FOR):
         return
     # A reason that differs in names or sizes alone is the same one.
     key = _kind(layer), re.sub(r"'[^']*'|\d+", "", reason)

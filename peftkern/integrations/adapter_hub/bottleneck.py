@@ -25,6 +25,9 @@ from ...problem import Problem, problem_like
 from .kind import Kind, check_input
 from .projection import Projection, activation, projection
 
+# Elements of x below which looking at a module costs more than its memory traffic does.
+_WORTH = 1 << 16
+
 
 class Bottleneck(NamedTuple):
     """What a module computes. ``norm_before``, ``norm_after``, ``gate``, ``drops_rows``: modules that are called, or None."""
@@ -167,6 +170,10 @@ def _call(plan: Bottleneck, rows: int) -> Problem:
     return problem_like(plan.down.like, "bottleneck_adapter", plan.down.like.dtype, (rows, N, K, R), flags)
 
 
+def _least(plan: Bottleneck) -> int:
+    return _WORTH
+
+
 def _compose_fuse(stock):
     @functools.wraps(stock)
     def compose_fuse(self, *args, **kwargs):
@@ -225,11 +232,11 @@ def _post_forward(stock):
 
 KINDS = (
     Kind(
-        Adapter, _plan, _run, _call,
+        Adapter, _plan, _run, _call, _least,
         {(BottleneckLayer, "compose_fuse"): _compose_fuse, (BottleneckLayer, "pad_and_concat"): _pad_and_concat},
     ),
     Kind(
-        ParallelAdapter, _plan_beside, _run_beside, _call,
+        ParallelAdapter, _plan_beside, _run_beside, _call, _least,
         {(BottleneckLayer, "bottleneck_layer_forward"): _layer_forward, (ParallelAdapter, "post_forward"): _post_forward},
     ),
 )  # fmt: skip

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from ...methods.look import Look, NotCovered, Record, read
+from ...settings import current
 from ..process import process_reason
-from ..status import calls_of, note_stock
+from ..status import TOO_SMALL, calls_of, note_stock
 from ..switch import Switch
 from ..tested import replaced_by
 from .kind import Kind
@@ -44,6 +45,14 @@ def plan_of(module: nn.Module) -> Any:
     return KINDS[type(module)].plan(look)
 
 
+def _check_size(least: int, args: tuple) -> None:
+    # The library's own code is right whatever the module looks like by now.
+    if least and args and isinstance(args[0], Tensor) and args[0].is_cpu and args[0].numel() < least:
+        settings = current()
+        if not (settings.small_calls or settings.batch_invariant):
+            raise NotCovered(TOO_SMALL)
+
+
 def _fused(kind: Kind, own: Callable | None) -> Callable:
     stock = kind.cls.forward if own is None else own  # some classes have that of their parent
 
@@ -51,15 +60,22 @@ def _fused(kind: Kind, own: Callable | None) -> Callable:
     def forward(self, *args, **kwargs):
         if type(self) is not kind.cls or not switch.wanted(self):
             return stock(self, *args, **kwargs)
-        counts = not is_dynamo_compiling()  # a graph that counted would be compiled anew at each call
+        # A graph that counted would be compiled anew at each call.
+        calls = None if is_dynamo_compiling() else calls_of(self)
         try:
-            result = kind.run(plan_of(self), self, *args, **kwargs)
+            if calls is not None:
+                _check_size(calls.least, args)
+            plan = plan_of(self)
+            if calls is not None and not calls.least:
+                calls.least = kind.least(plan)
+                _check_size(calls.least, args)
+            result = kind.run(plan, self, *args, **kwargs)
         except NotCovered as reason:
-            if counts:
+            if calls is not None:
                 note_stock(self, str(reason), NAME)
             return stock(self, *args, **kwargs)
-        if counts:
-            calls_of(self).fused += 1
+        if calls is not None:
+            calls.fused += 1
         return result
 
     return forward

@@ -26,6 +26,7 @@ class Kind:
         run: (plan, the module, the arguments of the call) -> what ``forward`` returns. Raises ``NotCovered``, before it
             computes or draws anything, where the arguments speak against it.
         call: (plan, M) -> the call of a public function that it makes for M rows, for the report, or what to report.
+        least: plan -> the elements of an input below which the library's own code is faster, on a CPU; 0 if it never is.
         also: other functions to replace while modules are accelerated: (class, name) -> what makes ours of the library's.
     """
 
@@ -33,6 +34,7 @@ class Kind:
     plan: Callable[[Look], Any]
     run: Callable[..., Any]
     call: Callable[[Any, int], Problem | Found]
+    least: Callable[[Any], int] = lambda plan: 0
     also: Mapping[tuple[type, str], Callable[[Callable], Callable]] = field(default_factory=dict)
 
 

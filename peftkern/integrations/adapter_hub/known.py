@@ -25,7 +25,7 @@ _LEFT: dict[type, str] = {
 def owned(module: nn.Module) -> bool:
     """Whether this is a module that computes an adapter of the library."""
     if isinstance(module, LoRALayer):  # in the place of a linear layer, with and without adapters
-        return len(module.loras) > 0
+        return lora.has_part(module)
     return isinstance(module, (*KINDS, *_LEFT))
 
 
