@@ -15,6 +15,11 @@ from ..ops.dropout_mask import check_p
 from .orthogonal import Rotation, free_numbers
 
 ORTHONORMAL = ("loreft", "direft", "consreft", "lobireft")
+# The classes of the activations that pyreft takes from transformers.
+_PYREFT_ACTIVATIONS = {
+    "LinearActivation": "identity", "ReLU": "relu", "LeakyReLU": "leaky_relu", "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu", "SiLU": "silu", "Tanh": "tanh", "Sigmoid": "sigmoid",
+}  # fmt: skip
 
 
 class ReFT(nn.Module):
@@ -59,6 +64,36 @@ class ReFT(nn.Module):
         self.bias = nn.Parameter(torch.empty(rank, **options)) if bias or not source else None
         self._rotation = Rotation()
         self.reset_parameters()
+
+    @classmethod
+    @torch.no_grad()
+    def from_pyreft(cls, intervention: nn.Module) -> ReFT:
+        """A module with the parameters of an intervention of pyreft's (``LoreftIntervention`` and so on), in the dtype of its
+        rotation. pyreft calls an intervention on the listed rows alone, this module takes h and the positions.
+
+        Raises ValueError for another class, an activation not in ``ACTIVATIONS``, or a projection with a bias (``add_bias``)
+        beside an activation, which no variant has.
+        """
+        variant = type(intervention).__name__.removesuffix("Intervention").lower()
+        if variant not in VARIANTS:
+            raise ValueError(f"intervention is a {type(intervention).__name__}, expected one of pyreft's")
+        known = VARIANTS[variant]
+        f = type(intervention.act_fn).__name__ if known.source else "LinearActivation"
+        if f not in _PYREFT_ACTIVATIONS:
+            raise ValueError(f"the activation {f} of intervention is not one of {', '.join(_PYREFT_ACTIVATIONS)}")
+        orthonormal, source = variant in ORTHONORMAL, intervention.learned_source
+        R = intervention.rotate_layer.weight.mT if orthonormal else intervention.proj_layer.weight
+        less = intervention.proj_layer.bias if not orthonormal and known.subtracts else None
+        if less is not None and f != "LinearActivation":
+            raise ValueError(f"intervention has a projection with a bias beside the activation {f}")
+        p = intervention.dropout.p if hasattr(intervention, "dropout") else 0.0
+        made = cls(R.shape[1], len(R), variant, _PYREFT_ACTIVATIONS[f], p, device=R.device, dtype=R.dtype)
+        made.set_rotation(R)
+        bias = source.bias if known.source else source
+        made.bias.copy_(bias if less is None else bias - less)
+        if known.source:
+            made.weight.copy_(source.weight)
+        return made.train(intervention.training)
 
     def reset_parameters(self) -> None:
         """A random rotation, a source like a new ``nn.Linear``; without a source a bias from 0 to 1."""

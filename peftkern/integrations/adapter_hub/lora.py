@@ -3,14 +3,12 @@
     LoRA     y = x W^T + bias + alpha / r * drop(x) A^T B^T         with a gate, its mean over the sequence instead of alpha / r
     (IA)^3   y = alpha * l * (x W^T + bias)                         l (N) is called lora_B
 
-for one active adapter that the layer has, alone or in a ``Stack`` with others that it has not. Where none acts the frozen
-product is all there is: taken where ours is faster than the vendor's (peftkern/dispatch/cpu_base.py), in models of other adapters
-too.
+for one active adapter that the layer has, alone or in a ``Stack`` with others that it has not. Where none acts, the frozen
+product is all there is (product.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from types import FunctionType
 from typing import NamedTuple
 
@@ -20,24 +18,18 @@ from adapters.context import ForwardContext
 from adapters.methods import lora as theirs
 from torch import Tensor, nn
 
-from ...autograd.shapes import autocast_dtype
-from ...checks import FLOATING
-from ...dispatch.choose import choose
-from ...dispatch.explain import passes
 from ...methods import tuner
 from ...methods.linear import Branch, Linear, run
 from ...methods.look import Look, NotCovered
 from ...methods.low_rank.lora import LORA
 from ...methods.registry import Held, Plan
 from ...methods.scale.ia3 import IA3
-from ...problem import CpuWay, Problem
-from ...settings import current
-from ..report import ROWS
-from ..status import NO_GAIN
+from ...problem import Problem
+from . import product
 from .kind import Kind, check_input
 
-# M K N from which looking at a layer costs nothing beside its product.
-_WORTH = 1 << 26
+# Elements of x from which a gate's steps gain over the library's.
+_GATE_WORTH = 1 << 17
 
 
 class Adapted(NamedTuple):
@@ -105,10 +97,7 @@ def _plan(look: Look) -> Adapted:
     if look.value("fan_in_fan_out"):
         weight = look.transposed(weight)
     if name is None:
-        plan = Plan(weight, bias, [])
-        if not _ours(plan.call(ROWS)):
-            raise NotCovered(f"it has no active adapter: {NO_GAIN}")
-        return Adapted(plan)
+        return Adapted(product.product_plan(weight, bias))
     adapter = look.part("loras").part(name)
     adapter.require(type(adapter.module), f"adapter {name!r}")
     held = _held(adapter, name, weight.shape)
@@ -121,7 +110,7 @@ def _plan(look: Look) -> Adapted:
 def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
     (plan, name, gate), x = adapted, input_states
     if not plan.held:
-        return _product(plan, x)
+        return product.product(plan, x)
     (held,) = plan.held
     for t in (held.tensors[0], plan.weight, plan.bias):
         if t is not None:
@@ -146,37 +135,14 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
     return y
 
 
-def _ours(call: Problem) -> bool:
-    # Whether a layer's product is ours in some pass. Elsewhere an op around the vendor's would be all that is new.
-    ways = [choose(problem, current()).way for problem in passes(call)]
-    return any(type(way) is CpuWay and way.kind != "vendor" for way in ways)
-
-
-def _product(plan: Plan, x: Tensor) -> Tensor:
-    check_input(x, plan.weight)
-    if x.dim() < 1 or x.shape[-1] != plan.weight.shape[1]:
-        raise NotCovered(f"the input has shape {tuple(x.shape)}")
-    call = plan.call(x.shape[:-1].numel())
-    if not _ours(dataclasses.replace(call, dtype=autocast_dtype(x) or x.dtype)):
-        raise NotCovered(NO_GAIN)
-    return run(Linear(plan.weight, plan.bias), x)
-
-
 def _least(adapted: Adapted) -> int:
-    plan = adapted.plan
-    return plan.least() if plan.held else -(-_WORTH // max(len(plan.weight), 1))
+    if not adapted.plan.held:
+        return product.least(adapted.plan)
+    return max(adapted.plan.least(), 0 if adapted.gate is None else _GATE_WORTH)
 
 
 def _call(adapted: Adapted, rows: int) -> Problem:
     return adapted.plan.call(rows)
-
-
-def has_part(layer: nn.Module) -> bool:
-    """Whether a layer of the library's counts as one to accelerate: with adapters, or by its product alone."""
-    if len(layer.loras) or type(layer) is not theirs.LoRALinearTorch:
-        return len(layer.loras) > 0
-    weight = layer.weight
-    return not weight.requires_grad and weight.dtype in FLOATING and _ours(Plan(weight, layer.bias, []).call(ROWS))
 
 
 KINDS = (Kind(theirs.LoRALinearTorch, _plan, _run, _call, _least),)

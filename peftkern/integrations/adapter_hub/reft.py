@@ -25,6 +25,8 @@ from .kind import Kind, check_input
 from .projection import activation
 
 _KEPT = "_peftkern_positions"
+# Elements of h from which looking at a module is nothing beside copying h, where no rotation is made, which ours makes faster.
+_WORTH = 1 << 21
 
 
 class Unit(NamedTuple):
@@ -189,4 +191,8 @@ def _found(units: tuple[Unit, ...], rows: int) -> Found:
     return Found("torch's own steps on the listed rows", units[0].weight.device.type)
 
 
-KINDS = (Kind(ReftModule, _plan, _run, _found),)
+def _least(units: tuple[Unit, ...]) -> int:
+    return 0 if any(parametrize.is_parametrized(unit.projection) for unit in units) else _WORTH
+
+
+KINDS = (Kind(ReftModule, _plan, _run, _found, _least),)

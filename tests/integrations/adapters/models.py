@@ -22,7 +22,7 @@ def _bert():
             intermediate_size=48,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+        )
     )
 
 
@@ -35,7 +35,7 @@ def _llama():
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=48,
-        )  # fmt: skip
+        )
     )
 
 

@@ -61,21 +61,30 @@ def test_function(interventions, variant, shared_mask):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_module(interventions, variant):
-    """A checkpoint of pyreft's (``rotate_layer`` is the rotation, transposed) in a ``ReFT``."""
-    made = intervention(interventions, variant)
-    ours = ReFT(H, R, variant, VARIANTS[variant][1].get("act_fn") or "identity", dtype=F64)
-    rotate, weight, bias = parts(made)
-    if variant in ("loreft", "direft"):
-        stored = made.state_dict() if variant == "loreft" else {"rotate_layer": made.rotate_layer.weight.data}
-        rotate = stored["rotate_layer"].mT
-    with torch.no_grad():
-        ours.set_rotation(rotate)
-        if weight is not None:
-            ours.weight.copy_(weight)
-        ours.bias.copy_(bias)
+@pytest.mark.parametrize("add_bias", [False, True])
+def test_module(interventions, variant, add_bias):
+    made = intervention(interventions, variant, dropout=0.2)
+    if add_bias and variant in ("noreft", "nodireft"):
+        name, _ = VARIANTS[variant]
+        made = getattr(interventions, name)(embed_dim=H, low_rank_dimension=R, dtype=F64, add_bias=True)
+        nn.init.normal_(made.proj_layer.bias)
+    ours = ReFT.from_pyreft(made)
+    assert (ours.variant, ours.training) == (variant, made.training)
+    assert ours.dropout == (made.dropout.p if variant != "consreft" else 0.0)
     h = torch.randn(2, 5, H, dtype=F64)
-    torch.testing.assert_close(ours(h, torch.arange(5).expand(2, 5)), made(h))
+    torch.testing.assert_close(ours.eval()(h, torch.arange(5).expand(2, 5)), made.eval()(h))
+
+
+def test_what_no_variant_has(interventions):
+    biased = interventions.NoreftIntervention(
+        embed_dim=H, low_rank_dimension=R, dtype=F64, add_bias=True, act_fn="relu"
+    )
+    other = interventions.LoreftIntervention(embed_dim=H, low_rank_dimension=R, act_fn="mish")
+    for bad, match in (
+        (biased, "a bias beside the activation ReLU"), (other, "activation MishActivation"), (nn.Linear(2, 2), "is a Linear"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            ReFT.from_pyreft(bad)
 
 
 def test_a_half_precision_source_is_a_rounding_away(interventions):

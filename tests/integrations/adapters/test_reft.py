@@ -12,6 +12,7 @@ from adapters.context import ForwardContext
 from adapters.methods.reft import ReftModule
 
 import peftkern
+from peftkern import settings
 
 from .models import BATCH, HIDDEN, LAYERS, LENGTH, adapted, batch, outcome, same
 
@@ -29,6 +30,13 @@ CONFIGS = {
     "a square rotation": adapters.LoReftConfig(r=HIDDEN, dropout=0.0),
     "one layer": adapters.LoReftConfig(r=2, layers=[1], dropout=0.0),
 }
+
+
+@pytest.fixture(autouse=True)
+def small():
+    """Small calls without a rotation too, which the library's own code computes faster."""
+    with settings.using(small_calls=True):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +82,17 @@ def test_padding(name, padding):
     # of one sequence the library's lengths have no dimension
     same(model, {name: v[:1] for name, v in inputs.items()})
     assert peftkern.status(model).stock == 0
+
+
+def test_small_calls_without_a_rotation_stay_with_the_library(recwarn):
+    with settings.using(small_calls=False):
+        for config, fused in ((CONFIGS["noreft"], 0), (CONFIGS["loreft"], LAYERS)):
+            model, inputs = adapted("bert", config), batch()
+            same(model, inputs)
+            status = peftkern.status(model)
+            assert (status.fused, status.stock) == (fused, LAYERS - fused)
+            assert all("too small to gain" in reason for reason in status.reasons.values())
+    assert not [w for w in recwarn if "peftkern" in str(w.message)]
 
 
 def test_a_unit_without_positions_has_gradients_that_are_zero():
