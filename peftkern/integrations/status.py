@@ -75,7 +75,7 @@ def clear_calls(layer: nn.Module) -> None:
 def _kind(layer: nn.Module) -> str:
     base = layer._modules.get("base_layer")
     cls = type(layer if base is None else base)
-    return f"{'a' if base is None else 'a LoRA layer on'} {cls.__module__}.{cls.__qualname__}"
+    return f"{'a layer of type' if base is None else 'a LoRA layer on'} {cls.__module__}.{cls.__qualname__}"
 
 
 def note_stock(layer: nn.Module, reason: str, library: str = "PEFT") -> None:

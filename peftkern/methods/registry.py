@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
     def least(self) -> int:
         """The elements of x below which the library's own code is faster, on a CPU; 0 if it never is."""
-        if self.weight.numel() > SMALL_WEIGHT:
+        if not self.held or self.weight.numel() > SMALL_WEIGHT:
             return 0
         worth = max(h.method.worth for h in self.held)
         return -(-worth // max(self.weight.shape[0], 1))
@@ -83,7 +83,9 @@ class Plan(NamedTuple):
         present = dict.fromkeys((symbol for h in held for symbol in h.method.coefficients), True)
         present |= {"bias": self.bias, "dropout": any(h.dropout_p for h in held)}
         sizes = rows, N, K, sum(h.rank for h in held)
-        return problem_like(self.weight, "lora_linear", held[0].tensors[0].dtype, sizes, present)
+        return problem_like(
+            self.weight, "lora_linear", (held[0].tensors[0] if held else self.weight).dtype, sizes, present
+        )
 
     def run(self, x: Tensor) -> Tensor:
         """y of x, (..., K) of a linear layer."""

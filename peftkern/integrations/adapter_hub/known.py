@@ -8,7 +8,7 @@ from adapters.methods.prefix_tuning import FlatPrefixTuning, PrefixTuning
 from adapters.methods.prompt_tuning import PromptTuning
 from torch import nn
 
-from . import bottleneck, invertible, lora, reft
+from . import bottleneck, invertible, lora, product, reft
 from .kind import Kind
 
 KINDS: dict[type, Kind] = {kind.cls: kind for part in (bottleneck, invertible, lora, reft) for kind in part.KINDS}
@@ -25,7 +25,7 @@ _LEFT: dict[type, str] = {
 def owned(module: nn.Module) -> bool:
     """Whether this is a module that computes an adapter of the library."""
     if isinstance(module, LoRALayer):  # in the place of a linear layer, with and without adapters
-        return len(module.loras) > 0
+        return product.counts(module)
     return isinstance(module, (*KINDS, *_LEFT))
 
 

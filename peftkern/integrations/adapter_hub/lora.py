@@ -3,7 +3,8 @@
     LoRA     y = x W^T + bias + alpha / r * drop(x) A^T B^T         with a gate, its mean over the sequence instead of alpha / r
     (IA)^3   y = alpha * l * (x W^T + bias)                         l (N) is called lora_B
 
-for one active adapter that the layer has, alone or in a ``Stack`` with others that it has not.
+for one active adapter that the layer has, alone or in a ``Stack`` with others that it has not. Where none acts, the frozen
+product is all there is (product.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...methods.low_rank.lora import LORA
 from ...methods.registry import Held, Plan
 from ...methods.scale.ia3 import IA3
 from ...problem import Problem
+from . import product
 from .kind import Kind, check_input
 
 # Elements of x from which a gate's steps gain over the library's.
@@ -34,17 +36,17 @@ class Adapted(NamedTuple):
     """The layer with its adapter. ``gate``: a module that is called, or None."""
 
     plan: Plan
-    name: str
-    gate: nn.Module | None
+    name: str = ""
+    gate: nn.Module | None = None
 
 
-def _active(look: Look) -> str:
-    # The one adapter that a call takes.
+def _active(look: Look) -> str | None:
+    # The one adapter that a call takes, None where none acts.
     if look.value("merged"):
         raise NotCovered("its adapters are merged into the base weight")
     setup, present = look.module.get_active_setup(), look.module.loras
     if setup is None:
-        raise NotCovered("it has no active adapter")
+        return None
     if type(setup) is not Stack or not all(isinstance(name, str) for name in setup):
         raise NotCovered(f"its adapters are composed: {setup!r}")
     names = [name for name in setup if name in present]
@@ -91,11 +93,13 @@ def _tensor(adapter: Look, name: str, shape: tuple[int, int]) -> Tensor:
 
 def _plan(look: Look) -> Adapted:
     name = _active(look)
-    adapter = look.part("loras").part(name)
-    adapter.require(type(adapter.module), f"adapter {name!r}")
     weight, bias = tuner.frozen_tensors(look)
     if look.value("fan_in_fan_out"):
         weight = look.transposed(weight)
+    if name is None:
+        return Adapted(product.product_plan(weight, bias))
+    adapter = look.part("loras").part(name)
+    adapter.require(type(adapter.module), f"adapter {name!r}")
     held = _held(adapter, name, weight.shape)
     gate = adapter.part("gate").module if adapter.value("use_gating") else None
     if gate is not None and held.method is IA3:
@@ -105,6 +109,8 @@ def _plan(look: Look) -> Adapted:
 
 def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
     (plan, name, gate), x = adapted, input_states
+    if not plan.held:
+        return product.product(plan, x)
     (held,) = plan.held
     for t in (held.tensors[0], plan.weight, plan.bias):
         if t is not None:
@@ -130,6 +136,8 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
 
 
 def _least(adapted: Adapted) -> int:
+    if not adapted.plan.held:
+        return product.least(adapted.plan)
     return max(adapted.plan.least(), 0 if adapted.gate is None else _GATE_WORTH)
 
 

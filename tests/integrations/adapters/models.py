@@ -63,7 +63,7 @@ def adapted(kind, *configs, train=True):
     for name, p in model.named_parameters():
         if p.requires_grad and not name.endswith("weight.original"):  # whose diagonal is signs
             nn.init.normal_(p, std=0.3)
-    return model.train(train)
+    return model.to(torch.get_default_dtype()).train(train)  # Compacter's rules are made in fp32
 
 
 def batch(padding="right", length=LENGTH):

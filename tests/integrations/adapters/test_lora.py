@@ -142,7 +142,7 @@ def test_states(caplog):
         model.set_active_adapters(None)
         assert not torch.allclose(model(**inputs)[0], expected)
         status = peftkern.status(model, reset=True)
-        assert status.fused == 0 and set(status.reasons.values()) == {"it has no active adapter"}
+        assert status.fused == 0 and all(r.startswith("it has no active adapter") for r in status.reasons.values())
         with adapters.AdapterSetup("a"):
             torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-9, atol=1e-9)
         assert peftkern.status(model).fused == 2 * LAYERS
@@ -251,4 +251,5 @@ def test_dtypes(name):
                 y = other(**inputs)[0]
             worst.append((y.double() - exact).abs().mean())
             peftkern.accelerate(other)
-        assert worst[1] <= 1.5 * worst[0] and (peftkern.status(other).fused > 0) == (name != "ia3")
+        fused = sum(peftkern.status(m).fused for m in other.modules() if len(getattr(m, "loras", ())))
+        assert worst[1] <= 1.5 * worst[0] and (fused > 0) == (name != "ia3")
