@@ -21,7 +21,6 @@ SETUPS = {
     "split": (Split("a", "b", splits=[4, LENGTH - 4]), 4),
     "parallel": (Parallel("a", "b"), 4),
     "average": (Average("a", "b", weights=[0.3, 0.7]), 4),
-    "a stack beside another": (BatchSplit(Stack("a", "b"), "c", batch_sizes=[1, 2]), 5),
 }  # fmt: skip
 
 
