@@ -8,7 +8,7 @@ from torch import nn
 from ...methods.registry import Plan
 from ..report import ROWS, computed_by
 
-_LIBRARIES = {"adapters": "the adapters library", "loralib": "loralib", "pyreft": "pyreft", "pyvene": "pyvene"}
+_LIBRARIES = {"loralib": "loralib", "pyreft": "pyreft", "pyvene": "pyvene"}
 
 
 def backend_of(plan: Plan) -> str:

@@ -160,7 +160,7 @@ def test_methods_without_layers_are_named(zoo, method):
 
 def test_other_libraries_are_named(monkeypatch):
     libraries = {
-        "adapters.methods.lora": "the adapters library (adapters.methods.lora.Foreign)",
+        "pyreft.interventions": "pyreft (pyreft.interventions.Foreign)",
         "loralib.layers": "loralib (loralib.layers.Foreign)",
     }
     for module, said in libraries.items():
