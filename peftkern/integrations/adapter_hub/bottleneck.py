@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ...autograd.residual.bottleneck_adapter import bottleneck_adapter
 from ...methods.look import Look, NotCovered
 from ...problem import Problem, problem_like
-from .kind import Kind, check_input
+from .kind import Kind, check_gain, check_input
 from .projection import Projection, activation, projection
 
 # Elements of x below which looking at a module costs more than its memory traffic does.
-_WORTH = 1 << 16
+_WORTH = 1 << 17
 
 
 class Bottleneck(NamedTuple):
@@ -95,9 +95,10 @@ def _plan(look: Look) -> Bottleneck:
         norm_after = look.part("adapter_norm_after").module
         if not look.value("adapter_residual_before_ln"):
             raise NotCovered("the residual is added behind a norm of its own")
-    rows = look.part("DropPath")
+    rows, lower = look.part("DropPath"), projection(down.part(str(first)), "down")
+    check_gain(lower.like)
     return Bottleneck(
-        projection(down.part(str(first)), "down"),
+        lower,
         projection(look.part("adapter_up"), "up"),
         activation(down.part(str(first + 1)), "non_linearity"),
         _scaling(look),

@@ -16,7 +16,8 @@ from torch.compiler import is_dynamo_compiling
 from ...methods.look import Look, NotCovered, Record, read
 from ...settings import current
 from ..process import process_reason
-from ..status import TOO_SMALL, calls_of, note_stock
+from ..status import KEY as CALLS
+from ..status import TOO_SMALL, Calls, calls_of, note_stock
 from ..switch import Switch
 from ..tested import replaced_by
 from .kind import Kind
@@ -45,31 +46,44 @@ def plan_of(module: nn.Module) -> Any:
     return KINDS[type(module)].plan(look)
 
 
-def _check_size(least: int, args: tuple) -> None:
+def _too_small(calls: Calls, args: tuple) -> bool:
     # The library's own code is right whatever the module looks like by now.
-    if least and args and isinstance(args[0], Tensor) and args[0].is_cpu and args[0].numel() < least:
-        settings = current()
-        if not (settings.small_calls or settings.batch_invariant):
-            raise NotCovered(TOO_SMALL)
+    if (
+        not calls.least
+        or not args
+        or not isinstance(args[0], Tensor)
+        or args[0].numel() >= calls.least
+        or not args[0].is_cpu
+    ):
+        return False
+    settings = current()
+    return not (settings.small_calls or settings.batch_invariant)
 
 
 def _fused(kind: Kind, own: Callable | None) -> Callable:
     stock = kind.cls.forward if own is None else own  # some classes have that of their parent
 
+    def carefully(layer: nn.Module, calls: Calls | None, args: tuple, kwargs: dict) -> Any:
+        plan = plan_of(layer)
+        if calls is not None:
+            calls.least = kind.least(plan)
+            if _too_small(calls, args):
+                raise NotCovered(TOO_SMALL)
+        return kind.run(plan, layer, *args, **kwargs)
+
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
+        # A graph that counted would be compiled anew at each call.
+        calls = None if is_dynamo_compiling() else self.__dict__.get(CALLS)
+        if calls is not None and _too_small(calls, args):
+            calls.stock += 1
+            calls.reason = TOO_SMALL
+            return stock(self, *args, **kwargs)
         if type(self) is not kind.cls or not switch.wanted(self):
             return stock(self, *args, **kwargs)
-        # A graph that counted would be compiled anew at each call.
         calls = None if is_dynamo_compiling() else calls_of(self)
         try:
-            if calls is not None:
-                _check_size(calls.least, args)
-            plan = plan_of(self)
-            if calls is not None and not calls.least:
-                calls.least = kind.least(plan)
-                _check_size(calls.least, args)
-            result = kind.run(plan, self, *args, **kwargs)
+            result = carefully(self, calls, args, kwargs)
         except NotCovered as reason:
             if calls is not None:
                 note_stock(self, str(reason), NAME)

@@ -12,7 +12,7 @@ from ...autograd.residual.bottleneck_adapter import bottleneck_adapter
 from ...methods.look import Look, NotCovered
 from ...nn.compositions.invertible import coupled
 from ...problem import Problem, problem_like
-from .kind import Kind, check_input
+from .kind import Kind, check_gain, check_input
 from .projection import Projection, activation, projection
 
 
@@ -49,7 +49,9 @@ def _subnetwork(look: Look, name: str) -> Subnetwork:
 def _plan(look: Look) -> Coupling:
     if look.value("conditional"):
         raise NotCovered("its subnetworks have conditions")
-    return Coupling(_subnetwork(look.part("F"), "F"), _subnetwork(look.part("G"), "G"), look.value("split_len1"))
+    F, G = (_subnetwork(look.part(name), name) for name in "FG")
+    check_gain(F.down.like)
+    return Coupling(F, G, look.value("split_len1"))
 
 
 def _run(plan: Coupling, layer: nn.Module, x: Any, c: list | tuple = (), rev: bool = False) -> Tensor:

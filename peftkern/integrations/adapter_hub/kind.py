@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dispatch.cpu_base import this_cpu, vendor_is_fast
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered
 from ...problem import Problem
+from ...settings import current
 from ..library import Found
+from ..status import NO_GAIN
 
+_HALF = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,6 +40,26 @@ class Kind:
     call: Callable[[Any, int], Problem | Found]
     least: Callable[[Any], int] = lambda plan: 0
     also: Mapping[tuple[type, str], Callable[[Callable], Callable]] = field(default_factory=dict)
+
+
+def check_gain(like: Tensor) -> None:
+    """Refuse bottlenecks with parameters in a half precision whose products the vendor computes fast on this CPU: ours go
+    through fp32.
+
+    Raises:
+        NotCovered: with the reason.
+    """
+    now = current()
+    if (
+        like.dtype not in _HALF
+        or not like.is_cpu
+        or now.cpu_kind != "auto"
+        or now.cpu_base == "panels"
+        or now.batch_invariant
+    ):
+        return
+    if vendor_is_fast(like.dtype, this_cpu(now.cpu_isa, now.tables)):
+        raise NotCovered(NO_GAIN)
 
 
 def check_input(x: Any, like: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import peftkern
 from peftkern import settings
 from peftkern.autograd.residual import bottleneck_adapter as function
+from peftkern.integrations.adapter_hub import kind
 
 from .models import BATCH, HIDDEN, LAYERS, LENGTH, adapted, batch, outcome, same
 
@@ -198,12 +199,24 @@ def test_glow_is_named():
 def test_dtypes(config, dtype):
     """No further off the library in fp64 than 1.5 times the library in this dtype."""
     model, inputs = adapted("bert", config, train=False), batch()
-    with torch.no_grad():
+    with torch.no_grad(), settings.using(cpu_kind="panels"):  # wherever the vendor's product is fast
         exact, other = model(**inputs)[0], copy.deepcopy(model).to(dtype)
         worst = [(other(**inputs)[0].double() - exact).square().mean()]
         peftkern.accelerate(other)
         worst.append((other(**inputs)[0].double() - exact).square().mean())
     assert worst[1] <= 1.5**2 * worst[0] and peftkern.status(other).stock == 0
+
+
+@pytest.mark.parametrize("config", ["seq_bn_inv", "par_bn"])
+def test_half_precision_stays_where_the_vendors_product_is_fast(config, monkeypatch):
+    model = adapted("bert", config, train=False).bfloat16()
+    for fast in (True, False):
+        monkeypatch.setattr(kind, "vendor_is_fast", lambda dtype, on, fast=fast: fast)
+        report = peftkern.accelerate(model)
+        mine = [n for n in names(model) if n in report.accelerated]
+        assert mine == ([] if fast else names(model))
+        if fast:
+            assert {report.skipped[n] for n in names(model)} == {"nothing to gain: the vendor's product is faster"}
 
 
 def test_autocast():
@@ -237,7 +250,7 @@ def test_small_calls_stay_with_the_library():
         for _ in range(2):
             module(x, x)
         assert set(peftkern.status(module).reasons.values()) == {"too small to gain: the library's own code is faster"}
-        big = torch.randn(1, -(-(1 << 16) // HIDDEN), HIDDEN)
+        big = torch.randn(1, -(-(1 << 17) // HIDDEN), HIDDEN)
         module(big, big)
     assert (peftkern.status(module).fused, peftkern.status(module).stock) == (1, 2)
 
