@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from adapters.methods.lora import LoRALayer, LoRALinearTorch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ...autograd.shapes import autocast_dtype
 from ...checks import FLOATING
@@ -20,7 +22,7 @@ from ...dispatch.explain import passes
 from ...methods.linear import Linear, run
 from ...methods.look import NotCovered
 from ...methods.registry import Plan
-from ...problem import CpuWay, Problem
+from ...problem import CpuWay
 from ...settings import current
 from ..report import ROWS
 from ..status import NO_GAIN
@@ -30,7 +32,11 @@ from .kind import check_input
 _WORTH = 1 << 26
 
 
-def _gains(call: Problem) -> bool:
+def _gains(plan: Plan, rows: int, dtype: torch.dtype) -> bool:
+    # Whether the product is ours in some pass. Elsewhere an op around the vendor's would be all that is new.
+    if is_dynamo_compiling():  # a graph does not ask
+        return False
+    call = dataclasses.replace(plan.call(rows), dtype=dtype)
     try:
         ways = [choose(problem, current()).way for problem in passes(call)]
     except Declined:
@@ -43,13 +49,17 @@ def counts(layer: LoRALayer) -> bool:
     if len(layer.loras) or type(layer) is not LoRALinearTorch:
         return len(layer.loras) > 0
     weight = layer.weight
-    return not weight.requires_grad and weight.dtype in FLOATING and _gains(Plan(weight, layer.bias, []).call(ROWS))
+    return (
+        not weight.requires_grad
+        and weight.dtype in FLOATING
+        and _gains(Plan(weight, layer.bias, []), ROWS, weight.dtype)
+    )
 
 
 def product_plan(weight: Tensor, bias: Tensor | None) -> Plan:
     """What a layer without an active adapter computes. Raises NotCovered where ours is not the faster product."""
     plan = Plan(weight, bias, [])
-    if not _gains(plan.call(ROWS)):
+    if not _gains(plan, ROWS, weight.dtype):
         raise NotCovered(f"it has no active adapter: {NO_GAIN}")
     return plan
 
@@ -59,8 +69,7 @@ def product(plan: Plan, x: Tensor) -> Tensor:
     check_input(x, plan.weight)
     if x.dim() < 1 or x.shape[-1] != plan.weight.shape[1]:
         raise NotCovered(f"the input has shape {tuple(x.shape)}")
-    call = plan.call(x.shape[:-1].numel())
-    if not _gains(dataclasses.replace(call, dtype=autocast_dtype(x) or x.dtype)):
+    if not _gains(plan, x.shape[:-1].numel(), autocast_dtype(x) or x.dtype):
         raise NotCovered(NO_GAIN)
     return run(Linear(plan.weight, plan.bias), x)
 

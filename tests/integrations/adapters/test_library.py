@@ -241,13 +241,22 @@ def test_frozen_products_where_ours_are_faster():
         assert len(peftkern.accelerate(copy.deepcopy(model)).accelerated) == LAYERS
 
 
-def test_compiled_models_compute_the_same():
+@pytest.mark.parametrize("part", ["an adapter", "in bf16", "a product"])
+def test_compiled_modules_compute_the_same(part):
     module = modeling.Adapter("a", HIDDEN, 4, adapters.SeqBnConfig(non_linearity="gelu"))
     nn.init.normal_(module.adapter_up.weight)
-    x = torch.randn(2, 5, HIDDEN)
-    expected = module(x, x)[0]
-    peftkern.accelerate(module)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, x)[0], expected)
+    columns, arguments = HIDDEN, 2
+    if part == "a product":
+        module, arguments = adapted("bert", "seq_bn").encoder.layer[0].output.dense, 1
+        columns = module.in_features
+    x = torch.randn(2, 5, columns)
+    if part == "in bf16":
+        module, x = module.bfloat16(), x.bfloat16()
+    with settings.using(cpu_kind="panels"):
+        expected = module(*[x] * arguments)
+        assert peftkern.accelerate(module).accelerated
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        found = compiled(*[x] * arguments)
+    torch.testing.assert_close(*((y[0] if arguments == 2 else y) for y in (found, expected)))
     assert peftkern.status(module).fused == 0  # graphs are not counted
