@@ -99,3 +99,16 @@ def same(model, inputs, rtol=1e-9, atol=1e-9):
             torch.testing.assert_close(ours[name], grad, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
     assert sum(bool(g.any()) for g in grads.values() if g is not None) > 1
     return report
+
+
+def trained(model, optimizer, lr, steps=5):
+    """Losses of some steps on one batch, from the same seed."""
+    optimizer, losses = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr), []
+    torch.manual_seed(5)
+    for _ in range(steps):
+        loss = model(**batch())[0].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -19,7 +19,7 @@ import peftkern
 from peftkern import settings
 from peftkern.integrations import adapter_hub
 
-from .models import HIDDEN, LAYERS, adapted, batch, outcome
+from .models import HIDDEN, LAYERS, adapted, batch, outcome, trained
 
 STOCK = {cls: cls.forward for cls in (modeling.Adapter, modeling.ParallelAdapter, modeling.NICECouplingBlock)}
 
@@ -127,18 +127,9 @@ def test_active_and_inactive_adapters():
 )
 def test_steps_of_training_and_a_checkpoint(config, tmp_path):
     stock = adapted("bert", config).double()
-    ours, losses = copy.deepcopy(stock), []
+    ours = copy.deepcopy(stock)
     peftkern.accelerate(ours)
-    for model in (stock, ours):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        torch.manual_seed(5)
-        losses.append([])
-        for _ in range(5):
-            loss = model(**batch())[0].square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
+    losses = [trained(model, torch.optim.AdamW, lr=0.01) for model in (stock, ours)]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-6, atol=0)
     assert losses[0][-1] != losses[0][0] and peftkern.status(ours).stock == 0
     ours.save_adapter(str(tmp_path), "a")

@@ -13,7 +13,7 @@ from adapters.composition import Average, BatchSplit, Parallel, Stack
 import peftkern
 from peftkern import settings
 
-from .models import LAYERS, adapted, batch, outcome, same
+from .models import LAYERS, adapted, batch, outcome, same, trained
 
 F64 = torch.float64
 EVERYWHERE = {"intermediate_lora": True, "output_lora": True, "attn_matrices": ["q", "k", "v"]}
@@ -186,17 +186,7 @@ def test_training_and_checkpoints(tmp_path):
     stock = adapted("bert", adapters.ConfigUnion(CONFIGS["lora everywhere"], adapters.LoReftConfig(r=2, dropout=0.0)))
     ours = copy.deepcopy(stock)
     peftkern.accelerate(ours)
-    losses = []
-    for model in (stock, ours):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        torch.manual_seed(5)
-        losses.append([])
-        for _ in range(5):
-            loss = model(**batch())[0].square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
+    losses = [trained(model, torch.optim.SGD, lr=0.02) for model in (stock, ours)]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-9, atol=0.0)
     assert losses[0][-1] != losses[0][0] and peftkern.status(ours).stock == 0
     theirs, mine = stock.state_dict(), ours.state_dict()

@@ -14,7 +14,7 @@ from adapters.methods.reft import ReftModule
 import peftkern
 from peftkern import settings
 
-from .models import BATCH, HIDDEN, LAYERS, LENGTH, adapted, batch, outcome, same
+from .models import BATCH, HIDDEN, LAYERS, LENGTH, adapted, batch, outcome, same, trained
 
 F64 = torch.float64
 CONFIGS = {
@@ -216,17 +216,7 @@ def test_training_and_checkpoints(tmp_path):
     ours = copy.deepcopy(stock)
     before = {name: (v.shape, v.dtype) for name, v in ours.state_dict().items()}
     assert len(peftkern.accelerate(ours).accelerated) == LAYERS
-    losses = []
-    for model in (stock, ours):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        torch.manual_seed(5)
-        losses.append([])
-        for _ in range(5):
-            loss = model(**batch())[0].square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
+    losses = [trained(model, torch.optim.SGD, lr=0.05) for model in (stock, ours)]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-9, atol=0.0)
     assert losses[0][-1] != losses[0][0]
     assert before == {name: (v.shape, v.dtype) for name, v in ours.state_dict().items()}
