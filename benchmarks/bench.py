@@ -62,9 +62,6 @@ def parser() -> argparse.ArgumentParser:
         help="instead of an op, the layers of these methods, or of all: the library's own beside the accelerated one",
     )  # fmt: skip
     p.add_argument(
-        "--tune", action="store_true", help="measure what is fastest on this GPU instead; --tune --help says more"
-    )
-    p.add_argument(
         "--preset",
         choices=tuple(PRESET_DTYPES),
         default="quick",
@@ -106,11 +103,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 if peftkern could not be measured somewhere (a failure or a wrong result)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--tune" in argv:
-        from .tune import main as tune
-
-        return tune.main([a for a in argv if a != "--tune"])
     args = parser().parse_args(argv)
     console = Console()
     if args.plot:

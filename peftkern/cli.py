@@ -15,6 +15,7 @@ from ._version import __version__
 COMMANDS = {
     "demo": ("peftkern.demo", "fine-tune a real model with HF PEFT, stock and accelerated, and compare"),
     "bench": ("peftkern.benchmarks.bench", "time an op against its alternatives"),
+    "tune": ("peftkern.benchmarks.tune.main", "measure what is fastest on this machine, and remember it"),
     "verify": ("peftkern.verify.main", "check the accuracy of an op on random problems against fp64"),
     "methods": ("peftkern.methods.coverage.main", "list methods: who computes them, or why there is nothing to fuse"),
     "doctor": ("peftkern.doctor", "say what works on this machine, what does not, and why"),

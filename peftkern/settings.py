@@ -18,6 +18,12 @@ from typing import NamedTuple
 # without one Triton as such, the CUDA kernels, and plain torch.
 CANDIDATES = ("addmm", "epilogue", "overlap", "fused", "triton", "cuda", "reference")
 
+# Where measured tables are: those of the package, and a user's own, which ``peftkern tune`` writes. The variable
+# PEFTKERN_TABLES names another folder for these; it is read once, so that a process never changes its mind.
+TABLES = str(Path(__file__).parent / "tuned")
+_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+OWN_TABLES = os.path.expanduser(os.environ.get("PEFTKERN_TABLES") or os.path.join(_CACHE, "peftkern"))
+
 
 class Settings(NamedTuple):
     """The values of one moment; the first six are environment variables, the others are changed by ``using`` alone."""
@@ -38,13 +44,15 @@ class Settings(NamedTuple):
     cpu_kind: str = "auto"
     # What counts as fastest on a GPU: what was measured, none (as if nothing had been), or this one of CANDIDATES.
     candidate: str = "measured"
-    # The folder of the measured tables, of CPUs and GPUs.
-    tables: str = str(Path(__file__).parent / "tuned")
+    # Folders of the measured tables, of CPUs and GPUs; the first that has one for a device is asked.
+    tables: tuple[str, ...] = (OWN_TABLES, TABLES)
     # Name of the GPU whose table counts; empty: of the current device.
     gpu: str = ""
     # Answers that replace those of kernels/tl/configs.py: what its function ``fixed`` returns.
     triton_fixed: tuple[tuple[str, object], ...] = ()
-    # Whether calls are taken that are too small to gain (``Method.worth``).
+    # (name, work): limits of small calls that replace those of the tables (dispatch/least.py).
+    least: tuple[tuple[str, int], ...] = ()
+    # Whether calls are taken that are too small to gain (dispatch/least.py).
     small_calls: bool = False
 
 

@@ -112,10 +112,11 @@ def plan(op: str) -> dict:
 def install(file: Path) -> Path:
     """Copies a table to where peftkern/dispatch/tuned.py looks for it."""
     from peftkern.dispatch import tuned
+    from peftkern.settings import TABLES
 
     data = load(file)
     tuned.parse(data, file.name)
-    target = tuned.FOLDER / f"{tuned.slug(data['meta']['gpu']['name'])}.json"
+    target = Path(TABLES) / tuned.file_name(data["meta"]["gpu"]["name"])
     target.parent.mkdir(exist_ok=True)
     return Path(shutil.copyfile(file, target))
 

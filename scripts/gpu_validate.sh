@@ -122,10 +122,10 @@ stage_tests() {
 stage_tune() {
   local status=0
   if [ "$DRY" = 1 ]; then
-    "$PYTHON" -m peftkern bench --tune --dry-run --json "$OUT/tune.json"
+    "$PYTHON" -m peftkern tune --cuda --dry-run --json "$OUT/tune.json"
     return
   fi
-  timeout -k 5 $((LIMIT - 10)) "$PYTHON" -m peftkern bench --tune --seconds $((LIMIT - 25)) --json "$OUT/tune.json" ||
+  timeout -k 5 $((LIMIT - 10)) "$PYTHON" -m peftkern tune --cuda --seconds $((LIMIT - 25)) --json "$OUT/tune.json" ||
     status=1
   # The benchmark after this chooses by it, by a part as well.
   report install "$OUT/tune.json" || status=1

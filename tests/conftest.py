@@ -7,6 +7,8 @@ import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Whose product computes a layer is the package's tables' to say, not that of whoever tuned this machine.
+os.environ["PEFTKERN_TABLES"] = os.devnull
 # Before torch starts OpenMP: an idle thread sleeps. Where other processes share the cores, spinning costs minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -42,6 +42,7 @@ HEIGHT = {
     "peftkern.ops": 5,
     "peftkern.dispatch": 4,
     "peftkern.dispatch.tuned": 2,
+    "peftkern.dispatch.table_files": 2,
     "peftkern.backends": 3,
     "peftkern.bases": 2,
     "peftkern.equation": 2,

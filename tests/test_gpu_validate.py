@@ -54,7 +54,7 @@ def test_dry_run(tmp_path):
     out, python = tmp_path / "out", tmp_path / "python"
     # A stage that fails: the others run all the same. Of the golden vectors, which have a test of their own, a few do.
     python.write_text(
-        '#!/bin/sh\ncase "$*" in *"bench --tune"*) exit 3 ;; *test_golden.py*) set -- "$@" -k "tile or wgmma" ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *"peftkern tune"*) exit 3 ;; *test_golden.py*) set -- "$@" -k "tile or wgmma" ;; esac\n'
         f'exec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
@@ -251,9 +251,7 @@ def test_a_gpu_machine_needs_cuda_kernels(gpu, cuda, dry, good):
 
 
 def test_a_table_is_installed_where_it_is_looked_for(tmp_path, monkeypatch):
-    from peftkern.dispatch import tuned
-
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
+    monkeypatch.setattr("peftkern.settings.TABLES", str(tmp_path / "tuned"))
     report.save(tmp_path / "t.json", dict(schema=1, meta=dict(gpu=dict(name="GPU X")), rows=[]))
     assert report.install(tmp_path / "t.json") == tmp_path / "tuned/gpu-x.json"
     report.save(tmp_path / "t.json", dict(schema=2, meta=dict(gpu=dict(name="GPU X")), rows=[]))

@@ -1,1 +1,1 @@
-"""``peftkern bench --tune``: measured tables of the fastest candidate."""
+"""``peftkern tune``: tables of what is fastest on this machine."""

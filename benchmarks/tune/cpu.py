@@ -1,194 +1,102 @@
-"""``peftkern bench --tune --device cpu``: whose base product is faster on this CPU model, the vendor's or one of ours.
+"""``peftkern tune --cpu``: what this CPU can do, whose base product is fastest on it, and from where on small calls gain.
 
-Writes the table that peftkern/dispatch/cpu_table.py reads. Kinds of product take turns within a run; with few rows
-copies of W take turns as well, since a layer's W comes from memory in a model. What is timed is what a layer runs: the
-native pass of lora_linear at rank 16, with its result's memory. Shapes come in order of importance, fp32 first, and what does
-not fit into ``--seconds`` is left out and counted. Run it on an idle machine: a busy one favours whoever needs less memory.
+Writes the table that peftkern/dispatch/cpu_table.py reads, into the user's folder (``peftkern doctor`` names the table in use)
+or to ``--json FILE``. Run it on an idle machine: a busy one favours whoever needs less memory.
+
+- rates: multiply-adds in registers, a copy in memory.
+- least: the least work that is worth our code, beside the libraries that are installed.
+- products: whose base product is fastest, by dtype, pass and shape; what does not fit into ``--seconds`` is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from peftkern.backends.cpu import call as cpu_call
 from peftkern.backends.cpu import native as cpu_native
-from peftkern.dispatch import cpu_table, tuned
+from peftkern.dispatch import cpu_table
 from peftkern.problem import DTYPES
-from peftkern.settings import current, using
+from peftkern.settings import OWN_TABLES, current
 
-from ..core import machine
+from ..measure.rates import cpu_rates
 from ..measure.timing import quiet
+from . import products
 from .file import meta, write
+from .least import measure as measure_least
 
-# (D, C) of the (M, C) x (C, D) product: square layers; projections and MLP of an 8B model; what is left of a grid of 32
-# to 2048, so that a table speaks for every layer of 16 to 4096.
-SHAPES = (
-    (4096, 4096), (1024, 1024), (256, 256), (2048, 2048), (512, 512), (128, 128), (32, 32),
-    (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024),
-    (2048, 512), (512, 2048), (512, 128), (128, 512), (128, 32), (32, 128),
-    (2048, 128), (128, 2048), (512, 32), (32, 512), (2048, 32), (32, 2048),
-)  # fmt: skip
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Rows of a product that has more than this many multiply-adds are left out: the next smaller number speaks for them.
-MOST_WORK = 32 << 30
-PASSES = ("forward", "dx")
-RANK = 16
-ONLY_DX = 1  # the first bit of equation.Needs
-# A vendor's half-precision product this many times slower than the best of ours is not timed, and from HOPELESS_ROWS on
-# not tried again with more rows. fp32 is hopeless nowhere.
-HOPELESS, HOPELESS_ROWS = 3.0, 8
-# Seconds and rounds that one number of rows gets: small calls, which differ more from one to the next, many rounds.
-BUDGET, FEWEST, MOST = 0.15, 3, 500
-
-
-class Job(NamedTuple):
-    """One row of the table. ``dtype`` is a short word."""
-
-    dtype: str
-    which: str
-    D: int
-    C: int
-
-    def rows(self, most: int = MOST_WORK) -> tuple[int, ...]:
-        """Numbers of rows that are measured."""
-        return tuple(M for M in ROWS if M * self.D * self.C <= most)
+PARTS = ("rates", "least", "products")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
-        prog="peftkern bench --tune --device cpu", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("--device", choices=("cpu",), default="cpu")
+        prog="peftkern tune --cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16", "fp16"])
     p.add_argument("--seconds", type=float, default=270.0, help="start no further shape after so long (default 270)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="default: the table of this CPU model in the package")
+    p.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; of the others, FILE keeps what it has"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: the user's table of this CPU model")
     return p
-
-
-def planned(dtypes: Sequence[str]) -> list[Job]:
-    """In order of importance."""
-    return [Job(dtype, which, D, C) for dtype, (D, C), which in itertools.product(dtypes, SHAPES, PASSES)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 1 where the C++ kernels were not built or the CPU can't be told, or if nothing was measured."""
     args = parser().parse_args(argv)
     if cpu_call.unavailable or not cpu_native.model()[0]:
-        print(f"bench --tune: {cpu_call.unavailable or 'this CPU does not say which model it is'}", file=sys.stderr)
+        print(f"tune: {cpu_call.unavailable or 'this CPU does not say which model it is'}", file=sys.stderr)
         return 1
     cpu_native.use_isa(current().cpu_isa)
-    load = os.getloadavg()[0]
+    cpu, level = cpu_table.CpuModel(*cpu_native.model()), cpu_native.level()
+    load, started = os.getloadavg()[0], time.perf_counter()
     if load > 0.5:
         print(f"this machine is busy (load {load:.1f}): the table will be poor", file=sys.stderr)
-    file = args.json or tuned.FOLDER / cpu_table.file_name(cpu_table.CpuModel(*cpu_native.model()))
-    work, rows, started = planned(args.dtype), [], time.perf_counter()
-    with torch.no_grad(), quiet():
+    file = args.json or Path(OWN_TABLES) / cpu_table.file_name(cpu)
+    work = products.planned(args.dtype) if "products" in args.only else []
+    data = kept(file, cpu, level)
+
+    def save() -> None:
+        head = meta(
+            started, cpu={"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model, cpu.model]},
+            level=level._asdict(), threads=torch.get_num_threads(), load=round(load, 2), planned=len(work),
+            measured=len(data["rows"]),
+        )  # fmt: skip
+        write(file, {"schema": cpu_table.SCHEMA, "meta": head} | data)
+
+    with quiet():
+        if "rates" in args.only:
+            data["rates"] = cpu_rates()
+        if "least" in args.only:
+            data["least"] = dict(sorted((data["least"] | measure_least()).items()))
+        if "products" in args.only:
+            data["rows"] = []
         for done, job in enumerate(work):
             spent = time.perf_counter() - started
             if spent > args.seconds:
                 break
             print(f"{done + 1}/{len(work)}  {spent:4.0f} s  {job.dtype} {job.which} {job.D}x{job.C}", file=sys.stderr)
-            rows.append(measure(job))
-            write(file, table(rows, len(work), load, started))  # what was done is kept
-    write(file, table(rows, len(work), load, started))
-    print(f"{len(rows)} of {len(work)} shapes in {time.perf_counter() - started:.0f} s: {file}")
-    return 0 if rows else 1
+            with torch.no_grad():
+                data["rows"].append(products.measure(job))
+            save()  # what was done is kept
+    save()
+    print(f"{len(data['rows'])} shapes ({len(work)} planned) in {time.perf_counter() - started:.0f} s: {file}")
+    return 0 if data["rows"] or not work else 1
 
 
-def table(rows: list[dict], planned: int, load: float, started: float) -> dict:
-    """The content of the file."""
-    cpu = cpu_table.CpuModel(*cpu_native.model())
-    head = meta(
-        started,
-        cpu={"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model, cpu.model]},
-        level=cpu_native.level()._asdict(),
-        threads=torch.get_num_threads(),
-        load=round(load, 2),
-        planned=planned,
-        measured=len(rows),
-    )
-    return {"schema": cpu_table.SCHEMA, "meta": head, "rows": rows}
-
-
-def measure(job: Job, rows: Sequence[int] | None = None) -> dict:
-    """The row of one shape: for each kind its median microseconds at each number of rows, None where it was not timed."""
-    counts = job.rows() if rows is None else tuple(rows)
-    us: dict[str, list[float | None]] = {}
-    dtype, size = DTYPES[job.dtype], (job.D, job.C) if job.which == "forward" else (job.C, job.D)
-    copies = max(1, min(8, -(-2 * machine.cache_bytes("cpu") // (job.D * job.C * dtype.itemsize))))
-    weights = [torch.randn(size).to(dtype) for _ in range(copies)]
-    hopeless = False
-    for i, M in enumerate(counts):
-        calls = dict(calls_of(job, M, weights))
-        if hopeless:
-            del calls["vendor"]
-        first = {kind: seconds(call, 0) for kind, call in calls.items()}
-        if "vendor" in calls and job.dtype != "fp32":
-            limit = HOPELESS * min(first.values())
-            # Asked again: a first call may be slow for other reasons.
-            if first["vendor"] > limit and seconds(calls["vendor"], 1) > limit:
-                hopeless = M >= HOPELESS_ROWS
-                del calls["vendor"]
-        for kind, median in _medians(calls, first).items():
-            us.setdefault(kind, [None] * len(counts))[i] = round(median * 1e6, 2)
-    return {"dtype": job.dtype, "pass": job.which, "D": job.D, "C": job.C, "M": list(counts), "us": us}
-
-
-def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """The native pass by each kind that can compute its product, as a function of the round."""
-    dtype, few = DTYPES[job.dtype], M <= cpu_native.FEW_ROWS
-    # Many rows read W from a cache whoever computes.
-    weights = weights if few else weights[:1]
-    (N, K), threads, a = weights[0].shape, torch.get_num_threads(), torch.randn(M, job.C).to(dtype)
-    A, B = torch.randn(RANK, K), torch.randn(N, RANK)
-
-    def arguments(weight: Tensor) -> tuple:
-        if job.which == "forward":
-            return threads, a, "dense", weight, A, B, None, 1.0, 0.0, None, None, False, False
-        return threads, a, None, None, None, "dense", weight, A, B, 1.0, 0.0, None, None, ONLY_DX, K, RANK, A.dtype
-
-    ways = {"forward": (cpu_call.forward, cpu_call.learn_forward), "dx": (cpu_call.backward, cpu_call.learn_backward)}
-    ours = "bf16" if dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable() else "panels"
-    for kind in ("vendor", ours, *(("few",) if few else ())):
-        with using(cpu_kind=kind):
-            now = current()  # under which the native pass remembers who computes
-        given = [(now, *arguments(weight)) for weight in weights]
-
-        def call(turn: int, given: list[tuple] = given, kind: str = kind) -> None:
-            cpu_call.answered(*ways[job.which], given[turn % len(given)], kind)
-
-        yield kind, call
-
-
-def seconds(call: Callable[[int], None], turn: int) -> float:
-    """What one call takes."""
-    start = time.perf_counter()
-    call(turn)
-    return time.perf_counter() - start
-
-
-def _medians(calls: dict[str, Callable[[int], None]], first: dict[str, float]) -> dict[str, float]:
-    """Median seconds of interleaved rounds, each call with the copy used longest ago; a call without a rival is not
-    timed again."""
-    if len(calls) == 1:
-        return {kind: first[kind] for kind in calls}
-    rounds = int(max(FEWEST, min(MOST, BUDGET / sum(first[kind] for kind in calls))))
-    names, times = list(calls), {kind: [] for kind in calls}
-    for turn in range(rounds * len(names)):
-        done, k = divmod(turn, len(names))
-        kind = names[(k + done) % len(names)]
-        times[kind].append(seconds(calls[kind], turn))
-    return {kind: statistics.median(t) for kind, t in times.items()}
+def kept(file: Path, cpu: cpu_table.CpuModel, level: cpu_table.Level) -> dict:
+    """What a file has measured of this CPU already."""
+    data = {"rates": {}, "least": {}, "rows": []}
+    found = cpu_table.of_model(cpu, (str(file.parent),), level) if file.is_file() else None
+    if found is None or Path(found.name).name != file.name:
+        return data
+    old = json.loads(file.read_text())
+    return {part: old.get(part, empty) for part, empty in data.items()}

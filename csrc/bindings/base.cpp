@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "cpu/base/product.h"
 #include "peftkern/cpu.h"
 
@@ -65,6 +67,15 @@ void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a
   few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
 }
 
+double fma_peak(bool pairs, int64_t steps, int threads) {
+  require(!pairs || cpu::base_gemm_bf16_usable(), "no products of bf16 on this CPU");
+  double flops = 0.0;
+  std::vector<float> sums(check_threads(threads) * cpu::kPeakRoom);
+  const cpu::PeakArgs args{steps, 1.0f, sums.data(), &flops, threads};
+  pairs ? cpu::fma_peak_bf16(args) : cpu::fma_peak(args);
+  return flops;
+}
+
 }  // namespace
 
 void peftkern::bind_base(py::module_& m) {
@@ -92,6 +103,8 @@ void peftkern::bind_base(py::module_& m) {
       "(vendor, family, model) of this CPU; the vendor is empty where it cannot be asked.");
   m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
         "Whether base_product takes kind bf16 here, at the level in use.");
+  m.def("fma_peak", &fma_peak, nogil, "pairs"_a, "steps"_a, "threads"_a,
+        "FLOPs done by multiply-adds of registers, of pairs of bf16 or in fp32: what to time as the CPU's peak.");
   m.def("base_blocks", &base_blocks, "kind"_a, "M"_a, "D"_a, "C"_a, "threads"_a,
         "(rows, cols, block_rows, block_cols, scratch, panel): see csrc/cpu/base/product.h.");
   m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,

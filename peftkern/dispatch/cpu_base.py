@@ -7,15 +7,16 @@
   takes the place of ``panels`` there, unless the input has a scale.
 - ``few``: ours for few rows (csrc/cpu/base/few.cpp), one pass over W.
 
-Nothing here times anything: a noisy measurement would change bits from run to run. A committed table of this CPU model
-(cpu_table) names the fastest kind. Where it has none, fp32 is the vendor's: which of two good products is faster
-differs from model to model. Half precision then follows rules, for a vendor's product without instructions for it is slower
-than ours by factors; their thresholds were measured on 2 cores of an AMD EPYC (Zen 5).
+Nothing here times anything: a noisy measurement would change bits from run to run. A table of this CPU model (cpu_table)
+names the fastest kind. Where none speaks, fp32 is the vendor's: which of two good products is faster differs from model to
+model. Half precision is ours, for a vendor's product without instructions for it is slower by factors; where there are some,
+it is the vendor's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -27,19 +28,21 @@ from .cpu_table import Product
 
 _ALIGN = 32  # columns of zeros that pad a row of a
 _FEW_SCRATCH = 4 << 20  # floats of fp32 copies of a
-_PAIR_RANKS = 16  # of a bottleneck by products of bf16, at least
+# Name of the least ranks of a bottleneck that are worth products of bf16.
+PAIR_RANKS = "ranks of a bottleneck in bf16"
 
 
 class Cpu(NamedTuple):
     """What the choice depends on besides the product: C++ level in use, features beyond it, and what was measured.
 
-    ``few``: the most rows that the kernel for few rows takes.
+    ``few``: the most rows that the kernel for few rows takes. ``least``: the least work that is worth our code, by name.
     """
 
     isa: str
     features: frozenset[str]
     table: tables.Table | None = None
     few: int = 64
+    least: Mapping[str, int] = {}
 
 
 def this_model(isa: str) -> tuple[tables.CpuModel, tables.Level]:
@@ -50,16 +53,16 @@ def this_model(isa: str) -> tuple[tables.CpuModel, tables.Level]:
 
 
 @functools.cache
-def this_cpu(isa: str, folder: str) -> Cpu:
-    """This CPU, held to an instruction set, with its table in ``folder``."""
+def this_cpu(isa: str, folders: tuple[str, ...]) -> Cpu:
+    """This CPU, held to an instruction set, with its table in one of ``folders``."""
     from ..backends.cpu import native
 
     model, level = this_model(isa)
     _, found = native.facts(isa)
     if level.isa != "avx512" or level.torch_isa != "AVX512":
         found &= {"x86", "intel", "bf16_kernel"}
-    table = tables.of_model(model, folder)
-    return Cpu(level.isa, found, table if table is not None and tables.applies(table, level) else None, native.FEW_ROWS)
+    table = tables.of_model(model, folders, level)
+    return Cpu(level.isa, found, table, native.FEW_ROWS, tables.least(table, folders))
 
 
 def product_of(problem: Problem) -> Product | None:
@@ -77,40 +80,10 @@ def product_of(problem: Problem) -> Product | None:
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
-    """Whether torch's product of many rows beats ours, where no table says so."""
+    """Whether torch's product has instructions for the dtype; so has every CPU that is not known, and fp32."""
     if "x86" not in on.features or dtype == torch.float32:
-        return True  # not measured: leave it to torch
-    if dtype == torch.bfloat16:
-        return bool(on.features & {"avx512_bf16", "amx_bf16"})
-    # torch's fp16: 33 GFLOP/s forward and 1 backward on AVX-512 without AMX-FP16.
-    return "amx_fp16" in on.features
-
-
-def pairs_are_fast(p: Product, on: Cpu) -> bool:
-    """Whether our kernel on AVX512-BF16 beats torch's product and the pass over its result."""
-    # Zen 5: 690 to 720 GFLOP/s at any size, torch's 770 down to 560 as W grows. Intel has AMX, or its own library.
-    # With 512 rows of 4096 x 4096 torch's is ahead by more than that pass.
-    return p.M > 512 and p.D * p.C >= 1 << 23 and not on.features & {"intel", "amx_bf16"}
-
-
-def few_rows(dtype: torch.dtype, forward: bool, on: Cpu) -> int:
-    """Most rows for which one pass over W beats the alternatives in half precision; for fp32, which is ours only where a
-    table or a setting says so, the most it takes. W 4096 x 4096, not in cache, two threads."""
-    if "x86" not in on.features:
-        return 0
-    if on.isa == "plain":
-        return 0 if dtype == torch.float32 else 8
-    if dtype != torch.float32 and vendor_is_fast(dtype, on):
-        if "amx_bf16" in on.features or dtype == torch.float16:
-            return 4  # not measured: where the bytes of W are surely all that counts
-        # bf16 on AVX512-BF16. Forward: 8 rows 1.25 ms, torch 1.30; 16 rows 1.9 and 1.6. Input gradient: 32 rows 3.2 and
-        # 3.9; 48 rows 6.2 and 5.8.
-        return 8 if forward else 32
-    # Forward: ours wins up to the most it takes (fp16, AVX-512: 7.0 ms, panels 9.5). Input gradient: packing W for the
-    # panels needs no transposition, so they win earlier (fp16, AVX-512: 48 rows 6.3 and 6.4).
-    if forward or dtype == torch.float32:
-        return on.few
-    return 48 if on.isa == "avx512" else 32
+        return True
+    return bool(on.features & ({"avx512_bf16", "amx_bf16"} if dtype == torch.bfloat16 else {"amx_fp16"}))
 
 
 def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
@@ -134,15 +107,15 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     unknown = "no row of a table is near" if on.table else "this CPU has no table"
     if p.dtype == torch.float32 and auto:
         return "vendor", f"fp32, and {unknown}"
-    why = f"rule for half precision: {unknown}" if auto else "PEFTKERN_CPU_BASE=panels"
-    if few and few_rows(p.dtype, p.forward, on) >= p.M:
+    if auto and vendor_is_fast(p.dtype, on):
+        return "vendor", f"the CPU has instructions for {p.dtype}, and {unknown}"
+    why = f"half precision, and {unknown}" if auto else "PEFTKERN_CPU_BASE=panels"
+    if few and on.isa != "plain":
         return "few", f"{why}, few rows"
     if p.dtype == torch.float32 and p.D < 16 and "x86" in on.features:
         # Narrow: MKL sums in lanes, shorter chains than ours, and is twice as fast.
         return "vendor", f"{why}, narrow"
-    if not auto or not vendor_is_fast(p.dtype, on) or (pairs and pairs_are_fast(p, on)):
-        return panels, why
-    return "vendor", why
+    return panels, why
 
 
 BOTTLENECKS = ("bottleneck_adapter_fwd", "bottleneck_adapter_bwd")
@@ -155,8 +128,7 @@ def bottleneck_kind(problem: Problem, on: Cpu, now: Settings) -> tuple[str, str]
         return "panels", "fp32 is what there is for this call"
     if now.cpu_kind != "auto":
         return "bf16" if now.cpu_kind == "bf16" else "panels", f"cpu_kind={now.cpu_kind} is set"
-    # Not by rows, so that their bits do not depend on the batch. Zen 5, 768 columns, forward and backward: 1,024 rows of
-    # 8 ranks 0.71 ms in bf16 and 0.69 in fp32, of 16 ranks 0.80 and 0.97; 2,048 rows of 192 ranks 7.3 and 12.7.
-    if problem.R < _PAIR_RANKS:
+    # By ranks and not by rows, so that bits do not depend on the batch.
+    if problem.R < on.least.get(PAIR_RANKS, 0):
         return "panels", "few ranks"
     return "bf16", "twice the products of fp32"

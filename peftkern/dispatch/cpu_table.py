@@ -1,22 +1,26 @@
 """What was measured on a CPU model: which kind of base product takes the least time. The choice itself: cpu_base.
 
-A table is a file of the package, ``tuned/cpu-VENDOR-FAMILY-MODEL.json``, written by ``peftkern bench --tune --device
-cpu``. It speaks for the models that it names and for the instruction sets it was measured at. A row holds microseconds
-for one dtype, pass, D and C, over numbers of rows M: those of a native pass of lora_linear, rank 16, with an (M, C) x (C, D)
-product, so that an epilogue's pass over the result is part of the time. Nothing is measured here.
+A table is a file ``cpu-VENDOR-FAMILY-MODEL.json`` of the package, or of the user, written by ``peftkern tune --cpu``. It
+speaks for the models that it names and for the instruction sets it was measured at.
+
+- ``rows``: microseconds for one dtype, pass, D and C, over numbers of rows M: those of a native pass of lora_linear, rank 16,
+  with an (M, C) x (C, D) product, so that an epilogue's pass over the result is part of the time.
+- ``least``: the least work that is worth our code, by what is computed (least.py).
+- ``rates``: GFLOP/s of multiply-adds in registers, by dtype, and GB/s of a copy: what no kernel exceeds. Nobody reads them here.
+
+Nothing is measured at run time.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..problem import DTYPES
-from .tuned import slug
+from .table_files import read_all, slug
 
 SCHEMA = 1
 KINDS = ("vendor", "few", "panels", "bf16")
@@ -72,6 +76,9 @@ class Table:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"{name}: schema {data.get('schema')!r}, expected {SCHEMA}")
         self.name, self.meta = name, data["meta"]
+        self.least: dict[str, int] = data.get("least", {})
+        if not all(isinstance(amount, int) and amount >= 0 for amount in self.least.values()):
+            raise ValueError(f"{name}: expected counts of work: {self.least}")
         self.rows: dict[tuple[torch.dtype, bool], list[Row]] = {}
         for row in data["rows"]:
             times, counts = row["us"], row["M"]
@@ -125,16 +132,29 @@ def file_name(cpu: CpuModel) -> str:
     return f"cpu-{slug(cpu.vendor)}-{cpu.family}-{cpu.model}.json"
 
 
-def of_model(cpu: CpuModel, folder: str | Path) -> Table | None:
-    """The table of a CPU model in ``folder``, whatever the instruction sets; of two, the one that names fewer models."""
-    found = []
-    for file in sorted(Path(folder).glob(f"cpu-{slug(cpu.vendor)}-{cpu.family}-*.json")) if cpu.vendor else ():
-        table = Table(json.loads(file.read_text()), file.name)
+def of_model(cpu: CpuModel, folders: Sequence[str], level: Level | None = None) -> Table | None:
+    """The table of a CPU model in the first of the folders that has one; of two, the one that names fewer models.
+
+    ``level``: of those that were measured at it, else whatever the instruction sets.
+    """
+    found: dict[str, list[tuple[int, str, Table]]] = {}
+    pattern = f"cpu-{slug(cpu.vendor)}-{cpu.family}-*.json"
+    for folder, table in read_all(folders, pattern, Table) if cpu.vendor else ():
         named = table.meta["cpu"]
         first, last = named["models"]
-        if (named["vendor"], named["family"]) == cpu[:2] and first <= cpu.model <= last:
-            found.append((last - first, table.name, table))
-    return min(found, key=lambda entry: entry[:2], default=(math.inf, "", None))[2]
+        here = (named["vendor"], named["family"]) == cpu[:2] and first <= cpu.model <= last
+        if here and (level is None or applies(table, level)):
+            found.setdefault(folder, []).append((last - first, table.name, table))
+    closest = next(iter(found.values()), ())
+    return min(closest, key=lambda entry: entry[:2], default=(math.inf, "", None))[2]
+
+
+def least(table: Table | None, folders: Sequence[str]) -> dict[str, int]:
+    """The least work that is worth our code, by name: as the table has it, else the most that any table in ``folders`` says."""
+    most: dict[str, int] = {}
+    for _, other in read_all(folders, "cpu-*.json", Table):
+        most |= {name: max(amount, most.get(name, 0)) for name, amount in other.least.items()}
+    return most if table is None else most | table.least
 
 
 def applies(table: Table, level: Level) -> bool:

@@ -94,9 +94,9 @@ def base_products(now: Settings) -> dict[str, dict[str, str]]:
 def base_table(now: Settings) -> str:
     """The table of this CPU model, or why there is none in use."""
     model, level = cpu_base.this_model(now.cpu_isa)
-    table = tables.of_model(model, now.tables)
+    table = tables.of_model(model, now.tables, level) or tables.of_model(model, now.tables)
     if table is None:
-        return "none for this CPU model, so fp32 is torch's (`peftkern bench --tune --device cpu` measures one)"
+        return "none for this CPU model, so fp32 is torch's (`peftkern tune --cpu` measures one)"
     words = f"{table.name}, measured {table.meta['date'][:10]} with {table.meta['threads']} threads"
     if not tables.applies(table, level):
         was, here = (" ".join(map(str, each)) for each in (table.meta["level"].values(), level))

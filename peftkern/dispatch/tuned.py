@@ -1,26 +1,22 @@
 """What was measured on a GPU: which candidate computes a problem in the least time.
 
-A table is a file tuned/NAME.json of the package, NAME being the device's own (``slug``). ``peftkern bench --tune``
-writes it. A row says what is fastest for one op, pair of dtypes, N, K and R, with or without dropout, near one number
-of rows. Nothing is measured here: where no row is near, there is no choice, and callers do what they did.
+A table is a file NAME.json, NAME being the device's own (``slug``), in the user's folder or else in that of the package.
+``peftkern tune`` writes it. A row says what is fastest for one op, pair of dtypes, N, K and R, with or without dropout, near
+one number of rows. Nothing is measured here: where no row is near, there is no choice, and callers do what they did.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..problem import Problem, short
 from ..settings import CANDIDATES, Settings
+from .table_files import read_all, slug
 
-# Where tables are packaged, and a tuner writes them.
-FOLDER = Path(Settings().tables)
 SCHEMA = 1
 # Rows are measured without the other options, which cost the candidates differently.
 _OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "need_bias", "need_weights"})
@@ -45,9 +41,9 @@ class Entry(NamedTuple):
     config: dict[str, Any] | None = None
 
 
-def slug(device: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` as a file name: ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+def file_name(device: str) -> str:
+    """Of a GPU's table."""
+    return f"{slug(device)}.json"
 
 
 def bucket(M: int) -> int:
@@ -75,10 +71,9 @@ def parse(data: dict, name: str) -> dict[Key, dict[int, Entry]]:
 
 
 @functools.cache
-def table(folder: str, device: str) -> dict[Key, dict[int, Entry]]:
-    """The table of a device in a folder, read once; empty if there is none."""
-    file = Path(folder) / f"{slug(device)}.json"
-    return parse(json.loads(file.read_text()), file.name) if file.is_file() else {}
+def table(folders: tuple[str, ...], device: str) -> dict[Key, dict[int, Entry]]:
+    """The table of a device in the first of the folders that has one, read once; empty if none has."""
+    return next((rows for _, rows in read_all(folders, file_name(device), parse)), {})
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class Calls:
     """Calls of one layer since the last reset. ``reason``: why the last of those that ran the library's own code did.
 
     ``warned``: None, or, if a report said that the layer is accelerated, what its layers have warned of already.
-    ``least``: the elements of an input below which it does, since it is faster then (``Method.worth``); 0 if it never is.
+    ``least``: the elements of an input below which it does, since it is faster then (dispatch/least.py); 0 if it never is.
     ``kept``: the plan of its last fused call (``kept.Kept``), which copies and pickles of the layer do not get.
     """
 

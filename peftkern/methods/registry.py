@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ..dispatch.least import WEIGHT, least_work
 from ..many.adapter import Adapter
 from ..problem import Problem, problem_like
+from ..settings import current
 from .entry import Entry
 from .linear import Linear, entry, run
 from .look import Look
@@ -58,10 +60,6 @@ class Kind(Protocol):
         """An input without rows."""
 
 
-# Elements of a weight from which on no call is too small: of few rows our product is the faster one.
-SMALL_WEIGHT = 1 << 16
-
-
 class Plan(NamedTuple):
     """What a call of a layer computes: its base, to which each adapter in turn applies its method."""
 
@@ -72,10 +70,13 @@ class Plan(NamedTuple):
 
     def least(self) -> int:
         """The elements of x below which the library's own code is faster, on a CPU; 0 if it never is."""
-        if not self.held or self.weight.numel() > SMALL_WEIGHT:
+        names = {h.method.name for h in self.held if h.method.loses_small}
+        if not names:
             return 0
-        worth = max(h.method.worth for h in self.held)
-        return -(-worth // max(self.weight.shape[0], 1))
+        now = current()
+        if self.weight.numel() >= least_work(WEIGHT, now):
+            return 0
+        return -(-max(least_work(name, now) for name in names) // max(self.weight.shape[0], 1))
 
     def call(self, rows: int) -> Problem:
         """The call of ``lora_linear`` that a linear layer makes for so many rows."""
@@ -133,7 +134,8 @@ class Method(Entry):
         one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
-        worth: the products M K N below which a call of a small layer on a CPU runs the library's own code, which is faster there.
+        loses_small: whether small calls on a CPU run the library's own code, which is faster there; from how many products M K N
+            on the call is ours, tables of CPU models say, by the method's name (dispatch/least.py).
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
         peft_type: name of the method in an adapter's ``adapter_config.json``. stored: the form of such a checkpoint, of a
             method that ``attach_adapters`` serves.
@@ -160,7 +162,7 @@ class Method(Entry):
     makes: bool = False
     one_active: bool = False
     nests: bool = False
-    worth: int = 0
+    loses_small: bool = False
     keeps_dtype: bool = False
 
     @property

@@ -45,7 +45,7 @@ def gpu(monkeypatch, tmp_path):
             for op, M, candidate in rows
         ]
         (folder / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "rows": rows}))
-        return Settings(tables=str(folder), gpu=FAKE)
+        return Settings(tables=(str(folder),), gpu=FAKE)
 
     return write
 
@@ -95,7 +95,7 @@ def test_a_back_end_that_is_named_and_cannot_is_an_error():
 def test_a_base_that_no_kernel_reads_is_nobodys(monkeypatch):
     """A back end says which kinds it reads: a new one is not taken for a dense weight."""
     monkeypatch.setitem(KINDS, "ternary", None)
-    now = Settings(tables="nowhere for kinds", gpu=FAKE)
+    now = Settings(tables=("nowhere for kinds",), gpu=FAKE)
     for device, names in ORDER.items():
         for name in names:
             monkeypatch.setattr(load(name), "unavailable", lambda now: None)
@@ -109,7 +109,7 @@ def test_a_base_that_no_kernel_reads_is_nobodys(monkeypatch):
 
 @needs_cpu
 def test_the_cpu_is_told_its_base_product():
-    now = Settings(tables="nowhere", cpu_isa="plain")
+    now = Settings(tables=("nowhere",), cpu_isa="plain")
     told = {kind: choose(problem(device="cpu", M=4), now._replace(cpu_kind=kind)).way for kind in ("vendor", "few")}
     # A weight of odd strides is not in a problem, so the way says what is done then.
     assert {kind: way[1:] for kind, way in told.items()} == {"vendor": ("vendor", "vendor"), "few": ("few", "panels")}
@@ -127,7 +127,7 @@ def test_it_is_pure(monkeypatch):
     monkeypatch.setenv("PEFTKERN_CPU_BASE", "vendor")
     monkeypatch.setenv("PEFTKERN_CPU_ISA", "plain")
     monkeypatch.setenv("PEFTKERN_BATCH_INVARIANT", "1")
-    with using(cpu_kind="panels", candidate="cuda", tables="nowhere"):
+    with using(cpu_kind="panels", candidate="cuda", tables=("nowhere",)):
         assert [choose.__wrapped__(p, Settings()) for p in asked] == first
 
 
@@ -135,7 +135,7 @@ AB = torch.ones(4, 64), torch.ones(48, 4)
 # Of each field another value, and a call that is computed otherwise under it.
 OTHERS = dict(
     backend="reference", cpu_base="panels", cpu_isa="plain", batch_invariant=True, save_input="copy", triton_interpret=True,
-    cpu_kind="panels", candidate="cuda", tables="nowhere", gpu=FAKE, triton_fixed=(("base", "fused"),), small_calls=True,
+    cpu_kind="panels", candidate="cuda", tables=("nowhere",), gpu=FAKE, triton_fixed=(("base", "fused"),), small_calls=True,
 )  # fmt: skip
 
 

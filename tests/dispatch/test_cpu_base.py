@@ -10,12 +10,13 @@ import torch
 
 from peftkern import doctor, lora_linear
 from peftkern.backends.cpu import native
-from peftkern.dispatch import cpu_table, tuned
+from peftkern.dispatch import cpu_table
 from peftkern.dispatch.choose import choose
 from peftkern.dispatch.cpu_base import Cpu, choose_kind
 from peftkern.dispatch.cpu_table import Product
+from peftkern.dispatch.table_files import slug
 from peftkern.problem import Problem
-from peftkern.settings import Settings, current, using
+from peftkern.settings import TABLES, Settings, current, using
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MILAN = cpu_table.CpuModel("AuthenticAMD", 25, 1)
@@ -119,8 +120,8 @@ def test_tables_that_make_no_sense(change, match):
 
 def test_a_table_holds_for_the_models_it_names(tmp_path):
     def found(*cpu):
-        table = cpu_table.of_model(cpu_table.CpuModel(*cpu), tmp_path)
-        return table and table.name
+        table = cpu_table.of_model(cpu_table.CpuModel(*cpu), (str(tmp_path),))
+        return table and Path(table.name).name
 
     assert found(*MILAN) is None
     wide = "cpu-authenticamd-25-0-15.json"
@@ -136,7 +137,7 @@ def test_a_table_holds_for_the_models_it_names(tmp_path):
         ("", 0, 0),
     )
     assert [found(*cpu) for cpu in others] == [None] * len(others)
-    table = cpu_table.of_model(MILAN, tmp_path)
+    table = cpu_table.of_model(MILAN, (str(tmp_path),))
     assert cpu_table.applies(table, MKL)
     assert not any(
         cpu_table.applies(table, MKL._replace(**other))
@@ -158,7 +159,7 @@ def packaged(tmp_path):
         named = dict(vendor=cpu.vendor, family=cpu.family, models=(cpu.model, cpu.model), level=native.level())
         folder.mkdir()
         (folder / cpu_table.file_name(cpu)).write_text(json.dumps(content(*rows, **(named | changes))))
-        return str(folder)
+        return (str(folder),)
 
     return write
 
@@ -184,7 +185,7 @@ def test_a_layer_follows_the_table_of_this_cpu(packaged, tmp_path):
             kinds = [choose(p, current()).way.kind for p in problems]
             return [y, *torch.autograd.grad(y.sum(), (x, A, B))], kinds
 
-    plain, unknown = step(tables=str(tmp_path))
+    plain, unknown = step(tables=(str(tmp_path),))
     assert unknown == ["vendor", "vendor"]
     ours = (row([32], [90], [50], D=96, C=64), row([32], [90], [50], [40], D=64, C=96, which="dx"))
     tables = packaged(*ours)
@@ -202,7 +203,7 @@ def test_a_layer_follows_the_table_of_this_cpu(packaged, tmp_path):
 @needs_model
 def test_doctor_names_the_cpu_and_its_table(packaged, tmp_path):
     assert doctor.cpu()["model_id"] == list(model())
-    with using(tables=str(tmp_path)):
+    with using(tables=(str(tmp_path),)):
         assert "none for this CPU model" in doctor.text(doctor.report())
     with using(tables=packaged(row([64, 256], [100, 100], [50, 200]))):
         text = doctor.text(doctor.report())
@@ -230,13 +231,13 @@ def test_cpuinfo_agrees():
 
 def test_packaged_tables():
     """Every table that is shipped can be read and is found under the models that it names."""
-    files = sorted(tuned.FOLDER.glob("cpu-*.json"))
+    files = sorted(Path(TABLES).glob("cpu-*.json"))
     assert files
     for file in files:
         data = json.loads(file.read_text())
         cpu = data["meta"]["cpu"]
         first, last = cpu["models"]
         numbers = f"{first}" if first == last else f"{first}-{last}"
-        assert file.stem == f"cpu-{tuned.slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
-        found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), tuned.FOLDER)
+        assert file.stem == f"cpu-{slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
+        found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), (TABLES,))
         assert found.name == file.name and found.rows

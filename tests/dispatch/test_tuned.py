@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from peftkern.dispatch import tuned
 from peftkern.problem import Problem
-from peftkern.settings import Settings
+from peftkern.settings import TABLES, Settings
 
 FAKE = "Imaginary GPU X-1 (80 GB)"
 
@@ -32,7 +33,7 @@ def packaged(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
-        return Settings(tables=str(folder), gpu=FAKE)._replace(**settings)
+        return Settings(tables=(str(folder),), gpu=FAKE)._replace(**settings)
 
     return write
 
@@ -56,7 +57,7 @@ def test_buckets_are_the_nearest_powers_of_two():
 
 
 def test_without_a_table_there_is_no_choice(tmp_path):
-    assert tuned.entry(problem(), Settings(tables=str(tmp_path), gpu=FAKE)) is None
+    assert tuned.entry(problem(), Settings(tables=(str(tmp_path),), gpu=FAKE)) is None
 
 
 def test_the_nearest_row_decides(packaged):
@@ -122,9 +123,9 @@ def test_tables_that_make_no_sense(packaged, rows, match):
 
 def test_packaged_tables():
     """Every table of a GPU that is shipped can be read, and names the fastest of what a row allows."""
-    for file in set(tuned.FOLDER.glob("*.json")) - set(tuned.FOLDER.glob("cpu-*.json")):
+    for file in set(Path(TABLES).glob("*.json")) - set(Path(TABLES).glob("cpu-*.json")):
         data = json.loads(file.read_text())
-        assert file.stem == tuned.slug(data["meta"]["gpu"]["name"])
+        assert file.name == tuned.file_name(data["meta"]["gpu"]["name"])
         assert tuned.parse(data, file.name)
         for r in data["rows"]:
             times = r["us"]

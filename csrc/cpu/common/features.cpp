@@ -70,15 +70,21 @@ bool base_gemm_bf16_usable() {
 #ifdef PEFTKERN_HAVE_AVX512BF16
 namespace avx512_bf16 {
 void base_gemm_bf16(const BaseArgs&);
-}
+void fma_peak(const PeakArgs&);
+}  // namespace avx512_bf16
 void base_gemm_bf16(const BaseArgs& args) {
   avx512_bf16::base_gemm_bf16(args);
 }
+void fma_peak_bf16(const PeakArgs& args) {
+  avx512_bf16::fma_peak(args);
+}
 #else
 void base_gemm_bf16(const BaseArgs&) {}
+void fma_peak_bf16(const PeakArgs&) {}
 #endif
 
 }  // namespace peftkern::cpu
 
 PEFTKERN_DISPATCH(base_gemm, BaseArgs)
 PEFTKERN_DISPATCH(base_few, BaseArgs)
+PEFTKERN_DISPATCH(fma_peak, PeakArgs)

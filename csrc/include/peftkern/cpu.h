@@ -21,6 +21,20 @@ struct DropoutMaskArgs {
 };
 void dropout_mask(const DropoutMaskArgs& args);
 
+// Multiply-adds of operands in registers, `steps` of a few vectors each on every thread: what is timed as the
+// CPU's peak. sums: kPeakRoom floats a thread; flops: how many were done.
+constexpr int64_t kPeakRoom = 16;
+struct PeakArgs {
+  int64_t steps;
+  float value;
+  float* sums;
+  double* flops;
+  int threads;
+};
+void fma_peak(const PeakArgs& args);
+// The same of pairs of bf16, where base_gemm_bf16_usable().
+void fma_peak_bf16(const PeakArgs& args);
+
 // --- low-rank branch ---
 // Panels p have zeros up to a multiple of this many columns.
 constexpr int64_t kPadColumns = 16;

@@ -20,13 +20,12 @@ from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
 from ...autograd.residual.bottleneck_adapter import bottleneck_adapter
+from ...dispatch.least import BOTTLENECK, least_work
 from ...methods.look import Look, NotCovered
 from ...problem import Problem, problem_like
+from ...settings import current
 from .kind import Kind, check_gain, check_input
 from .projection import Projection, activation, projection
-
-# Elements of x below which looking at a module costs more than its memory traffic does.
-_WORTH = 1 << 17
 
 
 class Bottleneck(NamedTuple):
@@ -172,7 +171,7 @@ def _call(plan: Bottleneck, rows: int) -> Problem:
 
 
 def _least(plan: Bottleneck) -> int:
-    return _WORTH
+    return least_work(BOTTLENECK, current())
 
 
 def _compose_fuse(stock):

@@ -18,6 +18,7 @@ from adapters.context import ForwardContext
 from adapters.methods import lora as theirs
 from torch import Tensor, nn
 
+from ...dispatch.least import GATE, least_work
 from ...methods import tuner
 from ...methods.linear import Branch, Linear, run
 from ...methods.look import Look, NotCovered
@@ -25,11 +26,9 @@ from ...methods.low_rank.lora import LORA
 from ...methods.registry import Held, Plan
 from ...methods.scale.ia3 import IA3
 from ...problem import Problem
+from ...settings import current
 from . import product
 from .kind import Kind, check_input
-
-# Elements of x from which a gate's steps gain over the library's.
-_GATE_WORTH = 1 << 17
 
 
 class Adapted(NamedTuple):
@@ -138,7 +137,7 @@ def _run(adapted: Adapted, layer: nn.Module, input_states: Tensor) -> Tensor:
 def _least(adapted: Adapted) -> int:
     if not adapted.plan.held:
         return product.least(adapted.plan)
-    return max(adapted.plan.least(), 0 if adapted.gate is None else _GATE_WORTH)
+    return max(adapted.plan.least(), 0 if adapted.gate is None else least_work(GATE, current()))
 
 
 def _call(adapted: Adapted, rows: int) -> Problem:

@@ -19,6 +19,7 @@ from ...autograd.shapes import autocast_dtype
 from ...checks import FLOATING
 from ...dispatch.choose import Declined, choose
 from ...dispatch.explain import passes
+from ...dispatch.least import PRODUCT, least_work
 from ...methods.linear import Linear, run
 from ...methods.look import NotCovered
 from ...methods.registry import Plan
@@ -27,9 +28,6 @@ from ...settings import current
 from ..report import ROWS
 from ..status import NO_GAIN
 from .kind import check_input
-
-# M K N from which looking at a layer costs nothing beside its product.
-_WORTH = 1 << 26
 
 
 def _gains(plan: Plan, rows: int, dtype: torch.dtype) -> bool:
@@ -76,4 +74,4 @@ def product(plan: Plan, x: Tensor) -> Tensor:
 
 def least(plan: Plan) -> int:
     """The elements of x below which the library's own code is faster."""
-    return -(-_WORTH // max(len(plan.weight), 1))
+    return -(-least_work(PRODUCT, current()) // max(len(plan.weight), 1))

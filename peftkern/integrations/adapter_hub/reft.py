@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...autograd.residual.reft import reft
+from ...dispatch.least import REFT, least_work
 from ...methods.look import Look, NotCovered
 from ...nn.orthogonal import parametrised
+from ...settings import current
 from ..library import Found
 from .kind import Kind, check_input
 from .projection import activation
 
 _KEPT = "_peftkern_positions"
-# Elements of h from which looking at a module is nothing beside copying h, where no rotation is made, which ours makes faster.
-_WORTH = 1 << 21
 
 
 class Unit(NamedTuple):
@@ -192,7 +192,7 @@ def _found(units: tuple[Unit, ...], rows: int) -> Found:
 
 
 def _least(units: tuple[Unit, ...]) -> int:
-    return 0 if any(parametrize.is_parametrized(unit.projection) for unit in units) else _WORTH
+    return 0 if any(parametrize.is_parametrized(unit.projection) for unit in units) else least_work(REFT, current())
 
 
 KINDS = (Kind(ReftModule, _plan, _run, _found, _least),)

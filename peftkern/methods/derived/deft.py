@@ -139,7 +139,7 @@ DEFT = register(
         merges="W + Q (s R - P^T W)",
         peft_type="DEFT",
         keeps_dtype=True,
-        worth=1 << 21,
+        loses_small=True,
         makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )

@@ -123,7 +123,7 @@ MISS = register(
         merges="W + B A; in its form bat W'",
         peft_type="MISS",
         keeps_dtype=True,
-        worth=1 << 23,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

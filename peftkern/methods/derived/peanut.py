@@ -129,7 +129,7 @@ PEANUT = register(
         saves="x, (M, R) in fp32, and (R, K) for each layer of its network",
         merges="W + s B h",
         peft_type="PEANUT",
-        worth=1 << 22,
+        loses_small=True,
         makes=True,
         tested={"peft": ((0, 21), (0, 21))},
     )

@@ -95,7 +95,7 @@ C3A = register(
         peft_type="C3A",
         one_active=True,
         keeps_dtype=True,
-        worth=1 << 22,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -133,7 +133,7 @@ LOKR = register(
         merges="W + s kron(w1, w2)",
         peft_type="LOKR",
         keeps_dtype=True,
-        worth=1 << 22,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

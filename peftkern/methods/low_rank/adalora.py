@@ -139,7 +139,7 @@ ADALORA = register(
         merges="W + s B diag(E) A",
         peft_type="ADALORA",
         stored=STORED,
-        worth=1 << 21,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -87,7 +87,7 @@ ALORA = register(
         saves="as LoRA",
         merges="not at all: it acts on some tokens",
         peft_type="LORA",
-        worth=1 << 24,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -146,7 +146,7 @@ VERA = register(
         peft_type="VERA",
         stored=STORED,
         keeps_dtype=True,
-        worth=1 << 22,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

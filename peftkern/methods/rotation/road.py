@@ -90,7 +90,7 @@ ROAD = register(
         saves="x W^T + bias (M, N)",
         merges="R W and R bias",
         peft_type="ROAD",
-        worth=1 << 23,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -66,7 +66,7 @@ BEFT = register(
             ignores={"init_weights"},
             base=lambda settings: True,
         ),
-        worth=1 << 22,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

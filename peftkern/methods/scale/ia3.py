@@ -130,7 +130,7 @@ IA3 = register(
         merges="l * W and l * bias, or W * l",
         peft_type="IA3",
         stored=STORED,
-        worth=1 << 23,
+        loses_small=True,
         tested={"peft": ((0, 21), (0, 21)), "adapters": ((1, 3), (1, 3))},
     )
 )

@@ -11,7 +11,7 @@ import torch
 from peftkern.activations import ACTIVATIONS, CODES
 from peftkern.backends.cpu import call
 from peftkern.backends.cpu.native import _C
-from peftkern.dispatch.cpu_base import Cpu, bottleneck_kind
+from peftkern.dispatch.cpu_base import PAIR_RANKS, Cpu, bottleneck_kind
 from peftkern.problem import Problem
 from peftkern.settings import Settings, using
 from peftkern.testing.accuracy import check
@@ -135,11 +135,11 @@ def test_accuracy_of_products_of_bf16():
 
 @needs_pairs
 def test_products_of_bf16_are_chosen_where_they_are_fast():
-    on = Cpu("avx512", frozenset({"x86", "avx512_bf16", "bf16_kernel"}))
+    on = Cpu("avx512", frozenset({"x86", "avx512_bf16", "bf16_kernel"}), least={PAIR_RANKS: 16})
     large = Problem("bottleneck_adapter_fwd", "cpu", "AVX512", BF16, BF16, 2048, 1024, 1024, 64, frozenset({"gelu"}))
     assert bottleneck_kind(large, on, Settings())[0] == "bf16"
     for other in (
-        replace(large, R=1), replace(large, flags=frozenset({"gate"})), replace(large, adapter_dtype=F32),
+        replace(large, R=15), replace(large, flags=frozenset({"gate"})), replace(large, adapter_dtype=F32),
         replace(large, dtype=F16, adapter_dtype=F16),
     ):  # fmt: skip
         assert bottleneck_kind(other, on, Settings())[0] == "panels"

@@ -11,17 +11,19 @@ from torch import nn
 
 import peftkern
 from peftkern import settings
+from peftkern.dispatch.least import WEIGHT
 from peftkern.methods import METHODS, tuner
 
 peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
 
 K, N = 24, 20
-WORTH = METHODS["(IA)^3"].worth
+WORTH = 10_000  # products
 
 
 @pytest.fixture(autouse=True)
 def declined(small_calls):
-    with settings.using(small_calls=False):
+    limits = dict.fromkeys((name for name, m in METHODS.items() if m.loses_small), WORTH) | {WEIGHT: 2 * K * N}
+    with settings.using(small_calls=False, least=tuple(limits.items())):
         yield
 
 
@@ -88,7 +90,7 @@ def test_methods_without_a_bound_take_all():
     peftkern.accelerate(model)
     for _ in range(3):
         model(torch.randn(1, K))
-    assert METHODS["LoRA"].worth == 0 and _counts(model) == (3, 0)
+    assert not METHODS["LoRA"].loses_small and _counts(model) == (3, 0)
 
 
 def test_a_plan_that_is_not_kept():

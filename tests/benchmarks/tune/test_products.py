@@ -1,4 +1,4 @@
-"""The tuner of CPUs: what is planned, what is given up, and a table that is read as it was written."""
+"""The base products of a CPU's table: what is planned, what is given up, and a table that is read as it was written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from peftkern.backends.cpu import call as cpu_call
 from peftkern.backends.cpu import native as cpu_native
-from peftkern.benchmarks import bench
-from peftkern.benchmarks.tune import cpu as tune_cpu
-from peftkern.benchmarks.tune.cpu import Job
+from peftkern.benchmarks.tune import main as tune
+from peftkern.benchmarks.tune import products
+from peftkern.benchmarks.tune.products import Job
 from peftkern.dispatch import cpu_table
 from peftkern.dispatch.cpu_table import Product
 
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def small(monkeypatch):
     """Two small shapes and no time for rounds."""
-    monkeypatch.setattr(tune_cpu, "SHAPES", ((48, 40), (40, 24)))
-    monkeypatch.setattr(tune_cpu, "ROWS", (1, 16, 100))
-    monkeypatch.setattr(tune_cpu, "BUDGET", 0.0)
-    monkeypatch.setattr(tune_cpu.machine, "cache_bytes", lambda device: 20_000)
+    monkeypatch.setattr(products, "SHAPES", ((48, 40), (40, 24)))
+    monkeypatch.setattr(products, "ROWS", (1, 16, 100))
+    monkeypatch.setattr(products, "BUDGET", 0.0)
+    monkeypatch.setattr(products.machine, "cache_bytes", lambda device: 20_000)
 
 
 def test_what_users_run_comes_first_and_layers_of_usual_sizes_are_near():
-    work = tune_cpu.planned(["fp32", "bf16", "fp16"])
+    work = products.planned(["fp32", "bf16", "fp16"])
     assert len(set(work)) == len(work) and work[0] == Job("fp32", "forward", 4096, 4096)
-    each = 2 * len(tune_cpu.SHAPES)
+    each = 2 * len(products.SHAPES)
     assert [job.dtype for job in work] == ["fp32"] * each + ["bf16"] * each + ["fp16"] * each
     data = [
         {"dtype": j.dtype, "pass": j.which, "D": j.D, "C": j.C, "M": j.rows(), "us": {"few": [1.0] * len(j.rows())}}
@@ -73,8 +73,8 @@ def test_the_table_that_is_written_is_read(small, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(cpu_call, "forward", watch_forward)
     monkeypatch.setattr(cpu_call, "backward", watch_backward)
     file = tmp_path / "cpu.json"
-    assert bench.main(["--tune", "--device", "cpu", "--json", str(file)]) == 0
-    assert "12 of 12 shapes" in capsys.readouterr().out
+    assert tune.main(["--cpu", "--only", "products", "--json", str(file)]) == 0
+    assert "12 shapes (12 planned)" in capsys.readouterr().out
     data = json.loads(file.read_text())
     model, level = cpu_table.CpuModel(*cpu_native.model()), cpu_native.level()
     assert data["meta"]["cpu"] == {"vendor": model.vendor, "family": model.family, "models": [model.model] * 2}
@@ -109,17 +109,17 @@ def test_what_is_hopeless_is_given_up(small, monkeypatch):
         tried.append(call)
         return 1e-5 if call[1] == "panels" else 1e-4
 
-    monkeypatch.setattr(tune_cpu, "calls_of", calls)
-    monkeypatch.setattr(tune_cpu, "seconds", seconds)
+    monkeypatch.setattr(products, "calls_of", calls)
+    monkeypatch.setattr(products, "seconds", seconds)
     rows = (4, 8, 16, 32, 64)
-    assert tune_cpu.measure(Job("bf16", "dx", 48, 40), rows)["us"] == {"panels": [10.0] * 5}
+    assert products.measure(Job("bf16", "dx", 48, 40), rows)["us"] == {"panels": [10.0] * 5}
     assert [M for M, kind in tried if kind == "vendor"] == [4, 4, 8, 8]
     tried.clear()
-    assert tune_cpu.measure(Job("fp32", "dx", 48, 40), rows)["us"] == {"vendor": [100.0] * 5, "panels": [10.0] * 5}
-    assert all(tried.count((M, kind)) == 1 + tune_cpu.FEWEST for M in rows for kind in ("vendor", "panels"))
+    assert products.measure(Job("fp32", "dx", 48, 40), rows)["us"] == {"vendor": [100.0] * 5, "panels": [10.0] * 5}
+    assert all(tried.count((M, kind)) == 1 + products.FEWEST for M in rows for kind in ("vendor", "panels"))
 
 
 def test_an_end_in_time(small, tmp_path, capsys):
-    assert bench.main(["--tune", "--device", "cpu", "--seconds", "0", "--json", str(tmp_path / "x.json")]) == 1
-    assert "0 of 12 shapes" in capsys.readouterr().out
+    assert tune.main(["--cpu", "--only", "products", "--seconds", "0", "--json", str(tmp_path / "x.json")]) == 1
+    assert "0 shapes (12 planned)" in capsys.readouterr().out
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == []

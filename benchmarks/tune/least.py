@@ -1,0 +1,149 @@
+"""From how much work on a call is worth our code (peftkern/dispatch/least.py): the same model, stock and accelerated.
+
+At this much work and at all that is more, on layers of several sizes, no pass of ours may take longer than the library's.
+Of AdapterHub's models, whose modules have limits of several names, one name at a time is ours. Names whose library is not
+installed are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import peftkern
+from peftkern.backends.cpu import native
+from peftkern.dispatch.cpu_base import PAIR_RANKS
+from peftkern.dispatch.least import ADAPTERS, WEIGHT
+from peftkern.methods import METHODS, Method
+from peftkern.settings import using
+
+from ..small import medians
+from ..subjects.subject import installed
+
+# What counts as no slower, between medians of one run; and its seconds.
+TIE, SECONDS = 1.02, 0.1
+# Of square layers; and rows, most of which is more than a batch has in a small model.
+SIDES, MOST_ROWS = (32, 64, 128, 256), 4096
+# A model, and what it is called with.
+Call = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """How a name is tried out: ``amounts`` of work, and for one of them the calls that do so much."""
+
+    name: str
+    amounts: tuple[int, ...]
+    calls: Callable[[int], Iterable[Call]]
+
+
+def probes() -> Iterator[Probe]:
+    """All that can be tried here."""
+    if installed("peft"):
+        few = [m for m in METHODS.values() if m.loses_small and m.build is not None]
+        for method in few:
+            yield Probe(method.name, powers(14, 27), lambda work, method=method: _layers(method, work))
+        yield Probe(WEIGHT, powers(10, 21), lambda size: _weights(few, size))
+    if installed("adapters"):
+        from .least_adapters import probes as of_adapters
+
+        yield from of_adapters()
+
+
+def measure() -> dict[str, int]:
+    """{name: the least work that is worth our code}."""
+    found = {}
+    for probe in probes():
+        found[probe.name] = _smallest(probe.amounts, lambda work, probe=probe: _wins(probe, work))
+        print(f"{probe.name}: from {found[probe.name]} on", file=sys.stderr)
+    if native._C.base_gemm_bf16_usable():
+        found[PAIR_RANKS] = _smallest(powers(3, 7), _pairs_win)
+    return found
+
+
+def _smallest(amounts: Iterable[int], wins: Callable[[int], bool]) -> int:
+    best = 0
+    for amount in sorted(amounts, reverse=True):
+        if not wins(amount):
+            # Not even with the most that was tried: from twice of it on, which nobody tried, there is little to lose.
+            return best or 2 * amount
+        best = amount
+    return best
+
+
+def powers(first: int, end: int) -> tuple[int, ...]:
+    """2^first up to 2^end, which is left out."""
+    return tuple(1 << k for k in range(first, end))
+
+
+def _layers(method: Method, work: int) -> Iterator[Call]:
+    for side in SIDES:
+        rows = work // side**2
+        if 1 <= rows <= MOST_ROWS:
+            yield (
+                method.build(nn.Linear(side, side).requires_grad_(False), min(8, method.rank)),
+                (torch.randn(rows, side),),
+            )
+
+
+def _weights(methods: list[Method], size: int) -> Iterator[Call]:
+    side = math.isqrt(size)
+    for method in methods:
+        for rows in (1, 16):
+            yield (
+                method.build(nn.Linear(side, size // side).requires_grad_(False), min(8, method.rank)),
+                (torch.randn(rows, side),),
+            )
+
+
+def _wins(probe: Probe, work: int) -> bool:
+    limits = dict.fromkeys(ADAPTERS, sys.maxsize) | dict.fromkeys(METHODS, 0) | {probe.name: 0}
+    with using(least=tuple(limits.items())):
+        for stock, args in probe.calls(work):
+            ours = copy.deepcopy(stock)
+            peftkern.accelerate(ours)
+            for train in (True, False):
+                seconds = medians({"stock": _step(stock, args, train), "ours": _step(ours, args, train)}, SECONDS)
+                if seconds["ours"] > TIE * seconds["stock"]:
+                    return False
+    return True
+
+
+def _pairs_win(ranks: int) -> bool:
+    h, dy = torch.randn(2, 1024, 768, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (h, torch.randn(ranks, 768).bfloat16(), torch.randn(768, ranks).bfloat16())]
+
+    def step(kind: str) -> Callable[[], object]:
+        def run() -> object:
+            with using(cpu_kind=kind):
+                return torch.autograd.grad(peftkern.bottleneck_adapter(*leaves), leaves, dy)
+
+        return run
+
+    seconds = medians({kind: step(kind) for kind in ("panels", "bf16")}, SECONDS)
+    return seconds["bf16"] < seconds["panels"]
+
+
+def _step(model: nn.Module, args: tuple[Tensor, ...], train: bool) -> Callable[[], object]:
+    if not train:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return model.eval()(*args)
+
+        return forward
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    args = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in args)
+
+    def step() -> object:
+        y = model.train()(*args)
+        y = y if isinstance(y, Tensor) else y[0]
+        return torch.autograd.grad(y.sum(), [*leaves, *(t for t in args if t.requires_grad)], allow_unused=True)
+
+    return step
