@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,15 @@ def probes() -> Iterator[Probe]:
         yield from of_adapters()
 
 
-def measure() -> dict[str, int]:
-    """{name: the least work that is worth our code}."""
+def measure(names: Sequence[str] | None = None) -> dict[str, int]:
+    """{name: the least work that is worth our code}, of all that can be measured here or of these names."""
     found = {}
     for probe in probes():
+        if names and probe.name not in names:
+            continue
         found[probe.name] = smallest(probe.amounts, lambda work, probe=probe: wins(probe, work))
         print(f"{probe.name}: from {found[probe.name]} on", file=sys.stderr)
-    if native._C.base_gemm_bf16_usable():
+    if native._C.base_gemm_bf16_usable() and (not names or PAIR_RANKS in names):
         found[PAIR_RANKS] = smallest(powers(3, 7), _pairs_win)
     return found
 

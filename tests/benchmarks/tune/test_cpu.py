@@ -33,7 +33,7 @@ def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
     here = native.level()
     for level, kept in ((here, True), (here._replace(mkl=not here.mkl), False)):
         file.write_text(json.dumps(content(level, least={"a": 3, "b": 4}, rows=[row])))
-        monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda: {"b": 5})
+        monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {"b": 5})
         assert tune.main(["--cpu", "--only", "rates", "least", "--json", str(file)]) == 0
         data = json.loads(file.read_text())
         assert data["rows"] == ([row] if kept else []) and data["least"] == ({"a": 3, "b": 5} if kept else {"b": 5})
@@ -45,7 +45,7 @@ def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
 
 def test_the_default_file_is_the_users(tmp_path, monkeypatch):
     monkeypatch.setattr("peftkern.benchmarks.tune.cpu.OWN_TABLES", str(tmp_path / "new"))
-    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda: {})
+    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {})
     assert tune.main(["--cpu", "--only", "least"]) == 0
     assert [f.name for f in (tmp_path / "new").iterdir()] == [cpu_table.file_name(cpu_table.CpuModel(*native.model()))]
 
