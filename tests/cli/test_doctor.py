@@ -121,7 +121,7 @@ def test_the_base_product_of_a_call_is_explained(capsys, tmp_path):
     meta = {"cpu": cpu, "level": native.level()._asdict(), "threads": 1, "date": "2026-12-01"}
     (tmp_path / cpu_table.file_name(model)).write_text(json.dumps({"schema": 1, "meta": meta, "rows": [row]}))
     size = ("--op", "lora_linear", "--M", "10", "--K", "64", "--N", "48")
-    with using(tables=str(tmp_path)):
+    with using(tables=(str(tmp_path),)):
         forward, *backward = run(capsys, *size)
         assert forward["base_product"] == "peftkern, fp32 panels" and "10 x 64" in forward["blocks"]
         assert cpu_table.file_name(model) in forward["why"] and "D=48 C=64 M=8" in forward["why"]

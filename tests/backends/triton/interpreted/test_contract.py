@@ -179,7 +179,7 @@ def test_what_was_measured_decides(base, monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "submit", lambda one: launches.append(one) or submit(one))
     given = forward(X, W, A, B, scaling=1.5)
     for fixed in ({}, {"base": "fused" if base == "epilogue" else "epilogue"}):
-        with using(tables=str(tmp_path), gpu="x", triton_fixed=configs.fixed(**fixed)):
+        with using(tables=(str(tmp_path),), gpu="x", triton_fixed=configs.fixed(**fixed)):
             launches.clear()
             assert_forward(given)
             last = launches[-1].constants
