@@ -24,7 +24,7 @@ from peftkern.backends.cpu import call as cpu_call
 from peftkern.backends.cpu import native as cpu_native
 from peftkern.dispatch import cpu_table
 from peftkern.problem import DTYPES
-from peftkern.settings import OWN_TABLES, current
+from peftkern.settings import OWN_TABLES, TABLES, current
 
 from ..measure.rates import cpu_rates
 from ..measure.timing import quiet
@@ -43,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16", "fp16"])
     p.add_argument("--seconds", type=float, default=270.0, help="start no further shape after so long (default 270)")
     p.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; of the others, FILE keeps what it has"
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="these parts; the others are kept as FILE, or the package, has them",
     )
     p.add_argument("--names", nargs="+", metavar="NAME", help="of the limits of small calls, only these")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: the user's table of this CPU model")
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"this machine is busy (load {load:.1f}): the table will be poor", file=sys.stderr)
     file = args.json or Path(OWN_TABLES) / cpu_table.file_name(cpu)
     work = products.planned(args.dtype) if "products" in args.only else []
-    data = kept(file, cpu, level)
+    data, parts = kept(file, cpu, level)
 
     def save() -> None:
         head = meta(
@@ -71,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             level=level._asdict(), threads=torch.get_num_threads(), load=round(load, 2), planned=len(work),
             measured=len(data["rows"]),
         )  # fmt: skip
+        head["parts"] = parts | dict.fromkeys(args.only, head["date"])
         write(file, {"schema": cpu_table.SCHEMA, "meta": head} | data)
 
     with quiet():
@@ -93,11 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if data["rows"] or not work else 1
 
 
-def kept(file: Path, cpu: cpu_table.CpuModel, level: cpu_table.Level) -> dict:
-    """What a file has measured of this CPU already."""
-    data = {"rates": {}, "least": {}, "rows": []}
-    found = cpu_table.of_model(cpu, (str(file.parent),), level) if file.is_file() else None
-    if found is None or Path(found.name).name != file.name:
-        return data
-    old = json.loads(file.read_text())
-    return {part: old.get(part, empty) for part, empty in data.items()}
+def kept(file: Path, cpu: cpu_table.CpuModel, level: cpu_table.Level) -> tuple[dict, dict[str, str]]:
+    """What the file, or else the package's table, has measured of this CPU already; and when, by part."""
+    found = next((f for f in (file, Path(TABLES) / file.name) if f.is_file() and _speaks(f, cpu, level)), None)
+    old = {} if found is None else json.loads(found.read_text())
+    data = {"rates": old.get("rates", {}), "least": old.get("least", {}), "rows": old.get("rows", [])}
+    head = old.get("meta", {})
+    dates = {part: head["date"] for part, name in zip(PARTS, data, strict=True) if data[name]}
+    return data, dates | head.get("parts", {})
+
+
+def _speaks(file: Path, cpu: cpu_table.CpuModel, level: cpu_table.Level) -> bool:
+    table = cpu_table.Table(json.loads(file.read_text()), str(file))
+    named = table.meta["cpu"]
+    return (named["vendor"], named["family"], *named["models"]) == (*cpu, cpu.model) and cpu_table.applies(table, level)

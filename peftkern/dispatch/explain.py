@@ -97,7 +97,8 @@ def base_table(now: Settings) -> str:
     table = tables.of_model(model, now.tables, level) or tables.of_model(model, now.tables)
     if table is None:
         return "none for this CPU model, so fp32 is torch's (`peftkern tune --cpu` measures one)"
-    words = f"{table.name}, measured {table.meta['date'][:10]} with {table.meta['threads']} threads"
+    date = table.meta.get("parts", {}).get("products", table.meta["date"])
+    words = f"{table.name}, measured {date[:10]} with {table.meta['threads']} threads"
     if not tables.applies(table, level):
         was, here = (" ".join(map(str, each)) for each in (table.meta["level"].values(), level))
         return f"{words}, not used: it holds for {was}, in use are {here}"

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.skipif(native._C is None or not native.model()[0], reas
 def content(level, **parts):
     cpu = cpu_table.CpuModel(*native.model())
     named = {"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model] * 2}
-    return {"schema": 1, "meta": {"cpu": named, "level": level._asdict(), "threads": 1, "date": ""}, "rows": []} | parts
+    return {
+        "schema": 1,
+        "meta": {"cpu": named, "level": level._asdict(), "threads": 1, "date": "old"},
+        "rows": [],
+    } | parts
 
 
 def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
@@ -31,23 +35,36 @@ def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
     row = {"dtype": "fp32", "pass": "dx", "D": 8, "C": 8, "M": [4], "us": {"vendor": [1.0]}}
     file = tmp_path / cpu_table.file_name(cpu_table.CpuModel(*native.model()))
     here = native.level()
+    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.TABLES", str(tmp_path / "package"))
     for level, kept in ((here, True), (here._replace(mkl=not here.mkl), False)):
         file.write_text(json.dumps(content(level, least={"a": 3, "b": 4}, rows=[row])))
         monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {"b": 5})
         assert tune.main(["--cpu", "--only", "rates", "least", "--json", str(file)]) == 0
         data = json.loads(file.read_text())
         assert data["rows"] == ([row] if kept else []) and data["least"] == ({"a": 3, "b": 5} if kept else {"b": 5})
+        dates = data["meta"]["parts"]
+        assert dates["rates"] == dates["least"] == data["meta"]["date"] and ("products" in dates) == kept
         peaks = data["rates"]["fma_gflop_per_s"]
         assert set(peaks) == {"fp32", "bf16"} and all(rate > 0 for each in peaks.values() for rate in each.values())
         assert data["rates"]["copy_gb_per_s"] > 0
         assert cpu_table.of_model(cpu_table.CpuModel(*native.model()), (str(tmp_path),), here).least == data["least"]
 
 
-def test_the_default_file_is_the_users(tmp_path, monkeypatch):
-    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.OWN_TABLES", str(tmp_path / "new"))
-    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {})
+def test_the_default_file_is_the_users_and_begins_with_the_packages(tmp_path, monkeypatch):
+    name = cpu_table.file_name(cpu_table.CpuModel(*native.model()))
+    for variable in ("OWN_TABLES", "TABLES"):
+        monkeypatch.setattr(f"peftkern.benchmarks.tune.cpu.{variable}", str(tmp_path / variable))
+    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {"a": 1})
     assert tune.main(["--cpu", "--only", "least"]) == 0
-    assert [f.name for f in (tmp_path / "new").iterdir()] == [cpu_table.file_name(cpu_table.CpuModel(*native.model()))]
+    assert [f.name for f in (tmp_path / "OWN_TABLES").iterdir()] == [name]
+    row = {"dtype": "fp32", "pass": "dx", "D": 8, "C": 8, "M": [4], "us": {"vendor": [1.0]}}
+    (tmp_path / "OWN_TABLES" / name).unlink()
+    (tmp_path / "TABLES").mkdir()
+    native.use_isa("auto")
+    (tmp_path / "TABLES" / name).write_text(json.dumps(content(native.level(), rows=[row], least={"b": 2})))
+    assert tune.main(["--cpu", "--only", "least"]) == 0
+    data = json.loads((tmp_path / "OWN_TABLES" / name).read_text())
+    assert data["rows"] == [row] and data["least"] == {"a": 1, "b": 2}
 
 
 def test_wider_registers_have_a_higher_peak():
