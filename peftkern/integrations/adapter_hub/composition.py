@@ -25,17 +25,17 @@ from torch.compiler import is_dynamo_compiling
 
 from ...autograd.residual.multi_bottleneck_adapter import Bottleneck, multi_bottleneck_adapter
 from ...methods.look import NotCovered
-from ..status import TOO_SMALL, calls_of
+from ..status import calls_of
 from .bottleneck import LEAST, around, check, taken
 from .forward import plan_of, switch, too_small
 
 
 class Part(NamedTuple):
-    """Sequences of a state, and the name of their adapter: None leaves them as they are."""
+    """Sequences of a state, and then the name of their adapter."""
 
     whole: BottleneckState
     rows: slice
-    adapter: str | None = None
+    adapter: str = ""
 
     @property
     def count(self) -> int:
@@ -47,20 +47,19 @@ def _is_ours(cls: type, owner: type, name: str) -> bool:
     return getattr(cls, name) is switch.replaced.get((owner, name), (None, None))[1]
 
 
-def _held(layer: BottleneckLayer, setup: AdapterCompositionBlock) -> list[nn.Module]:
-    return [layer.adapters[child] for child in setup if child in layer.adapters]
-
-
 def _parts(layer: BottleneckLayer, setup: AdapterCompositionBlock, state: BottleneckState) -> bool:
-    # Whether what the library's code makes of this state may be Parts, each all of its sequences' way through the layer.
-    if around.fuses or state.input_tensor is None or not all(isinstance(child, str) for child in setup):
+    # Whether the library's code may make Parts of this state: each is all that an adapter gets, and its output all that is read.
+    if around.fuses or state.input_tensor is None or too_small(LEAST, state.hidden_states):
+        return False
+    if not all(isinstance(child, str) and child in layer.adapters for child in setup):
         return False
     sizes = setup.batch_sizes if type(setup) is BatchSplit else ()
     if sizes and (len(sizes) != len(setup) or min(sizes) < 0):
         return False  # the library leaves sequences out
+    held = [layer.adapters[child] for child in setup]
     return all(
         type(each) in (Adapter, ParallelAdapter) and switch.wanted(each) and _is_ours(type(each), type(each), "forward")
-        for each in _held(layer, setup)
+        for each in held
     ) and all(_is_ours(type(layer), owner, name) for owner, name in COMPOSITION if owner is BottleneckLayer)
 
 
@@ -109,7 +108,7 @@ def _pad_and_concat(stock):
         except NotCovered:  # what speaks against an adapter alone is said by its own call
             hidden_states = _apart(self, states)
         whole, _, last = states[-1]
-        return whole._replace(hidden_states=hidden_states, bottleneck_up=None, last=last or whole.last)
+        return whole._replace(hidden_states=hidden_states, bottleneck_up=None, last=last)
 
     return pad_and_concat
 
@@ -120,17 +119,10 @@ def _together(layer: BottleneckLayer, parts: list[Part]) -> Tensor:
     x, residual = whole.hidden_states, whole.adapter_residual
     if not x.is_cpu:
         raise NotCovered("on other devices the op of one adapter has kernels of its own")
-    if too_small(LEAST, x):
-        raise NotCovered(TOO_SMALL)
     context = ForwardContext.get_context()
     if context is not None and context.output_adapter_gating_scores:
         raise NotCovered("gating scores are told")
-    absent, modules = False, {}
-    for part in parts:
-        if part.adapter is None:
-            absent = True
-        else:
-            modules[part.adapter] = layer.adapters[part.adapter]
+    modules = {part.adapter: layer.adapters[part.adapter] for part in parts}
     kinds = {type(module) for module in modules.values()}
     if len(kinds) != 1:
         raise NotCovered("some are added to their input and others beside it")
@@ -139,17 +131,14 @@ def _together(layer: BottleneckLayer, parts: list[Part]) -> Tensor:
         residual = around.beside
     if residual is None:
         raise NotCovered("what they are added to comes later")
-    if absent and (beside or residual is not x):
-        raise NotCovered("what has no adapter stays the input, which is not the residual")
     bottlenecks = [_listed(module, x, residual) for module in modules.values()]
     slot = {name: i for i, name in enumerate(modules)}
-    ids = _ids(tuple((slot.get(part.adapter, -1), part.count) for part in parts))
+    ids = (_ids.__wrapped__ if is_dynamo_compiling() else _ids)(tuple((slot[part.adapter], part.count) for part in parts))
     y = multi_bottleneck_adapter(taken(x, residual), bottlenecks, ids, residual=residual)
     if beside:
         around.added = True
     for part in () if is_dynamo_compiling() else parts:
-        if part.adapter is not None:
-            calls_of(modules[part.adapter]).fused += 1
+        calls_of(modules[part.adapter]).fused += 1
     return y
 
 
@@ -182,9 +171,7 @@ def _apart(layer: BottleneckLayer, parts: list[Part]) -> Tensor:
     try:
         for part, x, residual in zip(parts, *tensors):
             state = whole._replace(hidden_states=x, adapter_residual=residual)
-            if part.adapter is not None:
-                state = layer.compose_single(part.adapter, state)
-            outputs.append(state.hidden_states)
+            outputs.append(layer.compose_single(part.adapter, state).hidden_states)
     finally:
         around.beside = beside
     return torch.cat(outputs)
@@ -207,7 +194,7 @@ def _adds_beside(layer: BottleneckLayer) -> bool:
     setup = layer.get_active_setup()
     if type(setup) not in (Stack, BatchSplit, Parallel) or not all(isinstance(child, str) for child in setup):
         return False
-    held = _held(layer, setup)
+    held = [layer.adapters[child] for child in setup if child in layer.adapters]
     return all(type(each) is ParallelAdapter for each in held) and (type(setup) is not Stack or len(held) == 1)
 
 
