@@ -36,11 +36,13 @@ def route(adapter_ids, x: Tensor, state: AdapterTable) -> tuple[Tensor, Tensor]:
         ref, version, slots, known_rows, order, starts = known
         if ref() is adapter_ids and version == adapter_ids._version and known_rows == rows and slots == state.slots:
             return order, starts
-    order, starts = _route(_per_row(adapter_ids, x, rows), state.table, state.mask)
-    if keeps:
-        key = id(adapter_ids)
-        ref = weakref.ref(adapter_ids, lambda _: _known.pop(key, None))
-        _known[key] = ref, adapter_ids._version, state.slots, rows, order, starts
+    if not keeps:
+        return _route(_per_row(adapter_ids, x, rows), state.table, state.mask)
+    with torch.inference_mode(False):  # training may meet these ids next, and saves the route
+        order, starts = _route(_per_row(adapter_ids, x, rows), state.table, state.mask)
+    key = id(adapter_ids)
+    ref = weakref.ref(adapter_ids, lambda _: _known.pop(key, None))
+    _known[key] = ref, adapter_ids._version, state.slots, rows, order, starts
     return order, starts
 
 

@@ -132,4 +132,4 @@ def multi_bottleneck_adapter(
         if base is _IDENTITY:
             return y
         check_fits("residual", residual, y.shape, "(..., N)", h.device, (h.dtype,))
-        return residual + y
+        return y.add_(residual)

@@ -4,18 +4,15 @@
 
 Which residual and which norms of the model stand around it is the affair of the library's ``pre_forward`` and ``post_forward``,
 which run as they are. A ``ParallelAdapter`` gives its branch alone, and its ``post_forward`` adds the rest: here the layer that
-calls both says what that will be, and ``forward`` adds it at once.
+calls both (composition.py) says what that will be, and ``forward`` adds it at once.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import Any, NamedTuple
 
 import torch
-from adapters.composition import Stack
-from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
@@ -41,14 +38,16 @@ class Bottleneck(NamedTuple):
     gate: nn.Module | None
     drops_rows: nn.Module | None
 
+    @property
+    def scales(self) -> tuple[float | Tensor, Tensor | None]:
+        """(scaling, out_scale) of ``bottleneck_adapter``: a factor, and a vector (N) or None."""
+        channels = isinstance(self.scaling, Tensor) and self.scaling.numel() != 1
+        return (1.0, self.scaling) if channels else (self.scaling, None)
+
     def __call__(self, x: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
         """residual + the branch of x."""
-        h = x if self.norm_before is None else self.norm_before(x)
-        if torch.is_autocast_enabled(h.device.type):
-            h = h.to(residual.dtype)
-        scaling, out_scale = self.scaling, None
-        if isinstance(scaling, Tensor) and scaling.numel() != 1:
-            scaling, out_scale = 1.0, scaling
+        h = taken(x if self.norm_before is None else self.norm_before(x), residual)
+        scaling, out_scale = self.scales
         y = bottleneck_adapter(
             h, self.down.weight(), self.up.weight(), down_bias=self.down.bias, up_bias=self.up.bias,
             activation=self.activation, scaling=scaling, out_scale=out_scale, residual=residual, gate=gate,
@@ -58,15 +57,17 @@ class Bottleneck(NamedTuple):
 
 
 class _Around(threading.local):
-    """What the layer that calls an adapter does with it: ``fuses`` adapters by attention, or adds ``beside`` to its branch.
+    """What the layer that calls an adapter does with it: ``fuses`` adapters by attention, runs them in ``parts`` of
+    the batch (composition.py), or adds ``beside`` to its branch.
     ``added``: the adapter has done so."""
 
     fuses = False
+    parts = False
     beside: Tensor | None = None
     added = False
 
 
-_around = _Around()
+around = _Around()
 
 
 def _scaling(look: Look) -> float | Tensor:
@@ -115,7 +116,13 @@ def _plan_beside(look: Look) -> Bottleneck:
     return _plan(look)._replace(drops_rows=None)  # which this class never calls
 
 
-def _check(plan: Bottleneck, x: Any, residual: Any) -> None:
+def taken(x: Tensor, residual: Tensor) -> Tensor:
+    """x as a bottleneck takes it: under autocast in the dtype of what the branch is added to."""
+    return x.to(residual.dtype) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def check(plan: Bottleneck, x: Any, residual: Any) -> None:
+    """Refuse inputs that do not fit. Raises NotCovered with the reason."""
     check_input(x, plan.down.like)
     check_input(residual, plan.down.like)
     (N, R), K = plan.up.shape, plan.down.shape[1]
@@ -139,9 +146,11 @@ def _gate(plan: Bottleneck, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _run(plan: Bottleneck, layer: nn.Module, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple:
-    if _around.fuses:
+    if around.fuses:
         raise NotCovered("AdapterFusion reads what it adds")
-    _check(plan, x, residual_input)
+    if output_gating and plan.gate is None:
+        raise NotCovered("what it adds is told as its gating score")
+    check(plan, x, residual_input)
     if plan.gate is not None and x.dim() != 3:
         raise NotCovered(f"the input of its gate has shape {tuple(x.shape)}")
     gate, score = _gate(plan, x)
@@ -153,10 +162,10 @@ def _run(plan: Bottleneck, layer: nn.Module, x: Tensor, residual_input: Tensor, 
 def _run_beside(
     plan: Bottleneck, layer: nn.Module, x: Tensor, residual_input: Tensor, output_gating: bool = False
 ) -> tuple:
-    if _around.beside is None:
+    if around.beside is None:
         raise NotCovered("what it is added to comes later: it is not the only adapter of its layer")
-    result = _run(plan, layer, x, _around.beside, output_gating)
-    _around.added = True
+    result = _run(plan, layer, x, around.beside, output_gating)
+    around.added = True
     return result
 
 
@@ -174,69 +183,4 @@ def _least(plan: Bottleneck) -> int:
     return least_work(BOTTLENECK, current())
 
 
-def _compose_fuse(stock):
-    @functools.wraps(stock)
-    def compose_fuse(self, *args, **kwargs):
-        before, _around.fuses = _around.fuses, True
-        try:
-            return stock(self, *args, **kwargs)
-        finally:
-            _around.fuses = before
-
-    return compose_fuse
-
-
-def _pad_and_concat(stock):
-    @functools.wraps(stock)
-    def pad_and_concat(self, states):
-        # Of a batch that several adapters share, some fused: nobody reads what they add.
-        if any(state.bottleneck_up is None for state in states):
-            states = [state._replace(bottleneck_up=None) for state in states]
-        return stock(self, states)
-
-    return pad_and_concat
-
-
-def _only(layer: BottleneckLayer) -> nn.Module | None:
-    # The one adapter that acts in this layer, if the setup is a plain stack.
-    setup = layer.get_active_setup()
-    if type(setup) is not Stack or not all(isinstance(child, str) for child in setup):
-        return None
-    held = [layer.adapters[child] for child in setup if child in layer.adapters]
-    return held[0] if len(held) == 1 else None
-
-
-def _layer_forward(stock):
-    @functools.wraps(stock)
-    def bottleneck_layer_forward(self, hidden_states, residual_input, layer_norm):
-        if type(_only(self)) is not ParallelAdapter:
-            return stock(self, hidden_states, residual_input, layer_norm)
-        _around.beside = hidden_states
-        try:
-            return stock(self, hidden_states, residual_input, layer_norm)
-        finally:
-            _around.beside, _around.added = None, False
-
-    return bottleneck_layer_forward
-
-
-def _post_forward(stock):
-    @functools.wraps(stock)
-    def post_forward(self, hidden_states, input_hidden_states, input_tensor, layer_norm):
-        if not _around.added:
-            return stock(self, hidden_states, input_hidden_states, input_tensor, layer_norm)
-        return Adapter.post_forward(self, hidden_states, input_hidden_states, input_tensor, layer_norm)
-
-    return post_forward
-
-
-KINDS = (
-    Kind(
-        Adapter, _plan, _run, _call, _least,
-        {(BottleneckLayer, "compose_fuse"): _compose_fuse, (BottleneckLayer, "pad_and_concat"): _pad_and_concat},
-    ),
-    Kind(
-        ParallelAdapter, _plan_beside, _run_beside, _call, _least,
-        {(BottleneckLayer, "bottleneck_layer_forward"): _layer_forward, (ParallelAdapter, "post_forward"): _post_forward},
-    ),
-)  # fmt: skip
+KINDS = (Kind(Adapter, _plan, _run, _call, _least), Kind(ParallelAdapter, _plan_beside, _run_beside, _call, _least))

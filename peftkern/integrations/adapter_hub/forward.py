@@ -46,15 +46,9 @@ def plan_of(module: nn.Module) -> Any:
     return KINDS[type(module)].plan(look)
 
 
-def _too_small(calls: Calls, args: tuple) -> bool:
-    # The library's own code is right whatever the module looks like by now.
-    if (
-        not calls.least
-        or not args
-        or not isinstance(args[0], Tensor)
-        or args[0].numel() >= calls.least
-        or not args[0].is_cpu
-    ):
+def too_small(least: int, x: Any = None) -> bool:
+    """Whether the library's own code is faster for an input x, and no setting asks for ours. ``least``: as in ``Kind``."""
+    if not least or not isinstance(x, Tensor) or x.numel() >= least or not x.is_cpu:
         return False
     settings = current()
     return not (settings.small_calls or settings.batch_invariant)
@@ -67,7 +61,7 @@ def _fused(kind: Kind, own: Callable | None) -> Callable:
         plan = plan_of(layer)
         if calls is not None:
             calls.least = kind.least(plan)
-            if _too_small(calls, args):
+            if too_small(calls.least, *args[:1]):
                 raise NotCovered(TOO_SMALL)
         return kind.run(plan, layer, *args, **kwargs)
 
@@ -75,7 +69,8 @@ def _fused(kind: Kind, own: Callable | None) -> Callable:
     def forward(self, *args, **kwargs):
         # A graph that counted would be compiled anew at each call.
         calls = None if is_dynamo_compiling() else self.__dict__.get(CALLS)
-        if calls is not None and _too_small(calls, args):
+        # Too small: the library's own code is right whatever the module looks like by now.
+        if calls is not None and too_small(calls.least, *args[:1]):
             calls.stock += 1
             calls.reason = TOO_SMALL
             return stock(self, *args, **kwargs)
@@ -101,5 +96,3 @@ def install() -> None:
         for cls, kind in KINDS.items():
             if replaced_reason(cls) is None:
                 switch.replace(cls, "forward", functools.partial(_fused, kind))
-                for (other, name), make in kind.also.items():
-                    switch.replace(other, name, make)

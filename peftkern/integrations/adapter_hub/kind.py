@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ class Kind:
             computes or draws anything, where the arguments speak against it.
         call: (plan, M) -> the call of a public function that it makes for M rows, for the report, or what to report.
         least: plan -> the elements of an input below which the library's own code is faster, on a CPU; 0 if it never is.
-        also: other functions to replace while modules are accelerated: (class, name) -> what makes ours of the library's.
     """
 
     cls: type
@@ -40,7 +39,6 @@ class Kind:
     run: Callable[..., Any]
     call: Callable[[Any, int], Problem | Found]
     least: Callable[[Any], int] = lambda plan: 0
-    also: Mapping[tuple[type, str], Callable[[Callable], Callable]] = field(default_factory=dict)
 
 
 def check_gain(like: Tensor) -> None:

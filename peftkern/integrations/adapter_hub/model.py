@@ -15,6 +15,7 @@ from ...methods.look import NotCovered
 from ..library import Found, Library
 from ..report import ROWS, computed_by
 from ..tested import release_reason
+from .composition import COMPOSITION
 from .forward import NAME, install, plan_of, replaced_reason, switch
 from .known import KINDS, left, owned
 
@@ -40,7 +41,10 @@ class AdapterHub(Library):
         return _found
 
     def install(self) -> None:
-        install()
+        with switch.lock:
+            install()
+            for (cls, name), make in COMPOSITION.items():
+                switch.replace(cls, name, make)
 
 
 LIBRARY = AdapterHub()
