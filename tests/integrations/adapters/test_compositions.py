@@ -17,6 +17,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 
 import peftkern
 from peftkern import settings
+from peftkern.dispatch.least import BOTTLENECK
 from peftkern.integrations.adapter_hub import composition
 
 from .models import HIDDEN, LAYERS, LENGTH, adapted, batch, outcome, same
@@ -179,13 +180,13 @@ def test_sizes_that_leave_sequences_out(together):
 def test_small_batches_stay_with_the_library(together):
     model, inputs = composed(BatchSplit("a", "b", batch_sizes=[1, 2]), *SEQ), batch()
     expected = outcome(model, inputs)
-    with settings.using(small_calls=False):
+    with settings.using(small_calls=False, least=((BOTTLENECK, 1 << 14),)):
         peftkern.accelerate(model)
         torch.testing.assert_close(outcome(model, inputs), expected, rtol=1e-10, atol=1e-10)
         status = peftkern.status(model, reset=True)
         assert not together and status.fused == 0 and all("too small" in r for r in status.reasons.values())
         layer = model.encoder.layer[0].output
-        big = torch.randn(3, -(-composition.LEAST // (3 * HIDDEN)), HIDDEN)  # none of the adapters' shares would do
+        big = torch.randn(3, -(-(1 << 14) // (3 * HIDDEN)), HIDDEN)  # none of the adapters' shares would do
         layer.bottleneck_layer_forward(big, big, None)
     assert together == [2] and peftkern.status(model).fused == 2
 
