@@ -56,7 +56,11 @@ HEIGHT = {
 }
 # Third-party packages beside torch and numpy, and the only layers that may import them.
 THIRD_PARTY = {
-    "adapters": ("peftkern.integrations.adapter_hub", "peftkern.testing.residual"),
+    "adapters": (
+        "peftkern.integrations.adapter_hub",
+        "peftkern.testing.residual",
+        "peftkern.benchmarks.subjects.model",
+    ),
     "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "triton": (
