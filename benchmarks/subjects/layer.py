@@ -6,7 +6,6 @@ covered, and are timed without the model around them.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from peftkern.methods import Method
 from ..core.case import Case
 from ..core.presets import Choice, Entry
 from ..layers import Layer
-from .subject import Pair, installed
+from .subject import Pair, accelerated, installed, trained
 
 
 class LayerSubject(NamedTuple):
@@ -64,24 +63,19 @@ class LayerSubject(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             stock = self.method.build(self.layer.frozen(*weights), case.R).to(case.device).train(self.method.trains)
-            for p in _trained(stock):
+            for p in trained(stock):
                 nn.init.normal_(p, std=0.1)
         if case.dropout:
             _set_dropout(stock, case.dropout)
-        # What is frozen is one tensor for both: that of many experts is large.
-        ours = copy.deepcopy(stock, {id(p): p for p in stock.parameters() if not p.requires_grad})
-        report = peftkern.accelerate(ours)
-        if len(report.accelerated) != 1:
-            raise RuntimeError(f"its layer is not accelerated: {dict(report.skipped)}")
-        name = report.accelerated[0]
+        ours, (name,) = accelerated(stock)
 
         def exact():
             model = self.layer.exact(stock)
-            return model.get_submodule(name), _trained(model)
+            return model.get_submodule(name), trained(model)
 
         models = stock, ours
         return Pair(
-            tuple(model.get_submodule(name) for model in models), tuple(map(_trained, models)),
+            tuple(model.get_submodule(name) for model in models), tuple(map(trained, models)),
             [t for model in models for t in (*model.parameters(), *model.buffers())], exact,
         )  # fmt: skip
 
@@ -105,8 +99,3 @@ def _drops(model: nn.Module) -> list[nn.ModuleDict]:
     # HF PEFT's layers keep an adapter's dropout in a dict of modules, nn.Identity where there is none.
     named = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleDict))
     return [part for name, part in named if name.endswith("_dropout")]
-
-
-def _trained(model: nn.Module) -> list[Tensor]:
-    # Of the model: what layers share may not be among the layer's own.
-    return [p for p in model.parameters() if p.requires_grad]

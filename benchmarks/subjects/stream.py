@@ -22,7 +22,7 @@ from ..core.case import Case
 from ..core.presets import Choice, Entry
 from ..layers import Data, Layer
 from ..peers.data import make_data
-from .subject import Pair, installed
+from .subject import Pair, installed, trained
 
 BASE, LARGE = (1024, 768, 48), (2048, 1024, 64)
 # Which forms of an entry are timed: rows, hidden size and width of the bottleneck, which is the configuration's own.
@@ -123,17 +123,12 @@ class StreamSubject(NamedTuple):
 
         def exact():
             wide = copy.deepcopy(module).double()
-            return bound(example.stock, wide), _trained(wide)
+            return bound(example.stock, wide), trained(wide)
 
-        trained = _trained(module)
         return Pair(
-            (bound(example.stock, module), bound(example.ours, module)), (trained, trained),
+            (bound(example.stock, module), bound(example.ours, module)), (trained(module), trained(module)),
             [*module.parameters(), *module.buffers()], exact,
         )  # fmt: skip
-
-
-def _trained(module: nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def subjects(name: str) -> list[StreamSubject]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+import peftkern
 
 from ..core.case import Case
 from ..core.presets import Choice, Entry
@@ -55,6 +58,23 @@ class Subject(Protocol):
 
     def pair(self, case: Case, weights: tuple[Tensor, ...]) -> Pair:
         """Both sides around a frozen layer of these weights."""
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    """Of the model: what layers share may not be among the layer's own."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def accelerated(stock: nn.Module) -> tuple[nn.Module, list[str]]:
+    """An accelerated copy, and the names of what is. What is frozen is one tensor for both: that of many experts is large.
+
+    Raises RuntimeError if something that could be is not.
+    """
+    ours = copy.deepcopy(stock, {id(p): p for p in stock.parameters() if not p.requires_grad})
+    report = peftkern.accelerate(ours)
+    if report.skipped or not report.accelerated:
+        raise RuntimeError(f"not accelerated: {dict(report.skipped)}")
+    return ours, list(report.accelerated)
 
 
 def installed(library: str) -> bool:

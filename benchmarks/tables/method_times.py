@@ -16,7 +16,8 @@ from .terminal import PASS_TITLES, SPREAD, spread
 
 NOTE = (
     f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. Layers of other kinds are compared with"
-    " frozen ones of their own; what acts in the residual stream computes no layer, and is timed alone."
+    " frozen ones of their own; what acts in the residual stream computes no layer: it is timed alone, or in a whole model, beside"
+    " the frozen one."
 )
 LIBRARIES = {"peft": "PEFT", "torch": "torch's steps"}
 PROVIDERS = {LIBRARY: PALETTE[1], OURS: BLUES[0]}

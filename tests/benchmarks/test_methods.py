@@ -177,6 +177,16 @@ def test_rows_without_a_layer(alone):
     assert "| LoReFT, pyreft | 24x32x32 | 4 | 0 | torch's steps | " in table
 
 
+def test_a_model_wants_its_library(tmp_path):
+    file = tmp_path / "r.json"
+    sizes = ["--device", "cpu", "--shape", "24,64,64", "--seconds", "0.01", "--repeats", "2", "--rank", "4"]
+    assert command.main(["--methods", "bottleneck adapter in BERT", *sizes, "--json", str(file)]) == 0
+    for row in json.loads(file.read_text())["rows"]:
+        # tests/integrations/adapters has it.
+        assert (row["skipped"] is None) == (row["provider"] == "base")
+        assert row["skipped"] in (None, "not here: adapters is not installed (make adapters-env)")
+
+
 @pytest.mark.parametrize("name", stream.TIMED)
 def test_a_method_of_the_residual_stream_computes_what_torchs_steps_do(name):
     for bench, choice in methods.benches([name], Choice(dtypes=["fp32", "bf16"])):
