@@ -40,9 +40,10 @@ def cache_bytes(device: str) -> int:
     return max(found, default=32 << 20)
 
 
-def header(device: str, bandwidth: float, products: dict[str, float] | None = None) -> dict:
+def header(device: str, bandwidth: float, peaks: dict[str, float] | None = None) -> dict:
     """Versions, processor or GPU, threads, settings, commit, date and the measured rates: bytes per second of a copy and,
-    on a GPU, FLOPs per second of a product by dtype."""
+    by dtype, FLOPs per second of multiply-adds in registers or, on a GPU, of a product."""
+    fma, products = ({}, peaks) if device == "cuda" else (peaks, {})
     return {
         "versions": doctor.versions(),
         "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu()["model"],
@@ -54,6 +55,7 @@ def header(device: str, bandwidth: float, products: dict[str, float] | None = No
         "cache_bytes": cache_bytes(device),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "fma_gflop_per_s": {name: round(rate / 1e9, 1) for name, rate in (fma or {}).items()},
         "product_tflop_per_s": {name: round(rate / 1e12, 1) for name, rate in (products or {}).items()},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

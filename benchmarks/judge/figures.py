@@ -50,7 +50,7 @@ def geomean(values: Iterable[float]) -> float | None:
 
 def mean(rows: Iterable[dict], field: str) -> float | None:
     """Geometric mean of a field, of the rows that have it."""
-    return geomean(r[field] for r in rows if r[field] is not None)
+    return geomean(value for r in rows if (value := r.get(field)) is not None)
 
 
 def times(rows: Iterable[dict], provider: str) -> dict[tuple, float]:

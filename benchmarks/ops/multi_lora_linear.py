@@ -23,7 +23,7 @@ from torch import Tensor
 import peftkern
 from peftkern.backends.cpu import native as cpu_native
 
-from ..core.bench import Bench, View
+from ..core.bench import Bench
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
 from ..core.floor import add_floor, branch_floor
 from ..core.populations import adapter_ranks
@@ -33,7 +33,6 @@ from ..peers import candidates, hf_peft, padded, polylora
 from ..peers import check as peer_check
 from ..peers.many import Gather, Grouped, Loop, no_grouped_mm, ungrouped
 from ..peers.many_data import MultiData, copies, make_data
-from ..tables import gaps
 
 FORWARD = ("fwd",)
 
@@ -306,5 +305,4 @@ def check(provider: Provider, case: Case) -> str | None:
 
 BENCH = Bench(
     "multi_lora_linear", PROVIDERS, PRESETS, make_data, plan, gate, copies=copies, check=check, judge=figures,
-    views={"gap": View(gaps.gap_many)},
 )  # fmt: skip
