@@ -248,6 +248,8 @@ def describe(header: dict, console: Console) -> None:
     )
     if header["load"] is not None and header["load"] > interference.BUSY_LOAD:
         console.print(f"this machine is busy (load {header['load']:.1f}): the times will be poor", style="yellow")
+    if held := machine.held_back(header):
+        console.print(f"{held}: no result of this machine", style="yellow")
 
 
 def failures(rows: list[dict], bench: Bench, console) -> int:

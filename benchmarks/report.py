@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import generate, small
+from .core.machine import held_back
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
 from .tables import bottleneck, markdown, method_times, methods, performance, summary
@@ -42,11 +43,18 @@ VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() fo
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
-    """Results of the benchmark in file-name order (other JSON files are left out)."""
+    """Results of the benchmark in file-name order (other JSON files are left out).
+
+    Raises ValueError for one that shows less than its machine can do.
+    """
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     found = {
         stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})
     }
+    for stem, result in found.items():
+        reason = held_back(result["header"])
+        if reason:
+            raise ValueError(f"{stem}.json: {reason}; documents show what real machines do")
     return [r | {"header": r["header"] | {"file": stem}} for stem, r in found.items()]
 
 

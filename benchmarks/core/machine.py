@@ -13,6 +13,9 @@ from peftkern import doctor
 
 from . import gpu
 
+# Variables that doctor tells, by whom a processor's instruction sets can be kept from use.
+HOLDING = ("PEFTKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
 
 def commit() -> str | None:
     """Commit of the source tree (with ``+`` if there are changes), None for an installed package."""
@@ -38,6 +41,13 @@ def cache_bytes(device: str) -> int:
     units = {"K": 1 << 10, "M": 1 << 20}
     found = [int(t[:-1]) * units[t[-1]] for t in (p.read_text().strip() for p in sizes) if t[-1:] in units]
     return max(found, default=32 << 20)
+
+
+def held_back(header: dict) -> str | None:
+    """Why a result is not what its machine can do: variables that keep instruction sets from use. None if there are none."""
+    settings = header.get("settings", {})
+    found = [f"{name}={settings[name]}" for name in HOLDING if settings.get(name, "auto") != "auto"]
+    return f"instruction sets are held back by {', '.join(found)}" if found else None
 
 
 def header(device: str, bandwidth: float, peaks: dict[str, float] | None = None) -> dict:

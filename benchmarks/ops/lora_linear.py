@@ -19,6 +19,7 @@ import peftkern
 from ..core.bench import Bench, View
 from ..core.case import Case, Provider, Step
 from ..core.presets import Entry
+from ..judge.figures import missed
 from ..judge.lora_linear import figures
 from ..peers import candidates, hf_peft
 from ..peers import check as peer_check
@@ -144,5 +145,5 @@ def check(provider: Provider, case: Case) -> str | None:
 
 BENCH = Bench(
     "lora_linear", PROVIDERS, PRESETS, make_data, plan, gate, copies=copies, check=check, judge=figures,
-    views={"ways": View(ways, of_gpus=True)},
+    views={"missed": View(lambda result: missed(figures(result))), "ways": View(ways, of_gpus=True)},
 )  # fmt: skip
