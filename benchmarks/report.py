@@ -99,10 +99,23 @@ def _heading(*headers: dict) -> list[str]:
     isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
     dates = sorted({h["date"][:10] for h in headers})
     commits = dict.fromkeys((h["commit"] or "unknown")[:10] for h in headers)
+    files = [f", `{h['file']}.json`" for h in headers if "file" in h]
     return [
-        f"**{header['device']}** ({isa}), {header['threads']} threads, {', '.join(_packages(headers))}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+        f"**{header['device']}** ({isa}), {header['threads']} threads, {', '.join([*_rates(headers), *_packages(headers)])}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+        + "".join(files),
         "",
+    ]
+
+
+def _rates(headers: Sequence[dict]) -> list[str]:
+    # Those of one run alone: shares are of the rates of their own.
+    peaks = headers[0].get("fma_gflop_per_s") if len(headers) == 1 else None
+    if not peaks:
+        return []
+    return [
+        f"copy {headers[0]['copy_gb_per_s']:.0f} GB/s",
+        *(f"{name} peak {rate:.0f} GFLOP/s" for name, rate in peaks.items()),
     ]
 
 
