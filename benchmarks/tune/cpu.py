@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; of the others, FILE keeps what it has"
     )
+    p.add_argument("--names", nargs="+", metavar="NAME", help="of the limits of small calls, only these")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: the user's table of this CPU model")
     return p
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "rates" in args.only:
             data["rates"] = cpu_rates()
         if "least" in args.only:
-            data["least"] = dict(sorted((data["least"] | measure_least()).items()))
+            data["least"] = dict(sorted((data["least"] | measure_least(args.names)).items()))
         if "products" in args.only:
             data["rows"] = []
         for done, job in enumerate(work):

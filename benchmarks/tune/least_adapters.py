@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from peftkern.dispatch.least import BOTTLENECK, GATE, PRODUCT, REFT
 
-from .least import Call, Probe, powers
+from .probe import Call, Probe, powers
 
 SIDES, TOKENS = (64, 256), 32
 # What has no other module of ours than those that the name speaks of, once the other names are out.

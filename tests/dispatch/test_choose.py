@@ -136,6 +136,7 @@ AB = torch.ones(4, 64), torch.ones(48, 4)
 OTHERS = dict(
     backend="reference", cpu_base="panels", cpu_isa="plain", batch_invariant=True, save_input="copy", triton_interpret=True,
     cpu_kind="panels", candidate="cuda", tables=("nowhere",), gpu=FAKE, triton_fixed=(("base", "fused"),), small_calls=True,
+    least=(("x", 1),),
 )  # fmt: skip
 
 

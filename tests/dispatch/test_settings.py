@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import threading
 
 import pytest
@@ -92,7 +93,20 @@ def test_a_change_reaches_other_threads():
 
 def test_every_variable_is_a_field():
     assert len(Settings._fields) == len(Settings()) and hash(Settings()) == hash(Settings())
-    assert settings.Settings().tables.endswith("tuned")
+    assert settings.Settings().tables == (settings.OWN_TABLES, settings.TABLES) and settings.TABLES.endswith("tuned")
+
+
+@pytest.mark.parametrize(
+    "variables, folder",
+    [
+        ({"PEFTKERN_TABLES": "/a/b"}, "/a/b"), ({"PEFTKERN_TABLES": "", "XDG_CACHE_HOME": "/c"}, "/c/peftkern"),
+        ({"PEFTKERN_TABLES": "", "XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/peftkern"),
+    ],
+)  # fmt: skip
+def test_where_a_users_tables_are(variables, folder, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert runpy.run_path(settings.__file__)["OWN_TABLES"] == folder
 
 
 def test_followers_hear_of_every_change():

@@ -32,7 +32,7 @@ def packaged(tmp_path):
     def write(rows, **settings):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        (folder / f"{tuned.slug(FAKE)}.json").write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
+        (folder / tuned.file_name(FAKE)).write_text(json.dumps({"schema": 1, "meta": {}, "rows": rows}))
         return Settings(tables=(str(folder),), gpu=FAKE)._replace(**settings)
 
     return write
@@ -116,7 +116,9 @@ def test_a_candidate_that_is_named_is_the_fastest(packaged):
 )
 def test_tables_that_make_no_sense(packaged, rows, match):
     with pytest.raises(ValueError, match=match):
-        tuned.entry(problem(), packaged(rows))
+        tuned.parse({"schema": 1, "rows": rows}, "x.json")
+    with pytest.warns(RuntimeWarning, match=match):  # of a user's own: passed over
+        assert tuned.entry(problem(), packaged(rows)) is None
     with pytest.raises(ValueError, match="schema"):
         tuned.parse({"schema": 99, "rows": []}, "x.json")
 

@@ -114,12 +114,12 @@ def test_fastest():
 
 def test_a_table_written_is_the_table_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tune.doctor, "gpu", lambda: {"name": FAKE, "arch": "sm_90", "memory_gib": 80.0})
-    now = Settings(tables=str(tmp_path), gpu=FAKE)
+    now = Settings(tables=(str(tmp_path),), gpu=FAKE)
     rng = random.Random(1)
     rows = [tune.row(j, candidates(j, 90), *made_up(j, rng), 2) for j in jobs("lora_linear")[:60]]
     data = tune.table(rows, [], 60, 0.0)
-    tune.write(tmp_path / f"{tuned.slug(FAKE)}.json", data)
-    assert json.loads((tmp_path / f"{tuned.slug(FAKE)}.json").read_text()) == data
+    tune.write(tmp_path / tuned.file_name(FAKE), data)
+    assert json.loads((tmp_path / tuned.file_name(FAKE)).read_text()) == data
     assert {"gpu", "driver", "versions", "commit", "date"} <= set(data["meta"])
     for row in rows:
         job = Job(**{f.name: row[f.name] for f in dataclasses.fields(Job)})
