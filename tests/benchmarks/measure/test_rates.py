@@ -14,6 +14,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(native._C is None, reason="the C++ extension is not built")
 
 
+@pytest.fixture(autouse=True)
+def widest():
+    native.use_isa("auto")
+
+
 def _features(monkeypatch, *features):
     monkeypatch.setattr(rates.doctor, "cpu", lambda: {"features": list(features)})
 
