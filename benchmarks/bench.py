@@ -21,6 +21,7 @@ from .core.presets import PRESET_DTYPES, Choice
 from .core.result import write
 from .measure import interference
 from .measure.device_timing import CudaClock
+from .measure.rates import fma_peaks
 from .measure.runner import Runner, Settings, blocks
 from .measure.timing import copy_bandwidth
 from .peers.candidates import NOT_HERE
@@ -28,7 +29,8 @@ from .registry import OPS
 from .tables import device as device_tables
 from .tables import method_times, plots, terminal
 
-SCHEMA = 1
+# Since 2 floors are of the machine, not of the frozen linear.
+SCHEMA = 2
 SECONDS = {"quick": 1.5, "full": 3.0, "gpu": 8.0}
 LIMITS = {"quick": 2.0, "full": 4.0, "gpu": 4.0}
 EPILOG = """Each row compares with a frozen nn.Linear timed in the same interleaved run. fwd is the forward part of a
@@ -123,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         console.print("nothing to measure: no case has these dtypes and adapter dtypes", style="red")
         return 2
-    clock, bandwidth, products = rates(device, cases)
+    clock, bandwidth, peaks = rates(device, cases)
     op = args.op if args.methods is None else "methods"
-    header = machine.header(device, bandwidth, products) | {"preset": args.preset, "op": op}
+    header = machine.header(device, bandwidth, peaks) | {"preset": args.preset, "op": op}
     result = {"schema": SCHEMA, "header": header, "rows": [], "reruns": []}
     settings = Settings(
         preset=args.preset, seconds=args.seconds or SECONDS[args.preset], bandwidth=bandwidth,
         limit=args.limit or LIMITS[args.preset], min_repeats=args.repeats, max_repeats=max(60, args.repeats),
         cache=header["cache_bytes"], memory=args.memory or device == "cuda", providers=tuple(args.provider or ()),
-        gate=not args.no_gate, clock=clock, flops=products, graph=args.graph,
+        gate=not args.no_gate, clock=clock, peaks=peaks, graph=args.graph,
     )  # fmt: skip
     describe(header, console)
     started = time.perf_counter()
@@ -163,11 +165,13 @@ def not_measured(device: str, args: argparse.Namespace) -> str | None:
 
 
 def rates(device: str, cases: list[Case]) -> tuple[CudaClock | None, float, dict[str, float]]:
-    """What measures, and the rates that floors are made from: bytes of a copy and, on a GPU, FLOPs of a product."""
+    """What measures, and the rates that floors are made from: bytes of a copy, and FLOPs by dtype (core/floor.py)."""
+    dtypes = dict.fromkeys(case.dtype for case in cases)
     if device != "cuda":
-        return None, copy_bandwidth(device), {}
+        # fp32 always: half precision may be compared with the frozen fp32 linear.
+        return None, copy_bandwidth(device), fma_peaks([torch.float32, *dtypes], torch.get_num_threads())
     clock = CudaClock(machine.cache_bytes(device))
-    return clock, gpu.copy_rate(clock), gpu.product_rates(clock, dict.fromkeys(case.dtype for case in cases))
+    return clock, gpu.copy_rate(clock), gpu.product_rates(clock, dtypes)
 
 
 def _benches(args: argparse.Namespace) -> list[tuple[Bench, Choice]]:
@@ -236,13 +240,16 @@ def describe(header: dict, console: Console) -> None:
     """One line on what is measured on."""
     versions, cpu = header["versions"], header["cpu"]
     isa = header["gpu"]["arch"] if header["gpu"] else cpu["torch_isa"]
-    products = "".join(f"{name} product {rate:.0f} TFLOP/s, " for name, rate in header["product_tflop_per_s"].items())
+    peaks = [f"{name} peak {rate:.0f} GFLOP/s, " for name, rate in header["fma_gflop_per_s"].items()]
+    peaks += [f"{name} product {rate:.0f} TFLOP/s, " for name, rate in header["product_tflop_per_s"].items()]
     console.print(
-        f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, {products}"
-        f"torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
+        f"{header['device']} ({isa}), {header['threads']} threads, copy {header['copy_gb_per_s']:.0f} GB/s, "
+        f"{''.join(peaks)}torch {versions['torch']}, peft {versions['peft']}, peftkern {versions['peftkern']}"
     )
     if header["load"] is not None and header["load"] > interference.BUSY_LOAD:
         console.print(f"this machine is busy (load {header['load']:.1f}): the times will be poor", style="yellow")
+    if held := machine.held_back(header):
+        console.print(f"{held}: no result of this machine", style="yellow")
 
 
 def failures(rows: list[dict], bench: Bench, console) -> int:

@@ -24,6 +24,7 @@ from .subjects.layer import LayerSubject
 from .subjects.subject import Pair, Subject
 
 LIBRARY, OURS = "library", "peftkern"
+FLOOR_FIELDS = ("floor_ratio", "floor_by", "floor_over", "flops_bound_fraction", "bytes_bound_fraction")
 
 
 def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
@@ -101,8 +102,8 @@ def _gate(subject: Subject, case: Case) -> str | None:
 def _finish(subject: Subject, rows: list[dict]) -> list[dict]:
     """Rows of a block with the method's name, what it is compared with, and the library's time over ours."""
     times = {(r["pass"], r["dropout"]): r["median_ms"] for r in rows if r["provider"] == LIBRARY}
-    # Of what computes no layer the layer's floor says nothing.
-    floor = {} if subject.on_layer else dict.fromkeys(("floor_ratio", "floor_over", "bytes_bound_fraction"))
+    # Of what computes no layer the layer's floor says nothing; of what does it is the least, without the method's own work.
+    floor = {} if subject.on_layer else dict.fromkeys(FLOOR_FIELDS)
     done = []
     for row in rows:
         theirs, own = times.get((row["pass"], row["dropout"])), row["median_ms"]

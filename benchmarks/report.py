@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import generate, small
+from .core.machine import held_back
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
 from .tables import bottleneck, markdown, method_times, methods, performance, summary
@@ -42,11 +43,18 @@ VIEWS = {f"{view}_{op}": (op, bench.views[view]) for op, bench in OPS.items() fo
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
-    """Results of the benchmark in file-name order (other JSON files are left out)."""
+    """Results of the benchmark in file-name order (other JSON files are left out).
+
+    Raises ValueError for one that shows less than its machine can do.
+    """
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     found = {
         stem: r for stem, r in found.items() if isinstance(r, dict) and "rows" in r and "op" in r.get("header", {})
     }
+    for stem, result in found.items():
+        reason = held_back(result["header"])
+        if reason:
+            raise ValueError(f"{stem}.json: {reason}; documents show what real machines do")
     return [r | {"header": r["header"] | {"file": stem}} for stem, r in found.items()]
 
 
@@ -91,10 +99,23 @@ def _heading(*headers: dict) -> list[str]:
     isa = header["gpu"]["arch"] if header["gpu"] else _isa(header["cpu"])
     dates = sorted({h["date"][:10] for h in headers})
     commits = dict.fromkeys((h["commit"] or "unknown")[:10] for h in headers)
+    files = [f", `{h['file']}.json`" for h in headers if "file" in h]
     return [
-        f"**{header['device']}** ({isa}), {header['threads']} threads, {', '.join(_packages(headers))}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+        f"**{header['device']}** ({isa}), {header['threads']} threads, {', '.join([*_rates(headers), *_packages(headers)])}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+        + "".join(files),
         "",
+    ]
+
+
+def _rates(headers: Sequence[dict]) -> list[str]:
+    # Those of one run alone: shares are of the rates of their own.
+    peaks = headers[0].get("fma_gflop_per_s") if len(headers) == 1 else None
+    if not peaks:
+        return []
+    return [
+        f"copy {headers[0]['copy_gb_per_s']:.0f} GB/s",
+        *(f"{name} peak {rate:.0f} GFLOP/s" for name, rate in peaks.items()),
     ]
 
 

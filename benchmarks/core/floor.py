@@ -1,9 +1,12 @@
-"""The floor of a LoRA linear layer: a lower bound to compare measured times with.
+"""The floors of a LoRA linear layer: lower bounds to compare measured times with.
 
-Time is modelled as what the frozen base takes (measured in the same run), plus the branch's FLOPs at the rate that
-the base reaches, plus the branch's bytes at the measured copy bandwidth (bytes read and written per second).
+The FLOPs floor is all FLOPs at the peak of the dtype, the bytes floor all bytes at copy bandwidth (read and written per
+second), both rates measured in the same run: the peak is that of multiply-adds in registers on a CPU, of a large product on
+a GPU. Nobody is below the FLOPs floor.
 
-    floor_ratio = 1 + (branch_flops / (base_flops / base_time) + branch_bytes / bandwidth) / base_time
+    flops_bound_fraction = (base_flops + branch_flops) / peak / time
+    bytes_bound_fraction = (base_bytes + branch_bytes) / bandwidth / time
+    floor_ratio          = the longer of the two floors / the frozen linear's time; floor_by says which one it is
 
 For M rows, K in, N out, e bytes per activation and a bytes per adapter element. M' of the rows have an adapter; S is the
 sum of their adapters' ranks over those rows, U the sum of the ranks of the adapters that have a row at all: only their
@@ -18,15 +21,14 @@ weights have to be read. With one adapter of rank R, M' = M, S = M R and U = R.
     the same, added to a y that is there: e (M'K + 2 M'N) + a U (K+N)
 
 y and dx get their branch term while the base product writes them, and dropout is drawn again from its seed: neither
-costs bytes. ``bytes_bound_fraction`` is (base_bytes + branch_bytes) / bandwidth over the measured time: at 1 the
-provider runs at copy bandwidth. Data that stays in a cache can push it above 1, and a provider that beats the
-vendor's product can go below the floor. Where the frozen linear of the dtype is skipped as hopelessly slow, the
-frozen fp32 linear takes its place in the floor.
+costs bytes. Data that stays in a cache can push ``bytes_bound_fraction`` above 1. Where the frozen linear of the dtype is
+skipped as hopelessly slow, the frozen fp32 linear takes its place in the floor (``floor_over``).
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from .case import Case, Floor
 from .populations import adapter_ids, adapter_ranks
@@ -79,12 +81,21 @@ def add_floor(case: Case, which: str) -> Floor:
     return Floor(0.0, 2.0 * rank_rows * (case.K + case.N), 0.0, float(moved))
 
 
-def floor_ratio(floor: Floor, base_seconds: float, bandwidth: float) -> float:
-    """Least possible time over the frozen linear's. ``bandwidth`` in bytes per second."""
-    share = floor.branch_flops / floor.base_flops if floor.branch_flops else 0.0
-    return 1.0 + share + floor.branch_bytes / bandwidth / base_seconds
+class Least(NamedTuple):
+    """Seconds of both floors; ``flops`` is None where no peak is known."""
+
+    flops: float | None
+    bytes: float
+
+    @property
+    def bound(self) -> tuple[float, str] | tuple[None, None]:
+        """The longer one and its name, ``flops`` or ``bytes``; none where one is unknown."""
+        if self.flops is None:
+            return None, None
+        return max((self.flops, "flops"), (self.bytes, "bytes"))
 
 
-def bytes_bound_fraction(floor: Floor, seconds: float, bandwidth: float) -> float:
-    """Share of ``seconds`` that moving the compulsory bytes takes at ``bandwidth``."""
-    return (floor.base_bytes + floor.branch_bytes) / bandwidth / seconds
+def least(floor: Floor, peak: float | None, bandwidth: float) -> Least:
+    """What the FLOPs and bytes of ``floor`` take at ``peak`` and ``bandwidth``, both per second."""
+    flops = floor.base_flops + floor.branch_flops
+    return Least(flops / peak if peak else None, (floor.base_bytes + floor.branch_bytes) / bandwidth)

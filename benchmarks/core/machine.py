@@ -13,6 +13,9 @@ from peftkern import doctor
 
 from . import gpu
 
+# Variables that doctor tells, by whom a processor's instruction sets can be kept from use.
+HOLDING = ("PEFTKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
 
 def commit() -> str | None:
     """Commit of the source tree (with ``+`` if there are changes), None for an installed package."""
@@ -40,9 +43,17 @@ def cache_bytes(device: str) -> int:
     return max(found, default=32 << 20)
 
 
-def header(device: str, bandwidth: float, products: dict[str, float] | None = None) -> dict:
+def held_back(header: dict) -> str | None:
+    """Why a result is not what its machine can do: variables that keep instruction sets from use. None if there are none."""
+    settings = header.get("settings", {})
+    found = [f"{name}={settings[name]}" for name in HOLDING if settings.get(name, "auto") != "auto"]
+    return f"instruction sets are held back by {', '.join(found)}" if found else None
+
+
+def header(device: str, bandwidth: float, peaks: dict[str, float] | None = None) -> dict:
     """Versions, processor or GPU, threads, settings, commit, date and the measured rates: bytes per second of a copy and,
-    on a GPU, FLOPs per second of a product by dtype."""
+    by dtype, FLOPs per second of multiply-adds in registers or, on a GPU, of a product."""
+    fma, products = ({}, peaks) if device == "cuda" else (peaks, {})
     return {
         "versions": doctor.versions(),
         "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu()["model"],
@@ -54,6 +65,7 @@ def header(device: str, bandwidth: float, products: dict[str, float] | None = No
         "cache_bytes": cache_bytes(device),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
+        "fma_gflop_per_s": {name: round(rate / 1e9, 1) for name, rate in (fma or {}).items()},
         "product_tflop_per_s": {name: round(rate / 1e12, 1) for name, rate in (products or {}).items()},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -32,6 +32,12 @@ def least(name: str, value: float | None, limit: float, note: str = "") -> Figur
     return Figure(name, value, f">= {limit:g}", None if value is None else value >= limit, note)
 
 
+def missed(found: Iterable[Figure]) -> list[str]:
+    """Markdown lines of the limits that were missed, for documents."""
+    lines = [f"- {f.name}: {f.value:.3f} (limit {f.limit})" for f in found if f.ok is False]
+    return ["Limits that this result misses:", "", *lines, ""] if lines else ["This result is within all limits.", ""]
+
+
 def told(name: str, value: float | None, note: str = "") -> Figure:
     """A figure without a limit."""
     return Figure(name, value, "told", None, note)
@@ -42,6 +48,12 @@ def on_gpu(result: dict) -> bool:
     return any(row.get("device") == "cuda" for row in result["rows"])
 
 
+def at_most_avx2(result: dict) -> bool:
+    """Whether a CPU with AVX2 and nothing wider was measured: a class of machines with limits of its own."""
+    features = result["header"]["cpu"]["features"]
+    return "avx2" in features and "avx512f" not in features
+
+
 def geomean(values: Iterable[float]) -> float | None:
     """Geometric mean, None of nothing."""
     logs = [math.log(v) for v in values]
@@ -50,7 +62,7 @@ def geomean(values: Iterable[float]) -> float | None:
 
 def mean(rows: Iterable[dict], field: str) -> float | None:
     """Geometric mean of a field, of the rows that have it."""
-    return geomean(r[field] for r in rows if r[field] is not None)
+    return geomean(value for r in rows if (value := r.get(field)) is not None)
 
 
 def times(rows: Iterable[dict], provider: str) -> dict[tuple, float]:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 
+from peftkern import doctor
 from peftkern.backends.cpu import native
+from peftkern.problem import short
 
 from .timing import copy_bandwidth
 
 # Steps of a few vectors each: some milliseconds, so that starting threads is not felt.
 _STEPS, _TIMES = 1 << 20, 15
+# Instructions that multiply a dtype faster than those which are timed here.
+_FASTER = {torch.bfloat16: {"amx_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
 
 
-def fma_peak(dtype: torch.dtype, threads: int) -> float | None:
-    """FLOPs per second of products of this dtype with sums in fp32: the best of some, for a bound is what can be reached.
+def fma_peaks(dtypes: Iterable[torch.dtype], threads: int) -> dict[str, float]:
+    """FLOPs per second, by dtype, of products with sums in fp32: the best of some, for a bound is what can be reached.
 
-    None without C++ kernels. fp16, and bf16 on a CPU without instructions for it, are widened: their peak is that of fp32.
+    fp16, and bf16 on a CPU without instructions for it, are widened: their peak is that of fp32. A dtype has none without
+    C++ kernels, and where the CPU has faster instructions, of which a peak would be no bound.
     """
     if native._C is None:
-        return None
-    pairs, best = dtype == torch.bfloat16 and native._C.base_gemm_bf16_usable(), 0.0
+        return {}
+    features = set(doctor.cpu()["features"])
+    known = [dtype for dtype in dict.fromkeys(dtypes) if not features & _FASTER.get(dtype, set())]
+    usable = native._C.base_gemm_bf16_usable()
+    pairs = {dtype: usable and dtype == torch.bfloat16 for dtype in known}
+    rates = {kind: _rate(kind, threads) for kind in set(pairs.values())}
+    return {short(dtype): rates[kind] for dtype, kind in pairs.items()}
+
+
+def _rate(pairs: bool, threads: int) -> float:
+    best = 0.0
     for _ in range(_TIMES):
         start = time.perf_counter()
         flops = native._C.fma_peak(pairs, _STEPS, threads)
@@ -31,9 +46,8 @@ def fma_peak(dtype: torch.dtype, threads: int) -> float | None:
 
 def cpu_rates() -> dict:
     """Those of this CPU with torch's threads, and of one: GFLOP/s by dtype, GB/s."""
-    many = torch.get_num_threads()
-    peaks = {
-        name: {str(n): round(fma_peak(dtype, n) / 1e9, 1) for n in sorted({1, many})}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
+    peaks: dict[str, dict[str, float]] = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        for name, rate in fma_peaks((torch.float32, torch.bfloat16), threads).items():
+            peaks.setdefault(name, {})[str(threads)] = round(rate / 1e9, 1)
     return {"fma_gflop_per_s": peaks, "copy_gb_per_s": round(copy_bandwidth("cpu") / 1e9, 2)}

@@ -23,8 +23,8 @@ import torch
 from peftkern.problem import short
 
 from ..core.bench import Bench
-from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Case, Floor, Provider
-from ..core.floor import bytes_bound_fraction, floor_ratio
+from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES, Case, Provider
+from ..core.floor import Least, least
 from . import launches
 from .device_timing import Clock, DeviceEntry
 from .interference import Meter
@@ -36,10 +36,11 @@ from .timing import Entry, interleave
 @dataclass
 class Settings:
     """How long to measure, and on what. ``seconds``: time for a block, exceeded where ``min_repeats`` take longer.
-    ``limit``: seconds of the longest step worth timing. ``bandwidth``: of copies, bytes per second. ``cache``: size of
-    the last cache. ``providers``: instead of the bench's plan. ``gate``: check results before timing them.
+    ``limit``: seconds of the longest step worth timing. ``bandwidth``: of copies, bytes per second; ``peaks``: FLOPs per
+    second by dtype, where they are known. ``cache``: size of the last cache. ``providers``: instead of the bench's plan.
+    ``gate``: check results before timing them.
 
-    On a GPU: ``clock``; ``flops``, of a product, per second by dtype; ``graph``: time CUDA graphs (decoding always is).
+    On a GPU: ``clock``; ``graph``: time CUDA graphs (decoding always is).
     """
 
     preset: str
@@ -53,7 +54,7 @@ class Settings:
     providers: tuple[str, ...] = ()
     gate: bool = True
     clock: Clock | None = None
-    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
     graph: bool = False
 
 
@@ -225,7 +226,6 @@ class Runner:
         base = reference[BASE].median(which)
         fp32 = self._fp32_median(case, reference, which, base)
         name, bandwidth = slot.provider.name, self._bandwidth(reference)
-        floor, own = self.bench.floor(case, which), self.bench.floor_of(name, case, which)
         row = dict(
             op=case.op, device=case.device, dtype=short(case.dtype), M=case.M, N=case.N, K=case.K, R=case.R,
             adapter_dtype=None if slot.is_reference else short(case.adapter_dtype),
@@ -245,38 +245,41 @@ class Runner:
             ratio_to_base=_ratio(median, base),
             ratio_to_fp32_base=_ratio(median, fp32),
         )
-        yardstick = base or fp32
-        over = "base" if base else "base_fp32"
-        if slot.provider.floor:
-            # The branch alone: its floor is the part above 1.
-            floor = dataclasses.replace(floor, branch_flops=own.branch_flops, branch_bytes=own.branch_bytes)
-        least = floor_ratio(floor, yardstick, bandwidth) - bool(slot.provider.floor) if yardstick else None
-        row["floor_ratio"] = None if least is None else round(least, 4)
-        row["floor_over"] = over if yardstick else None
-        if name in (BASE, FP32_BASE, OWN_BASE):
-            row["floor_ratio"], own = 1.0, dataclasses.replace(own, branch_flops=0.0, branch_bytes=0.0)
-        row["bytes_bound_fraction"] = round(bytes_bound_fraction(own, median, bandwidth), 4) if median else None
+        yardstick, floors = base or fp32, self._floors(name, case, which, bandwidth)
+        bound, by = floors.bound
+        row["floor_ratio"] = _ratio(bound, yardstick)
+        row["floor_by"] = by
+        row["floor_over"] = ("base" if base else "base_fp32") if yardstick else None
+        # What has no product, such as a copy, has no share of its peak.
+        row["flops_bound_fraction"] = _ratio(floors.flops or None, median)
+        row["bytes_bound_fraction"] = _ratio(floors.bytes, median)
         if case.many:
             own_base = reference[OWN_BASE].median(which) if OWN_BASE in reference else None
             row["ratio_to_best_base"] = _ratio(median, min(filter(None, (base, own_base)), default=None))
             row["copy_gb_per_s"] = round(bandwidth / 1e9, 2)
         row["saved_bytes"] = slot.saved if which == "fwd_bwd" else None
         row["peak_bytes"] = slot.peak.get(which)
-        row |= self._device_fields(slot, which, own, median)
+        row |= self._device_fields(slot, which)
         row["skipped"] = slot.skipped.get(which)
         if row["ratio_to_base"] is None and row["skipped"] is None:
             row["no_base"] = reference[BASE].skipped.get(which)
         return row
 
-    def _device_fields(self, slot: _Slot, which: str, floor: Floor, median: float | None) -> dict:
+    def _floors(self, name: str, case: Case, which: str, bandwidth: float) -> Least:
+        if name == FP32_BASE:
+            case = dataclasses.replace(case, dtype=torch.float32)
+        floor = self.bench.floor_of(name, case, which)
+        if name in (BASE, FP32_BASE, OWN_BASE):
+            floor = dataclasses.replace(floor, branch_flops=0.0, branch_bytes=0.0)
+        return least(floor, self.settings.peaks.get(short(case.dtype)), bandwidth)
+
+    def _device_fields(self, slot: _Slot, which: str) -> dict:
         entry = slot.entry
         if not isinstance(entry, DeviceEntry):
             return {}
-        peak, flops = self.settings.flops.get(short(slot.case.dtype)), floor.base_flops + floor.branch_flops
         return dict(
             graph=entry.graph and entry.no_graph is None, no_graph=entry.no_graph, steps=entry.steps.get(which),
             launches=slot.launches.get(which),
-            flops_bound_fraction=round(flops / peak / median, 4) if median and peak else None,
         )  # fmt: skip
 
     def _bandwidth(self, reference: dict[str, _Slot]) -> float:

@@ -19,13 +19,14 @@ import peftkern
 from ..core.bench import Bench, View
 from ..core.case import Case, Provider, Step
 from ..core.presets import Entry
+from ..judge.figures import missed
 from ..judge.lora_linear import figures
 from ..peers import candidates, hf_peft
 from ..peers import check as peer_check
 from ..peers.addmm import addmm_lora
 from ..peers.data import BASES, SCALING, Data, copies, make_data
 from ..peers.split import split_lora
-from ..tables import gaps
+from ..tables.ways import ways
 
 OPS = ("lora_linear_fwd", "lora_linear_bwd")
 DROPOUTS, BOTH = (0.0, 0.1), ("fp32", "same")
@@ -144,5 +145,5 @@ def check(provider: Provider, case: Case) -> str | None:
 
 BENCH = Bench(
     "lora_linear", PROVIDERS, PRESETS, make_data, plan, gate, copies=copies, check=check, judge=figures,
-    views={"gap": View(gaps.gap), "ways": View(gaps.ways, of_gpus=True)},
+    views={"missed": View(lambda result: missed(figures(result))), "ways": View(ways, of_gpus=True)},
 )  # fmt: skip

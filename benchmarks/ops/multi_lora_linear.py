@@ -28,12 +28,12 @@ from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, 
 from ..core.floor import add_floor, branch_floor
 from ..core.populations import adapter_ranks
 from ..core.presets import Entry
+from ..judge.figures import missed
 from ..judge.multi_lora_linear import figures
 from ..peers import candidates, hf_peft, padded, polylora
 from ..peers import check as peer_check
 from ..peers.many import Gather, Grouped, Loop, no_grouped_mm, ungrouped
 from ..peers.many_data import MultiData, copies, make_data
-from ..tables import gaps
 
 FORWARD = ("fwd",)
 
@@ -61,6 +61,7 @@ FULL = (
     *(_entry(32, 32, "distinct", share) for share in (0.5, 1.0)),
     _entry(32, 32, "distinct", ranks="mixed", R=(64,)),
     _entry(32, 32, "distinct", N=14336),
+    _entry(32, 32, "distinct", K=3072, N=3072),
     # Prefill and training.
     *(_entry(512, count) for count in (1, 2, 4, 16, 32, 64)),
     _entry(512, 8, adapter_dtypes=BOTH, dropouts=(0.0, 0.1)),
@@ -306,5 +307,5 @@ def check(provider: Provider, case: Case) -> str | None:
 
 BENCH = Bench(
     "multi_lora_linear", PROVIDERS, PRESETS, make_data, plan, gate, copies=copies, check=check, judge=figures,
-    views={"gap": View(gaps.gap_many)},
+    views={"missed": View(lambda result: missed(figures(result)))},
 )  # fmt: skip

@@ -7,6 +7,7 @@ from ..core.case import BASE, REFERENCES
 from ..ops.bottleneck_adapter import SEQUENCES, WIDTHS, widths
 from . import markdown as md
 from .method_times import megabytes, number
+from .shares import FLOOR, SHARES, cells, heads
 
 HEAD = [
     "M x H", "R", "matrices", "dropout", "two products, ms", "AdapterHub's order", "**peftkern**", "gain",
@@ -22,6 +23,7 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
     """Lines for one dtype of h: forward + backward, times over the two products alone; then batches of several adapters."""
     cases: dict[tuple, dict[tuple, dict]] = {}
     bases: dict[tuple, dict] = {}
+    more = heads([r for r in rows if r["pass"] == "fwd_bwd"], FLOOR, SHARES)
     for row in rows:
         size = row["M"], row["K"], row["R"]
         if row["provider"] == BASE:
@@ -34,7 +36,8 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
         eager, ours, base = by.get(("eager", "fwd_bwd")), by.get(("peftkern", "fwd_bwd")), bases[(M, H, R), "fwd_bwd"]
         lines.append(
             [f"{M}x{H}", str(R), adapter, f"{dropout:g}", number(base, "median_ms"), number(eager, "ratio_to_base"),
-             number(ours, "ratio_to_base"), _over(eager, ours, "{:.2f}x"), megabytes(eager), megabytes(ours)]
+             number(ours, "ratio_to_base"), _over(eager, ours, "{:.2f}x"), megabytes(eager), megabytes(ours),
+             *cells([ours] if ours else [], more)]
         )  # fmt: skip
         for which, words in md.WORDS.items():
             loop, many, one = (by.get((name, which)) for name in ("loop", "peftkern_many", "peftkern"))
@@ -47,7 +50,7 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
     title = (
         f"{dtype}, forward + backward, gelu, both biases: time over the two products alone, whose matrices are frozen"
     )
-    found = [title, "", *md.table(HEAD, lines)]
+    found = [title, "", *md.table([*HEAD, *more], lines)]
     if several:
         batch = f"{SEQUENCES} sequences with {len(WIDTHS)} adapters of several widths, matrices in {dtype}"
         found += [f"{dtype}, {batch}: time over one adapter for all, by peftkern", "", *md.table(SEVERAL, several)]

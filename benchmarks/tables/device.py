@@ -6,6 +6,7 @@ from peftkern.screen import Cell, Table
 
 from ..core.bench import Bench
 from ..core.case import BASE, COPY, PASSES
+from .shares import SHARES, shares
 from .terminal import PASS_TITLES, SPREAD, milliseconds, spread
 
 # What one table has in common.
@@ -34,7 +35,7 @@ def _table(rows: list[dict], bench: Bench, kind: str, which: str) -> Table:
     sizes = sorted({(r["M"], r["dropout"]) for r in rows if r["dropout"] is not None}, key=lambda c: (-c[0], c[1]))
     drops = any(dropout for _, dropout in sizes)
     heads = [f"M {M}" + (f"\ndrop {dropout:g}" if drops else "") for M, dropout in sizes]
-    table = Table(title + phase, ("", *heads, "launches", "MiB", "bytes", "FLOPs"), left=("",))
+    table = Table(title + phase, ("", *heads, "launches", "MiB", SHARES.replace(", ", "\n")), left=("",))
     notes = []
     for name, provider in bench.providers.items():
         mine = [r for r in rows if r["provider"] == name]
@@ -45,12 +46,12 @@ def _table(rows: list[dict], bench: Bench, kind: str, which: str) -> Table:
         last = next((r for r in mine if r["median_ms"] is not None), mine[0])
         table.add(
             provider.title, *cells, _number(last.get("launches"), "{}"), _number(_mib(last), "{:.0f}"),
-            _number(last["bytes_bound_fraction"], "{:.0%}"), _number(last.get("flops_bound_fraction"), "{:.0%}"),
+            shares([last]),
         )  # fmt: skip
         notes += [f"{provider.title}: {r['skipped']}" for r in mine if r["skipped"]]
         notes += [f"{provider.title}: not in a graph: {r['no_graph']}" for r in mine if r.get("no_graph")]
     lines = [SPREAD, "times over the frozen linear, whose own are in ms; launches, peak MiB, and the shares of the time that "
-             "bytes at copy speed and FLOPs at the product's best explain, of the first size", *dict.fromkeys(notes)]  # fmt: skip
+             "FLOPs at the product's best and bytes at copy speed explain, of the first size", *dict.fromkeys(notes)]  # fmt: skip
     table.caption = "\n".join(lines)
     return table
 

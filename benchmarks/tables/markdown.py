@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.case import BASE, FP32_BASE, OWN_BASE
-from ..judge.figures import geomean, mean
+from ..judge.figures import OURS, mean
 from ..judge.lora_linear import RANKS, slow_half
+from .shares import FLOOR, SHARES, cells, heads
 
 # Heading and provider of the columns, with one adapter and with many.
 ONE = (
@@ -28,6 +29,7 @@ MANY = (
 )
 POPULATION = ("M", "K", "N", "R", "adapters", "mix", "base_share", "ranks")
 WORDS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+ALONE = ["branch alone, ms", "of copy bandwidth"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -74,17 +76,16 @@ def _one(rows: list[dict], dtype: str) -> list[str]:
     slow = slow_half(rows, dtype)
     over = "a frozen fp32 linear (torch's own product is slow in this dtype here)" if slow else "a frozen linear"
     rows = [r for r in rows if r["pass"] == "fwd_bwd" and (r["R"] in RANKS or r["provider"] in (BASE, FP32_BASE))]
-    lines = []
+    lines, more = [], heads(rows, FLOOR, SHARES)
     for shape in dict.fromkeys((r["M"], r["K"], r["N"]) for r in rows):
         own = [r for r in rows if (r["M"], r["K"], r["N"]) == shape]
         for dropout in sorted({r["dropout"] for r in own if r["dropout"] is not None}):
             here = [r for r in own if r["dropout"] in (None, dropout)]
             by = _by_provider(r for r in here if r["adapter_dtype"] in (None, "fp32"))
-            floor = geomean(r["floor_ratio"] for r in here if r["dropout"] == dropout and r["floor_ratio"])
-            lines.append(Line(["x".join(map(str, shape)), f"{dropout:g}"], by, [f"{floor or 0:.3f}"]))
+            lines.append(Line(["x".join(map(str, shape)), f"{dropout:g}"], by, cells(by.get(OURS, []), more)))
     ranks = " and ".join(str(r) for r in RANKS if any(row["R"] == r for row in rows))
     title = f"{dtype}, forward + backward, R = {ranks}, fp32 adapters: time over {over}"
-    return [title, "", *comparison(["M x K x N", "dropout"], ONE, ["floor"], lines, slow)]
+    return [title, "", *comparison(["M x K x N", "dropout"], ONE, more, lines, slow)]
 
 
 def _many(rows: list[dict], dtype: str) -> list[str]:
@@ -97,18 +98,18 @@ def _many(rows: list[dict], dtype: str) -> list[str]:
     for words, own in parts.items():
         slow = not any(r["median_ms"] for r in own if r["provider"] == BASE)
         branch = any(r["provider"] == "sgmv" for r in own)
-        lines = []
+        lines, floors = [], heads(own, FLOOR, SHARES)
         for population in dict.fromkeys(tuple(r[name] for name in POPULATION) for r in own):
             M, K, N, R, adapters, mix, share, ranks = population
             line = Line([f"{M}x{K}x{N}", f"{'up to ' if ranks == 'mixed' else ''}{R}", f"{adapters} {mix}", f"{share:.0%}"],
                         _by_provider(r for r in own if tuple(r[name] for name in POPULATION) == population))  # fmt: skip
             alone = [line.mean("sgmv", "median_ms", "{:.3f}"), line.mean("sgmv", "bytes_bound_fraction", "{:.0%}")]
-            line.more = alone if branch else []
+            line.more = [*cells(line.by.get(OURS, []), floors), *(alone if branch else ())]
             lines.append(line)
         if lines:
             title = f"{dtype}, {words}, adapters in the same dtype: time over a frozen {'fp32 ' if slow else ''}linear"
-            head, more = ["M x K x N", "R", "adapters", "rows on the base"], ["branch alone, ms", "of copy bandwidth"]
-            found += [title, "", *comparison(head, MANY, more if branch else [], lines, slow)]
+            head = ["M x K x N", "R", "adapters", "rows on the base"]
+            found += [title, "", *comparison(head, MANY, [*floors, *(ALONE if branch else ())], lines, slow)]
     return found
 
 

@@ -12,12 +12,14 @@ from ..methods import LIBRARY, OURS
 from . import markdown as md
 from .figure import OURS as BLUES
 from .figure import PALETTE, quartiles, ratio_axes, result_figure
+from .shares import SHARES, cells, heads, shares
 from .terminal import PASS_TITLES, SPREAD, spread
 
 NOTE = (
-    f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. Layers of other kinds are compared with"
-    " frozen ones of their own; what acts in the residual stream computes no layer: it is timed alone, or in a whole model, beside"
-    " the frozen one."
+    f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. {SHARES}: shares of our time that the"
+    " frozen layer's FLOPs at the peak and its bytes at copy speed explain. Layers of other kinds are compared with"
+    " frozen ones of their own; what acts in the residual stream computes no layer: it is timed alone, or in a whole model,"
+    " beside the frozen one."
 )
 LIBRARIES = {"peft": "PEFT", "torch": "torch's steps"}
 PROVIDERS = {LIBRARY: PALETTE[1], OURS: BLUES[0]}
@@ -101,7 +103,7 @@ def tables(rows: list[dict]) -> list[Table]:
         for which in PASSES:
             title = f"methods, {dtype}, {PASS_TITLES[which]}: times over {_over(own)}"
             columns = ("method", "M x K x N", "R", "drop", "beside", "linear\nms", "library", "peftkern", "gain",
-                       "library\nsaved, MB", "peftkern\nsaved, MB")  # fmt: skip
+                       "library\nsaved, MB", "peftkern\nsaved, MB", SHARES.replace(", ", "\n"))  # fmt: skip
             table = Table(title, columns, left=("method", "beside"), caption=NOTE)
             for (method, M, K, N, R, dropout), by, bases in _lines(own):
                 theirs, ours = by.get((LIBRARY, which)), by.get((OURS, which))
@@ -110,7 +112,7 @@ def tables(rows: list[dict]) -> list[Table]:
                     method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _beside(by),
                     number(bases.get(which), "median_ms"),
                     *(_timed(row, field) for row in (theirs, ours)), Cell(number(ours, "speed_up", "{:.2f}x"), "bold"),
-                    *map(megabytes, saved),
+                    *map(megabytes, saved), shares([ours] if ours else []),
                 )  # fmt: skip
             found.append(table)
     return found
@@ -124,12 +126,13 @@ def _timed(row: dict | None, field: str) -> Cell:
 
 def markdown(rows: list[dict], dtype: str) -> list[str]:
     """Lines for the documents: forward + backward of one dtype."""
-    field, lines = _ratio(rows), []
+    field, lines, more = _ratio(rows), [], heads(rows, SHARES)
     for (method, M, K, N, R, dropout), by, _ in _lines(rows):
         theirs, ours = by.get((LIBRARY, "fwd_bwd")), by.get((OURS, "fwd_bwd"))
         lines.append(
             [method, f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", _beside(by), number(theirs, field),
-             number(ours, field), number(ours, "speed_up", "{:.2f}x"), megabytes(theirs), megabytes(ours)]
+             number(ours, field), number(ours, "speed_up", "{:.2f}x"), megabytes(theirs), megabytes(ours),
+             *cells([ours] if ours else [], more)]
         )  # fmt: skip
     head = [
         "method",
@@ -142,6 +145,7 @@ def markdown(rows: list[dict], dtype: str) -> list[str]:
         "gain",
         "library saves, MB",
         "**peftkern** saves, MB",
+        *more,
     ]
     return [f"{dtype}, forward + backward: time over {_over(rows)}", "", *md.table(head, lines)]
 

@@ -10,6 +10,7 @@ from peftkern.screen import Cell, Table
 
 from ..core.bench import Bench
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, REFERENCES
+from .shares import FLOOR, NOTE, SHARES, floor, share, shares
 
 SPREAD = "±: half the distance between the quartiles of the rounds."
 PASS_TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
@@ -60,15 +61,14 @@ def _layer(rows: list[dict], bench: Bench, title: str) -> Table:
     yardstick = "ratio_to_fp32_base" if slow else "ratio_to_base"
     over = "the frozen fp32 linear (this dtype's own is skipped as too slow)" if slow else "the frozen linear"
     names = [n for n in bench.providers if n not in REFERENCES and any(n in by for by in cases.values())]
-    # What not every op has: its own base product, dropouts, and, with many adapters, the bytes in tables of the branch.
-    own, share = OWN_BASE in bench.providers, not bench.many
-    drops = share or any(dropout for _, _, dropout in cases)
+    # What not every op has: its own base product, and dropouts.
+    own = OWN_BASE in bench.providers
+    drops = not bench.many or any(dropout for _, _, dropout in cases)
     columns = (
         *HEADS[bench.many], "adapt.", *["drop"] * drops, "linear\nms", *["own\nbase"] * own,
-        *(bench.providers[name].title.replace(" ", "\n") for name in names), "floor", *["bytes"] * share,
+        *(bench.providers[name].title.replace(" ", "\n") for name in names), FLOOR, SHARES.replace(", ", "\n"),
     )  # fmt: skip
-    notes = [SPREAD, *["own base: peftkern's own base product alone."] * own, "floor: least possible ratio.",
-             *["bytes: share of peftkern's time that copy bandwidth explains."] * share]  # fmt: skip
+    notes = [SPREAD, *["own base: peftkern's own base product alone."] * own, NOTE]
     table = Table(f"{title}: times over {over}", columns, caption=" ".join(notes))
     for (block, adapter, dropout), by in cases.items():
         base, any_row = bases.get(block, {}), next(iter(by.values()))
@@ -76,8 +76,7 @@ def _layer(rows: list[dict], bench: Bench, title: str) -> Table:
             *_labels(block), adapter, *[f"{dropout:g}"] * drops,
             _milliseconds(base.get(FP32_BASE if slow else BASE), "{:.2f}"),
             *[_cell(base.get(OWN_BASE), yardstick)] * own, *(_cell(by.get(name), yardstick) for name in names),
-            _number(any_row["floor_ratio"], "{:.3f}"),
-            *[_number(by.get("peftkern", any_row)["bytes_bound_fraction"], "{:.0%}")] * share,
+            floor([any_row]), shares([by.get("peftkern", any_row)]),
         )  # fmt: skip
     return table
 
@@ -87,20 +86,16 @@ def _branch(rows: list[dict], bench: Bench, title: str) -> Table:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((_block(row), row["adapter_dtype"]), {})[row["provider"]] = row
-    columns = (*HEADS[True], "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "bytes")
-    notes = f"{SPREAD} bytes: share of sgmv's time that copying the adapters in use, x and y explains."
+    columns = (*HEADS[True], "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "of copy")
+    notes = f"{SPREAD} of copy: share of sgmv's time that copying the adapters in use, x and y explains."
     table = Table(f"{title}: ms", columns, caption=notes)
     for (block, adapter), by in cases.items():
         ours = by.get("sgmv", next(iter(by.values())))
         table.add(
             *_labels(block), adapter, *("" if n not in by else _milliseconds(by[n], "{:.3f}") for n in names),
-            f"{ours['copy_gb_per_s']:.1f}", _number(ours["bytes_bound_fraction"], "{:.0%}"),
+            f"{ours['copy_gb_per_s']:.1f}", share([ours], "bytes_bound_fraction"),
         )  # fmt: skip
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def spread(row: dict) -> str:

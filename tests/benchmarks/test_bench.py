@@ -13,10 +13,22 @@ pytest.importorskip("peft")
 
 REQUIRED = {
     "op", "device", "dtype", "adapter_dtype", "M", "N", "K", "R", "dropout", "provider", "pass", "median_ms",
-    "ratio_to_base", "ratio_to_fp32_base", "floor_ratio", "bytes_bound_fraction", "min_ms", "p25_ms", "p75_ms",
+    "ratio_to_base", "ratio_to_fp32_base", "floor_ratio", "floor_by", "floor_over", "flops_bound_fraction",
+    "bytes_bound_fraction", "min_ms", "p25_ms", "p75_ms",
     "repeats", "skipped", "others_cores",
 }  # fmt: skip
-HEADER = {"versions", "device", "cpu", "threads", "settings", "commit", "date", "copy_gb_per_s", "base_products"}
+HEADER = {
+    "versions",
+    "device",
+    "cpu",
+    "threads",
+    "settings",
+    "commit",
+    "date",
+    "copy_gb_per_s",
+    "fma_gflop_per_s",
+    "base_products",
+}
 TINY = ["--device", "cpu", "--shape", "24,40,32", "--rank", "4", "--seconds", "0.05", "--repeats", "5"]
 
 
@@ -85,8 +97,30 @@ def test_every_case_has_every_provider_and_pass(result):
 
 def test_base_rows(result):
     base = [row for row in result["rows"] if row["provider"] == "base"]
-    assert all(row["ratio_to_base"] == 1 and row["floor_ratio"] == 1 for row in base)
+    assert all(row["ratio_to_base"] == 1 for row in base)
     assert all(row["adapter_dtype"] is None and row["dropout"] is None for row in base)
+
+
+def test_shares_are_of_the_rates_in_the_header(result):
+    header, (M, K, N, R) = result["header"], (24, 40, 32, 4)
+    peaks = {name: rate * 1e9 for name, rate in header["fma_gflop_per_s"].items()}
+    assert set(peaks) == {"fp32", "bf16"}
+    for row in result["rows"]:
+        dtype = "fp32" if row["provider"] == "base_fp32" else row["dtype"]
+        passes, size = (1, 2) if row["pass"] == "fwd" else (2, 6), 4 if dtype == "fp32" else 2
+        flops, moved = 2 * passes[0] * M * K * N, passes[0] * size * (M * K + K * N + M * N)
+        if not row["provider"].startswith("base"):
+            adapter = 4 if row["adapter_dtype"] == "fp32" else 2
+            flops += passes[1] * M * R * (K + N)
+            moved += size * M * K + adapter * R * (K + N)
+            if row["pass"] == "fwd_bwd":
+                moved += size * M * (N + K) + 2 * adapter * R * (K + N)
+        seconds = {"flops": flops / peaks[dtype], "bytes": moved / header["copy_gb_per_s"] / 1e9}
+        for bound, least in seconds.items():
+            assert row[f"{bound}_bound_fraction"] == pytest.approx(1e3 * least / row["median_ms"], rel=0.01, abs=2e-4)
+        assert row["floor_by"] == max(seconds, key=seconds.get) and row["floor_over"] == "base"
+        base = row["median_ms"] / row["ratio_to_base"]
+        assert row["floor_ratio"] == pytest.approx(1e3 * max(seconds.values()) / base, rel=0.01, abs=2e-4)
 
 
 def test_saved_bytes(result):

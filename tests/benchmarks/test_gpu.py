@@ -92,7 +92,8 @@ def test_the_command_on_a_device(monkeypatch, tmp_path, capsys):
     assert bench.main(argv) == 0
     result = json.loads(file.read_text())
     assert result["header"]["gpu"] == told | more | {"smi_after": {"driver": "570", "sm_clock": 1980.0}}
-    assert result["header"]["product_tflop_per_s"] == {"fp32": 0.1} and result["header"]["device"] == "A GPU"
+    assert result["header"]["product_tflop_per_s"] == {"fp32": 0.1} and result["header"]["fma_gflop_per_s"] == {}
+    assert result["header"]["device"] == "A GPU"
     by = {(r["provider"], r["dropout"], r["pass"]): r for r in result["rows"]}
     for name in ("peft", "addmm", "split", "peftkern"):
         assert by[name, 0.1, "fwd_bwd"]["median_ms"] > 0 and by[name, 0.1, "fwd"]["graph"] is False

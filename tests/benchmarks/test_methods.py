@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def test_rows(result):
                 assert (ours["op"], ours["method"], ours["R"]) == ("lora_linear", "LoRA", R)
                 assert ours["skipped"] is None and ours["ratio_to_base"] > 0 and theirs["speed_up"] is None
                 assert ours["speed_up"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1e-3)
+                # What the frozen layer must do, the method's own work apart.
+                for each in (ours, theirs):
+                    peak = result["header"]["fma_gflop_per_s"][dtype] * 1e9
+                    least = 2 * (1 if which == "fwd" else 2) * M * K * N / peak
+                    share = pytest.approx(1e3 * least / each["median_ms"], rel=0.01, abs=2e-4)
+                    assert each["flops_bound_fraction"] == share and each["bytes_bound_fraction"] > 0
 
 
 def test_saved_bytes_leave_parameters_out(result):
@@ -71,6 +78,7 @@ def test_document(result, tmp_path):
     own = [line for line in lines if line.startswith(f"| LoRA | {M}x{K}x{N} | {R} | 0")]
     assert len(own) == 4 and all(" | PEFT | " in line for line in own)
     assert "fp32, forward + backward: time over the frozen linear" in lines
+    assert all(re.search(r" \| \d+%, \d+% \|$", line) for line in own)
 
 
 def test_results_of_a_machine_are_one_table(result):
@@ -167,7 +175,7 @@ def test_rows_without_a_layer(alone):
     for row in alone:
         assert row["skipped"] is None and row["ratio_to_base"] > 0
         if row["provider"] in ("library", "peftkern"):
-            assert row["floor_ratio"] is None and row["adapter_dtype"] == row["dtype"]
+            assert all(row[field] is None for field in methods.FLOOR_FIELDS) and row["adapter_dtype"] == row["dtype"]
             # The environment of these tests has neither library.
             assert row["beside"] == "torch"
     saved = {r["provider"]: r["saved_bytes"] for r in alone

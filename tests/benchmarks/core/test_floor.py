@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkern.benchmarks.core.case import Case
-from peftkern.benchmarks.core.floor import bytes_bound_fraction, floor_ratio, layer_floor
+from peftkern.benchmarks.core.floor import Least, layer_floor, least
 
 
 def case(**changes):
@@ -25,23 +25,20 @@ def test_counts():
     assert both.base_bytes == 2 * fwd.base_bytes == 2 * 2 * (M * K + K * N + M * N)
 
 
-def test_ratio_by_hand():
-    floor = layer_floor(case(), "fwd_bwd")
-    # base at 100 TFLOP/s for a round figure, infinite bandwidth: the share of FLOPs is all
-    ratio = floor_ratio(floor, floor.base_flops / 1e14, float("inf"))
-    assert ratio == pytest.approx(1 + 6 * 16 * (4096 + 4096) / (4 * 4096 * 4096))
-    # bytes alone: as long as the base takes, at a bandwidth that moves them in that time
-    ratio = floor_ratio(floor, 1.0, floor.branch_bytes)
-    assert ratio == pytest.approx(2 + floor.branch_flops / floor.base_flops)
+def test_floors_by_hand():
+    M, K, N, R = 2048, 4096, 4096, 16
+    found = least(layer_floor(case(), "fwd_bwd"), 1e14, 2e10)
+    assert found.flops == pytest.approx((4 * M * K * N + 6 * M * R * (K + N)) / 1e14)
+    moved = 2 * 2 * (M * K + K * N + M * N) + 2 * M * N + 4 * M * K + 3 * 4 * R * (K + N)
+    assert found.bytes == pytest.approx(moved / 2e10)
 
 
-def test_floor_grows_with_rank_and_stays_above_one():
-    ratios = [floor_ratio(layer_floor(case(R=R), "fwd_bwd"), 1.0, 2e10) for R in (8, 16, 64)]
-    assert 1 < ratios[0] < ratios[1] < ratios[2]
+def test_the_longer_floor_is_the_bound():
+    assert Least(2.0, 1.0).bound == (2.0, "flops") and Least(1.0, 2.0).bound == (2.0, "bytes")
+    # Without a peak bytes alone are no bound to speak of.
+    assert least(layer_floor(case(), "fwd"), None, 2e10).bound == (None, None)
 
 
-def test_bytes_bound_fraction_is_one_at_copy_bandwidth():
-    floor = layer_floor(case(M=1), "fwd")
-    seconds = (floor.base_bytes + floor.branch_bytes) / 2e10
-    assert bytes_bound_fraction(floor, seconds, 2e10) == pytest.approx(1)
-    assert bytes_bound_fraction(floor, 2 * seconds, 2e10) == pytest.approx(0.5)
+def test_floors_grow_with_rank():
+    found = [least(layer_floor(case(R=R), "fwd_bwd"), 1e12, 2e10) for R in (8, 16, 64)]
+    assert found[0].flops < found[1].flops < found[2].flops and found[0].bytes < found[1].bytes < found[2].bytes

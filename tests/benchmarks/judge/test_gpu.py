@@ -30,7 +30,7 @@ def many(provider, ms, *, M=64, adapters=64, adapter="bf16", which="fwd", graph=
 
 
 def figures(rows, op="lora_linear"):
-    return {f.name: f for f in OPS[op].judge({"header": {"op": op}, "rows": rows})}
+    return {f.name: f for f in OPS[op].judge({"header": {"op": op, "cpu": {"features": []}}, "rows": rows})}
 
 
 def test_each_shape_is_held_by_itself():

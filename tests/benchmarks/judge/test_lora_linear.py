@@ -22,6 +22,9 @@ def row(provider, ms, *, dtype="fp32", M=512, K=1024, N=1024, R=16, dropout=0.0,
     return made | more
 
 
+WIDE, NARROW = ({"cpu": {"features": features}} for features in (["avx2", "avx512f"], ["avx2"]))
+
+
 def by_name(found):
     return {f.name: f for f in found}
 
@@ -41,7 +44,7 @@ def test_fp32_limits_use_the_right_rows():
         row("peft", 12.0, R=8),
         row("peft", 13.2, R=16, dropout=0.1),
     ]
-    found = by_name(lora_linear.figures({"rows": rows}))
+    found = by_name(lora_linear.figures({"header": WIDE, "rows": rows}))
     over = found["fp32: over a frozen linear"]
     assert over.value == pytest.approx(math.sqrt(1.05 * 1.1)) and over.ok and over.note == "2 rows"
     faster = found["fp32: faster than PEFT as users run it"]
@@ -55,7 +58,7 @@ def test_bf16_fast_and_slow_have_their_own_limits():
         row("peftkern", 2.6, dtype="bf16", base=2.0),
         row("peft", 6.0, dtype="bf16", base=2.0),
     ]
-    found = by_name(lora_linear.figures({"rows": fast}))
+    found = by_name(lora_linear.figures({"header": WIDE, "rows": fast}))
     assert found["bf16: over a frozen linear"].ok is False  # 1.3 > 1.25
     assert found["bf16: faster than PEFT as users run it"].ok is True
     slow = [
@@ -67,11 +70,39 @@ def test_bf16_fast_and_slow_have_their_own_limits():
         row("base", 11.0, dtype="bf16", M=16, K=4096, N=4096, which="fwd", adapter=None, dropout=None),
         row("peftkern", 2.0, dtype="bf16", M=1, K=4096, N=4096, which="fwd"),
     ]
-    found = by_name(lora_linear.figures({"rows": slow}))
+    found = by_name(lora_linear.figures({"header": WIDE, "rows": slow}))
     assert found["bf16 (slow here): over a frozen fp32 linear"].value == pytest.approx(1.19)
     assert found["bf16 (slow here): faster than PEFT at (192, 768, 1024)"].value == pytest.approx(31)
     assert found["bf16 (slow here): forward at M = 16, torch's own linear over ours"].value == pytest.approx(5.5)
     assert found["bf16 (slow here): forward at M <= 4, share of copy bandwidth"].ok is False  # 0.5 < 0.7
+
+
+def test_a_cpu_with_avx2_alone_has_limits_of_its_own():
+    rows = [
+        row("peftkern", 9.9), row("peft", 12.0),
+        row("base", None, dtype="bf16", base=None, adapter=None, dropout=None, skipped="hopelessly slow"),
+        row("peftkern", 10.3, dtype="bf16", base=None),
+    ]  # fmt: skip
+    names = ["fp32: over a frozen linear", "fp32: faster than PEFT as users run it",
+             "bf16 (slow here): over a frozen fp32 linear"]  # fmt: skip
+    for header, limits in ((NARROW, ["<= 0.98", ">= 1.25", "<= 1.02"]), (WIDE, ["<= 1.1", ">= 1.08", "<= 1.2"])):
+        found = by_name(lora_linear.figures({"header": header, "rows": rows}))
+        assert [found[name].limit for name in names] == limits
+        assert {found[name].ok for name in names} == {header is WIDE}
+
+
+def test_the_share_of_the_peak_is_told_where_it_was_measured():
+    name = "fp32: over a frozen linear: share of the peak"
+    rows = [row("peftkern", 9.0, flops_bound_fraction=0.8), row("peftkern", 9.0, R=8, flops_bound_fraction=0.2)]
+    found = by_name(lora_linear.figures({"header": NARROW, "rows": rows}))
+    assert found[name].value == pytest.approx(0.4) and found[name].ok is None
+    assert name not in by_name(lora_linear.figures({"header": NARROW, "rows": [row("peftkern", 9.0)]}))
+
+
+def test_missed_limits_are_told_in_documents():
+    bad, good = figures.most("bad", 2.0, 1.1), figures.most("good", 1.0, 1.1)
+    assert figures.missed([bad, good, figures.told("told", 9.0)])[2:-1] == ["- bad: 2.000 (limit <= 1.1)"]
+    assert figures.missed([good, figures.most("none", None, 1.1)]) == ["This result is within all limits.", ""]
 
 
 def test_slow_is_also_a_vendor_slower_than_fp32():
@@ -86,7 +117,7 @@ def test_addmm_and_reruns():
         row("addmm", 10.0), row("peftkern", 9.8),
         row("addmm", 10.0, which="fwd"), row("peftkern", 99.0, which="fwd"),
     ]  # fmt: skip
-    result = {"rows": rows, "reruns": []}
+    result = {"header": WIDE, "rows": rows, "reruns": []}
     found = by_name(lora_linear.figures(result))
     assert found["fp32 512x1024x1024: over the addmm_ function"].value == pytest.approx(math.sqrt(1.06 * 0.98))
     worst = found["worst row over the addmm_ function"]
@@ -125,7 +156,8 @@ def test_readme_tables(tmp_path):
     assert report.main([*argv, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert "| 512x1024x1024 | 0 | 10.00 | 1.20 | too slow to time | 1.04 | 1.020 |" in text
+    assert "| **peftkern** |\n" in text  # no floor, and no shares: the peak was not measured
+    assert "| 512x1024x1024 | 0 | 10.00 | 1.20 | too slow to time | 1.04 |\n" in text
     (results / "a.json").write_text(report.json.dumps(_result([*rows, row("peft", 14.0, R=8)])))
     assert report.main([*argv, "--check"]) == 1
 

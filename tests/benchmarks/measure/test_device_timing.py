@@ -185,7 +185,7 @@ def test_rows_of_a_device(op, graph):
     many = (3, "distinct", 0.0, "same", "decode") if op == "multi_lora_linear" else ()
     case = Case(op, "cpu", torch.float32, torch.float32, 16, 64, 48, 8, 0.0, *many)
     settings = Settings(preset="gpu", seconds=0.0, bandwidth=1e10, min_repeats=2, max_repeats=2, clock=WallClock(),
-                        flops={"fp32": 1e10}, graph=graph, memory=True, providers=("peft", "peftkern"))  # fmt: skip
+                        peaks={"fp32": 1e10}, graph=graph, memory=True, providers=("peft", "peftkern"))  # fmt: skip
     pytest.importorskip("peft")
     rows = [r for r in next(Runner(bench, settings).run([case])) if r["provider"] not in ("base_fp32", "base_own")]
     for row in rows:

@@ -20,7 +20,7 @@ pytest.importorskip("peft")
 BENCH = OPS["multi_lora_linear"]
 REQUIRED = {
     "op", "device", "dtype", "adapter_dtype", "M", "N", "K", "R", "dropout", "provider", "pass", "floor_ratio",
-    "ratio_to_fp32_base", "bytes_bound_fraction", "min_ms", "p25_ms", "p75_ms", "repeats",
+    "floor_by", "ratio_to_fp32_base", "flops_bound_fraction", "bytes_bound_fraction", "min_ms", "p25_ms", "p75_ms", "repeats",
 }  # fmt: skip
 MANY = {"adapters", "mix", "base_share", "ranks", "phase", "ratio_to_best_base", "copy_gb_per_s"}
 TINY = ["--op", "multi_lora_linear", "--device", "cpu", "--rank", "8", "--seconds", "0.02", "--repeats", "3"]
@@ -68,7 +68,14 @@ def test_the_branch_has_its_own_bound(result):
     moved = 4 * (24 * 40 + 24 * 32 + 4 * 8 * 72)
     expected = moved / (row["copy_gb_per_s"] * 1e9) / (row["median_ms"] / 1e3)
     assert row["bytes_bound_fraction"] == pytest.approx(expected, rel=0.05, abs=2e-4)
+    base = row["median_ms"] / row["ratio_to_base"]
+    flops = 2 * 24 * 8 * 72 / result["header"]["fma_gflop_per_s"]["fp32"] / 1e9
+    assert row["flops_bound_fraction"] == pytest.approx(flops / (row["median_ms"] / 1e3), rel=0.05, abs=2e-4)
+    assert row["floor_by"] == ("bytes" if moved / row["copy_gb_per_s"] / 1e9 > flops else "flops")
+    least = max(moved / row["copy_gb_per_s"] / 1e9, flops)
+    assert row["floor_ratio"] == pytest.approx(least / (base / 1e3), rel=0.05, abs=2e-4)
     copied = next(r for r in result["rows"] if r["provider"] == COPY)
+    assert copied["flops_bound_fraction"] is None and copied["floor_by"] == "bytes"
     assert copied["bytes_bound_fraction"] == pytest.approx(1)
     assert copied["copy_gb_per_s"] == pytest.approx((2 << 20) / copied["median_ms"] / 1e6, rel=0.01)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftkern.backends.cpu import native
-from peftkern.benchmarks.measure.rates import fma_peak
+from peftkern.benchmarks.measure.rates import fma_peaks
 from peftkern.benchmarks.tune import least as tune_least
 from peftkern.benchmarks.tune import main as tune
 from peftkern.dispatch import cpu_table
@@ -76,7 +76,7 @@ def test_wider_registers_have_a_higher_peak():
                 native.use_isa(isa)
             except ValueError:
                 continue
-            peaks[isa] = fma_peak(torch.float32, 1)
+            peaks[isa] = fma_peaks([torch.float32], 1)["fp32"]
     finally:
         native.use_isa(current().cpu_isa)
     assert all(rate > 1e9 for rate in peaks.values())
