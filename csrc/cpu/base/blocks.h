@@ -37,8 +37,9 @@ static void compute(int rows, int cols, int depth, const typename F::Element* a,
 }
 
 // A product, and how its threads share it. For one block of the inner dimension after the other, all of them
-// pack a, rows of which stay in L2; then each takes units of the output: the rows of a group, the columns of a
-// tile. It packs the tile of B into L1 and uses it up at once. Who computes a unit does not change its bits.
+// pack a, rows of which stay in L2; then each takes units of the output: the rows of a group, the columns of
+// a tile. It packs the tile of B into L1 and uses it up at once. Who computes a unit does not change its
+// bits.
 template <class F, class B>
 class Blocks {
   using Element = typename F::Element;
@@ -106,8 +107,8 @@ class Blocks {
     const int depth = (u.terms + F::kTerms - 1) / F::kTerms;
     for (int64_t i = u.row, part = 0; i < end; i += tile_rows_, ++part) {
       if (next.terms > 0) w_.ask(next.col, next.k, next.cols, next.terms, part, parts);
-      compute<F>(static_cast<int>(smaller(tile_rows_, end - i)), u.cols, depth, packed_a + i * kBaseRow, packed_b,
-                 g_.out + i * g_.ld + u.col, g_.ld, u.k == 0);
+      compute<F>(static_cast<int>(smaller(tile_rows_, end - i)), u.cols, depth, packed_a + i * kBaseRow,
+                 packed_b, g_.out + i * g_.ld + u.col, g_.ld, u.k == 0);
     }
   }
 

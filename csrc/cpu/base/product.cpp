@@ -91,21 +91,8 @@ void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int
     return;
   }
   const ConstMatrix a = from(g.a, r0, 0), b = from(g.b, 0, c0);
-  const BaseArgs args{a.data,
-                      a.row,
-                      a.col,
-                      b.data,
-                      b.col,
-                      b.row,
-                      a.dtype,
-                      g.scale,
-                      panel,
-                      ld,
-                      rows,
-                      cols,
-                      g.C,
-                      room,
-                      threads};
+  const BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row, a.dtype, g.scale,
+                      panel,  ld,    rows,  cols,   g.C,   room,  threads};
   if (g.kind == BaseKind::few) {
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {

@@ -12,7 +12,8 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-static_assert(kPairTerms == Pairs::kTerms * kBaseChain && kPairStep == kBaseRow && kPairCols == kTileCols, "see pairs.h");
+static_assert(kPairTerms == Pairs::kTerms * kBaseChain && kPairStep == kBaseRow && kPairCols == kTileCols,
+              "see pairs.h");
 constexpr int64_t kTile = kPairTerms / 2 * kPairCols;
 
 // What a thread works in.

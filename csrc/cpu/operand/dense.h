@@ -25,7 +25,8 @@ struct Dense {
   void pack(int64_t col, int64_t k, int cols, int depth, Element* to) const {
     pack_tile(w + col * out + k * in, out, in, cols, depth, to);
   }
-  // Asks for part `part` of `parts` of such a tile. It lies in pieces too short for the hardware to see them coming.
+  // Asks for part `part` of `parts` of such a tile. It lies in pieces too short for the hardware to see them
+  // coming.
   __attribute__((always_inline)) void ask(int64_t col, int64_t k, int cols, int depth, int64_t part,
                                           int64_t parts) const {
     const bool across = out == 1;

@@ -74,7 +74,8 @@ static void pack_tile(const T* from, int64_t col, int64_t step, int cols, int de
     return;
   }
   if (step == 1) {
-    for (int half = 0; half < kTileCols; half += W) pack_run(from + half * col, col, cols - half, depth, to + half);
+    for (int half = 0; half < kTileCols; half += W)
+      pack_run(from + half * col, col, cols - half, depth, to + half);
     return;
   }
   for (int k = 0; k < depth; ++k)
@@ -130,7 +131,8 @@ static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int
     for (int half = 0; half < kTileCols; half += W, from += W * col) {
       int k = 0;
       if (cols - half >= W)
-        for (; k + 32 <= n; k += 32) pack_pair_square<true>(from + k, col, W, 32, to + k / 2 * kTileCols + half);
+        for (; k + 32 <= n; k += 32)
+          pack_pair_square<true>(from + k, col, W, 32, to + k / 2 * kTileCols + half);
       for (; k < n; k += 32)
         pack_pair_square<false>(from + k, col, cols - half, n - k, to + k / 2 * kTileCols + half);
     }

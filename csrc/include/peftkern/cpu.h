@@ -161,9 +161,10 @@ struct BaseArgs {
   float* scratch;
   int threads;
 };
-// Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains lose
-// accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a has room for
-// a cache line more, or rows would share a few sets of the cache. Columns of a tile of B, at most.
+// Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains
+// lose accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a
+// has room for a cache line more, or rows would share a few sets of the cache. Columns of a tile of B, at
+// most.
 constexpr int64_t kBaseChain = 128, kBaseRow = kBaseChain + 16, kBaseTileCols = 32;
 // Rows that base_few takes, at most.
 constexpr int64_t kBaseFewRows = 64;
