@@ -22,13 +22,13 @@ cpu::BaseKind kind_of(const std::string& word) {
 py::tuple base_blocks(const std::string& word, int64_t M, int64_t D, int64_t C, int threads) {
   require(M >= 1 && D >= 1 && C >= 1, "sizes must be positive");
   const cpu::BaseBlocks b = cpu::base_blocks(kind_of(word), M, D, C, check_threads(threads));
-  return py::make_tuple(b.rows, b.cols, b.block_rows, b.block_cols, b.scratch, b.panel);
+  return py::make_tuple(b.rows, b.cols, b.scratch, b.panel);
 }
 
 void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
                   int64_t w_out, int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld,
-                  int64_t rows, int64_t cols, int64_t inner, int64_t block_rows, int64_t block_cols,
-                  uintptr_t scratch, int64_t scratch_floats, int threads) {
+                  int64_t rows, int64_t cols, int64_t inner, uintptr_t scratch, int64_t scratch_floats,
+                  int threads) {
   const bool few = kind == "few", pairs = kind == "bf16";
   require(few || pairs || kind == "panels", "unknown kind");
   require(!pairs || (dtype == static_cast<int>(DType::bf16) && scale == 0),
@@ -41,9 +41,7 @@ void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a
   require(dtype >= 0 && dtype <= 2, "unknown dtype");
   require(!few || rows <= cpu::kBaseFewRows, "too many rows for base_few");
   require(!few || w_in == 1 || w_out == 1, "base_few needs one unit stride in w");
-  require(few || (block_rows > 0 && block_cols > 0), "block sizes must be positive");
-  const int64_t needed =
-      few ? rows * (inner + 32) : check_threads(threads) * cpu::base_gemm_scratch(block_rows, block_cols);
+  const int64_t needed = few ? rows * (inner + 32) : cpu::base_gemm_scratch(rows, check_threads(threads));
   require(scratch != 0 && scratch_floats >= needed, "scratch is too small");
   if (rows == 0 || cols == 0) return;
   require(inner > 0, "inner must be positive");
@@ -60,8 +58,6 @@ void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a
                            rows,
                            cols,
                            inner,
-                           block_rows,
-                           block_cols,
                            pointer<float>(scratch),
                            check_threads(threads)};
   few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
@@ -80,7 +76,6 @@ double fma_peak(bool pairs, int64_t steps, int threads) {
 
 void peftkern::bind_base(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  m.attr("base_block") = cpu::kBaseBlock;
   m.attr("base_row") = cpu::kBaseRow;
   m.attr("base_tile_cols") = cpu::kBaseTileCols;
   m.attr("base_few_rows") = cpu::kBaseFewRows;
@@ -106,8 +101,8 @@ void peftkern::bind_base(py::module_& m) {
   m.def("fma_peak", &fma_peak, nogil, "pairs"_a, "steps"_a, "threads"_a,
         "FLOPs done by multiply-adds of registers, of pairs of bf16 or in fp32: what to time as the CPU's peak.");
   m.def("base_blocks", &base_blocks, "kind"_a, "M"_a, "D"_a, "C"_a, "threads"_a,
-        "(rows, cols, block_rows, block_cols, scratch, panel): see csrc/cpu/base/product.h.");
+        "(rows, cols, scratch, panel): see csrc/cpu/base/product.h.");
   m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
-        "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "block_rows"_a,
-        "block_cols"_a, "scratch"_a, "scratch_floats"_a, "threads"_a);
+        "w_in"_a, "dtype"_a, "scale"_a, "out"_a, "ld"_a, "rows"_a, "cols"_a, "inner"_a, "scratch"_a,
+        "scratch_floats"_a, "threads"_a);
 }

@@ -2,10 +2,12 @@
 // operands, tiles in registers. What a packed element is, and how a tile is computed, is the Format's.
 //
 // A Format has 4-byte packed elements `Element` that stand for kTerms terms of the inner dimension each;
-// kTileRows x kTileCols of the output per tile; kRowsInL2, how many packed rows of a leave room there; kRow
-// elements of room for a packed row of a; pack_row as in pack.h; and tiles[r - 1], which computes a tile of
-// r rows. Tiles of W come packed from its loader B, see operand/dense.h.
+// kTileRows x kTileCols of the output per tile; pack_row as in pack.h, to rows of a kBaseRow elements apart;
+// and tiles[r - 1], which computes a tile of r rows. Tiles of W come packed from its loader B, see
+// operand/dense.h.
 #pragma once
+
+#include <atomic>
 
 #include "cpu/common/thread.h"
 #include "cpu/operand/tile.h"
@@ -34,59 +36,94 @@ static void compute(int rows, int cols, int depth, const typename F::Element* a,
     for (int c = 0; c < cols; ++c) out[i * ld + c] = edge[i * kTileCols + c];
 }
 
-// out[row0 .. +rows, col0 .. +cols], by one thread: nothing is shared, so there is nothing to wait for.
+// A product, and how its threads share it. For one block of the inner dimension after the other, all of them
+// pack a, rows of which stay in L2; then each takes units of the output: the rows of a group, the columns of
+// a tile. It packs the tile of B into L1 and uses it up at once. Who computes a unit does not change its
+// bits.
 template <class F, class B>
-static void block(const BaseArgs& g, const B& w, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-                  float* scratch) {
+class Blocks {
   using Element = typename F::Element;
-  static_assert(sizeof(Element) == sizeof(float) && F::kRow <= kBaseRow, "scratch is counted in floats");
-  const auto* a = static_cast<const typename B::Activation*>(g.a) + row0 * g.a_row;
-  Element* packed_a = reinterpret_cast<Element*>(scratch);
-  Element* packed_b = packed_a + rows * F::kRow;
-  float* out = g.out + row0 * g.ld + col0;
-  constexpr int64_t kColumn = kBaseBlock / F::kTerms;  // packed elements of a column of B
-  // Rows spread evenly over the tiles. While all rows of a stay in L2, a tile of B is packed (into L1) and
-  // used up at once; otherwise the rows go in groups, so that a packed tile meets several tiles of a.
-  const int64_t row_tiles = (rows + F::kTileRows - 1) / F::kTileRows;
-  const int64_t tile_rows = (rows + row_tiles - 1) / row_tiles;
-  const bool few = rows <= F::kRowsInL2;
-  const int64_t span = few ? kTileCols : cols, group_rows = few ? rows : 8 * tile_rows;
-  for (int64_t k0 = 0; k0 < g.inner; k0 += kBaseBlock) {
-    const int terms = static_cast<int>(smaller(kBaseBlock, g.inner - k0));
-    const int depth = (terms + F::kTerms - 1) / F::kTerms;
-    for (int64_t i = 0; i < rows; ++i)
-      F::pack_row(a + i * g.a_row + k0 * g.a_col, g.a_col, terms, g.scale ? g.scale + k0 : nullptr,
-                  packed_a + i * F::kRow);
-    for (int64_t j0 = 0; j0 < cols; j0 += span) {
-      const int64_t j1 = smaller(cols, j0 + span);
-      for (int64_t j = j0; j < j1; j += kTileCols)
-        w.pack(col0 + j, k0, static_cast<int>(smaller(kTileCols, cols - j)), terms,
-               packed_b + (j - j0) * kColumn);
-      for (int64_t group = 0; group < rows; group += group_rows)
-        for (int64_t j = j0; j < j1; j += kTileCols)
-          for (int64_t i = group; i < smaller(rows, group + group_rows); i += tile_rows)
-            compute<F>(static_cast<int>(smaller(tile_rows, rows - i)),
-                       static_cast<int>(smaller(kTileCols, cols - j)), depth, packed_a + i * F::kRow,
-                       packed_b + (j - j0) * kColumn, out + i * g.ld + j, g.ld, k0 == 0);
+  static_assert(sizeof(Element) == sizeof(float), "scratch is counted in floats");
+  static constexpr int64_t kTerms = kBaseChain * F::kTerms;
+  // Rows of a between what is packed and what is asked for.
+  static constexpr int64_t kAhead = 4;
+
+ public:
+  explicit Blocks(const BaseArgs& args) : g_(args), w_(args) {
+    const int64_t row_tiles = ceil_div(g_.rows, F::kTileRows), across = ceil_div(g_.cols, kTileCols);
+    tile_rows_ = ceil_div(g_.rows, row_tiles);
+    // B is packed once per group: more than one only if there are few columns for many threads.
+    const int64_t units = g_.threads > 1 ? 4 * g_.threads : 1;
+    group_rows_ = ceil_div(row_tiles, smaller(ceil_div(units, across), row_tiles)) * tile_rows_;
+    groups_ = ceil_div(g_.rows, group_rows_);
+    units_ = groups_ * across;
+  }
+
+  // By each thread of a parallel region.
+  void run() {
+    auto* scratch = reinterpret_cast<Element*>(g_.scratch);
+    const int64_t room = g_.rows * kBaseRow;
+    Element* packed_b = scratch + 2 * room + thread_number() * kBaseChain * kTileCols;
+    // A unit is taken before the one before it is computed, so that B can be asked for in time; the last one
+    // taken belongs to the next block. Whoever is done with a block goes on to pack the next, in other room.
+    int64_t unit = next_++;
+    for (int64_t k = 0, end = units_; k < g_.inner; k += kTerms, end += units_) {
+      Element* packed_a = scratch + k / kTerms % 2 * room;
+      pack_rows(k, packed_a);
+      while (unit < end) {
+        const int64_t next = next_++;
+        multiply(at(unit), at(next), packed_a, packed_b);
+        unit = next;
+      }
     }
   }
-}
+
+ private:
+  struct Unit {
+    int64_t k, row, col;
+    int terms, cols;
+  };
+  Unit at(int64_t unit) const {
+    const int64_t k = unit / units_ * kTerms, row = unit % groups_ * group_rows_;
+    const int64_t col = unit % units_ / groups_ * kTileCols;
+    return {k, row, col, static_cast<int>(smaller(kTerms, g_.inner - k)),
+            static_cast<int>(smaller(kTileCols, g_.cols - col))};
+  }
+
+  void pack_rows(int64_t k, Element* packed_a) const {
+    const auto* a = static_cast<const typename B::Activation*>(g_.a) + k * g_.a_col;
+    const int terms = static_cast<int>(smaller(kTerms, g_.inner - k));
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t i = 0; i < g_.rows; ++i) {
+      const auto* row = a + i * g_.a_row;
+      if (g_.a_col == 1) ask_for_bytes(row + kAhead * g_.a_row, terms * static_cast<int64_t>(sizeof(*row)));
+      F::pack_row(row, g_.a_col, terms, g_.scale ? g_.scale + k : nullptr, packed_a + i * kBaseRow);
+    }
+  }
+
+  void multiply(const Unit& u, const Unit& next, const Element* packed_a, Element* packed_b) const {
+    w_.pack(u.col, u.k, u.cols, u.terms, packed_b);
+    const int64_t end = smaller(g_.rows, u.row + group_rows_), parts = ceil_div(end - u.row, tile_rows_);
+    const int depth = (u.terms + F::kTerms - 1) / F::kTerms;
+    for (int64_t i = u.row, part = 0; i < end; i += tile_rows_, ++part) {
+      if (next.terms > 0) w_.ask(next.col, next.k, next.cols, next.terms, part, parts);
+      compute<F>(static_cast<int>(smaller(tile_rows_, end - i)), u.cols, depth, packed_a + i * kBaseRow,
+                 packed_b, g_.out + i * g_.ld + u.col, g_.ld, u.k == 0);
+    }
+  }
+
+  static int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+  const BaseArgs& g_;
+  const B w_;
+  int64_t tile_rows_, group_rows_, groups_, units_;
+  std::atomic<int64_t> next_{0};
+};
 
 template <class F, class B>
 static void run_blocks(const BaseArgs& g) {
-  const B w(g);
-  const int64_t down = (g.rows + g.block_rows - 1) / g.block_rows;
-  const int64_t across = (g.cols + g.block_cols - 1) / g.block_cols;
-  const int64_t room = base_gemm_scratch(g.block_rows, g.block_cols);
-  // Who computes a block does not change its bits.
-  parallel(g.threads, [&] {
-#pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < down * across; ++b) {
-      const int64_t row = b % down * g.block_rows, col = b / down * g.block_cols;
-      block<F>(g, w, row, smaller(g.block_rows, g.rows - row), col, smaller(g.block_cols, g.cols - col),
-               g.scratch + thread_number() * room);
-    }
-  });
+  Blocks<F, B> blocks(g);
+  parallel(g.threads, [&] { blocks.run(); });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

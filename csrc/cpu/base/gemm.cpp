@@ -11,9 +11,6 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-// Room of a packed row of a. Not a multiple of 4 KB, or a tile's rows would share one set of the L1 cache;
-// a constant, or a tile's row addresses would not fit the registers.
-constexpr int kRow = kBaseRow;
 static_assert(kTileCols <= kBaseTileCols, "scratch is sized for the widest level");
 
 template <int ROWS>
@@ -22,38 +19,29 @@ void tile(int depth, const float* a, const float* b, float* out, int64_t ld, boo
     __builtin_prefetch(out + i * ld, 1);
     __builtin_prefetch(out + i * ld + W, 1);
   }
-  for (; depth > 0; depth -= kBaseChain, first = false) {
-    vf acc[ROWS][2];
+  vf acc[ROWS][2];
 #pragma GCC unroll 14
-    for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = zero();
-    const float* end = a + smaller(depth, kBaseChain);
-    for (; a < end; ++a, b += kTileCols) {
-      const vf b0 = load(b), b1 = load(b + W);
-#pragma GCC unroll 14
-      for (int i = 0; i < ROWS; ++i) {
-        const vf x = splat(a[i * kRow]);
-        acc[i][0] = fma(x, b0, acc[i][0]);
-        acc[i][1] = fma(x, b1, acc[i][1]);
-      }
-    }
+  for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = zero();
+  for (const float* end = a + depth; a < end; ++a, b += kTileCols) {
+    const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
-      float* o = out + i * ld;
-      store(o, first ? acc[i][0] : load(o) + acc[i][0]);
-      store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
+      const vf x = splat(a[i * kBaseRow]);
+      acc[i][0] = fma(x, b0, acc[i][0]);
+      acc[i][1] = fma(x, b1, acc[i][1]);
     }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < ROWS; ++i) {
+    float* o = out + i * ld;
+    store(o, first ? acc[i][0] : load(o) + acc[i][0]);
+    store(o + W, first ? acc[i][1] : load(o + W) + acc[i][1]);
   }
 }
 
 struct Fp32 {
   using Element = float;
-  static constexpr int kTerms = 1, kRow = kBaseRow;
-  // Of 1 MB and 256 KB.
-#if defined(__AVX512F__)
-  static constexpr int64_t kRowsInL2 = 512;
-#else
-  static constexpr int64_t kRowsInL2 = 160;
-#endif
+  static constexpr int kTerms = 1;
   // 14 x 2 accumulators fill the 32 registers of AVX-512, 6 x 2 the 16 of the other levels.
 #if defined(__AVX512F__)
   static constexpr int kTileRows = 14;

@@ -2,8 +2,9 @@
 // Blocked as blocks.h says; packed elements are pairs of terms that are adjacent along the inner
 // dimension, which one instruction multiplies and adds to an fp32 sum.
 //
-// An element's sum is a chain over at most kBaseBlock terms, the chains added in order: as in base_gemm.cpp,
-// a row's bits depend on the inner dimension alone. Terms below the normal range of bf16 count as zero.
+// An element's sum is a chain over at most 2 kBaseChain terms, the chains added in order: as in
+// base_gemm.cpp, a row's bits depend on the inner dimension alone. Terms below the normal range of bf16 count
+// as zero.
 #include "cpu/base/pairs.h"
 #include "cpu/operand/dense.h"
 

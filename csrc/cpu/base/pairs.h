@@ -9,8 +9,6 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
-constexpr int kPairRow = kBaseBlock / 2 + 16;
-
 PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
@@ -28,7 +26,7 @@ void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t l
     const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + W);
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i * kPairRow]));
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[i * kBaseRow]));
       acc[i][0] = dot_pairs(acc[i][0], x, b0);
       acc[i][1] = dot_pairs(acc[i][1], x, b1);
     }
@@ -43,8 +41,7 @@ void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t l
 
 struct Pairs {
   using Element = uint32_t;
-  static constexpr int64_t kRowsInL2 = 1024;
-  static constexpr int kTerms = 2, kRow = kPairRow, kTileRows = 14;
+  static constexpr int kTerms = 2, kTileRows = 14;
   static constexpr TileFunction<uint32_t> tiles[] = {tile<1>,  tile<2>,  tile<3>,  tile<4>, tile<5>,
                                                      tile<6>,  tile<7>,  tile<8>,  tile<9>, tile<10>,
                                                      tile<11>, tile<12>, tile<13>, tile<14>};
@@ -55,7 +52,6 @@ struct Pairs {
       return;
     }
     for (int k = 0; k < n; k += 32) {
-      __builtin_prefetch(from + k + kBaseBlock);
       _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
     }
   }

@@ -1,19 +1,16 @@
 // The base product's blocks, and who fills them.
 #include "cpu/base/product.h"
 
+#include "cpu/common/caches.h"
 #include "peftkern/cpu.h"
 
 namespace peftkern::cpu {
 namespace {
 
-// Whatever the layer, the scratch of one product stays under this.
-constexpr int64_t kScratchBytes = int64_t{64} << 20;
 // Elements of an fp32 panel of the output: 4 MB stay in a last-level cache, and a call per panel is not felt.
 constexpr int64_t kPanel = int64_t{1} << 20, kPanelCols = 1024;
-// What one thread computes at a time. Packing is repeated for every block, so it is about 1 % per 1,024
-// columns (for a) and 3 % per 1,024 rows (for W, which is transposed); larger blocks leave threads idle at
-// the end.
-constexpr int64_t kBlockRows = 1024, kBlockCols = 512;
+// Bytes of L2 per row of a panel: what is packed of the row stays there, with what passes through.
+constexpr int64_t kRowBytes = 1024;
 constexpr int64_t kAlign = 32;  // columns; a multiple of every level's tile, and of what the branch needs
 // Bytes of a scaled copy of a for the vendor's product.
 constexpr int64_t kScaledBytes = int64_t{16} << 20;
@@ -30,19 +27,6 @@ int64_t round_up(int64_t n, int64_t multiple) {
 // Size of the parts if n is cut into as few as `most` allows, all alike.
 int64_t even(int64_t n, int64_t most, int64_t multiple) {
   return round_up(ceil_div(n, ceil_div(n, most)), multiple);
-}
-
-// Whether threads would wait for each other for more than a fifth of the time.
-bool uneven(const BaseBlocks& b, int threads) {
-  const int64_t count = ceil_div(b.rows, b.block_rows) * ceil_div(b.cols, b.block_cols);
-  return static_cast<double>(ceil_div(count, threads) * threads) > 1.2 * static_cast<double>(count);
-}
-
-void halve_cols(BaseBlocks& b) {
-  b.block_cols = round_up(b.block_cols / 2, kAlign);
-}
-void halve_rows(BaseBlocks& b) {
-  b.block_rows = ceil_div(b.block_rows, 2);
 }
 
 // The vendor's product of unscaled operands.
@@ -63,7 +47,7 @@ BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threa
   if (kind == BaseKind::vendor || kind == BaseKind::given) return {M, D};
   // More threads need more to share out.
   const int64_t elements = kPanel * std::clamp(threads / 2, 1, 4);
-  BaseBlocks b{even(M, kBlockRows, 1), 0};
+  BaseBlocks b{even(M, l2_bytes() / kRowBytes, 1), 0};
   b.cols = std::min(round_up(D, kAlign), even(D, std::max(kPanelCols, elements / b.rows), kAlign));
   b.panel = b.rows * (b.cols + 16);
   if (kind == BaseKind::identity) return b;
@@ -71,23 +55,7 @@ BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threa
     b.scratch = M * (C + kAlign);
     return b;
   }
-  b.block_rows = std::min(b.rows, kBlockRows), b.block_cols = std::min(b.cols, kBlockCols);
-  while (uneven(b, threads) && b.block_rows * b.block_cols > 64 * 128) {
-    if (b.block_cols > 128 && (b.block_cols >= b.block_rows || b.block_rows <= 64)) {
-      halve_cols(b);
-    } else {
-      halve_rows(b);
-    }
-  }
-  const auto needed = [&] { return threads * base_gemm_scratch(b.block_rows, b.block_cols); };
-  while (4 * (needed() + b.panel) > kScratchBytes) {
-    if (b.block_cols > b.block_rows) {
-      halve_cols(b);
-    } else {
-      halve_rows(b);
-    }
-  }
-  b.scratch = needed();
+  b.scratch = base_gemm_scratch(b.rows, threads);
   return b;
 }
 
@@ -123,23 +91,8 @@ void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int
     return;
   }
   const ConstMatrix a = from(g.a, r0, 0), b = from(g.b, 0, c0);
-  const BaseArgs args{a.data,
-                      a.row,
-                      a.col,
-                      b.data,
-                      b.col,
-                      b.row,
-                      a.dtype,
-                      g.scale,
-                      panel,
-                      ld,
-                      rows,
-                      cols,
-                      g.C,
-                      blocks.block_rows,
-                      blocks.block_cols,
-                      room,
-                      threads};
+  const BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row, a.dtype, g.scale,
+                      panel,  ld,    rows,  cols,   g.C,   room,  threads};
   if (g.kind == BaseKind::few) {
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {

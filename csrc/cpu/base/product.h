@@ -21,8 +21,7 @@ enum class BaseKind : int {
 // In which blocks: the epilogue gets rows x cols at a time. Pure functions of sizes; M, D, C >= 1.
 struct BaseBlocks {
   int64_t rows, cols;
-  int64_t block_rows = 1, block_cols = 1;  // what one thread computes at a time
-  int64_t scratch = 0, panel = 0;          // floats: for the product, and for the block that it fills
+  int64_t scratch = 0, panel = 0;  // floats: for the product, and for the block that it fills
 };
 BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threads);
 

@@ -12,7 +12,8 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-static_assert(kPairTerms == kBaseBlock && kPairStep == kPairRow && kPairCols == kTileCols, "see pairs.h");
+static_assert(kPairTerms == Pairs::kTerms * kBaseChain && kPairStep == kBaseRow && kPairCols == kTileCols,
+              "see pairs.h");
 constexpr int64_t kTile = kPairTerms / 2 * kPairCols;
 
 // What a thread works in.
@@ -30,7 +31,7 @@ struct Room {
 
 // Elements from rank r on of row i, packed on the left.
 PEFTKERN_INLINE bf16* packed(uint32_t* a, int64_t i, int64_t r) {
-  return reinterpret_cast<bf16*>(a + (r / kPairTerms * kPairRows + i) * kPairRow) + r % kPairTerms;
+  return reinterpret_cast<bf16*>(a + (r / kPairTerms * kPairRows + i) * kBaseRow) + r % kPairTerms;
 }
 
 // out (rows, cols) (+)= a b over `terms` terms of one tile of b.
@@ -39,7 +40,7 @@ void multiply(int64_t rows, int64_t cols, int64_t terms, const uint32_t* a, cons
   const int64_t tiles = pair_blocks(rows, Pairs::kTileRows), step = pair_blocks(rows, tiles);
   for (int64_t i = 0; i < rows; i += step)
     compute<Pairs>(static_cast<int>(smaller(step, rows - i)), static_cast<int>(cols),
-                   static_cast<int>((terms + 1) / 2), a + i * kPairRow, b, out + i * ld, ld, first);
+                   static_cast<int>((terms + 1) / 2), a + i * kBaseRow, b, out + i * ld, ld, first);
 }
 
 // The rows of `in` from i0 on, as dropout leaves them.
@@ -57,7 +58,7 @@ void first_product(const PairRowsTask& a, const ConstMatrix& in, int64_t rows, c
   for (int64_t k = 0; k < a.C; k += kPairTerms) {
     const int64_t terms = smaller(kPairTerms, a.C - k);
     for (int64_t i = 0; i < rows; ++i)
-      Pairs::pack_row(from + i * in.row + k, 1, static_cast<int>(terms), nullptr, room.in + i * kPairRow);
+      Pairs::pack_row(from + i * in.row + k, 1, static_cast<int>(terms), nullptr, room.in + i * kBaseRow);
     const uint32_t* b = a.first + k / kPairTerms * tiles * kTile;
     for (int64_t c = 0; c < a.R; c += kPairCols, b += kTile)
       multiply(rows, smaller(kPairCols, a.R - c), terms, room.in, b, v + c, a.R, k == 0);
@@ -93,10 +94,10 @@ void between(const PairRowsTask& a, int64_t rows, float* t, const float* v, floa
 // Rows i0 ... of an operand packed on the left by rows, as part of one packed by ranks.
 void pack_across(uint32_t* a, int64_t ranks, int64_t i0, int64_t rows, uint32_t* to) {
   alignas(64) uint32_t pairs[kPairRows / 2 * kPairCols];
-  to += i0 / kPairTerms * ranks * kPairRow + i0 % kPairTerms / 2;
+  to += i0 / kPairTerms * ranks * kBaseRow + i0 % kPairTerms / 2;
   for (int64_t r = 0; r < ranks; r += kPairCols) {
     const int64_t cols = smaller(kPairCols, ranks - r);
-    pack_tile(packed(a, 0, r), 1, 2 * kPairRow, static_cast<int>(cols), static_cast<int>(rows), pairs);
+    pack_tile(packed(a, 0, r), 1, 2 * kBaseRow, static_cast<int>(cols), static_cast<int>(rows), pairs);
     for (int64_t q = 0; q < (rows + 1) / 2; q += W)
       for (int64_t half = 0; half < cols; half += W) {
         vf x[W];
@@ -104,7 +105,7 @@ void pack_across(uint32_t* a, int64_t ranks, int64_t i0, int64_t rows, uint32_t*
           x[k] = load(reinterpret_cast<const float*>(pairs + (q + k) * kPairCols + half));
         transpose(x);
         for (int64_t k = 0; k < smaller(W, cols - half); ++k)
-          store(reinterpret_cast<float*>(to + (r + half + k) * kPairRow + q), x[k]);
+          store(reinterpret_cast<float*>(to + (r + half + k) * kBaseRow + q), x[k]);
       }
   }
 }
@@ -133,7 +134,7 @@ void second_product(const PairRowsTask& a, uint32_t* v, int64_t i0, int64_t rows
     for (int64_t c = 0; c < cols; c += kPairCols)
       for (int64_t r = 0; r < a.R; r += kPairTerms) {
         const uint32_t* b = a.second + (r / kPairTerms * tiles + (c0 + c) / kPairCols) * kTile;
-        multiply(rows, kPairCols, smaller(kPairTerms, a.R - r), v + r / kPairTerms * kPairRows * kPairRow, b,
+        multiply(rows, kPairCols, smaller(kPairTerms, a.R - r), v + r / kPairTerms * kPairRows * kBaseRow, b,
                  room.panel + c, kPairPanel, r == 0);
       }
     for (int64_t i = 0; i < rows; ++i) {

@@ -23,7 +23,7 @@ void add_block(const PairSumsTask& a, int64_t i0, int64_t terms, int64_t c, int6
   pack_tile(drops ? kept : from, 1, drops ? kPairCols : a.in.row, static_cast<int>(cols),
             static_cast<int>(terms), packed);
   const int64_t tiles = pair_blocks(a.ranks, Pairs::kTileRows), step = pair_blocks(a.ranks, tiles);
-  const uint32_t* v = a.v + i0 / kPairTerms * a.ranks * kPairRow;
+  const uint32_t* v = a.v + i0 / kPairTerms * a.ranks * kBaseRow;
   const int64_t ahead = pair_blocks(kPairTerms, tiles);
   for (int64_t r = 0, next = 0; r < a.ranks; r += step, next += ahead) {
     // What comes below is asked for between computations: too few bytes of a row for the hardware to see it
@@ -31,7 +31,7 @@ void add_block(const PairSumsTask& a, int64_t i0, int64_t terms, int64_t c, int6
     for (int64_t i = next; i < next + ahead && i0 + kPairTerms + i < a.M; ++i)
       __builtin_prefetch(from + (kPairTerms + i) * a.in.row, 0, 2);
     compute<Pairs>(static_cast<int>(smaller(step, a.ranks - r)), static_cast<int>(cols),
-                   static_cast<int>((terms + 1) / 2), v + r * kPairRow, packed, a.out + r * a.C + c, a.C,
+                   static_cast<int>((terms + 1) / 2), v + r * kBaseRow, packed, a.out + r * a.C + c, a.C,
                    i0 == 0);
   }
 }

@@ -25,6 +25,17 @@ struct Dense {
   void pack(int64_t col, int64_t k, int cols, int depth, Element* to) const {
     pack_tile(w + col * out + k * in, out, in, cols, depth, to);
   }
+  // Asks for part `part` of `parts` of such a tile. It lies in pieces too short for the hardware to see them
+  // coming.
+  __attribute__((always_inline)) void ask(int64_t col, int64_t k, int cols, int depth, int64_t part,
+                                          int64_t parts) const {
+    const bool across = out == 1;
+    if (!across && in != 1) return;
+    const int64_t pieces = across ? depth : cols, step = across ? in : out;
+    const T* from = w + col * out + k * in;
+    for (int64_t i = pieces * part / parts; i < pieces * (part + 1) / parts; ++i)
+      ask_for_bytes(from + i * step, bytes(across ? cols : depth));
+  }
 
   // A place in W, where adjacent elements follow along one of the two dimensions.
   using Cursor = const T*;

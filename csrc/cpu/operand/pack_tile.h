@@ -36,54 +36,46 @@ PEFTKERN_INLINE void pack_pairs(const bf16* from, int64_t col, float* to) {
   }
 }
 
-// W columns by W steps; the last ones may be missing.
-template <class T>
-static void pack_square(const T* from, int64_t col, int cols, int depth, float* to) {
+// W columns by W steps; unless WHOLE, the last ones may be missing.
+template <bool WHOLE, class T>
+PEFTKERN_INLINE void pack_square(const T* from, int64_t col, int cols, int depth, float* to) {
   vf r[W];
-  if (cols >= W && depth >= W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) r[i] = load(from + i * col);
-  } else {
-    for (int i = 0; i < W; ++i) r[i] = i < cols ? load_n(from + i * col, depth) : zero();
-  }
+  for (int i = 0; i < W; ++i)
+    r[i] = WHOLE ? load(from + i * col) : i < cols ? load_n(from + i * col, depth) : zero();
   transpose(r);
-  for (int i = 0; i < depth; ++i) store(to + i * kTileCols, r[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (WHOLE || i < depth) store(to + i * kTileCols, r[i]);
 }
 
 // W columns by `depth` steps.
 template <class T>
 PEFTKERN_INLINE void pack_run(const T* from, int64_t col, int cols, int depth, float* to) {
   int k = 0;
-  if constexpr (std::is_same<T, bf16>::value)
-    if (cols >= W)
+  if (cols >= W) {
+    if constexpr (std::is_same<T, bf16>::value)
       for (; k + kPair <= depth; k += kPair) pack_pairs(from + k, col, to + k * kTileCols);
+    for (; k + W <= depth; k += W) pack_square<true>(from + k, col, W, W, to + k * kTileCols);
+  }
   for (; k < depth; k += W)
-    pack_square(from + k, col, cols, static_cast<int>(smaller(W, depth - k)), to + k * kTileCols);
+    pack_square<false>(from + k, col, cols, static_cast<int>(smaller(W, depth - k)), to + k * kTileCols);
 }
 
 // to[k][c] = from[c * col + k * step] for k < depth, c < cols; columns from cols to kTileCols are zero.
-// A tile is half a kilobyte of each of its rows of W, or a few bytes of each of many: too short for the
-// hardware to see the next tile coming, which is therefore asked for (into L2: L1 is full of packed tiles).
 template <class T>
 static void pack_tile(const T* from, int64_t col, int64_t step, int cols, int depth, float* to) {
   if (col == 1) {
     const int second = cols > W ? cols - W : 0, first = cols - second;
     for (int k = 0; k < depth; ++k, from += step, to += kTileCols) {
-      __builtin_prefetch(from + 2 * kTileCols, 0, 2);
       store(to, first == W ? load(from) : load_n(from, first));
       store(to + W, second == W ? load(from + W) : second > 0 ? load_n(from + W, second) : zero());
     }
     return;
   }
   if (step == 1) {
-    constexpr int kStep = kLineOrPair<T>;
-    for (int k = 0; k < depth; k += kStep)
-      for (int half = 0; half < kTileCols; half += W) {
-        // A few at a time: more than the cache can wait for would stop everything else.
-        for (int i = 0; i < W; ++i) ask_for<kStep, 2>(from + (kTileCols + half + i) * col + k);
-        pack_run(from + half * col + k, col, cols - half, static_cast<int>(smaller(kStep, depth - k)),
-                 to + k * kTileCols + half);
-      }
+    for (int half = 0; half < kTileCols; half += W)
+      pack_run(from + half * col, col, cols - half, depth, to + half);
     return;
   }
   for (int k = 0; k < depth; ++k)
@@ -92,9 +84,6 @@ static void pack_tile(const T* from, int64_t col, int64_t step, int cols, int de
 }
 
 #if defined(__AVX512BF16__)
-// Columns of B are read in short pieces, many at a time, which defeats the hardware's guesses. Terms ahead.
-constexpr int kPairsAhead = 96;
-
 PEFTKERN_INLINE uint32_t pair(const bf16* p, int64_t step, bool whole) {
   const uint32_t low = p[0].bits;
   return whole ? low | static_cast<uint32_t>(p[step].bits) << 16 : low;
@@ -104,6 +93,21 @@ PEFTKERN_INLINE uint32_t pair(const bf16* p, int64_t step, bool whole) {
 PEFTKERN_INLINE __m512i load_bf16(const bf16* p, int n) {
   const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
   return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+// W columns by 32 terms; unless WHOLE, the last ones may be missing.
+template <bool WHOLE>
+PEFTKERN_INLINE void pack_pair_square(const bf16* from, int64_t col, int cols, int n, uint32_t* to) {
+  vf r[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    r[i] = _mm512_castsi512_ps(WHOLE      ? _mm512_loadu_si512(from + i * col)
+                               : i < cols ? load_bf16(from + i * col, n)
+                                          : _mm512_setzero_si512());
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (WHOLE || 2 * i < n) _mm512_storeu_si512(to + i * kTileCols, _mm512_castps_si512(r[i]));
 }
 
 // Pairs of terms that are adjacent along k: to[k / 2][c]; what is missing is zero.
@@ -124,21 +128,13 @@ static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int
     return;
   }
   if (step == 1) {
-    for (int k = 0; k < n; k += 32) {
-      const int left = n - k, pairs = static_cast<int>(smaller(16, (left + 1) / 2));
-      for (int half = 0; half < kTileCols; half += W) {
-        vf r[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-          const __m512i v =
-              half + i < cols ? load_bf16(from + (half + i) * col + k, left) : _mm512_setzero_si512();
-          __builtin_prefetch(from + (half + i) * col + k + kPairsAhead);
-          r[i] = _mm512_castsi512_ps(v);
-        }
-        transpose(r);
-        for (int i = 0; i < pairs; ++i)
-          store(reinterpret_cast<float*>(to) + (k / 2 + i) * kTileCols + half, r[i]);
-      }
+    for (int half = 0; half < kTileCols; half += W, from += W * col) {
+      int k = 0;
+      if (cols - half >= W)
+        for (; k + 32 <= n; k += 32)
+          pack_pair_square<true>(from + k, col, W, 32, to + k / 2 * kTileCols + half);
+      for (; k < n; k += 32)
+        pack_pair_square<false>(from + k, col, cols - half, n - k, to + k / 2 * kTileCols + half);
     }
     return;
   }

@@ -16,6 +16,12 @@ PEFTKERN_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+// Starts to load what lies from p on into L1. (Whatever calls it has to be inlined: GCC drops calls of
+// functions that only prefetch, as if they had no effect.)
+PEFTKERN_INLINE void ask_for_bytes(const void* p, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b);
+}
+
 // Transposes W vectors of W floats: log2(W) rounds, each interleaving rows i and i + W/2.
 PEFTKERN_INLINE void transpose(vf* r) {
   vi low{}, high{};

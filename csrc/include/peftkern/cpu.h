@@ -172,19 +172,19 @@ struct BaseArgs {
   float* out;
   int64_t ld;
   int64_t rows, cols, inner;
-  int64_t block_rows, block_cols;  // base_gemm: what one thread computes at a time
   float* scratch;
   int threads;
 };
-// Terms of one chain of multiply-adds in fp32: longer chains lose accuracy against torch's product.
-constexpr int64_t kBaseChain = 128;
-// Terms per block of the inner dimension; floats per packed row of a; columns per packed tile of B, at most.
-constexpr int64_t kBaseBlock = 256, kBaseRow = kBaseBlock + 16, kBaseTileCols = 32;
+// Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains
+// lose accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a
+// has room for a cache line more, or rows would share a few sets of the cache. Columns of a tile of B, at
+// most.
+constexpr int64_t kBaseChain = 128, kBaseRow = kBaseChain + 16, kBaseTileCols = 32;
 // Rows that base_few takes, at most.
 constexpr int64_t kBaseFewRows = 64;
-// Floats of scratch that base_gemm needs per thread. (static: files compiled per level share no inline code.)
-[[maybe_unused]] static constexpr int64_t base_gemm_scratch(int64_t block_rows, int64_t block_cols) {
-  return block_rows * kBaseRow + (block_cols + kBaseTileCols) * kBaseBlock;
+// Floats of scratch that base_gemm needs. (static: files compiled per level share no inline code.)
+[[maybe_unused]] static constexpr int64_t base_gemm_scratch(int64_t rows, int threads) {
+  return 2 * rows * kBaseRow + threads * kBaseTileCols * kBaseChain;
 }
 // Any size.
 void base_gemm(const BaseArgs& args);

@@ -64,8 +64,6 @@ class Blocks(NamedTuple):
 
     rows: int
     cols: int
-    block_rows: int
-    block_cols: int
     # Floats: for the product, and for the block that it fills.
     scratch: int
     panel: int

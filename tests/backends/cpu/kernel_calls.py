@@ -181,7 +181,7 @@ def base_product(
             r1 = min(M, r0 + plan.rows)
             _C.base_product(
                 kind, a[r0:].data_ptr(), *a.stride(), b[:, c0:].data_ptr(), b.stride(1), b.stride(0), CODES[a.dtype],
-                pointer(scale), panel.data_ptr(), ld, r1 - r0, c1 - c0, C, plan.block_rows, plan.block_cols,
-                scratch.data_ptr(), plan.scratch, many,
+                pointer(scale), panel.data_ptr(), ld, r1 - r0, c1 - c0, C, scratch.data_ptr(),
+                plan.scratch, many,
             )  # fmt: skip
             epilogue(r0, r1, c0, c1, panel[: r1 - r0, : c1 - c0])

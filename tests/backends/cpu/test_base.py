@@ -237,7 +237,7 @@ def test_scratch_is_bounded_for_any_layer():
                 for C in (1, 4096, 1_000_000):
                     plan = cpu_native.blocks("panels", M, D, C, threads)
                     assert plan.bytes <= SCRATCH_BYTES
-                    assert plan.cols % 32 == 0 and plan.block_cols % 32 == 0
+                    assert plan.cols % 32 == 0
                     if M <= 64 and M * (C + 32) <= FEW_SCRATCH:
                         assert cpu_native.blocks("few", M, D, C, threads).bytes <= SCRATCH_BYTES
 
@@ -284,11 +284,11 @@ def test_features_honour_the_instruction_set_setting():
 def test_native_entry_refuses_bad_arguments():
     good = dict(
         kind="panels", a=8, a_row=4, a_col=1, w=8, w_out=4, w_in=1, dtype=0, scale=0, out=8, ld=3, rows=2, cols=3, inner=4,
-        block_rows=2, block_cols=32, scratch=8, scratch_floats=1 << 20, threads=1,
+        scratch=8, scratch_floats=1 << 20, threads=1,
     )  # fmt: skip
     bad = (
         dict(a=0), dict(w=0), dict(out=0), dict(ld=2), dict(rows=-1), dict(dtype=3), dict(scratch=0), dict(inner=0),
-        dict(scratch_floats=100), dict(threads=0), dict(block_rows=0), dict(kind="few", rows=65),
+        dict(scratch_floats=100), dict(threads=0), dict(kind="few", rows=65),
         dict(kind="few", w_out=4, w_in=2), dict(kind="bf16", dtype=0), dict(kind="bf16", dtype=1, scale=8), dict(kind=""),
     )  # fmt: skip
     for change in bad:
