@@ -9,6 +9,8 @@
 // part of, so block shapes never change bits.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/common/simd.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -57,9 +59,9 @@ PEFTKERN_INLINE void add_lane_sums(vf a, vf b, vf c, vf d, int n, float* out) {
   for (int k = 0; k < n; ++k) out[k] += sums[k];
 }
 
-template <int ROWS, int RANKS, class T>
+template <bool ASK, int ROWS, int RANKS, class T>
 static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, float* out,
-                      int64_t ldo, int rows) {
+                      int64_t ldo, int rows, const T* next) {
   vf acc[ROWS][RANKS];
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m) {
@@ -72,6 +74,7 @@ static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int6
     for (int m = 0; m < ROWS; ++m) xs[m] = load(x + m * ldx + c);
 #pragma GCC unroll 4
     for (int r = 0; r < RANKS; ++r) {
+      if (ASK) ask_for<W>(next + r * ldp, c);
       const vf ps = load(p + r * ldp + c);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) acc[m][r] = fma(xs[m], ps, acc[m][r]);
@@ -87,34 +90,46 @@ static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int6
   }
 }
 
-template <int ROWS, class T>
+template <bool ASK, int ROWS, class T>
 static void dot_ranks(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, int64_t R, float* out,
-                      int64_t ldo, int rows) {
+                      int64_t ldo, int rows, const T* next) {
   static_assert(kDotRanks == 4);
+  const auto block = [&](auto ranks, int64_t r) {
+    const T* ahead = ASK ? next + r * ldp : nullptr;
+    dot_block<ASK, ROWS, decltype(ranks)::value>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows, ahead);
+  };
   int64_t r = 0;
-  for (; r + 4 <= R; r += 4) dot_block<ROWS, 4>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows);
+  for (; r + 4 <= R; r += 4) block(std::integral_constant<int, 4>(), r);
   switch (R - r) {
     case 3:
-      return dot_block<ROWS, 3>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows);
+      return block(std::integral_constant<int, 3>(), r);
     case 2:
-      return dot_block<ROWS, 2>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows);
+      return block(std::integral_constant<int, 2>(), r);
     case 1:
-      return dot_block<ROWS, 1>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows);
+      return block(std::integral_constant<int, 1>(), r);
   }
 }
 
 // x: at least kDotRows rows may be read from every block's first row (scratch); only `rows` of them count.
-template <class T>
+// ASK: meanwhile asks for what lies at `next` as p does.
+template <bool ASK = false, class T>
 static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n, int64_t R,
-                float* out, int64_t ldo) {
+                float* out, int64_t ldo, const T* next = nullptr) {
+  const auto ranks = [&](auto block, int64_t m, int left) {
+    if (ASK && m == 0)
+      dot_ranks<ASK, decltype(block)::value>(x, ldx, p, ldp, n, R, out, ldo, left, next);
+    else
+      dot_ranks<false, decltype(block)::value>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left,
+                                               next);
+  };
   for (int64_t m = 0; m < rows; m += kDotRows) {
     const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
     if (left == 1) {
-      dot_ranks<1>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left);
+      ranks(std::integral_constant<int, 1>(), m, left);
     } else if (left == 2) {
-      dot_ranks<2>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left);
+      ranks(std::integral_constant<int, 2>(), m, left);
     } else {
-      dot_ranks<kDotRows>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left);
+      ranks(std::integral_constant<int, kDotRows>(), m, left);
     }
   }
 }

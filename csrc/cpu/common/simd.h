@@ -247,6 +247,16 @@ PEFTKERN_INLINE void store_n(f16* p, vf x, int n) {
   store_bits_n(p, f16_bits(x), n);
 }
 
+// Asks for the cache lines that begin in the N elements from p[c] on, of a walk over p by N; c is a multiple
+// of N.
+template <int N, class T>
+PEFTKERN_INLINE void ask_for(const T* p, int64_t c) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (N < kLine && c % kLine != 0) return;
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < N; i += kLine) __builtin_prefetch(p + c + i, 0, 3);
+}
+
 // x where bit i of the W bits that start at column c of `bits` is set, else exactly 0. c is a multiple of W.
 PEFTKERN_INLINE vf select(const uint8_t* bits, int64_t c, vf x) {
 #if defined(__AVX512F__)

@@ -9,30 +9,26 @@ namespace {
 
 static_assert(kTileLd + kExpandRows <= kExpandFloatsPerRank, "scratch is too small");
 
-// One or two rows: the branch of kStreamCols columns at a time.
-template <class TO, class TS, class TP, int ROWS>
+// The branch of some columns at a time.
+template <class TO, class TS, class TP>
 void few_rows(const MultiExpandTask& a, const MultiUnit& u, const float* v) {
   const MultiSegment& s = *u.segment;
-  alignas(64) float sums[ROWS * kStreamCols], chain[ROWS * kStreamCols];
-  alignas(64) uint8_t bits[keep_bits_room(kStreamCols)];
-  for (int64_t c = u.c0; c < u.c1; c += kStreamCols) {
-    const int64_t cols = min64(kStreamCols, u.c1 - c);
-    stream_sums<ROWS, TP>(v, s.R, s, a.col0 + c, cols, sums, chain);
-    for (int64_t m = 0; m < ROWS; ++m) {
-      const int64_t row = s.rows[u.i0 + m] - a.row0;
+  alignas(64) float sums[kFewRows * kStreamColsMost], chain[kFewRows * kStreamColsMost];
+  alignas(64) uint8_t bits[keep_bits_room(kStreamColsMost)];
+  for (int64_t c = u.c0; c < u.c1; c += kStreamCols<TP>) {
+    const int64_t cols = min64(kStreamCols<TP>, u.c1 - c);
+    stream_sums<TP>(v, u.i1 - u.i0, s, a.col0 + c, cols, sums, chain);
+    for (int64_t i = u.i0; i < u.i1; ++i) {
+      const int64_t row = s.rows[i] - a.row0;
       const TS* src = static_cast<const TS*>(a.src.data);
       if (s.dropout.threshold != 0) keep_bits(s.dropout, row + a.row0, a.col0 + c, cols, bits);
-      finish_row<TO, TS>(sums + m * kStreamCols, s.alpha, s.dropout.threshold != 0 ? bits : nullptr,
+      finish_row<TO, TS>(sums + (i - u.i0) * kStreamColsMost, s.alpha,
+                         s.dropout.threshold != 0 ? bits : nullptr,
                          src != nullptr ? src + row * a.src.row + c : nullptr,
                          from({s.base_scale, s.col_scale, s.bias}, a.col0 + c), cols,
                          static_cast<TO*>(a.out.data) + row * a.out.row + c);
     }
   }
-}
-
-template <class TO, class TS, class TP>
-void few_rows(const MultiExpandTask& a, const MultiUnit& u, const float* v) {
-  return u.i1 - u.i0 == 1 ? few_rows<TO, TS, TP, 1>(a, u, v) : few_rows<TO, TS, TP, 2>(a, u, v);
 }
 
 template <class TO, class TS>
@@ -45,7 +41,7 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
     std::memcpy(to, a.v + s.rows[i] * a.ld, sizeof(float) * s.R);
     for (int64_t r = 0; s.row_scale != nullptr && r < s.R; ++r) to[r] *= s.row_scale[r];
   }
-  if (s.R > 0 && u.i1 - u.i0 <= kStreamRows && s.p.col == 1) {
+  if (s.R > 0 && u.i1 - u.i0 <= kFewRows && s.p.col == 1) {
     switch (s.p.dtype) {
       case DType::f32:
         return few_rows<TO, TS, float>(a, u, v);
@@ -75,10 +71,9 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
       expand_block<TO, TS, float>(e, nullptr, 0, rows, 0, cols);
       continue;
     }
-    with_panel_tile(s, rows <= 2, 0, s.R, a.col0 + c, cols, panel, [&](auto p) {
-      e.ldp = p.ld;
-      expand_block<TO, TS>(e, p.data, 0, rows, 0, cols);
-    });
+    const PanelTile<float> p = panel_tile(s, 0, s.R, a.col0 + c, cols, panel);
+    e.ldp = p.ld;
+    expand_block<TO, TS>(e, p.data, 0, rows, 0, cols);
   }
 }
 

@@ -21,9 +21,9 @@ struct Room {
         sums(panel + R * kTileLd),
         total(sums + R * kTileLd),
         dots(total + R * kTileLd),
-        v(dots + R * kDotRows) {}
+        v(dots + R * kFewRows) {}
 };
-static_assert(3 * kTileLd + kDotRows + kTileRows <= kReduceFloatsPerRank, "scratch is too small");
+static_assert(3 * kTileLd + kFewRows + kTileRows <= kReduceFloatsPerRank, "scratch is too small");
 static_assert(kDotRows <= kFewRows, "scratch is too small");
 
 template <class T>
@@ -139,7 +139,7 @@ void reduce_tile(const MultiReduceTask& a, const MultiUnit& u, int64_t i0, int64
   }
 }
 
-// The dots of at most kDotRows rows. x: room for as many rows of a.C columns.
+// The dots of at most kFewRows rows. x: room for as many rows of a.C columns.
 template <class T>
 void few_dots(const MultiReduceTask& a, const MultiUnit& u, const Room& room, float* x) {
   const MultiSegment& s = *u.segment;
@@ -170,7 +170,7 @@ void reduce_unit(const MultiReduceTask& a, const MultiUnit& u, float* scratch) {
     }
   }
   if (R == 0 && u.colsum < 0) return;
-  if (u.dot && !u.outer && u.colsum < 0 && s.p.col == 1 && u.i1 - u.i0 <= kDotRows) {
+  if (u.dot && !u.outer && u.colsum < 0 && s.p.col == 1 && u.i1 - u.i0 <= kFewRows) {
     float* x = scratch + kReduceFloatsPerRank * R;
     switch (s.p.dtype) {
       case DType::f32:
