@@ -13,8 +13,9 @@ from peftkern.problem import short
 
 from .timing import copy_bandwidth
 
-# Steps of a few vectors each: some milliseconds, so that starting threads is not felt.
-_STEPS, _TIMES = 1 << 20, 15
+# Steps of a few vectors each: some milliseconds, so that starting threads is not felt. For so many seconds: a system may take
+# a while to give each thread a core of its own.
+_STEPS, _SECONDS = 1 << 20, 0.5
 # Instructions that multiply a dtype faster than those which are timed here.
 _FASTER = {torch.bfloat16: {"amx_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
 
@@ -36,9 +37,8 @@ def fma_peaks(dtypes: Iterable[torch.dtype], threads: int) -> dict[str, float]:
 
 
 def _rate(pairs: bool, threads: int) -> float:
-    best = 0.0
-    for _ in range(_TIMES):
-        start = time.perf_counter()
+    best, end = 0.0, time.perf_counter() + _SECONDS
+    while (start := time.perf_counter()) < end:
         flops = native._C.fma_peak(pairs, _STEPS, threads)
         best = max(best, flops / (time.perf_counter() - start))
     return best
