@@ -99,7 +99,8 @@ void peftkern::bind_base(py::module_& m) {
   m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
         "Whether base_product takes kind bf16 here, at the level in use.");
   m.def("fma_peak", &fma_peak, nogil, "pairs"_a, "steps"_a, "threads"_a,
-        "FLOPs done by multiply-adds of registers, of pairs of bf16 or in fp32: what to time as the CPU's peak.");
+        "FLOPs done by multiply-adds of registers, of pairs of bf16 or in fp32: what to time as the CPU's "
+        "peak.");
   m.def("base_blocks", &base_blocks, "kind"_a, "M"_a, "D"_a, "C"_a, "threads"_a,
         "(rows, cols, scratch, panel): see csrc/cpu/base/product.h.");
   m.def("base_product", &base_product, nogil, "kind"_a, "a"_a, "a_row"_a, "a_col"_a, "w"_a, "w_out"_a,
