@@ -79,13 +79,7 @@ class Product(NamedTuple):
 
 
 def expand(
-    b: Batch,
-    side_b: bool,
-    out: Tensor,
-    base: Tensor | None,
-    v: Tensor,
-    bias: Tensor | None,
-    inside: Product | None = None,
+    b: Batch, side_b: bool, out: Tensor, base: Tensor | None, v: Tensor, bias: Tensor | None, inside: Product | None = None
 ) -> None:
     """out = base + branch + bias, where the base is read, is zero, or is a product computed ``inside`` the kernel."""
     (M, N), R = out.shape, b.max_rank
@@ -119,9 +113,7 @@ def expand(
     launch.submit(launch.Launch(multi_expand_kernel, grid, args, constants, config.warps, config.stages))
 
 
-def onto_base(
-    b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias, keep: bool = False
-) -> tuple[Tensor, Tensor]:
+def onto_base(b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias, keep: bool = False) -> tuple[Tensor, Tensor]:
     """((M, columns) in the dtype of ``a``: base + branch + bias, the base alone if it is to be kept apart)."""
     (M, K), N, bias, weight = a.shape, base.columns, vector(bias), base.weight
     into, scale = ("p_b", "g_b") if side_b else ("g_b", "p_b")
@@ -241,9 +233,7 @@ def backward(b: Batch, given: Adapters, dy: Tensor, kept: Kept, wanted: Wanted, 
         vectors.column_sums("beta", dy)
         if kept.h is not None:
             vectors.column_sums("g_b", dy, kept.h)
-    need_product = (
-        any(wanted.vectors) and "p_b" in b.acting and x is not None and (base.identity or base.weight is not None)
-    )
+    need_product = any(wanted.vectors) and "p_b" in b.acting and x is not None and (base.identity or base.weight is not None)
     if wanted.x or need_product:
         weight = None if base.weight is None else base.weight.t()
         dx, product = onto_base(b, False, dy, base._replace(weight=weight), du, None, need_product)
