@@ -75,8 +75,8 @@ void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
   }
 }
 
-void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int64_t r0, int64_t r1,
-                int64_t c0, int64_t c1, float* panel, int64_t ld, float* room) {
+void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                float* panel, int64_t ld, float* room) {
   const int64_t rows = r1 - r0, cols = c1 - c0;
   if (g.kind == BaseKind::identity) {
     scale_copy({from(g.a, r0, c0),

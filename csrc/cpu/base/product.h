@@ -42,8 +42,8 @@ struct BaseProduct {
 // Fills g.out by the caller's product.
 void vendor_product(const BaseProduct& g, KeptScratch& scratch);
 // One block of another kind, into an fp32 panel of rows ld floats apart.
-void fill_panel(const BaseProduct& g, const BaseBlocks& blocks, int threads, int64_t r0, int64_t r1,
-                int64_t c0, int64_t c1, float* panel, int64_t ld, float* room);
+void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                float* panel, int64_t ld, float* room);
 
 // epilogue(r0, r1, c0, c1, block): block holds the product of rows [r0, r1) and columns [c0, c1); it is that
 // part of g.out, of g.a where the base is the identity, or fp32 scratch. The blocks cover the result once,
@@ -74,7 +74,7 @@ void base_product(const BaseProduct& g, KeptScratch& scratch, const Epilogue& ep
     const int64_t c1 = std::min(g.D, c0 + blocks.cols);
     for (int64_t r0 = 0; r0 < g.M; r0 += blocks.rows) {
       const int64_t r1 = std::min(g.M, r0 + blocks.rows);
-      fill_panel(g, blocks, threads, r0, r1, c0, c1, panel, ld, room);
+      fill_panel(g, threads, r0, r1, c0, c1, panel, ld, room);
       epilogue(r0, r1, c0, c1, ConstMatrix{panel, DType::f32, ld, 1});
     }
   }
