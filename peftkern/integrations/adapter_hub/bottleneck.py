@@ -61,10 +61,9 @@ class _Around(threading.local):
     the batch (composition.py), or adds ``beside`` to its branch.
     ``added``: the adapter has done so."""
 
-    fuses = False
-    parts = False
-    beside: Tensor | None = None
-    added = False
+    def __init__(self) -> None:  # of the instance from the start: compiled code asks whether it has them
+        self.fuses = self.parts = self.added = False
+        self.beside: Tensor | None = None
 
 
 around = _Around()
