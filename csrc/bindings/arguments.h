@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/quantised.h"
 #include "bindings/tensors.h"
 #include "peftkern/cpu.h"
 
@@ -112,10 +113,15 @@ inline bool read_kind(PyObject* word, int64_t M, DType dtype, const ConstMatrix*
   return false;
 }
 
-// A frozen weight as an entry is told of it: the kind (peftkern/bases), and the tensor where it has one.
+// A frozen weight as an entry is told of it: the kind (peftkern/bases), and the tensor or tensors where it
+// has some.
 struct Base {
-  enum Kind { kDense, kIdentity, kNone } kind = kNone;
-  ConstMatrix weight;
+  enum Kind { kDense, kIdentity, kNone, kQuantised } kind = kNone;
+  ConstMatrix weight;  // its memory is not quantised's
+  Quantised quantised;
+
+  Base() = default;
+  Base(const Base&) = delete;  // `coded` points into it
 
   // False for a kind that has no loader here, so that none is taken for another.
   bool read(PyObject* word, PyObject* object, int64_t N, int64_t K, DType dtype) {
@@ -125,15 +131,29 @@ struct Base {
       kind = kIdentity;
       return object == Py_None && N == K;
     }
-    kind = kDense;
-    return PyUnicode_CompareWithASCIIString(word, "dense") == 0 && object != Py_None &&
-           read_sized(object, weight, N, K) && weight.dtype == dtype;
+    if (PyUnicode_CompareWithASCIIString(word, "dense") == 0) {
+      kind = kDense;
+      return object != Py_None && read_sized(object, weight, N, K) && weight.dtype == dtype;
+    }
+    kind = kQuantised;
+    weight = {nullptr, dtype, K, 1};
+    return object != Py_None && read_quantised(word, object, N, K, quantised);
   }
+  // Null for a dense one.
+  const Quantised* coded() const { return kind == kQuantised ? &quantised : nullptr; }
   // Who computes its product, likewise: nobody if there is none.
   bool read_way(PyObject* word, int64_t M, DType dtype, bool scaled, cpu::BaseKind& out) const {
-    return kind == kNone || read_kind(word, M, dtype, kind == kDense ? &weight : nullptr, scaled, out);
+    const bool weighted = kind == kDense || kind == kQuantised;
+    if (kind == kNone || !read_kind(word, M, dtype, weighted ? &weight : nullptr, scaled, out))
+      return kind == kNone;
+    if (kind != kQuantised || out != cpu::BaseKind::vendor) return true;
+    PyErr_SetString(PyExc_ValueError, "the vendor has no product of codes");
+    return false;
   }
   // What a choice may depend on.
+  int64_t which() const {
+    return 64 * kind + (kind == kQuantised ? 1 + static_cast<int64_t>(quantised.code) : 0);
+  }
   int64_t strides() const { return 2 * (weight.row == 1) + (weight.col == 1); }
 };
 

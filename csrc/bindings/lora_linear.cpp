@@ -41,7 +41,7 @@ PlanKey key_of(PyObject* settings, int64_t pass, const cpu::LoraLinear& g, const
                int64_t present) {
   PlanKey key;
   key.settings = settings;
-  present = 3 * present + base.kind;
+  present = 256 * present + base.which();
   for (const ConstMatrix* v : {&g.d, &g.p_b, &g.p_d, &g.g_b, &g.g_d})
     present = 2 * present + (v->data != nullptr);
   present = 2 * present + (g.dropout.threshold != 0);
@@ -96,7 +96,7 @@ struct ForwardCall {
     if (a[kA] == Py_None || !read_sized(a[kA], g.A, g.R, g.K) ||
         !base.read(a[kKind], a[kWeight], g.N, g.K, dtype) || base.kind == Base::kNone)
       return false;
-    g.weight = base.weight;
+    g.weight = base.weight, g.quantised = base.coded();
     if (g.A.dtype != g.B.dtype || !fits(g.A.dtype, dtype)) return false;
     if (!read_vector(a[kBias], g.bias, g.N) || !fits(g.bias.dtype, dtype)) return false;
     if (!read_branch(a + kScaling, g, dtype)) return false;
@@ -194,7 +194,7 @@ struct BackwardCall {
       return false;
     if (need_dx() && (!base.read(a[kKind], a[kWeight], g.N, g.K, dtype) || base.kind == Base::kNone))
       return false;
-    g.weight = base.weight;
+    g.weight = base.weight, g.quantised = base.coded();
     if (g.h.dtype != dtype || g.A.dtype != adapter || g.B.dtype != adapter || !fits(adapter, dtype))
       return false;
     if (!read_branch(a + kScaling, g, dtype)) return false;

@@ -101,7 +101,7 @@ struct Call {
                  threads,
                  static_cast<int64_t>(in.dtype),
                  static_cast<int64_t>(a.dtype),
-                 2 * base.kind + other,
+                 2 * base.which() + other,
                  base.strides(),
                  M,
                  a.N,
@@ -116,7 +116,7 @@ struct Call {
     const Plan* plan = plans.find(key);
     if (plan == nullptr) return false;
     g.base = base.kind != Base::kNone, g.kind = g.base ? plan->kind : cpu::BaseKind::given;
-    g.weight = base.weight, g.threads = threads;
+    g.weight = base.weight, g.quantised = base.coded(), g.threads = threads;
     return true;
   }
 };

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import call as native
+from ..backends.cpu.call import weight_of
 from ..bases.base import Base, base_of, kind_of
 from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
@@ -55,7 +56,7 @@ class Call(NamedTuple):
         scales, seed, base = self.split(rest)
         if now is not None:
             done = native.forward(
-                now, torch.get_num_threads(), x, kind, base[0] if base else None, lora_A, lora_B, bias, scaling, dropout_p, seed,
+                now, torch.get_num_threads(), x, kind, weight_of(base), lora_A, lora_B, bias, scaling, dropout_p, seed,
                 scales, want_u, want_h,
             )  # fmt: skip
             if done is not None:
@@ -133,7 +134,7 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = None
         if now is not None and nobody_watches():
             grads = native.backward(
-                current(), torch.get_num_threads(), dy, x, u, h, kind, base[0] if base else None, lora_A, lora_B, scaling,
+                current(), torch.get_num_threads(), dy, x, u, h, kind, weight_of(base), lora_A, lora_B, scaling,
                 dropout_p, seed, scales, _bits(needs, scaled), shape[-1], rank, adapter_dtype,
             )  # fmt: skip
         if grads is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import multi_call as native
+from ..backends.cpu.call import weight_of
 from ..bases.base import Base, base_of
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
@@ -109,7 +110,7 @@ class Batch(NamedTuple):
         base, weights, vectors = tensors
         if now is not None:
             done = native.forward(
-                now, torch.get_num_threads(), x, kind, base[0] if base else None, bias, state.native(), order, starts,
+                now, torch.get_num_threads(), x, kind, weight_of(base), bias, state.native(), order, starts,
                 dropout_p, seed, want_u, want_h,
             )  # fmt: skip
             if done is not None:
@@ -162,7 +163,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         vectors = [known if v is None else v for v, known in zip(vectors, state.vectors, strict=True)]
         if ctx.now is not None and nobody_watches():
             grads = native.backward(
-                current(), torch.get_num_threads(), dy, x, u, kind, base[0] if base else None,
+                current(), torch.get_num_threads(), dy, x, u, kind, weight_of(base),
                 state.native() if state.fixed else state.given(weights, vectors), order, starts, dropout_p, seed, need_x,
                 need_bias, need, h, need_vectors,
             )  # fmt: skip

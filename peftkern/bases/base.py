@@ -35,6 +35,8 @@ class Kind(Protocol):
 
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (Dense(), Identity())}
+# Those in codes of 4 or 8 bits.
+QUANTISED = frozenset(KINDS) - {"dense", "identity"}
 
 
 class Base(NamedTuple):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..bases.base import QUANTISED
 from ..problem import Problem
 from ..settings import Settings
 from . import cpu_table as tables
@@ -76,7 +77,8 @@ def product_of(problem: Problem) -> Product | None:
         return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
     scale = "p_b" if forward else "g_b"  # many adapters' rows are scaled before they meet the product
-    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags and not many)
+    coded = bool(flags & QUANTISED)
+    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags and not many, coded=coded)
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
@@ -92,10 +94,12 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     panels = "bf16" if pairs else "panels"
     few = p.unit_stride and p.M <= on.few and p.M * (p.C + _ALIGN) <= _FEW_SCRATCH
     if now.cpu_kind != "auto":
-        able = {"few": few, "bf16": pairs}.get(now.cpu_kind, True)
+        able = {"few": few, "bf16": pairs, "vendor": not p.coded}.get(now.cpu_kind, True)
         return now.cpu_kind if able else "panels", f"cpu_kind={now.cpu_kind} is set"
     if now.batch_invariant:
         return panels, "PEFTKERN_BATCH_INVARIANT=1: bits of a row must not depend on the batch"
+    if p.coded:
+        return "few" if few and p.M <= 16 else panels, "W is quantised, which is ours alone"
     if now.cpu_base == "vendor":
         return "vendor", "PEFTKERN_CPU_BASE=vendor"
     auto = now.cpu_base == "auto"

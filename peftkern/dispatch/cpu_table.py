@@ -48,7 +48,9 @@ class Level(NamedTuple):
 
 
 class Product(NamedTuple):
-    """(M, C) x (C, D). ``unit_stride``: W is adjacent along C or D; ``scaled``: the left side is multiplied by a vector."""
+    """(M, C) x (C, D). ``unit_stride``: W is adjacent along C or D; ``scaled``: the left side is multiplied by a vector;
+    ``coded``: W is quantised.
+    """
 
     dtype: torch.dtype
     forward: bool
@@ -57,6 +59,7 @@ class Product(NamedTuple):
     C: int
     unit_stride: bool = True
     scaled: bool = False
+    coded: bool = False
 
 
 class Row(NamedTuple):

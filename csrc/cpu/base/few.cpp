@@ -1,12 +1,27 @@
 // The base product for few rows: one pass over W, widened in registers. a is first turned to fp32 scratch.
 // Neither way depends on the number of threads, nor does a row on other rows.
-#include "cpu/base/dots.h"
-#include "cpu/base/strips.h"
+#include "cpu/base/few_decoded.h"
 #include "cpu/common/thread.h"
-#include "cpu/operand/dense.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
+
+template <class T>
+void multiply_dots(const BaseArgs& g, const Dense<T>& w) {
+  dot_products(g, w);
+}
+template <class T>
+void multiply_dots(const BaseArgs& g, const Decoded<T>& w) {
+  decoded_dots(g, w);
+}
+template <class T>
+void multiply_strips(const BaseArgs& g, const Dense<T>& w, const float* a, int64_t lda) {
+  add_strips(g, w, a, lda);
+}
+template <class T>
+void multiply_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int64_t lda) {
+  decoded_strips(g, w, a, lda);
+}
 
 template <class B>
 void run(const BaseArgs& g) {
@@ -22,10 +37,15 @@ void run(const BaseArgs& g) {
         pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale,
                  g.scratch + i * lda);
     if (dots)
-      dot_products(g, w);
+      multiply_dots(g, w);
     else
-      add_strips(g, w, g.scratch, lda);
+      multiply_strips(g, w, g.scratch, lda);
   });
+}
+
+template <class T>
+void run_either(const BaseArgs& g) {
+  g.quantised != nullptr ? run<Decoded<T>>(g) : run<Dense<T>>(g);
 }
 
 }  // namespace
@@ -33,11 +53,11 @@ void run(const BaseArgs& g) {
 void base_few(const BaseArgs& args) {
   switch (args.dtype) {
     case DType::f32:
-      return run<Dense<float>>(args);
+      return run_either<float>(args);
     case DType::bf16:
-      return run<Dense<bf16>>(args);
+      return run_either<bf16>(args);
     case DType::f16:
-      return run<Dense<f16>>(args);
+      return run_either<f16>(args);
   }
 }
 

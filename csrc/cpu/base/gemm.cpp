@@ -7,6 +7,7 @@
 #include "cpu/base/blocks.h"
 #include "cpu/base/pack.h"
 #include "cpu/operand/dense.h"
+#include "cpu/operand/quantised.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
@@ -58,16 +59,21 @@ struct Fp32 {
   }
 };
 
+template <class T>
+void run(const BaseArgs& g) {
+  g.quantised != nullptr ? run_blocks<Fp32, Decoded<T>>(g) : run_blocks<Fp32, Dense<T>>(g);
+}
+
 }  // namespace
 
 void base_gemm(const BaseArgs& args) {
   switch (args.dtype) {
     case DType::f32:
-      return run_blocks<Fp32, Dense<float>>(args);
+      return run<float>(args);
     case DType::bf16:
-      return run_blocks<Fp32, Dense<bf16>>(args);
+      return run<bf16>(args);
     case DType::f16:
-      return run_blocks<Fp32, Dense<f16>>(args);
+      return run<f16>(args);
   }
 }
 

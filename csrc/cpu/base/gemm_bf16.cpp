@@ -7,12 +7,13 @@
 // as zero.
 #include "cpu/base/pairs.h"
 #include "cpu/operand/dense.h"
+#include "cpu/operand/quantised.h"
 
 #if defined(__AVX512BF16__)
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 void base_gemm_bf16(const BaseArgs& args) {
-  run_blocks<Pairs, Dense<bf16>>(args);
+  args.quantised != nullptr ? run_blocks<Pairs, Decoded<bf16>>(args) : run_blocks<Pairs, Dense<bf16>>(args);
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

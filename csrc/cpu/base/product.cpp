@@ -90,9 +90,9 @@ void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64
                 worth_threads(4 * rows * cols, g.threads)});
     return;
   }
-  const ConstMatrix a = from(g.a, r0, 0), b = from(g.b, 0, c0);
-  const BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row, a.dtype, g.scale,
-                      panel,  ld,    rows,  cols,   g.C,   room,  threads};
+  const ConstMatrix a = from(g.a, r0, 0), b = g.quantised != nullptr ? g.b : from(g.b, 0, c0);
+  const BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row,   a.dtype,     g.scale, panel,
+                      ld,     rows,  cols,  g.C,    room,  threads, g.quantised, c0};
   if (g.kind == BaseKind::few) {
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {

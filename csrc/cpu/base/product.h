@@ -5,6 +5,7 @@
 
 #include "cpu/common/kept_scratch.h"
 #include "cpu/common/views.h"
+#include "peftkern/quantised.h"
 
 namespace peftkern::cpu {
 
@@ -37,6 +38,8 @@ struct BaseProduct {
   Matrix out;          // contents ignored, unless given; written by vendor and given alone
   Product vendor;
   int threads;  // the most it may use
+  // In the place of b's memory; its strides say whether B is W^T (1 down a column) or W. Not for the vendor.
+  const Quantised* quantised = nullptr;
 };
 
 // Fills g.out by the caller's product.

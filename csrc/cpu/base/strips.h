@@ -101,18 +101,23 @@ void strip(const BaseArgs& g, const B& base, const float* a, int64_t lda, int64_
   }
 }
 
-// By all threads of a parallel region, after every row of a was packed.
+// Columns of a strip: all alike, as wide as L1 allows, at least one per thread. The width does not change any
+// bits.
 template <class B>
-void add_strips(const BaseArgs& g, const B& base, const float* a, int64_t lda) {
-  // Strips all alike, as wide as L1 allows, at least one per thread. Their width does not change any bits.
+int64_t strip_width(const BaseArgs& g) {
   int64_t most = smaller(kStripFloats / g.rows / kStripAlign * kStripAlign, B::elements(kStripBytes));
   most = smaller(most, (g.cols / g.threads / kStripAlign + 1) * kStripAlign);
   const int64_t strips = (g.cols + most - 1) / most, share = (g.cols + strips - 1) / strips;
-  const int64_t width = (share + kStripAlign - 1) / kStripAlign * kStripAlign;
+  return (share + kStripAlign - 1) / kStripAlign * kStripAlign;
+}
+
+// By all threads of a parallel region, after every row of a was packed.
+template <class B>
+void add_strips(const BaseArgs& g, const B& base, const float* a, int64_t lda) {
+  const int64_t width = strip_width<B>(g);
 #pragma omp for schedule(dynamic)
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t col = s * width, cols = smaller(width, g.cols - col);
-    if (cols <= 0) continue;
+  for (int64_t col = 0; col < g.cols; col += width) {
+    const int64_t cols = smaller(width, g.cols - col);
     if (g.rows <= kFewSteps)
       strip<B, kFewSteps>(g, base, a, lda, col, cols, width);
     else

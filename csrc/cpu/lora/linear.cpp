@@ -75,7 +75,8 @@ void grad_x(const Backward& b) {
   const float* in_scale = as_floats(g.p_b, g.K, b.scratch);
   const float* out_scale = as_floats(g.g_b, g.N, b.scratch);
   const Panel p = as_panel(g.A, g.R, g.K, 1.0f, nullptr, b.p_d, g.threads, b.scratch);
-  const BaseProduct base{g.kind, g.M, g.K, g.N, g.dy, g.weight, out_scale, g.dx, g.vendor, g.threads};
+  const BaseProduct base{g.kind,    g.M,  g.K,      g.N,       g.dy,       g.weight,
+                         out_scale, g.dx, g.vendor, g.threads, g.quantised};
   base_product(
       base, b.scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
         const int64_t rows = r1 - r0, cols = c1 - c0;
@@ -105,8 +106,8 @@ void lora_linear_forward(const LoraLinearForward& g) {
   const float* out_scale = as_floats(g.g_b, g.N, scratch);
   const bool keep = g.h.data != nullptr;
   const Matrix& product = keep ? g.h : g.y;
-  const BaseProduct base{g.kind,   g.M,     g.N,      g.K,      g.x, transposed(g.weight),
-                         in_scale, product, g.vendor, g.threads};
+  const BaseProduct base{g.kind,   g.M,     g.N,      g.K,       g.x,        transposed(g.weight),
+                         in_scale, product, g.vendor, g.threads, g.quantised};
   base_product(base, scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
     const int64_t rows = r1 - r0, cols = c1 - c0;
     const Matrix saved = from(product, r0, c0);

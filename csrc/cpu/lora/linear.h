@@ -20,6 +20,7 @@ struct LoraLinear {
   Dropout dropout;
   float kept_scale = 1.0f;  // 1 / (1 - p)
   ConstMatrix d, p_b, p_d, g_b, g_d;
+  const Quantised* quantised = nullptr;  // in the place of the weight's memory
   BaseKind kind = BaseKind::panels;
   Product vendor = nullptr;
   int threads = 1;

@@ -121,7 +121,7 @@ void onto_base(const MultiBatch& batch, const MultiLinear& g, const Onto& to) {
   } else {
     const ConstMatrix b = forward ? transposed(g.weight) : g.weight;
     scaled_product(batch, in_scale(to.side),
-                   {g.kind, M, D, C, to.a, b, nullptr, product, g.vendor, g.threads}, epilogue);
+                   {g.kind, M, D, C, to.a, b, nullptr, product, g.vendor, g.threads, g.quantised}, epilogue);
   }
 }
 

@@ -13,8 +13,9 @@
 namespace peftkern::cpu {
 
 struct MultiLinear {
-  ConstMatrix weight;  // (N, K), any strides
-  bool base = true;    // false: the branch alone, without W
+  ConstMatrix weight;                    // (N, K), any strides
+  bool base = true;                      // false: the branch alone, without W
+  const Quantised* quantised = nullptr;  // in the place of the weight's memory
   BaseKind kind = BaseKind::panels;
   Product vendor = nullptr;
   int threads = 1;

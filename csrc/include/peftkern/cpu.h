@@ -2,6 +2,7 @@
 // `threads` is the most that a call may use.
 #pragma once
 
+#include "peftkern/quantised.h"
 #include "peftkern/types.h"
 
 namespace peftkern::cpu {
@@ -174,6 +175,10 @@ struct BaseArgs {
   int64_t rows, cols, inner;
   float* scratch;
   int threads;
+  // A quantised weight in the place of w, whose N lies along the columns of B if w_in is 1 and its K if w_out
+  // is, from this column on.
+  const Quantised* quantised = nullptr;
+  int64_t quantised_col = 0;
 };
 // Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains
 // lose accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ...bases.base import QUANTISED
 from ...problem import Problem
 from ...settings import Settings
 from ..marshal import CODES
 from . import block_rotate, bottleneck_adapter, lora_linear, lora_row_norm, multi_lora_linear, native
 
 NAME = "cpu"
-BASES = ("dense", "identity")  # that its kernels read
+# Those that its kernels read.
+BASES = ("dense", "identity", *QUANTISED)
 
 # Ops whose problem has no activation.
 _ANY_DTYPE = ("dropout_mask", "multi_lora_linear_route")

@@ -21,13 +21,15 @@ also for one that nobody has looked at yet: the caller then checks and chooses w
 Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
 it may depend on.
 
-settings: any object, compared by identity. kind: of the base (peftkern/bases); weight: None where the kind has none.
+settings: any object, compared by identity. kind: of the base (peftkern/bases); weight: what ``weight_of`` makes of its tensors.
 scales: None, or a tuple in the order of equation.Scales. needs: bit i stands for field i of equation.Needs; what no needed
 gradient reads may be None. Gradients come in the same order, None where not needed: dx like dy, dA and dB in the adapters'
 dtype, those of vectors in fp32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -93,11 +95,16 @@ else:
     bottleneck_forward = learn_bottleneck_forward = bottleneck_backward = learn_bottleneck_backward = nothing
 
 
+def weight_of(base: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...] | None:
+    """A base's tensors as native entries take them: the one that there is, all of a quantised weight, None if none."""
+    return base[0] if len(base) == 1 else tuple(base) or None
+
+
 def kind_of(c, way) -> str:
     """Who computes the base product of an op's arguments, on the way that was chosen for them."""
     if not c.base:
         return c.kind
-    return way.kind if 1 in c.base[0].stride() else way.strided
+    return way.strided if c.kind == "dense" and 1 not in c.base[0].stride() else way.kind
 
 
 def answered(entry, learn, args: tuple, *kind: str):

@@ -13,10 +13,6 @@ from torch import Tensor
 from . import call
 
 
-def _weight(c) -> Tensor | None:
-    return c.base[0] if c.base else None
-
-
 def _scales(c) -> tuple[Tensor | None, ...] | None:
     return None if all(t is None for t in c.scales) else tuple(c.scales)
 
@@ -24,7 +20,7 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
 def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
     args = (
-        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.x, c.kind, call.weight_of(c.base), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
         _scales(c), True, c.save_base,
     )  # fmt: skip
     y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way))
@@ -37,7 +33,7 @@ def lora_linear_bwd(c, way):
     dx = need.x or need.p_b
     x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None
     args = (
-        way.now, torch.get_num_threads(), c.dy, x, c.u, h, c.kind, _weight(c) if dx else None, c.lora_A, c.lora_B, c.scaling,
+        way.now, torch.get_num_threads(), c.dy, x, c.u, h, c.kind, call.weight_of(c.base) if dx else None, c.lora_A, c.lora_B, c.scaling,
         c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
     kind = call.kind_of(c, way) if dx else "vendor"

@@ -38,15 +38,11 @@ def _adapters(c, max_rank: int, K: int, N: int):
     return multi_call.adapters(weights, table, scaling, max_rank, K, N, False, vectors)
 
 
-def _weight(c) -> Tensor | None:
-    return c.base[0] if c.base else None
-
-
 def multi_lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.max_rank, c.x.shape[1], c.out_features)
     args = (
-        way.now, torch.get_num_threads(), c.x, c.kind, _weight(c), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True,
+        way.now, torch.get_num_threads(), c.x, c.kind, call.weight_of(c.base), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True,
         c.save_base,
     )  # fmt: skip
     y, u, h = call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
@@ -57,7 +53,7 @@ def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights, gradients like vectors); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.u.shape[1], c.in_features, c.dy.shape[1])
     args = (
-        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, _weight(c), given, c.order, c.starts, c.dropout_p, c.seed,
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, call.weight_of(c.base), given, c.order, c.starts, c.dropout_p, c.seed,
         c.need_x, c.need_bias, tuple(c.need), c.h, tuple(c.wants_vectors),
     )  # fmt: skip
     dx, dbias, *grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))

@@ -1,0 +1,176 @@
+#include "bindings/quantised.h"
+
+#include <cstring>
+
+#include "bindings/tensors.h"
+
+namespace peftkern {
+namespace {
+
+using Code = Quantised::Code;
+using Order = Quantised::Order;
+using Number = Quantised::Number;
+using tensors::View;
+
+constexpr uint8_t kUint = 1;  // of DLPack
+constexpr int64_t kMostGroup = int64_t{1} << 12;
+
+int64_t ceil_div(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// The tensors of a base, which are few.
+struct Tensors {
+  static constexpr int kMost = 5;
+  View of[kMost];
+  Py_ssize_t count = 0;
+
+  bool read(PyObject* object) {
+    PyObject* one = object;
+    PyObject** items = &one;
+    count = 1;
+    if (PyTuple_CheckExact(object)) {
+      count = PyTuple_GET_SIZE(object);
+      items = &PyTuple_GET_ITEM(object, 0);
+    }
+    if (count < 1 || count > kMost) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (!tensors::read(items[i], of[i])) return false;
+    return true;
+  }
+  // So many elements of 8 bits, adjacent.
+  bool bytes(int i, int64_t elements, uint8_t kind = kUint) const {
+    return of[i].kind == kind && of[i].bits == 8 && of[i].contiguous() && of[i].elements() == elements;
+  }
+  // Numbers in fp32, bf16 or fp16, adjacent.
+  bool numbers(int i, Number& number) const {
+    DType dtype;
+    if (!of[i].dtype(dtype) || !of[i].contiguous()) return false;
+    number = dtype == DType::f32 ? Number::f32 : dtype == DType::bf16 ? Number::bf16 : Number::f16;
+    return true;
+  }
+  bool floats(int i) const {
+    Number number;
+    return numbers(i, number) && number == Number::f32;
+  }
+};
+
+// The power of two of which `codes` make so many groups.
+bool group_of(int64_t codes, int64_t groups, int64_t& out) {
+  for (out = 2; out <= kMostGroup; out *= 2)
+    if (ceil_div(codes, out) == groups) return true;
+  return false;
+}
+
+// nf4, fp4: codes, absmax; or codes, absmax in 8 bits, their values, the absmax of those, an offset.
+bool read_flat4(const Tensors& t, Quantised& q) {
+  const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
+  if ((t.count != 2 && t.count != 5) || !t.bytes(0, ceil_div(codes, 2)) || !group_of(codes, groups, q.group))
+    return false;
+  q.flat = true;
+  if (t.count == 2) return t.numbers(1, q.number) && q.number == Number::f32;
+  if (!t.bytes(1, groups) || !t.floats(2) || t.of[2].elements() != 256 || !t.floats(3) || !t.floats(4) ||
+      t.of[4].elements() != 1 || !group_of(groups, t.of[3].elements(), q.outer_group))
+    return false;
+  q.number = Number::nested;
+  q.book = static_cast<const float*>(t.of[2].data);
+  q.outer = static_cast<const float*>(t.of[3].data);
+  q.offset = static_cast<const float*>(t.of[4].data);
+  return true;
+}
+
+// Codes of 8 bits in rows of K, and scales: of each row, or (fp8) one, or of squares.
+bool read_bytes(const Tensors& t, Quantised& q, uint8_t kind) {
+  constexpr int64_t kSquare = 128;
+  const View& c = t.of[0];
+  if (t.count != 2 || c.kind != kind || c.bits != 8 || c.dims != 2 || c.shape[0] != q.N ||
+      c.shape[1] != q.K || (q.K > 1 && c.strides[1] != 1) || (q.N > 1 && c.strides[0] < q.K) ||
+      !t.numbers(1, q.number))
+    return false;
+  q.order = Order::bytes, q.row = q.N > 1 ? c.strides[0] : q.K, q.group = q.K, q.groups = 1;
+  const View& s = t.of[1];
+  if (s.elements() == q.N) return true;
+  if (q.code == Code::int8) return false;
+  q.rows = q.N;
+  if (s.elements() == 1) return true;
+  q.rows = q.group = kSquare, q.groups = ceil_div(q.K, kSquare);
+  return s.dims == 2 && s.shape[0] == ceil_div(q.N, kSquare) && s.shape[1] == q.groups;
+}
+
+// int4: codes (N, K / 2), scales and zeros (N, K / group).
+bool read_int4(const Tensors& t, Quantised& q) {
+  Number zeros;
+  if (t.count != 3 || !t.bytes(0, q.N * q.K / 2) || q.K % 2 != 0 || t.of[1].dims != 2 ||
+      t.of[1].shape[0] != q.N || !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number ||
+      t.of[2].elements() != t.of[1].elements())
+    return false;
+  q.groups = t.of[1].shape[1];
+  if (q.groups < 1 || q.K % q.groups != 0) return false;
+  q.group = q.K / q.groups, q.zeros = t.of[2].data;
+  return true;
+}
+
+// hqq4: codes of half of the groups in the upper bits, of the others in the lower; scales and zeros by group.
+bool read_hqq4(const Tensors& t, Quantised& q) {
+  Number zeros;
+  const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
+  if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || groups < 2 || groups % 2 != 0 ||
+      codes % groups != 0 || !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number ||
+      t.of[2].elements() != groups)
+    return false;
+  q.flat = true, q.group = codes / groups, q.zeros = t.of[2].data;
+  return true;
+}
+
+// mxfp4: codes (N, K / 32, 16), exponents (N, K / 32).
+bool read_mxfp4(const Tensors& t, Quantised& q) {
+  if (t.count != 2 || q.K % 32 != 0 || !t.bytes(0, q.N * q.K / 2) || !t.bytes(1, q.N * q.K / 32))
+    return false;
+  q.group = 32, q.groups = q.K / 32, q.number = Number::e8m0;
+  return true;
+}
+
+// GGUF: blocks of 32, a scale in fp16 before the codes.
+bool read_gguf(const Tensors& t, Quantised& q, int64_t block_bytes) {
+  if (t.count != 1 || q.K % 32 != 0 || !t.bytes(0, q.N * q.K / 32 * block_bytes)) return false;
+  q.flat = true, q.group = 32, q.block_bytes = block_bytes, q.number = Number::f16;
+  return true;
+}
+
+}  // namespace
+
+bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quantised& q) {
+  Tensors t;
+  const char* name = PyUnicode_Check(word) ? PyUnicode_AsUTF8(word) : nullptr;
+  if (name == nullptr) PyErr_Clear();
+  if (name == nullptr || N < 1 || K < 1 || !t.read(object)) return false;
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+  q.N = N, q.K = q.row = K;
+  q.codes = static_cast<const uint8_t*>(t.of[0].data);
+  if (t.count > 1) q.scales = t.of[1].data;
+  if (is("nf4") || is("fp4")) {
+    q.code = is("nf4") ? Code::nf4 : Code::fp4;
+    return read_flat4(t, q);
+  }
+  if (is("int8") || is("fp8_e4m3") || is("fp8_e5m2")) {
+    q.code = is("int8") ? Code::int8 : is("fp8_e4m3") ? Code::e4m3 : Code::e5m2;
+    return read_bytes(t, q, q.code == Code::int8 ? tensors::kInt : kUint);
+  }
+  if (is("int4") || is("hqq4")) {
+    q.code = Code::uint4, q.order = is("int4") ? Order::lower_first : Order::halves_upper;
+    return is("int4") ? read_int4(t, q) : read_hqq4(t, q);
+  }
+  if (is("mxfp4")) {
+    q.code = Code::e2m1, q.order = Order::lower_first;
+    return read_mxfp4(t, q);
+  }
+  q.scales = q.codes, q.codes += 2;
+  if (is("q4_0")) {
+    q.code = Code::minus8, q.order = Order::blocks_lower;
+    return read_gguf(t, q, 18);
+  }
+  q.code = Code::int8, q.order = Order::bytes;
+  return is("q8_0") && read_gguf(t, q, 34);
+}
+
+}  // namespace peftkern

@@ -1,0 +1,63 @@
+// The loader of a quantised W: tiles of it as fp32, or as pairs of bf16, for products of activations of type
+// T.
+#pragma once
+
+#include "cpu/operand/decode.h"
+#include "cpu/operand/pack_tile.h"
+#include "peftkern/cpu.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+template <class T>
+class Decoded {
+ public:
+  using Activation = T;
+  explicit Decoded(const BaseArgs& g) : w_(*g.quantised), begin_(g.quantised_col), across_(g.w_out == 1) {}
+
+  // As Dense has them.
+  template <class Element>
+  void pack(int64_t col, int64_t k, int cols, int depth, Element* to) const {
+    using Stored = std::conditional_t<std::is_same<Element, float>::value, float, bf16>;
+    // Rows not a power of two apart: they are read down the columns.
+    constexpr int kDepth = kBaseChain * static_cast<int>(sizeof(Element) / sizeof(Stored));
+    constexpr int kRow = kDepth + 64 / static_cast<int>(sizeof(Stored));
+    alignas(64) Stored rows[kTileCols * kRow > kDepth * kTileCols ? kTileCols * kRow : kDepth * kTileCols];
+    if (across_) {
+      for (int i = 0; i < depth; ++i) read(k + i, begin_ + col, cols, rows + i * kTileCols);
+      pack_tile(rows, 1, kTileCols, cols, depth, to);
+    } else {
+      for (int c = 0; c < cols; ++c) read(begin_ + col + c, k, depth, rows + c * kRow);
+      pack_tile(rows, kRow, 1, cols, depth, to);
+    }
+  }
+  __attribute__((always_inline)) void ask(int64_t col, int64_t k, int cols, int depth, int64_t part,
+                                          int64_t parts) const {
+    const int64_t pieces = across_ ? depth : cols;
+    for (int64_t i = pieces * part / parts; i < pieces * (part + 1) / parts; ++i)
+      across_ ? ask_for_codes(w_, k + i, begin_ + col, cols) : ask_for_codes(w_, begin_ + col + i, k, depth);
+  }
+
+  bool across() const { return across_; }
+  const Quantised& weight() const { return w_; }
+  int64_t begin() const { return begin_; }
+
+  // Rows of a for products of few rows: in the order in which a dense fp32 W is read.
+  static constexpr int kLine = kLineOrPair<float>;
+  PEFTKERN_INLINE void to_pair(float*) {}
+
+ private:
+  void read(int64_t n, int64_t k, int count, float* to) const { decode(w_, n, k, count, to); }
+  void read(int64_t n, int64_t k, int count, bf16* to) const {
+    alignas(64) float wide[2 * kBaseChain];
+    decode(w_, n, k, count, wide);
+    int i = 0;
+    for (; i + W <= count; i += W) store(to + i, load(wide + i));
+    if (i < count) store_n(to + i, load_n(wide + i, count - i), count - i);
+  }
+
+  const Quantised& w_;
+  const int64_t begin_;
+  const bool across_;
+};
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
