@@ -11,6 +11,8 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 // Rows of what is decoded are not a power of two apart.
 constexpr int64_t kDecodedPad = 16;
+// Codes between what is decoded and what is asked for.
+constexpr int64_t kCodesAhead = 16384;
 
 // Forward; by all threads of a parallel region, after every row of a was packed.
 template <class T>
@@ -25,6 +27,12 @@ void decoded_dots(const BaseArgs& g, const Decoded<T>& w) {
     const int64_t j = group * kDotCols, cols = smaller(kDotCols, g.cols - j);
     for (int64_t k = 0; k < g.inner; k += depth) {
       const int64_t n = smaller(depth, g.inner - k);
+      // What follows along a row, or the same of rows further on.
+      const int64_t skip = (kCodesAhead + kDotCols * n - 1) / (kDotCols * n), later = k / depth + skip;
+      const int64_t deep = (g.inner + depth - 1) / depth;
+      const int64_t next = smaller(j + later / deep * kDotCols, g.cols - cols), at = later % deep * depth;
+      for (int64_t c = 0; c < cols; ++c)
+        ask_for_codes(w.weight(), w.begin() + next + c, at, smaller(depth, g.inner - at));
       for (int64_t c = 0; c < cols; ++c) decode(w.weight(), w.begin() + j + c, k, n, room + c * kLd);
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t row = g.rows * p / parts, rows = g.rows * (p + 1) / parts - row;
@@ -42,7 +50,7 @@ void decoded_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int6
   using Fp32 = Dense<float>;
   constexpr int64_t kLd = kStripBytes / 4 + kDecodedPad;
   alignas(64) float sums[kStripFloats], room[kSteps * kLd];
-  const int64_t width = strip_width<Fp32>(g);
+  const int64_t width = strip_width<Fp32>(g), ahead = (kCodesAhead + width - 1) / width;
 #pragma omp for schedule(dynamic)
   for (int64_t col = 0; col < g.cols; col += width) {
     const int64_t cols = smaller(width, g.cols - col);
@@ -51,6 +59,8 @@ void decoded_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int6
       for (int64_t i = 0; i < g.rows * width; i += W) store(sums + i, zero());
       for (int64_t k = k0; k < end;) {
         const int64_t steps = end - k < kSteps ? 1 : kSteps;
+        for (int64_t s = 0; s < steps; ++s)
+          ask_for_codes(w.weight(), smaller(k + s + ahead, g.inner - 1), w.begin() + col, cols);
         for (int64_t s = 0; s < steps; ++s) decode(w.weight(), k + s, w.begin() + col, cols, room + s * kLd);
         if (steps == 1)
           add_strip<Fp32, 1>(g.rows, a + k, lda, room, kLd, cols, sums, width);

@@ -101,20 +101,22 @@ PEFTKERN_INLINE vu widen_bytes(const uint8_t* p) {
 #endif
 }
 
-// The W codes of W / 2 bytes, each in the lower 4 bits of its lane. UPPER: the first of two is in the upper
-// bits.
+// The W codes of W / 2 bytes, each in the lower 4 bits of its lane; what lies above them is of no account.
+// UPPER: the first of two is in the upper bits.
 template <bool UPPER>
 PEFTKERN_INLINE vu spread(const uint8_t* p) {
   vu shift{};
-  for (int i = 0; i < W; ++i) shift[i] = (i % 2 == 0) == UPPER ? 4 : 0;
+  for (int i = 0; i < W; ++i) shift[i] = (W > 4 ? 8 * (i % 8 / 2) : 0) + ((i % 2 == 0) == UPPER ? 4 : 0);
 #if defined(__AVX512F__)
-  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<vu>(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b))) >> shift;
+  // Two broadcasts from memory spare two shuffles.
+  int32_t first, second;
+  std::memcpy(&first, p, 4), std::memcpy(&second, p + 4, 4);
+  const __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, second);
+  return reinterpret_cast<vu>(x) >> shift;
 #elif defined(__AVX2__)
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  const __m128i b = _mm_cvtsi32_si128(four);
-  return reinterpret_cast<vu>(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b))) >> shift;
+  int32_t all;
+  std::memcpy(&all, p, 4);
+  return reinterpret_cast<vu>(_mm256_set1_epi32(all)) >> shift;
 #else
   vu x{};
   for (int i = 0; i < W; ++i) x[i] = p[i / 2];

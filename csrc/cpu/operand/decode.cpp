@@ -2,6 +2,9 @@
 
 #include "cpu/operand/codes.h"
 
+// Of a lambda: called for each group, and mostly of a few vectors.
+#define PEFTKERN_INLINED __attribute__((always_inline))
+
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
@@ -9,42 +12,57 @@ using Code = Quantised::Code;
 using Order = Quantised::Order;
 using Number = Quantised::Number;
 
-// A run of codes that share their scale.
-struct Run {
+// What the codes of a group have in common: a scale, or a zero too.
+struct Scale {
+  float scale;
+  float apply(float x) const { return x * scale; }
+};
+struct Affine {
   float scale, zero;
-  PEFTKERN_INLINE vf apply(const Run& r, vf x) { return (x - splat(r.zero)) * splat(r.scale); }
   float apply(float x) const { return (x - zero) * scale; }
 };
+PEFTKERN_INLINE vf apply(const Scale& f, vf x) {
+  return x * splat(f.scale);
+}
+PEFTKERN_INLINE vf apply(const Affine& f, vf x) {
+  return (x - splat(f.zero)) * splat(f.scale);
+}
 
 // Codes at positions p, p + 1, ..., two neighbours a byte.
-template <bool UPPER>
-void pairs(const uint8_t* codes, int64_t p, int64_t count, const float* values, const Run& run, float* to) {
+template <bool UPPER, class F>
+PEFTKERN_INLINE void pairs(const uint8_t* codes, int64_t p, int64_t count, const float* values,
+                           const Values16& table, const F& f, float* to) {
   const auto one = [&](int64_t at) {
-    const int shift = (at % 2 == 0) == UPPER ? 4 : 0;
-    return run.apply(values[codes[at / 2] >> shift & 15]);
+    const int shift = (at & 1) == (UPPER ? 0 : 1) ? 4 : 0;
+    return f.apply(values[codes[at >> 1] >> shift & 15]);
   };
-  const Values16 table(values);
   int64_t i = 0;
-  if (p % 2 != 0 && count > 0) to[i++] = one(p);
-  for (; i + W <= count; i += W)
-    store(to + i, Run::apply(run, Values16::look_up(table, spread<UPPER>(codes + (p + i) / 2))));
+  if ((p & 1) != 0 && count > 0) to[i++] = one(p);
+  const uint8_t* bytes = codes + ((p + i) >> 1);
+  const auto vector = [&](int64_t at) PEFTKERN_INLINED {
+    store(to + i + at, apply(f, Values16::look_up(table, spread<UPPER>(bytes + (at >> 1)))));
+  };
+  for (; i + 4 * W <= count; i += 4 * W, bytes += 2 * W) vector(0), vector(W), vector(2 * W), vector(3 * W);
+  for (; i + W <= count; i += W, bytes += W / 2) vector(0);
   for (; i < count; ++i) to[i] = one(p + i);
 }
 
 // One of the two codes of each byte.
-void singles(const uint8_t* bytes, int shift, int64_t count, const float* values, const Run& run, float* to) {
-  const Values16 table(values);
+template <class F>
+PEFTKERN_INLINE void singles(const uint8_t* bytes, int shift, int64_t count, const float* values,
+                             const Values16& table, const F& f, float* to) {
   int64_t i = 0;
   for (; i + W <= count; i += W)
-    store(to + i, Run::apply(run, Values16::look_up(table, widen_bytes(bytes + i) >> shift)));
-  for (; i < count; ++i) to[i] = run.apply(values[bytes[i] >> shift & 15]);
+    store(to + i, apply(f, Values16::look_up(table, widen_bytes(bytes + i) >> shift)));
+  for (; i < count; ++i) to[i] = f.apply(values[bytes[i] >> shift & 15]);
 }
 
-template <Code CODE>
-void wholes(const uint8_t* bytes, int64_t count, const Run& run, float* to) {
+template <Code CODE, class F>
+PEFTKERN_INLINE void wholes(const uint8_t* bytes, int64_t count, const F& f, float* to) {
   int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, Run::apply(run, values8<CODE>(bytes + i)));
-  for (; i < count; ++i) to[i] = run.apply(value8(CODE, bytes[i]));
+#pragma GCC unroll 4
+  for (; i + W <= count; i += W) store(to + i, apply(f, values8<CODE>(bytes + i)));
+  for (; i < count; ++i) to[i] = f.apply(value8(CODE, bytes[i]));
 }
 
 float number(Number type, const void* data, int64_t i) {
@@ -66,63 +84,120 @@ float number(Number type, const void* data, int64_t i) {
   }
 }
 
-Run run_of(const Quantised& w, int64_t g) {
-  if (w.number == Number::nested) {
-    const float inner = w.book[static_cast<const uint8_t*>(w.scales)[g]];
-    return {inner * w.outer[g / w.outer_group] + *w.offset, 0.0f};
+// The ways in which groups hold theirs.
+struct Floats {
+  static bool fit(const Quantised& w) {
+    return w.number == Number::f32 && w.zeros == nullptr && w.block_bytes == 0;
   }
-  if (w.block_bytes != 0) {
+  const float* scales;
+  explicit Floats(const Quantised& w) : scales(static_cast<const float*>(w.scales)) {}
+  Scale of(int64_t g) const { return {scales[g]}; }
+};
+struct Nested {
+  const Quantised& w;
+  const int shift;
+  explicit Nested(const Quantised& q) : w(q), shift(__builtin_ctzll(static_cast<uint64_t>(q.outer_group))) {}
+  Scale of(int64_t g) const {
+    return {w.book[static_cast<const uint8_t*>(w.scales)[g]] * w.outer[g >> shift] + *w.offset};
+  }
+};
+struct InBlocks {
+  const Quantised& w;
+  explicit InBlocks(const Quantised& q) : w(q) {}
+  Scale of(int64_t g) const {
     f16 scale;
     std::memcpy(&scale, static_cast<const uint8_t*>(w.scales) + g * w.block_bytes, sizeof scale);
-    return {widen_scalar(scale), 0.0f};
+    return {widen_scalar(scale)};
   }
-  return {number(w.number, w.scales, g), w.zeros != nullptr ? number(w.number, w.zeros, g) : 0.0f};
+};
+struct Numbers {
+  const Quantised& w;
+  explicit Numbers(const Quantised& q) : w(q) {}
+  Affine of(int64_t g) const {
+    return {number(w.number, w.scales, g), w.zeros != nullptr ? number(w.number, w.zeros, g) : 0.0f};
+  }
+};
+
+// Codes from position p on, of group g, `left` more of which there are.
+struct Span {
+  int64_t p, g, left, count;
+};
+Span span_of(const Quantised& w, int64_t n, int64_t k, int64_t count) {
+  const int64_t p = n * w.row + k, along = w.flat ? p : k;
+  // Nearly all groups are a power of two long.
+  const bool power = (w.group & (w.group - 1)) == 0;
+  int64_t g = power ? along >> __builtin_ctzll(static_cast<uint64_t>(w.group)) : along / w.group;
+  const int64_t left = (g + 1) * w.group - along;
+  if (!w.flat) g += (w.rows == 1 ? n : n / w.rows) * w.groups;
+  return {p, g, left, count};
 }
 
-// Codes of a run, at position p on, of group g.
-void decode_run(const Quantised& w, int64_t p, int64_t g, int64_t count, const Run& run, float* to) {
-  const float* values = values_of(w.code);
-  switch (w.order) {
-    case Order::upper_first:
-      return pairs<true>(w.codes, p, count, values, run, to);
-    case Order::lower_first:
-      return pairs<false>(w.codes, p, count, values, run, to);
-    case Order::halves_upper: {
-      // The second half begins where a group does, so a run lies in one of the two.
-      const int64_t half = w.N * w.row / 2;
-      const bool first = p < half;
-      return singles(w.codes + (first ? p : p - half), first ? 4 : 0, count, values, run, to);
-    }
-    case Order::blocks_lower: {
-      const uint8_t* block = w.codes + g * w.block_bytes;
-      const int64_t at = p - g * w.group, low = at < 16 ? smaller(16 - at, count) : 0;
-      if (low > 0) singles(block + at, 0, low, values, run, to);
-      if (low < count) singles(block + at + low - 16, 4, count - low, values, run, to + low);
-      return;
-    }
-    default:
-      break;
+// Group by group: codes(p, g, count, scale, to).
+template <class Groups, class Codes>
+PEFTKERN_INLINE void by_groups(const Groups& groups, int64_t size, Span s, float* to, const Codes& codes) {
+  for (; s.count > 0; ++s.g, s.left = size) {
+    const int64_t some = smaller(s.left, s.count);
+    codes(s.p, s.g, some, groups.of(s.g), to);
+    s.p += some, to += some, s.count -= some;
   }
-  const uint8_t* bytes = w.block_bytes != 0 ? w.codes + g * w.block_bytes + (p - g * w.group) : w.codes + p;
-  if (w.code == Code::int8) return wholes<Code::int8>(bytes, count, run, to);
-  if (w.code == Code::e4m3) return wholes<Code::e4m3>(bytes, count, run, to);
-  wholes<Code::e5m2>(bytes, count, run, to);
+}
+template <class Codes>
+PEFTKERN_INLINE void by_groups(const Quantised& w, const Span& s, float* to, const Codes& codes) {
+  if (Floats::fit(w)) return by_groups(Floats(w), w.group, s, to, codes);
+  if (w.number == Number::nested) return by_groups(Nested(w), w.group, s, to, codes);
+  if (w.block_bytes != 0) return by_groups(InBlocks(w), w.group, s, to, codes);
+  by_groups(Numbers(w), w.group, s, to, codes);
+}
+
+template <Code CODE>
+void decode_wholes(const Quantised& w, const Span& span, float* to) {
+  by_groups(w, span, to,
+            [&](int64_t p, int64_t g, int64_t count, const auto& f, float* out) PEFTKERN_INLINED {
+              const uint8_t* bytes =
+                  w.block_bytes != 0 ? w.codes + g * w.block_bytes + (p - g * w.group) : w.codes + p;
+              wholes<CODE>(bytes, count, f, out);
+            });
 }
 
 }  // namespace
 
 void decode(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) {
-  int64_t p = n * w.row + k;
-  const int64_t along = w.flat ? p : k;
-  // Nearly all groups are a power of two long.
-  const bool power = (w.group & (w.group - 1)) == 0;
-  int64_t g = power ? along >> __builtin_ctzll(static_cast<uint64_t>(w.group)) : along / w.group;
-  int64_t left = (g + 1) * w.group - along;
-  if (!w.flat) g += (w.rows == 1 ? n : n / w.rows) * w.groups;
-  for (; count > 0; ++g, left = w.group) {
-    const int64_t some = smaller(left, count);
-    decode_run(w, p, g, some, run_of(w, g), to);
-    p += some, to += some, count -= some;
+  const Span span = span_of(w, n, k, count);
+  const float* values = values_of(w.code);
+  const Values16 table(values);
+  switch (w.order) {
+    case Order::upper_first:
+      by_groups(w, span, to,
+                [&](int64_t p, int64_t, int64_t some, const auto& f, float* out)
+                    PEFTKERN_INLINED { pairs<true>(w.codes, p, some, values, table, f, out); });
+      return;
+    case Order::lower_first:
+      by_groups(w, span, to,
+                [&](int64_t p, int64_t, int64_t some, const auto& f, float* out)
+                    PEFTKERN_INLINED { pairs<false>(w.codes, p, some, values, table, f, out); });
+      return;
+    case Order::halves_upper:
+      // The second half begins where a group does.
+      by_groups(w, span, to,
+                [&](int64_t p, int64_t, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
+                  const int64_t half = w.N * w.row / 2;
+                  const bool first = p < half;
+                  singles(w.codes + (first ? p : p - half), first ? 4 : 0, some, values, table, f, out);
+                });
+      return;
+    case Order::blocks_lower:
+      by_groups(w, span, to,
+                [&](int64_t p, int64_t g, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
+                  const uint8_t* block = w.codes + g * w.block_bytes;
+                  const int64_t at = p - g * w.group, low = at < 16 ? smaller(16 - at, some) : 0;
+                  if (low > 0) singles(block + at, 0, low, values, table, f, out);
+                  if (low < some) singles(block + at + low - 16, 4, some - low, values, table, f, out + low);
+                });
+      return;
+    case Order::bytes:
+      if (w.code == Code::int8) return decode_wholes<Code::int8>(w, span, to);
+      if (w.code == Code::e4m3) return decode_wholes<Code::e4m3>(w, span, to);
+      return decode_wholes<Code::e5m2>(w, span, to);
   }
 }
 
