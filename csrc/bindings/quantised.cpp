@@ -12,7 +12,8 @@ using Order = Quantised::Order;
 using Number = Quantised::Number;
 using tensors::View;
 
-constexpr uint8_t kUint = 1;  // of DLPack
+// Of DLPack.
+constexpr uint8_t kUint = 1, kE4m3 = 10, kE5m2 = 12;
 constexpr int64_t kMostGroup = int64_t{1} << 12;
 
 int64_t ceil_div(int64_t n, int64_t by) {
@@ -152,9 +153,10 @@ bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quan
     q.code = is("nf4") ? Code::nf4 : Code::fp4;
     return read_flat4(t, q);
   }
-  if (is("int8") || is("fp8_e4m3") || is("fp8_e5m2")) {
-    q.code = is("int8") ? Code::int8 : is("fp8_e4m3") ? Code::e4m3 : Code::e5m2;
-    return read_bytes(t, q, q.code == Code::int8 ? tensors::kInt : kUint);
+  if (is("int8") || is("fp8")) {
+    const uint8_t kind = t.of[0].kind;
+    q.code = kind == kE4m3 ? Code::e4m3 : kind == kE5m2 ? Code::e5m2 : Code::int8;
+    return is("int8") == (q.code == Code::int8) && read_bytes(t, q, is("int8") ? tensors::kInt : kind);
   }
   if (is("int4") || is("hqq4")) {
     q.code = Code::uint4, q.order = is("int4") ? Order::lower_first : Order::halves_upper;

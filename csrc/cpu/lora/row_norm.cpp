@@ -8,6 +8,7 @@
 #include "cpu/common/copy.h"
 #include "cpu/common/segments.h"
 #include "cpu/common/thread.h"
+#include "cpu/operand/decode.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
@@ -100,6 +101,11 @@ void norms(const LoraRowNormTask& a, int64_t i0, int64_t i1) {
   alignas(64) float tile[kRows * kTileLd];
   for (int64_t c = 0; c < a.K; c += kTileCols) {
     const int64_t cols = min64(kTileCols, a.K - c);
+    if (a.quantised != nullptr) {
+      for (int64_t m = 0; m < rows; ++m) decode(*a.quantised, i0 + m, c, cols, tile + m * kTileLd);
+      add_tile<float>(a, tile, kTileLd, i0, rows, c, cols, sums);
+      continue;
+    }
     const T* w = static_cast<const T*>(a.w.data) + i0 * a.w.row + c * a.w.col;
     if (a.w.col == 1) {
       add_tile(a, w, a.w.row, i0, rows, c, cols, sums);

@@ -1,6 +1,7 @@
 #include "cpu/operand/decode.h"
 
 #include "cpu/operand/codes.h"
+#include "cpu/operand/tile.h"
 
 // Of a lambda: called for each group, and mostly of a few vectors.
 #define PEFTKERN_INLINED __attribute__((always_inline))

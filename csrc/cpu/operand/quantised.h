@@ -8,6 +8,14 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
+// Asks for the codes of W[n, k], ..., W[n, k + count - 1].
+PEFTKERN_INLINE void ask_for_codes(const Quantised& w, int64_t n, int64_t k, int64_t count) {
+  const bool bytes = w.order == Quantised::Order::bytes;
+  const int64_t at = n * w.row + k;
+  if (w.block_bytes != 0) return;
+  ask_for_bytes(w.codes + (bytes ? at : at / 2), bytes ? count : count / 2 + 1);
+}
+
 template <class T>
 class Decoded {
  public:

@@ -111,13 +111,15 @@ struct ScaleCopyArgs {
 };
 void scale_copy(const ScaleCopyArgs& args);
 
-// out[n] = sqrt(sum_k (w[n, k] + scaling * sum_r b[n, r] * a[r, k])^2), any strides
+// out[n] = sqrt(sum_k (w[n, k] + scaling * sum_r b[n, r] * a[r, k])^2), any strides; quantised: in the place
+// of w.
 struct LoraRowNormArgs {
   ConstMatrix w, a, b;
   int64_t N, K, R;
   float scaling;
   float* out;
   int threads;
+  const Quantised* quantised = nullptr;
 };
 void lora_row_norm(const LoraRowNormArgs& args);
 // --- end of low-rank branch ---

@@ -5,7 +5,7 @@
     y, u, h           = forward(..., want_u, want_h)        u and h: None unless wanted
     dx, dA, dB, ...   = backward(settings, threads, dy, x, u, h, kind, weight, A, B, scaling, dropout_p, seed, scales,
                                  needs, K, R, adapter_dtype)
-    norm              = row_norm(threads, weight, A, B, scaling)
+    norm              = row_norm(threads, kind, weight, A, B, scaling)
     y                 = block_rotate(threads, x, R, index)
     dR                = block_rotate_grad(threads, x, dy, size, index)
     R or dupper       = skew_series(threads, upper, rows, cols, size, c, d)

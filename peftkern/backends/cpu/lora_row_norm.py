@@ -9,7 +9,7 @@ from . import call
 
 def lora_row_norm(c, way):
     """fp32 (N,), see ``peftkern.ops.lora_row_norm``."""
-    args = torch.get_num_threads(), c.base[0], c.lora_A, c.lora_B, c.scaling
+    args = torch.get_num_threads(), c.kind, call.weight_of(c.base), c.lora_A, c.lora_B, c.scaling
     return call.answered(call.row_norm, call.nothing, args)
 
 
