@@ -60,8 +60,8 @@ def test_identity_sizes():
 def test_cast_and_dequantise():
     dense, identity = kind_of("dense"), kind_of("identity")
     assert dense.cast([W], W.dtype)[0] is W and dense.cast([W], torch.bfloat16)[0].dtype == torch.bfloat16
-    assert torch.equal(dense.dequantise([W.half()], torch.float32), W.half().float())
-    assert identity.cast([], torch.bfloat16) == [] and identity.dequantise([], torch.float32) is None
+    assert torch.equal(dense.dequantise([W.half()], torch.float32, (4, 5)), W.half().float())
+    assert identity.cast([], torch.bfloat16) == [] and identity.dequantise([], torch.float32, (5, 5)) is None
 
 
 def test_an_identity_that_does_not_fit():
