@@ -61,6 +61,9 @@ IDENTITY = Base("identity", ())
 def base_of(weight: Tensor | Base) -> Base:
     """A tensor (N, K) as a dense base; a base as it is. Raises TypeError for anything else."""
     if isinstance(weight, Base):
+        for i, t in enumerate(weight.tensors):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{weight.kind}[{i}] must be a tensor, got {type(t).__name__}")
         return weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")

@@ -40,7 +40,7 @@ class Gguf(Packed):
 
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W (N, K) in ``dtype``, computed in fp32."""
-        blocks = tensors[0].view(-1, self.size)
+        blocks = tensors[0].view(tensors[0].numel() // self.size, self.size)
         d = blocks[:, :2].contiguous().view(torch.float16).float()
         return (self.codes(blocks[:, 2:]).float() * d).view(shape).to(dtype)
 

@@ -51,7 +51,8 @@ class Int4(Packed):
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W (N, K) in ``dtype``, computed in fp32."""
         codes, scale, zero = tensors
-        q = nibbles(codes, high_first=False).float().unflatten(1, (scale.shape[1], -1)) if codes.numel() else codes
+        groups = (*scale.shape, shape[1] // max(scale.shape[1], 1))
+        q = nibbles(codes, high_first=False).float().view(groups)
         return ((q - zero.float()[..., None]) * scale.float()[..., None]).view(shape).to(dtype)
 
 
@@ -79,6 +80,5 @@ class Hqq4(Packed):
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W (N, K) in ``dtype``, computed in fp32."""
         codes, scale, zero = (t.flatten() for t in tensors)
-        q = torch.cat((codes >> 4, codes & 15)).float()
-        q = q.view(scale.numel(), -1) if scale.numel() else q
+        q = torch.cat((codes >> 4, codes & 15)).float().view(scale.numel(), 2 * codes.numel() // max(scale.numel(), 1))
         return ((q - zero.float()[:, None]) * scale.float()[:, None]).view(shape).to(dtype)
