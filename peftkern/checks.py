@@ -12,8 +12,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
-    """A plain strided tensor of one of ``dtypes``."""
+def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] | None = FLOATING) -> None:
+    """A plain strided tensor of one of ``dtypes``, None for any."""
     kind = type(value)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter:
         if not isinstance(value, torch.Tensor):
@@ -22,7 +22,7 @@ def check_tensor(name: str, value, *, dtypes: tuple[torch.dtype, ...] = FLOATING
             raise TypeError(f"{name} is a DTensor; pass its local tensor (to_local) with the right grad_placements")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense strided tensor, got layout {value.layout}")
-    if value.dtype not in dtypes:
+    if dtypes is not None and value.dtype not in dtypes:
         expected = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
         raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}, expected {expected}")
 

@@ -14,8 +14,6 @@ using tensors::View;
 
 // Of DLPack.
 constexpr uint8_t kUint = 1, kE4m3 = 10, kE5m2 = 12;
-constexpr int64_t kMostGroup = int64_t{1} << 12;
-
 int64_t ceil_div(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
@@ -56,11 +54,10 @@ struct Tensors {
   }
 };
 
-// The power of two of which `codes` make so many groups.
+// The power of two of which `codes` make so many groups; of one group, the least.
 bool group_of(int64_t codes, int64_t groups, int64_t& out) {
-  for (out = 2; out <= kMostGroup; out *= 2)
-    if (ceil_div(codes, out) == groups) return true;
-  return false;
+  for (out = 1; ceil_div(codes, out) > groups && out < codes;) out *= 2;
+  return ceil_div(codes, out) == groups;
 }
 
 // nf4, fp4: codes, absmax; or codes, absmax in 8 bits, their values, the absmax of those, an offset.
@@ -144,7 +141,7 @@ bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quan
   Tensors t;
   const char* name = PyUnicode_Check(word) ? PyUnicode_AsUTF8(word) : nullptr;
   if (name == nullptr) PyErr_Clear();
-  if (name == nullptr || N < 1 || K < 1 || !t.read(object)) return false;
+  if (name == nullptr || !t.read(object)) return false;
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
   q.N = N, q.K = q.row = K;
   q.codes = static_cast<const uint8_t*>(t.of[0].data);

@@ -190,7 +190,7 @@ def _traced(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor 
         return t if scale is None else t * scale.to(t.dtype)
 
     linear = torch.nn.functional.linear
-    W = kind_of(base.kind).dequantise(base.tensors, x.dtype)
+    W = kind_of(base.kind).dequantise(base.tensors, x.dtype, (lora_B.shape[0], lora_A.shape[1]))
     into = times(x, s.p_b)
     h = times(into if W is None else linear(into, W), s.g_b)
     p = options.dropout_p
@@ -215,7 +215,7 @@ def _check(x: Tensor, base: Base, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise TypeError for what is no plain tensor; shapes, dtypes and devices are checked by the op."""
     check_tensor("x", x)
     for i, t in enumerate(base.tensors):
-        check_tensor("weight" if base.kind == "dense" else f"{base.kind}[{i}]", t)
+        check_tensor("weight" if base.kind == "dense" else f"{base.kind}[{i}]", t, dtypes=None)
     for name, value in tensors.items():
         if value is not None or name in ("lora_A", "lora_B"):
             check_tensor(name, value)

@@ -12,14 +12,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .codebook import FP4, NF4, Codebook
 from .dense import Dense
+from .fp8 import Fp8
+from .gguf import Q4, Q8
 from .identity import Identity
+from .int4 import Hqq4, Int4
+from .int8 import Int8
+from .mxfp4 import Mxfp4
 
 
 class Kind(Protocol):
-    """One way to hold a frozen weight. ``name`` is what ops call it."""
+    """One way to hold a frozen weight. ``name`` is what ops call it; ``sized``: whether its tensors tell (N, K) themselves."""
 
     name: str
+    sized: bool
 
     def check(self, tensors: Sequence[Tensor], like: Tensor, K: int | None, N: int | None) -> tuple[int, int]:
         """(N, K), or a ValueError or TypeError that names what does not fit. ``like``: of the dtype and device wanted.
@@ -30,11 +37,14 @@ class Kind(Protocol):
     def cast(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The tensors as they meet an activation of this dtype under autocast."""
 
-    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        """W (N, K) in ``dtype``; None if the base hands its input on."""
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
+        """W of ``shape`` (N, K) in ``dtype``; None if the base hands its input on."""
 
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Dense(), Identity())}
+_ALL = (
+    Dense(), Identity(), Codebook("nf4", NF4), Codebook("fp4", FP4), Int8(), Int4(), Hqq4(), Fp8(), Mxfp4(), Q4(), Q8(),
+)  # fmt: skip
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 # Those in codes of 4 or 8 bits.
 QUANTISED = frozenset(KINDS) - {"dense", "identity"}
 
@@ -53,6 +63,9 @@ IDENTITY = Base("identity", ())
 def base_of(weight: Tensor | Base) -> Base:
     """A tensor (N, K) as a dense base; a base as it is. Raises TypeError for anything else."""
     if isinstance(weight, Base):
+        for i, t in enumerate(weight.tensors):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{weight.kind}[{i}] must be a tensor, got {type(t).__name__}")
         return weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")

@@ -14,6 +14,7 @@ class Dense:
     """Base(x) = x W^T."""
 
     name = "dense"
+    sized = True
 
     def check(self, tensors: Sequence[Tensor], like: Tensor, K: int | None, N: int | None) -> tuple[int, int]:
         """(N, K) of the weight."""
@@ -31,6 +32,6 @@ class Dense:
         """The weight in ``dtype``."""
         return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
-    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W itself."""
         return tensors[0].to(dtype)

@@ -12,6 +12,7 @@ class Identity:
     """Base(x) = x."""
 
     name = "identity"
+    sized = False
 
     def check(self, tensors: Sequence[Tensor], like: Tensor, K: int | None, N: int | None) -> tuple[int, int]:
         """(K, K)."""
@@ -26,6 +27,6 @@ class Identity:
         """Nothing to cast."""
         return []
 
-    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> None:
         """There is no weight."""
         return None

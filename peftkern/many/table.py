@@ -168,8 +168,9 @@ def _memory(A: Tensor) -> Tensor:
 def _out_features(base: Base | None, x: Tensor) -> int:
     if base is None:
         raise ValueError("adapters have no lora_B, which would tell out_features")
-    like = base.tensors[0] if base.tensors else x
-    return kind_of(base.kind).check(base.tensors, like, None, None if base.tensors else x.shape[-1])[0]
+    kind = kind_of(base.kind)
+    like = base.tensors[0] if base.kind == "dense" else x
+    return kind.check(base.tensors, like, None if kind.sized else x.shape[-1], None)[0]
 
 
 def _vectors(

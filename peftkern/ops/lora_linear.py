@@ -101,7 +101,7 @@ def lora_linear_fwd_ref(c: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, h); see ``Forward``."""
     acc, s = accumulate_dtype(c.x.dtype), c.at
     xf = c.x.to(acc)
-    W = kind_of(c.kind).dequantise(c.base, acc)
+    W = kind_of(c.kind).dequantise(c.base, acc, (c.lora_B.shape[0], c.lora_A.shape[1]))
     h = times(xf, s.p_b) if W is None else _mm(times(xf, s.p_b), W.t())
     u = _mm(times(dropped(xf, c.dropout_p, c.seed), s.p_d), c.lora_A.to(acc).t())
     delta = _mm(times(u, s.d) * c.scaling, c.lora_B.to(acc).t())
@@ -120,7 +120,7 @@ def lora_linear_bwd_ref(c: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, li
     dv = _mm(times(dyf, s.g_d), B) * c.scaling
     du = times(dv, s.d)
     if need.x or need.p_b:
-        W = kind_of(c.kind).dequantise(c.base, acc)
+        W = kind_of(c.kind).dequantise(c.base, acc, (B.shape[0], A.shape[1]))
         base = times(dyf, s.g_b) if W is None else _mm(times(dyf, s.g_b), W)
         if need.p_b:
             sums["p_b"] = (base * c.x.to(acc)).sum(0)
@@ -168,9 +168,9 @@ def _options(c: Forward | Backward) -> dict:
 
 def _describe_fwd(c: Forward) -> Problem:
     _, columns = check_rows("x", c.x)
-    # A base without tensors has the sizes of what is around it.
-    known = (None, None) if c.base else (columns, c.lora_B.shape[0] if c.lora_B.dim() == 2 else None)
-    N, K = kind_of(c.kind).check(c.base, c.x, *known)
+    kind = kind_of(c.kind)
+    known = (None, None) if kind.sized else (columns, c.lora_B.shape[0] if c.lora_B.dim() == 2 else None)
+    N, K = kind.check(c.base, c.x, *known)
     check_rows("x", c.x, K, "K")
     R = check_adapters(c.lora_A, c.lora_B, c.x, N, K)
     if c.bias is not None:

@@ -34,11 +34,17 @@ class RowNorm(NamedTuple):
     scaling: float
 
 
+def _like(c: RowNorm) -> Tensor:
+    """Whose dtype the norm follows: a dense weight, else the adapters."""
+    if c.kind == "identity":
+        raise ValueError("the identity has no weight whose rows have norms")
+    return c.base[0] if c.kind == "dense" else c.lora_A
+
+
 def lora_row_norm_ref(c: RowNorm) -> Tensor:
     """norm (N,); see ``RowNorm``."""
-    weight = kind_of(c.kind).dequantise(c.base, c.base[0].dtype)
-    acc = accumulate_dtype(weight.dtype)
-    N, K = weight.shape
+    acc, (N, K) = accumulate_dtype(_like(c).dtype), (c.lora_B.shape[0], c.lora_A.shape[1])
+    weight = kind_of(c.kind).dequantise(c.base, c.base[0].dtype if c.kind == "dense" else acc, (N, K))
     A, out = c.lora_A.to(acc), weight.new_empty(N, dtype=acc)
     rows = max(1, SCRATCH // max(K, 1))
     for first in range(0, N, rows):
@@ -49,15 +55,17 @@ def lora_row_norm_ref(c: RowNorm) -> Tensor:
 
 
 def _describe(c: RowNorm) -> Problem:
-    N, K = kind_of(c.kind).check(c.base, c.base[0], None, None)
-    R = check_adapters(c.lora_A, c.lora_B, c.base[0], N, K)
+    like, kind = _like(c), kind_of(c.kind)
+    known = (None, None) if kind.sized else (c.lora_A.shape[-1], c.lora_B.shape[0])
+    N, K = kind.check(c.base, like, *known)
+    R = check_adapters(c.lora_A, c.lora_B, like, N, K)
     check_number("scaling", c.scaling)
-    return problem_like(c.base[0], "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {c.kind: c.kind != "dense"})
+    return problem_like(like, "lora_row_norm", c.lora_A.dtype, (0, N, K, R), {c.kind: c.kind != "dense"})
 
 
 def _fake(c: RowNorm) -> Tensor:
     p = _describe(c)
-    return c.base[0].new_empty(p.N, dtype=accumulate_dtype(p.dtype))
+    return c.lora_A.new_empty(p.N, dtype=accumulate_dtype(p.dtype))
 
 
 define(

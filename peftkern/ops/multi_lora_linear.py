@@ -198,7 +198,8 @@ def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bo
     """A fresh Base(t), or its transpose's, (M, columns)."""
     if kind == NO_BASE:
         return t.new_zeros((t.shape[0], columns))
-    W = kind_of(kind).dequantise(base, t.dtype)
+    shape = (t.shape[1], columns) if transposed else (columns, t.shape[1])
+    W = kind_of(kind).dequantise(base, t.dtype, shape)
     return t.clone() if W is None else t @ (W if transposed else W.t())
 
 
