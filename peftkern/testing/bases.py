@@ -53,7 +53,7 @@ def _mxfp4(N: int, K: int, g: torch.Generator) -> Base:
 
 def _gguf(kind: str, N: int, K: int, g: torch.Generator, size: int) -> Base:
     blocks = N * K // 32
-    d = (_scale(g, blocks, 1) / (1 if size == 18 else 16)).half().view(torch.uint8)
+    d = (_scale(g, blocks) / (1 if size == 18 else 16)).half().view(torch.uint8).view(blocks, 2)
     return Base(kind, (torch.cat((d, _codes(g, blocks, size - 2)), dim=1).flatten(),))
 
 

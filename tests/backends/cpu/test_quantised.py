@@ -1,0 +1,181 @@
+"""Quantised bases on CPU: every kind, product and instruction set against fp64, elements to the bit, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftkern import lora_linear, multi_lora_linear, settings
+from peftkern.autograd.row_norm import row_norm
+from peftkern.backends.cpu import call
+from peftkern.bases.base import Base, kind_of
+from peftkern.testing.accuracy import check
+from peftkern.testing.bases import QUANTISED, random_base
+from peftkern.testing.problems import random_problem
+
+pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("panels", "few", "bf16")
+
+
+def base_and_weight(name: str, N: int, K: int, seed: int = 0) -> tuple[Base, Tensor]:
+    """A base of kind ``name``, and what its codes stand for in fp32; K is rounded up to what the kind takes."""
+    base = random_base(name, N, K, torch.Generator().manual_seed(seed))
+    return base, kind_of(base.kind).dequantise(base.tensors, torch.float32, (N, K))
+
+
+def fitting(name: str, K: int) -> int:
+    """K rounded up to what the kind takes."""
+    of = QUANTISED[name][1]
+    return -(-K // of) * of
+
+
+def forward(x: Tensor, base: Base, N: int, kind: str) -> Tensor:
+    """Base(x) by a kind of product."""
+    A, B = torch.zeros(1, x.shape[1]), torch.zeros(N, 1)
+    args = (object(), 2, x, base.kind, call.weight_of(base.tensors), A, B, None, 1.0, 0.0, None, None, True, False)
+    assert call.learn_forward(*args, kind)
+    return call.forward(*args)[0]
+
+
+def backward(dy: Tensor, base: Base, K: int, kind: str) -> Tensor:
+    """The gradient of Base(x) for dy."""
+    A, B = torch.zeros(1, K), torch.zeros(dy.shape[1], 1)
+    u, x = torch.zeros(dy.shape[0], 1), dy.new_zeros(dy.shape[0], K)
+    weight = call.weight_of(base.tensors)
+    args = (object(), 2, dy, x, u, None, base.kind, weight, A, B, 1.0, 0.0, None, None, 1, K, 1, A.dtype)
+    assert call.learn_backward(*args, kind)
+    return call.backward(*args)[0]
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("kind", ["panels", "few"])
+def test_each_element(level, name, kind):
+    # The rows of an identity pick columns of W: every sum has one term, so bits are those of the definition.
+    N, K = 37, fitting(name, 61)
+    if name.startswith("hqq4"):
+        N = 38
+    base, W = base_and_weight(name, N, K)
+    assert torch.equal(torch.cat([forward(x, base, N, kind) for x in torch.eye(K).split(50)]), W.t())
+    assert torch.equal(torch.cat([backward(dy, base, K, kind) for dy in torch.eye(N).split(50)]), W)
+
+
+def test_all_codes_of_8_bits(level):
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    for base in (
+        Base("int8", (codes.view(torch.int8), torch.ones(1))),
+        *(Base("fp8", (codes.view(dtype), torch.ones(1))) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)),
+    ):
+        got = torch.cat([forward(x, base, 1, "panels") for x in torch.eye(256).split(1)]).t()
+        W = kind_of(base.kind).dequantise(base.tensors, torch.float32, (1, 256))
+        finite = W.isfinite()  # zero times what is not is NaN for all
+        assert not finite.all() or base.kind == "int8"
+        for i in range(256):
+            alone = Base(base.kind, (base.tensors[0][:, i : i + 1].contiguous(), torch.ones(1)))
+            y = forward(torch.ones(1, 1), alone, 1, "panels")
+            torch.testing.assert_close(y, W[:, i : i + 1], rtol=0, atol=0, equal_nan=True)
+        if base.kind == "int8":
+            assert torch.equal(got, W)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_of_random_problems(level, monkeypatch, name, kind):
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
+    for seed, dtype in enumerate(DTYPES):
+        problem = random_problem(6000 + seed, dtype, max_M=64 if kind == "few" else 200, max_KN=400, max_R=20)
+        N = problem.N + problem.N % 2 * name.startswith("hqq4")
+        problem = dataclasses.replace(problem, base=name, N=N, K=fitting(name, problem.K), zero_weight=False)
+        with settings.using(cpu_kind=kind):
+            bad = [row for row in check(problem) if not row.ok]
+        assert not bad, f"{problem}\n" + "\n".join(f"{row.ratio:.2f} {row}" for row in bad)
+
+
+@pytest.mark.parametrize("kind", ["panels", "few"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_rows_bits_do_not_depend_on_the_batch(level, kind, threads):
+    base, W = base_and_weight("nf4 nested", 75, 2300)
+    x, dy = torch.randn(9, 2300), torch.randn(9, 75)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for way, a, size in ((forward, x, 75), (backward, dy, 2300)):
+            whole = way(a, base, size, kind)
+            assert all(torch.equal(way(a[i : i + 1], base, size, kind)[0], whole[i]) for i in range(9))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parts_of_larger_tensors():
+    codes, scale = torch.randint(-128, 128, (9, 40), dtype=torch.int8), torch.rand(9)
+    x = torch.randn(3, 20)
+    part = Base("int8", (codes[:, 11:31], scale))  # rows further apart than they are long
+    expected = x.double() @ (codes[:, 11:31].double() * scale[:, None].double()).t()
+    torch.testing.assert_close(forward(x, part, 9, "panels").double(), expected, rtol=1e-5, atol=1e-5)
+    A, B = torch.randn(2, 20), torch.randn(9, 2)
+    turned = Base("int8", (codes[:, 11:31].t().contiguous().t(), scale))  # as no kernel reads it
+    torch.testing.assert_close(lora_linear(x, turned, A, B), lora_linear(x, part, A, B))
+
+
+BAD = {
+    "too few codes": lambda t: (t[0][:-1], t[1]),
+    "no scale": lambda t: (t[0],),
+    "too few scales": lambda t: (t[0], t[1][:-2]),
+    "too many scales": lambda t: (t[0], torch.cat([t[1], t[1]])),
+    "scales in half precision": lambda t: (t[0], t[1].half()),
+    "signed codes": lambda t: (t[0].view(torch.int8), t[1]),
+    "codes with gaps": lambda t: (t[0].flatten().repeat_interleave(2)[::2], t[1]),
+    "not a tensor": lambda t: (t[0], 3),
+    "nested without its values": lambda t: (t[0], t[1].to(torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_native_entries_refuse(case):
+    base, _ = base_and_weight("nf4", 24, 33)
+    x, A, B = torch.randn(2, 33), torch.zeros(1, 33), torch.zeros(24, 1)
+
+    def learn(tensors, kind="nf4", way="panels"):
+        args = (object(), 1, x, kind, tensors, A, B, None, 1.0, 0.0, None, None, True, False)
+        return call.learn_forward(*args, way)
+
+    assert learn(base.tensors)
+    assert not learn(BAD[case](base.tensors))
+    assert not learn(base.tensors, kind="nf5")
+    with pytest.raises(ValueError, match="vendor"):
+        learn(base.tensors, way="vendor")
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_row_norm(level, monkeypatch, name):
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
+    N, K = 58, fitting(name, 301)
+    base, W = base_and_weight(name, N, K)
+    A, B = torch.randn(5, K), torch.randn(N, 5)
+    expected = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(row_norm(base, A, B, 0.3).double(), expected, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4"])
+def test_many_adapters(monkeypatch, name, dtype):
+    monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
+    N, K = 40, fitting(name, 66)
+    base, _ = base_and_weight(name, N, K)
+    adapters = [(torch.randn(r, K) / 8, torch.randn(N, r), 0.5) for r in (2, 7, 1)]
+    ids = torch.tensor([2, -1, 0, 0, 1, 2, 1])
+    x = torch.randn(7, K, dtype=dtype, requires_grad=True)
+    y = multi_lora_linear(x, base, adapters, ids)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for i, which in enumerate(ids.tolist()):
+        row = x.detach()[i : i + 1].requires_grad_()
+        A, B, s = adapters[which] if which >= 0 else (torch.zeros(1, K), torch.zeros(N, 1), 1.0)
+        alone = lora_linear(row, base, A, B, scaling=s)
+        (grad,) = torch.autograd.grad(alone, row, dy[i : i + 1])
+        torch.testing.assert_close(y[i : i + 1], alone)
+        torch.testing.assert_close(dx[i : i + 1], grad)
