@@ -79,7 +79,9 @@ def block_rotate_grad_kernel(
         inside = (row < stop)[:, None]
         at = row[:, None].to(tl.int64)
         xt = tl.load(x + at * stride_x_row + at_i[None, :] * stride_x_col, mask=inside & inside_i[None, :], other=0.0)
-        dyt = tl.load(dy + at * stride_dy_row + at_j[None, :] * stride_dy_col, mask=inside & inside_j[None, :], other=0.0)
+        dyt = tl.load(
+            dy + at * stride_dy_row + at_j[None, :] * stride_dy_col, mask=inside & inside_j[None, :], other=0.0
+        )
         total += split_dot(tl.trans(xt), dyt, None, 0, 0, PRECISION)
     same = (i // SIZE)[:, None] == (j // SIZE)[None, :]
     at = (tl.program_id(1).to(tl.int64) * K + first + i[:, None]) * SIZE + (j % SIZE)[None, :]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import configs
+from .codes import Quantised
 from .dropout import threshold
 
 
@@ -91,10 +92,10 @@ class Needs(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """``weight`` (N, K), or None for the identity. ``save_base``: h is wanted."""
+    """``weight`` (N, K), dense or in codes, or None for the identity. ``save_base``: h is wanted."""
 
     x: Tensor
-    weight: Tensor | None
+    weight: Tensor | Quantised | None
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None = None
@@ -111,7 +112,7 @@ class Backward(NamedTuple):
     x: Tensor | None
     u: Tensor
     h: Tensor | None
-    weight: Tensor | None
+    weight: Tensor | Quantised | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float = 1.0

@@ -94,6 +94,27 @@ def gemm(
     return LaunchConfig(128, 64 if drop and extra else 128, 32, 16, warps=8, stages=4 if arch == 80 else 3)
 
 
+def decoding(M: int, R: int, itemsize: int, arch: int, batch_invariant: bool) -> LaunchConfig:
+    """K1 with its own product of W in codes: few rows, so that decoding decides, and many tiles of columns."""
+    block_k, rank = (32, 16) if itemsize == 4 else (128, 32)
+    few = M <= 16 and not batch_invariant
+    return LaunchConfig(16 if few else 64, 32, block_k, rank_block(R, rank), warps=4, stages=3)
+
+
+# Of scratch for W in codes, which stays in the second-level cache of the larger GPUs until it is multiplied.
+PANEL_BYTES = 32 << 20
+
+
+def panel(itemsize: int, arch: int) -> LaunchConfig:
+    """Decoding alone: bytes decide."""
+    return LaunchConfig(32, 128 if itemsize == 2 else 64, warps=4, stages=1)
+
+
+def panel_columns(C: int, itemsize: int) -> int:
+    """How many of a result a panel for a sum over C is: a multiple of 128, whatever C is at least that."""
+    return max(128, PANEL_BYTES // (C * itemsize) // 128 * 128)
+
+
 def epilogue(M: int, N: int, R: int, itemsize: int, arch: int) -> LaunchConfig:
     """K1 around a base that is read: bytes decide, so many small tiles."""
     return LaunchConfig(32 if M <= 64 else 64, 128, 0, rank_block(R, 32), warps=8, stages=1)
@@ -205,8 +226,17 @@ def base_product(M: int, N: int, K: int, itemsize: int, arch: int, batch_invaria
     return "fused" if itemsize == 2 and arch == 90 and enough and K >= 512 else "epilogue"
 
 
+# Rows up to which each tile of W in codes is decoded where it is multiplied, and not once for all.
+DECODED_ROWS = 64
+
+
+def base_of_codes(M: int, batch_invariant: bool) -> str:
+    """``base_product`` of W in codes: of ``epilogue``, the vendor multiplies panels (panels.py)."""
+    return "fused" if M <= DECODED_ROWS or batch_invariant else "epilogue"
+
+
 _NAMES = {
-    "base", "gemm", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm", "block_rotate",
+    "base", "gemm", "decoding", "epilogue", "shrink", "shrink_groups", "adapter_grad", "grad_ranges", "row_norm", "block_rotate",
     "bottleneck", "bottleneck_fused",
 } | {f"multi_{name}" for name in ("base", "gemm", "expand", "columns", "shrink", "partial", "grad", "ranges")}  # fmt: skip
 

@@ -86,8 +86,11 @@ def product(
         else:
             xt = tl.load(x_at, mask=(k + depth < K)[None, :], other=0.0)
         wt = load_tile(w_at, k, col0, col, depth, N, K, W_BY_COLUMN, TMA, EVEN_K)
-        if not TMA:
+        if hasattr(w, "codes"):
+            wt = narrow(wt, xt.dtype)
+        elif not TMA:
             w_at = next_tile(w_at, stride_w, BLOCK_K, W_BY_COLUMN)
+        if not TMA:
             x_at += BLOCK_K
         if in_scale is not None:
             scale = tl.load(in_scale + k + depth, mask=k + depth < K, other=0.0).to(tl.float32)
@@ -114,7 +117,7 @@ def expand_kernel(
     CHUNKS: chunks of RANK that the rank needs, 0 without a low-rank term. ``base``: read if not GEMM, written if
     SAVE_BASE. BASE_FIRST: the base product is wanted by itself, or read. ``partial`` (row tiles, N): column sums
     of base * factor, one row per tile. x and w are tensor
-    descriptors with TMA, else pointers to rows of unit stride. inverse_keep and threshold act if ``seed`` is given.
+    descriptors with TMA, else pointers to rows of unit stride; w may be ``codes.Codes``. inverse_keep and threshold act if ``seed`` is given.
     """
     R = multiple(R, R_ALIGN)
     stride_v = multiple(stride_v, R_ALIGN)

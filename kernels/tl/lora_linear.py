@@ -16,9 +16,11 @@ from torch import Tensor
 from . import configs, launch
 from .adapter_grad import add_rows_kernel
 from .call import Dropout, Forward, Settings
+from .codes import Quantised
 from .configs import cdiv
 from .expand import expand_kernel
 from .operand import by_column, describable, descriptor, row_stride, rows_of, vector
+from .panels import times
 from .shrink import add_blocks_kernel, shrink_kernel
 
 
@@ -133,13 +135,13 @@ def add_rows(parts: Tensor) -> Tensor:
 
 
 class Base(NamedTuple):
-    """g * base, base = (x * p) weight^T: weight (N, K), or None for the identity.
+    """g * base, base = (x * p) weight^T: weight (N, K), dense or in codes, or None for the identity.
 
     ``keep``: the base is wanted by itself. ``factor`` (M, N): column sums of base * factor are.
     """
 
     x: Tensor
-    weight: Tensor | None
+    weight: Tensor | Quantised | None
     p: Tensor | None = None
     g: Tensor | None = None
     keep: bool = False
@@ -173,7 +175,11 @@ def expand(out: Tensor, base: Base, h: Tensor | None, low: LowRank, bias, fused:
     K, size, factor = x.shape[1] if fused else 0, out.element_size(), base.factor
     base_first = base.g is not None or h is not None or factor is not None
     drop, extra = low.drop.acts and R > 0, base_first or base.p is not None
-    if fused:
+    codes = fused and isinstance(base.weight, Quantised)
+    if codes:
+        config = s.config("decoding", configs.decoding(M, R, size, s.arch, s.batch_invariant), size)
+        block_k, tma = config.block_k, False
+    elif fused:
         config = configs.gemm(M, N, K, R, size, s.arch, drop=drop, extra=extra)
         config = s.config("gemm", config, size)
         block_k = config.block_k
@@ -186,7 +192,7 @@ def expand(out: Tensor, base: Base, h: Tensor | None, low: LowRank, bias, fused:
     v_terms, b_terms = expand_terms(out.dtype, low.b.dtype, low.g is not None)
     strides = dict(
         stride_out=row_stride(out), stride_base=row_stride(h) if h is not None else 0,
-        stride_x=row_stride(x) if fused else 0, stride_w=row_stride(w) if fused else 0, stride_v=row_stride(low.v),
+        stride_x=row_stride(x) if fused else 0, stride_w=row_stride(w) if fused and not codes else 0, stride_v=row_stride(low.v),
         stride_b_col=low.b.stride(0), stride_b_rank=low.b.stride(1),
         stride_factor=row_stride(factor) if factor is not None else 0,
     )  # fmt: skip
@@ -220,7 +226,10 @@ def owner(base: Base, s: Settings) -> str:
     if base.weight is None:
         return "identity"
     (M, K), N = base.x.shape, base.columns
-    default = configs.base_product(M, N, K, base.x.element_size(), s.arch, s.batch_invariant)
+    if isinstance(base.weight, Quantised):
+        default = configs.base_of_codes(M, s.batch_invariant)
+    else:
+        default = configs.base_product(M, N, K, base.x.element_size(), s.arch, s.batch_invariant)
     return s.pick("base", default)
 
 
@@ -237,7 +246,7 @@ def linear(base: Base, low: LowRank, bias, s: Settings) -> tuple[Tensor, Tensor 
     if who == "fused":
         h = x.new_empty((M, N)) if base.keep else None
         return out, h, expand(out, base, h, low, bias, True, s)
-    h = _scaled(x, base.p) @ base.weight.t()
+    h = times(_scaled(x, base.p), base.weight, s.arch)
     if low.join is not None:
         low.join()
     plain = base.g is None and not base.keep and base.factor is None and (bias is None or bias.dtype == x.dtype)

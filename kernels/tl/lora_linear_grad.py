@@ -45,7 +45,9 @@ def one_pass(p: Pass, s: Settings) -> tuple[Tensor | None, Tensor | None, Tensor
     """(grad (ranges, C, R), parts (blocks, M, R), sums (ranges, C), products (ranges, C)); None if not asked for."""
     t, v, b, h, (M, C), R = p.t, p.v, p.b, p.h, p.t.shape, p.R
     down = b is not None
-    config = configs.adapter_grad(C, R, t.element_size(), s.arch, down=down, products=h is not None or p.weights is not None)
+    config = configs.adapter_grad(
+        C, R, t.element_size(), s.arch, down=down, products=h is not None or p.weights is not None
+    )
     config = s.config("adapter_grad", config, t.element_size())
     ranges, rows = s.pick("grad_ranges", configs.grad_ranges(M, C, R, config))
 

@@ -1,4 +1,4 @@
-"""lora_row_norm as launches: norms of the rows of W + s B A, from one read of W.
+"""lora_row_norm as launches: norms of the rows of W + s B A, from one read of W, dense or in codes.
 
 A tile of the sum is made before it is squared: B A comes out of the tensor cores, W is added in registers. The sum over a
 row runs in blocks of columns and strips of ``configs.STRIP``, whose sums are added in order by a second kernel.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import configs, launch
 from .call import Settings
+from .codes import Quantised, decode
 from .configs import cdiv
 from .lora_linear import add_rows
 from .tiles import multiple, split_dot
@@ -50,11 +51,15 @@ def row_norm_kernel(
     start = tl.program_id(1) * STRIP
     total = tl.zeros((BLOCK_N,), tl.float32)
     # Masked rows, not repeated ones: where W is adjacent along them, they must be seen to be.
-    at_row = w + rows[:, None].to(tl.int64) * stride_w_row
+    if not hasattr(w, "codes"):
+        at_row = w + rows[:, None].to(tl.int64) * stride_w_row
     for k in tl.range(start, tl.minimum(start + STRIP, K), BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
         inside = (rows < N)[:, None] & (col < K)[None, :]
-        tile = tl.load(at_row + col[None, :].to(tl.int64) * stride_w_col, mask=inside, other=0.0).to(tl.float32)
+        if hasattr(w, "codes"):
+            tile = decode(w, rows, k, N, K, BLOCK_K)
+        else:
+            tile = tl.load(at_row + col[None, :].to(tl.int64) * stride_w_col, mask=inside, other=0.0).to(tl.float32)
         if CHUNKS == 1:
             delta = _chunk(
                 None, a, b, row, col, 0, K, R, stride_a_rank, stride_a_k, stride_b_row, stride_b_rank,
@@ -74,18 +79,21 @@ def row_norm_kernel(
     tl.store(parts + tl.program_id(1).to(tl.int64) * N + rows, total, mask=rows < N)
 
 
-def row_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, s: Settings) -> Tensor:
+def row_norm(weight: Tensor | Quantised, lora_A: Tensor, lora_B: Tensor, scaling: float, s: Settings) -> Tensor:
     """fp32 (N,), the norms of the rows of weight (N, K) + scaling * lora_B lora_A."""
     (N, K), R = weight.shape, lora_A.shape[0]
     if N == 0 or K == 0:
-        return torch.zeros(N, dtype=torch.float32, device=weight.device)
-    config = s.config("row_norm", configs.row_norm(R, weight.element_size(), s.arch), weight.element_size())
-    parts = torch.empty((cdiv(K, configs.STRIP), N), dtype=torch.float32, device=weight.device)
+        return torch.zeros(N, dtype=torch.float32, device=lora_A.device)
+    codes = isinstance(weight, Quantised)
+    size, w = (4, weight.codes) if codes else (weight.element_size(), weight)
+    config = s.config("row_norm", configs.row_norm(R, size, s.arch), size)
+    parts = torch.empty((cdiv(K, configs.STRIP), N), dtype=torch.float32, device=lora_A.device)
+    row, column = (0, 0) if codes else weight.stride()
     strides = dict(
-        stride_w_row=weight.stride(0), stride_w_col=weight.stride(1), stride_a_rank=lora_A.stride(0),
+        stride_w_row=row, stride_w_col=column, stride_a_rank=lora_A.stride(0),
         stride_a_k=lora_A.stride(1), stride_b_row=lora_B.stride(0), stride_b_rank=lora_B.stride(1),
     )  # fmt: skip
-    args = dict(parts=parts, w=weight, a=lora_A, b=lora_B, N=N, K=K, R=R, **strides, scaling=scaling)
+    args = dict(parts=parts, w=w, a=lora_A, b=lora_B, N=N, K=K, R=R, **strides, scaling=scaling)
     # Both operands are adapters: three terms of each hold all of fp32, half precision enters as it is.
     split = (2 if s.allow_tf32 else 3) if lora_A.dtype == torch.float32 else 0
     constants = dict(

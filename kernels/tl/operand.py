@@ -1,7 +1,8 @@
 """How matrices are read, and the loader of the base: a tile of W in, (BLOCK_K, BLOCK_N) in the activation's dtype out.
 
 A dense W lies by column (a row of memory is one output column) or by k, and is copied through a tensor descriptor where
-there is one. The products above take tiles and know neither.
+there is one. One in codes (codes.py) is decoded: in fp32, for the product to round. The products above take tiles and know
+nothing of this.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .codes import Codes, Quantised, decode
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -34,8 +37,10 @@ def vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def by_column(w: Tensor) -> tuple[Tensor, bool]:
-    """(matrix with unit stride along its second axis, whether it is ``w`` (N, K) itself and not its transpose)."""
+def by_column(w: Tensor | Quantised) -> tuple[Tensor | Codes, bool]:
+    """(matrix with unit stride along its second axis, or codes, whether it is ``w`` (N, K) itself and not its transpose)."""
+    if isinstance(w, Quantised):
+        return w.codes, not w.transposed
     if w.stride(1) != 1 and w.stride(0) == 1:
         return w.t(), False
     return rows_of(w), True
@@ -56,8 +61,8 @@ def describable(t: Tensor) -> bool:
 
 @triton.jit
 def first_tile(w, col, depth, N, stride_w, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr):
-    """Where the tile of k = 0 is: its elements' addresses, or the descriptor."""
-    if TMA:
+    """Where the tile of k = 0 is: its elements' addresses; the descriptor, or the codes."""
+    if TMA or hasattr(w, "codes"):
         at = w
     elif W_BY_COLUMN:
         # The clamp instead of a mask: what a column past the end computes is never stored.
@@ -72,7 +77,12 @@ def load_tile(
     w, k, col0, col, depth, N, K, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
     """Elements (k + depth, col) of W^T at the tile's place ``w`` (``first_tile``); what is past K is zero."""
-    if TMA:
+    if hasattr(w, "codes"):
+        if W_BY_COLUMN:
+            tile = tl.trans(decode(w, col, k, N, K, depth.shape[0]))
+        else:
+            tile = decode(w, k + depth, col0, K, N, col.shape[0])
+    elif TMA:
         if W_BY_COLUMN:
             tile = tl.trans(w.load([col0, k]))
         else:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import configs, launch
+from ..codes import Quantised
 from ..configs import cdiv
 from ..lora_linear import Base, LowRank, expand_terms, linear, terms
 from ..operand import by_column, row_stride, rows_of, vector
+from ..panels import times
 from . import configs as multi_configs
 from .adapter_grad import multi_adapter_grad_kernel, multi_finish_kernel
 from .batch import Adapters, Batch
@@ -28,10 +30,10 @@ from .vectors import VectorGrads, own_bias, scale_rows
 
 
 class Onto(NamedTuple):
-    """What the branch of a (M, K) is added to: a weight^T, weight (N, K); a itself; or zero. ``columns``: N."""
+    """What the branch of a (M, K) is added to: a weight^T, weight (N, K), dense or in codes; a itself; or zero. ``columns``: N."""
 
     columns: int
-    weight: Tensor | None = None
+    weight: Tensor | Quantised | None = None
     identity: bool = False
 
 
@@ -79,7 +81,13 @@ class Product(NamedTuple):
 
 
 def expand(
-    b: Batch, side_b: bool, out: Tensor, base: Tensor | None, v: Tensor, bias: Tensor | None, inside: Product | None = None
+    b: Batch,
+    side_b: bool,
+    out: Tensor,
+    base: Tensor | None,
+    v: Tensor,
+    bias: Tensor | None,
+    inside: Product | None = None,
 ) -> None:
     """out = base + branch + bias, where the base is read, is zero, or is a product computed ``inside`` the kernel."""
     (M, N), R = out.shape, b.max_rank
@@ -113,7 +121,9 @@ def expand(
     launch.submit(launch.Launch(multi_expand_kernel, grid, args, constants, config.warps, config.stages))
 
 
-def onto_base(b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias, keep: bool = False) -> tuple[Tensor, Tensor]:
+def onto_base(
+    b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias, keep: bool = False
+) -> tuple[Tensor, Tensor]:
     """((M, columns) in the dtype of ``a``: base + branch + bias, the base alone if it is to be kept apart)."""
     (M, K), N, bias, weight = a.shape, base.columns, vector(bias), base.weight
     into, scale = ("p_b", "g_b") if side_b else ("g_b", "p_b")
@@ -123,14 +133,18 @@ def onto_base(b: Batch, side_b: bool, a: Tensor, base: Onto, v: Tensor, bias, ke
         out = a.new_empty((M, N))
         expand(b, side_b, out, a if base.identity else None, v, bias)
         return out, a.clone() if base.identity and keep else out
-    owner = multi_configs.base(M, N, K, b.slots, a.element_size(), b.s.arch, b.s.batch_invariant)
+    codes = isinstance(weight, Quantised)
+    if codes:
+        owner = "own" if configs.base_of_codes(M, b.s.batch_invariant) == "fused" else "vendor"
+    else:
+        owner = multi_configs.base(M, N, K, b.slots, a.element_size(), b.s.arch, b.s.batch_invariant)
     owner = b.s.pick("multi_base", owner)
-    if owner == "fused" and not keep and scale not in b.acting:
+    if owner == "fused" and not codes and not keep and scale not in b.acting:
         out = a.new_empty((M, N))
         expand(b, side_b, out, None, v, bias, Product(a, *by_column(weight)))
         return out, out
     if owner == "vendor":
-        product, added = a @ weight.t(), bias
+        product, added = times(a, weight, b.s.arch), bias
     else:
         # The kernel adds a bias that all rows share.
         inside = bias if not keep and b.acting.isdisjoint((scale, "beta")) else None
@@ -233,7 +247,9 @@ def backward(b: Batch, given: Adapters, dy: Tensor, kept: Kept, wanted: Wanted, 
         vectors.column_sums("beta", dy)
         if kept.h is not None:
             vectors.column_sums("g_b", dy, kept.h)
-    need_product = any(wanted.vectors) and "p_b" in b.acting and x is not None and (base.identity or base.weight is not None)
+    need_product = (
+        any(wanted.vectors) and "p_b" in b.acting and x is not None and (base.identity or base.weight is not None)
+    )
     if wanted.x or need_product:
         weight = None if base.weight is None else base.weight.t()
         dx, product = onto_base(b, False, dy, base._replace(weight=weight), du, None, need_product)

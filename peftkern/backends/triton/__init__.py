@@ -9,11 +9,11 @@ import torch
 
 from ...problem import Problem, TritonWay
 from ...settings import Settings
-from . import block_rotate, bottleneck_adapter, lora_linear, lora_row_norm, multi_lora_linear
+from . import block_rotate, bottleneck_adapter, lora_linear, lora_row_norm, multi_lora_linear, operand
 from .device import on_device
 
 NAME = "triton"
-BASES = ("dense", "identity")  # that its kernels read
+BASES = operand.KINDS  # that its kernels read
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LIMIT = 2**31
 
@@ -51,6 +51,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"no kernel for {problem.dtype}"
     if "curved" in problem.flags:
         return "no kernel for adapters with an activation or a bias of the rank"
+    if problem.flags & operand.QUANTISED and 0 in (problem.N, problem.K):
+        return "no kernel for codes of which there are none"
     if max(problem.M, problem.N, problem.K, problem.R) >= _LIMIT:
         return "a size is 2^31 or more"
     return None

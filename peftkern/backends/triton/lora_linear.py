@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from .device import kernel_settings, on_device
+from .operand import weight_of
+
+
+def _weight(c):
+    return weight_of(c.kind, c.base, c.lora_B.shape[0], c.lora_A.shape[1])
 
 
 def lora_linear_fwd(c, way):
@@ -11,7 +16,7 @@ def lora_linear_fwd(c, way):
     from ...kernels.lora_linear import forward
 
     given = call.Forward(
-        c.x, c.base[0] if c.base else None, c.lora_A, c.lora_B, c.bias, c.scaling, call.Dropout(c.dropout_p, c.seed),
+        c.x, _weight(c), c.lora_A, c.lora_B, c.bias, c.scaling, call.Dropout(c.dropout_p, c.seed),
         call.Scales(*c.scales), c.save_base,
     )  # fmt: skip
     with on_device(c.x):
@@ -24,7 +29,7 @@ def lora_linear_bwd(c, way):
     from ...kernels.lora_linear_grad import backward
 
     given = call.Backward(
-        c.dy, c.x, c.u, c.h, c.base[0] if c.base else None, c.lora_A, c.lora_B, c.scaling,
+        c.dy, c.x, c.u, c.h, _weight(c), c.lora_A, c.lora_B, c.scaling,
         call.Dropout(c.dropout_p, c.seed), call.Scales(*c.scales), call.Needs(*c.needs),
     )  # fmt: skip
     with on_device(c.dy):

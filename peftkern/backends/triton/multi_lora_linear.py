@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .device import kernel_settings, on_device
+from .operand import weight_of
 
 
 def multi_lora_linear_route(c, way):
@@ -28,10 +29,10 @@ def _batch(c, like, max_rank: int, way):
     return adapters, batch.batch(adapters, like, kernel_settings(like, way))
 
 
-def _onto(c, columns: int):
+def _onto(c, columns: int, N: int, K: int):
     from ...kernels.multi.multi_lora_linear import Onto
 
-    return Onto(columns, c.base[0] if c.base else None, c.kind == "identity")
+    return Onto(columns, weight_of(c.kind, c.base, N, K), c.kind == "identity")
 
 
 def multi_lora_linear_fwd(c, way):
@@ -40,7 +41,8 @@ def multi_lora_linear_fwd(c, way):
 
     with on_device(c.x):
         _, batch = _batch(c, c.x, c.max_rank, way)
-        return kernels.forward(batch, c.x, _onto(c, c.out_features), c.bias, c.save_base)
+        N = c.out_features
+        return kernels.forward(batch, c.x, _onto(c, N, N, c.x.shape[1]), c.bias, c.save_base)
 
 
 def multi_lora_linear_bwd(c, way):
@@ -49,9 +51,9 @@ def multi_lora_linear_bwd(c, way):
 
     with on_device(c.dy):
         adapters, batch = _batch(c, c.dy, c.u.shape[1], way)
-        kept = kernels.Kept(c.x, c.u, c.h)
+        kept, K = kernels.Kept(c.x, c.u, c.h), c.in_features
         wanted = kernels.Wanted(c.need_x, c.need_bias, c.need, c.wants_vectors)
-        return kernels.backward(batch, adapters, c.dy, kept, wanted, _onto(c, c.in_features))
+        return kernels.backward(batch, adapters, c.dy, kept, wanted, _onto(c, K, c.dy.shape[1], K))
 
 
 def sgmv_add(c, way):
