@@ -2,9 +2,9 @@
 
     W[n, k] = (value(code[n, k]) - zero[g]) * scale[g]        g the group of codes that share a scale
 
-Code p = n * row + k lies in run p // RUN, which has RUN codes in HALF bytes and begins RUN_BYTES after the one before: code i of a
-run in byte i % HALF, those from HALF on in the other four bits. With RUN = HALF a code has a byte to itself. All numbers are
-decoded in fp32, in the order of the equation.
+Code p = n * row + k lies in run p // RUN, which has RUN codes in HALF bytes and begins RUN_BYTES after the one before: code i
+of a run in byte i % HALF, those from HALF on in the other four bits. With RUN = HALF a code has a byte to itself. All numbers
+are decoded in fp32, in the order of the equation.
 """
 
 from __future__ import annotations

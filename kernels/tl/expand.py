@@ -117,7 +117,8 @@ def expand_kernel(
     CHUNKS: chunks of RANK that the rank needs, 0 without a low-rank term. ``base``: read if not GEMM, written if
     SAVE_BASE. BASE_FIRST: the base product is wanted by itself, or read. ``partial`` (row tiles, N): column sums
     of base * factor, one row per tile. x and w are tensor
-    descriptors with TMA, else pointers to rows of unit stride; w may be ``codes.Codes``. inverse_keep and threshold act if ``seed`` is given.
+    descriptors with TMA, else pointers to rows of unit stride; w may be ``codes.Codes``. inverse_keep and threshold act if
+    ``seed`` is given.
     """
     R = multiple(R, R_ALIGN)
     stride_v = multiple(stride_v, R_ALIGN)

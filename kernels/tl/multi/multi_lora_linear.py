@@ -30,7 +30,7 @@ from .vectors import VectorGrads, own_bias, scale_rows
 
 
 class Onto(NamedTuple):
-    """What the branch of a (M, K) is added to: a weight^T, weight (N, K), dense or in codes; a itself; or zero. ``columns``: N."""
+    """What the branch of a (M, K) is added to: a weight^T, weight (N, K) dense or in codes; a itself; or zero. ``columns``: N."""
 
     columns: int
     weight: Tensor | Quantised | None = None

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peftkern import lora_linear, multi_lora_linear
 from peftkern.backends.triton.operand import KINDS, weight_of
-from peftkern.bases.base import QUANTISED as ALL
 from peftkern.bases.base import kind_of
 from peftkern.kernels import configs
 from peftkern.kernels.panels import times
 from peftkern.settings import using
 from peftkern.testing.accuracy import check
 from peftkern.testing.bases import QUANTISED, random_base
-from peftkern.testing.norm_problems import RowNormProblem
 from peftkern.testing.problems import LoRALinearProblem
 
 F16, F32 = torch.float16, torch.float32
@@ -44,3 +43,60 @@ def test_panels_are_the_definition(name, shape, monkeypatch):
     assert torch.equal(times(torch.eye(N), weight.t(), 0), W)
     assert torch.equal(times(torch.eye(K), weight, 0), W.t())
     assert torch.equal(times(torch.eye(K, dtype=F16), weight, 0), W.half().t())
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("M", [5, 70], ids=["decoded", "panels"])
+def test_forward_and_gradients(name, M):
+    N, K = sizes(name, 45, 101)
+    for dtype in (F32, F16):
+        options = ("bias", "base_in_scale") if dtype == F32 else ("bias",)
+        assert_accurate(LoRALinearProblem(3, M, K, N, 5, dtype, F32, 0.7, 0.2, options, base=name))
+
+
+def test_batch_invariance_decodes_every_row_alike():
+    problem = LoRALinearProblem(4, 70, 96, 40, 5, F32, F32, base="nf4")
+    t = {k: v for k, v in problem.tensors().items() if k != "dy"}
+    with using(batch_invariant=True):
+        whole = problem.ours(t)
+        assert torch.equal(problem.ours(t | {"x": t["x"][:64]}), whole[:64])
+    assert_accurate(problem)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_row_norm(name):
+    N, K = sizes(name, 40, 151)
+    g = torch.Generator().manual_seed(6)
+    base = random_base(name, N, K, g)
+    A, B = torch.randn(3, K, generator=g), torch.randn(N, 3, generator=g)
+    W = kind_of(base.kind).dequantise(base.tensors, torch.float64, (N, K))
+    norm = torch.ops.peftkern.lora_row_norm(list(base.tensors), base.kind, A, B, 0.5)
+    exact = (W + 0.5 * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("M", [6, 70], ids=["decoded", "panels"])
+def test_many_adapters(M):
+    """Base product and dx under a branch of several adapters, against the same call on the decoded weight."""
+    N, K = 45, 101
+    g = torch.Generator().manual_seed(7)
+    base = random_base("nf4 nested", N, K, g)
+    W = kind_of(base.kind).dequantise(base.tensors, F32, (N, K))
+    adapters = [(torch.randn(4, K, generator=g), torch.randn(N, 4, generator=g), 0.7) for _ in range(2)]
+    ids = torch.arange(M) % 3 - 1
+    x, dy = torch.randn(M, K, generator=g), torch.randn(M, N, generator=g)
+
+    def both(weight):
+        leaf = x.clone().requires_grad_()
+        y = multi_lora_linear(leaf, weight, adapters, ids)
+        return y.detach(), *torch.autograd.grad(y, leaf, dy)
+
+    for ours, expected in zip(both(base), both(W), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_codes_are_left_to_the_reference():
+    base = random_base("int8", 3, 0, torch.Generator())
+    A, B = torch.randn(2, 0), torch.randn(3, 2)
+    with pytest.raises(RuntimeError, match="of which there are none"):
+        lora_linear(torch.randn(4, 0), base, A, B)
