@@ -106,9 +106,10 @@ def _spread(t, SPAN: tl.constexpr):
 def _codes(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
     """The codes of rows n and BLOCK columns from k0 on, (rows, BLOCK) in the dtype of w.codes; 0 outside."""
     RUNS: tl.constexpr = BLOCK // w.RUN
+    BYTES: tl.constexpr = RUNS * w.HALF
     if w.WHOLE and RUNS * w.RUN == BLOCK:
         # A run is in one row and in one tile: each byte is read once.
-        b = tl.arange(0, RUNS * w.HALF)
+        b = tl.arange(0, BYTES)
         k = k0 + b // w.HALF * w.RUN + b % w.HALF
         if w.RUN_BYTES == w.HALF:
             at = k0 // w.RUN * w.HALF + b

@@ -77,7 +77,8 @@ def product(
     depth = tl.arange(0, BLOCK_K)
     if not TMA:
         x_at = x + row[:, None] * stride_x + depth[None, :]
-    w_at = first_tile(w, col, depth, N, stride_w, W_BY_COLUMN, TMA)
+    if not hasattr(w, "codes"):
+        w_at = first_tile(w, col, depth, N, stride_w, W_BY_COLUMN, TMA)
     for k in tl.range(0, K, BLOCK_K):
         if TMA:
             xt = x.load([row0, k])
@@ -85,11 +86,13 @@ def product(
             xt = tl.load(x_at)
         else:
             xt = tl.load(x_at, mask=(k + depth < K)[None, :], other=0.0)
-        wt = load_tile(w_at, k, col0, col, depth, N, K, W_BY_COLUMN, TMA, EVEN_K)
         if hasattr(w, "codes"):
-            wt = narrow(wt, xt.dtype)
-        elif not TMA:
-            w_at = next_tile(w_at, stride_w, BLOCK_K, W_BY_COLUMN)
+            # As it was given: what a function returns are no constants any more.
+            wt = narrow(load_tile(w, k, col0, col, depth, N, K, W_BY_COLUMN, TMA, EVEN_K), xt.dtype)
+        else:
+            wt = load_tile(w_at, k, col0, col, depth, N, K, W_BY_COLUMN, TMA, EVEN_K)
+            if not TMA:
+                w_at = next_tile(w_at, stride_w, BLOCK_K, W_BY_COLUMN)
         if not TMA:
             x_at += BLOCK_K
         if in_scale is not None:

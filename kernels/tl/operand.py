@@ -61,8 +61,8 @@ def describable(t: Tensor) -> bool:
 
 @triton.jit
 def first_tile(w, col, depth, N, stride_w, W_BY_COLUMN: tl.constexpr, TMA: tl.constexpr):
-    """Where the tile of k = 0 is: its elements' addresses; the descriptor, or the codes."""
-    if TMA or hasattr(w, "codes"):
+    """Where the tile of k = 0 is: its elements' addresses, or the descriptor. Not for codes."""
+    if TMA:
         at = w
     elif W_BY_COLUMN:
         # The clamp instead of a mask: what a column past the end computes is never stored.
