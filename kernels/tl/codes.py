@@ -20,7 +20,7 @@ from torch import Tensor
 class Codes(NamedTuple):
     """What a kernel is given in place of a dense W, constants as ``tl.constexpr``.
 
-    codes: bytes, uint8 or int8. values: what they stand for, fp32, by code; None: themselves. zeros: None if there are none.
+    codes: bytes, uint8 or int8. lookup: what they stand for, fp32, by code; None: themselves. zeros: None if there are none.
     book: scales are codes of 8 bits, of which it has the values, times outer[g // OUTER] + offset, if those are given.
     row, pitch: codes and bytes from a row of W to the next; the pitch is used where runs do not straddle rows (WHOLE).
     UPPER: the first half of a run is in the upper bits.
@@ -30,7 +30,7 @@ class Codes(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-    values: Tensor | None
+    lookup: Tensor | None
     zeros: Tensor | None
     book: Tensor | None
     outer: Tensor | None
@@ -142,8 +142,8 @@ def decode(w, n, k0, N, K, BLOCK: tl.constexpr):
     """W at rows n (1-d) and columns k0, ..., k0 + BLOCK - 1, in fp32; 0 outside (N, K). k0 is a multiple of BLOCK."""
     inside_n = n < N
     q = _codes(w, n, k0, inside_n, K, BLOCK)
-    if w.values is not None:
-        value = tl.load(w.values + q.to(tl.int32))
+    if w.lookup is not None:
+        value = tl.load(w.lookup + q.to(tl.int32))
     else:
         value = q.to(tl.float32)
     scale, zero = _scale(w, n, k0, inside_n, K, BLOCK)

@@ -33,7 +33,7 @@ def _table(kind: str, device: torch.device) -> Tensor:
 def _codebook(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     codes, absmax, *nested = tensors
     out = dict(
-        _PAIRS, UPPER=True, codes=codes, values=_table(kind, codes.device), scales=absmax, FLAT=True,
+        _PAIRS, UPPER=True, codes=codes, lookup=_table(kind, codes.device), scales=absmax, FLAT=True,
         GROUP=block_length(N * K, absmax.numel()),
     )  # fmt: skip
     if nested:
@@ -56,7 +56,7 @@ def _fp8(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     codes, scale = tensors
     values = _table("e4m3" if codes.dtype == torch.float8_e4m3fn else "e5m2", codes.device)
     codes, row = _rows(codes.view(torch.uint8))
-    out = dict(_BYTES, codes=codes, row=row, values=values, scales=scale, groups=1)
+    out = dict(_BYTES, codes=codes, row=row, lookup=values, scales=scale, groups=1)
     if scale.dim() == 2:
         return out | dict(ROWS=128, GROUP=128, groups=scale.shape[1])
     return out | dict(ROWS=int(scale.numel() == N))
@@ -80,7 +80,7 @@ def _mxfp4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     blocks, scales = tensors
     device = blocks.device
     return dict(
-        _PAIRS, codes=blocks, values=_table(kind, device), scales=scales, book=_table("e8m0", device), ROWS=1,
+        _PAIRS, codes=blocks, lookup=_table(kind, device), scales=scales, book=_table("e8m0", device), ROWS=1,
         groups=K // MX_BLOCK, GROUP=MX_BLOCK,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _gguf(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     raw = raw.clone() if raw.storage_offset() % 2 else raw
     out = dict(scales=raw.view(torch.float16), RUN=GGUF_BLOCK, FLAT=True, GROUP=GGUF_BLOCK)
     if kind == "q4_0":
-        return out | dict(codes=raw[2:], values=_table(kind, raw.device), HALF=16, RUN_BYTES=18, STEP=9)
+        return out | dict(codes=raw[2:], lookup=_table(kind, raw.device), HALF=16, RUN_BYTES=18, STEP=9)
     return out | dict(codes=raw[2:].view(torch.int8), HALF=32, RUN_BYTES=34, STEP=17)
 
 
@@ -115,7 +115,7 @@ def _quantised(N: int, K: int, **given):
     from ...kernels.codes import Codes, Quantised
 
     default = dict(
-        values=None, zeros=None, book=None, outer=None, offset=None, row=K, groups=0, UPPER=False, FLAT=False, GROUP=0, ROWS=0,
+        lookup=None, zeros=None, book=None, outer=None, offset=None, row=K, groups=0, UPPER=False, FLAT=False, GROUP=0, ROWS=0,
         STEP=1, OUTER=1,
     )  # fmt: skip
     of = default | given
