@@ -65,7 +65,7 @@ class Quantised:
 
 
 @triton.jit
-def _scale(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
+def _group_scales(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
     """(scales, zeros or 0) of rows n and BLOCK columns from k0 on, each such that it broadcasts; 0 outside."""
     SPAN: tl.constexpr = w.SPAN if w.SPAN < BLOCK else BLOCK
     SPANS: tl.constexpr = BLOCK // SPAN
@@ -146,7 +146,7 @@ def decode(w, n, k0, N, K, BLOCK: tl.constexpr):
         value = tl.load(w.lookup + q.to(tl.int32))
     else:
         value = q.to(tl.float32)
-    scale, zero = _scale(w, n, k0, inside_n, K, BLOCK)
+    scale, zero = _group_scales(w, n, k0, inside_n, K, BLOCK)
     if w.zeros is not None:
         value = value - zero
     return value * scale
