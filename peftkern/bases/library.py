@@ -122,7 +122,9 @@ def _hqq(layer) -> Held:
         )
     if meta.get("quant_scale") or meta.get("quant_zero"):
         raise ValueError("the HQQLinear has quantised scales or zeros: kind hqq4 has floats")
-    return "hqq4", (layer.W_q.detach(), meta["scale"], meta["zero"]), tuple(meta["shape"])
+    # HQQ leaves the zeros of an fp32 layer as a tensor of inference mode, which autograd cannot keep.
+    zero = meta["zero"].clone() if meta["zero"].is_inference() else meta["zero"]
+    return "hqq4", (layer.W_q.detach(), meta["scale"], zero), tuple(meta["shape"])
 
 
 # By package and class.
