@@ -109,12 +109,12 @@ void decode(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) 
                     PEFTKERN_INLINED { pairs<false>(w.codes, p, some, values, table, f, out); });
       return;
     case Order::halves_upper:
-      // The second half begins where a group does.
       by_groups(w, span, to,
                 [&](int64_t p, int64_t, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
-                  const int64_t half = w.N * w.row / 2;
-                  const bool first = p < half;
-                  singles(w.codes + (first ? p : p - half), first ? 4 : 0, some, values, table, f, out);
+                  const int64_t half = w.N * w.row / 2, upper = p < half ? smaller(half - p, some) : 0;
+                  if (upper > 0) singles(w.codes + p, 4, upper, values, table, f, out);
+                  if (upper < some)
+                    singles(w.codes + p + upper - half, 0, some - upper, values, table, f, out + upper);
                 });
       return;
     case Order::blocks_lower:
