@@ -14,6 +14,7 @@ from .autograd.multi_lora_linear import multi_lora_linear, sgmv
 from .autograd.residual.bottleneck_adapter import bottleneck_adapter
 from .autograd.residual.multi_bottleneck_adapter import Bottleneck, multi_bottleneck_adapter
 from .autograd.residual.reft import reft
+from .bases.quantize import quantize
 from .many.adapter import Adapter
 from .many.bank import AdapterBank
 from .methods import FUNCTIONS
@@ -31,7 +32,7 @@ _LAZY = {
 
 __all__ = [
     "Adapter", "AdapterBank", "Bottleneck", "BottleneckAdapter", "LoRALinear", "ReFT", "__version__", "bottleneck_adapter",
-    "dropout_mask", "expert_lora_linear", "lora_linear", "multi_bottleneck_adapter", "multi_lora_linear", "reft",
+    "dropout_mask", "expert_lora_linear", "lora_linear", "multi_bottleneck_adapter", "multi_lora_linear", "quantize", "reft",
     "reft_positions", "sgmv", *FUNCTIONS, *_LAZY,
 ]  # fmt: skip
 

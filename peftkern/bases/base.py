@@ -19,6 +19,7 @@ from .gguf import Q4, Q8
 from .identity import Identity
 from .int4 import Hqq4, Int4
 from .int8 import Int8
+from .library import held
 from .mxfp4 import Mxfp4
 
 
@@ -65,12 +66,20 @@ IDENTITY = Base("identity", ())
 
 
 def base_of(weight: Tensor | Base) -> Base:
-    """A tensor (N, K) as a dense base; a base as it is. Raises TypeError for anything else."""
+    """A tensor (N, K) as a dense base, a library's quantised weight as what it is (library.py), a base as it is.
+
+    Raises TypeError for anything else, ValueError for a library's weight that no kind is.
+    """
+    if type(weight) is Tensor or type(weight) is torch.nn.Parameter:
+        return Base("dense", (weight,))
     if isinstance(weight, Base):
         for i, t in enumerate(weight.tensors):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{weight.kind}[{i}] must be a tensor, got {type(t).__name__}")
         return weight
+    quantised = held(weight)
+    if quantised is not None:
+        return Base(*quantised)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     return Base("dense", (weight,))

@@ -41,7 +41,7 @@ class Gguf(Packed):
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W (N, K) in ``dtype``, computed in fp32."""
         blocks = tensors[0].view(tensors[0].numel() // self.size, self.size)
-        d = blocks[:, :2].contiguous().view(torch.float16).float()
+        d = blocks[:, :2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
         return (self.codes(blocks[:, 2:]).float() * d).view(shape).to(dtype)
 
 
@@ -62,4 +62,4 @@ class Q8(Gguf):
 
     def codes(self, data: Tensor) -> Tensor:
         """The bytes, with their sign."""
-        return data.contiguous().view(torch.int8)
+        return data.view(torch.int8)
