@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.shapes import cast
-from ..bases.base import Base, kind_of
+from ..bases.base import Base, base_of, kind_of
 from .exact import made_of
 from .look import PLAIN_TENSORS, Look, NotCovered
 
@@ -28,76 +28,40 @@ class Frozen(NamedTuple):
 
 
 def _four_bits(layer: nn.Module) -> tuple[Base, bool]:
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    state = layer.quant_state if state is None else state
-    if type(weight).__name__ != "Params4bit" or state is None:
-        raise NotCovered("its weight is not quantised yet: move the layer to its device")
-    if getattr(state, "packing_format_for_cpu", False):
-        raise NotCovered("bitsandbytes has packed its weight for inference, as it does in eval mode without gradients")
-    codes = weight.data
-    if codes.dtype != torch.uint8:  # quant_storage
-        codes = codes.view(torch.uint8)
-    scales = (state.absmax,)
-    if state.nested:
-        scales = state.absmax, state.state2.code, state.state2.absmax, state.offset
-    return Base(state.quant_type, (codes, *scales), tuple(state.shape)), True
-
-
-def _over_127(SCB: Tensor) -> Tensor:
-    return SCB / 127.0
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise NotCovered("its weight is not quantised yet, or without its quant_state")
+    if tuple(state.shape) != (layer.out_features, layer.in_features):
+        raise NotCovered(f"its weight was quantised as a matrix of {tuple(state.shape)}")
+    return base_of(layer), True
 
 
 def _eight_bits(layer: nn.Module) -> tuple[Base, bool]:
-    weight, state = layer.weight, layer.state
-    if state.has_fp16_weights:
-        raise NotCovered("its weight is kept in half precision (has_fp16_weights)")
-    # The next call of the library's own moves what the weight has into the state.
-    codes = state.CB if weight.CB is None else weight.CB
-    SCB = state.SCB if weight.SCB is None else weight.SCB
-    if codes is None or SCB is None:
-        raise NotCovered("its weight is not quantised yet: move the layer to its device")
-    return Base("int8", (codes, made_of(SCB, _over_127)), tuple(codes.shape)), not layer.training
+    # In training the library multiplies x by a dequantised weight, under autocast in autocast's dtype.
+    return base_of(layer), not layer.training
 
 
-def _zero(zero_point: Tensor) -> bool:
+def _no_zeros(zero_point: Tensor) -> bool:
     return not zero_point.any()
 
 
 def _torchao(layer: nn.Module) -> tuple[Base, bool]:
-    weight = layer.weight
-    if type(weight).__name__ != "Int8Tensor":
-        raise NotCovered(f"the base weight is torchao's {type(weight).__name__}")
-    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
-        raise NotCovered("torchao quantises its input too, and then gives no gradient through the base")
-    if list(weight.block_size) != [1, weight.shape[1]]:
-        raise NotCovered(f"the base weight has blocks of {list(weight.block_size)}, expected rows")
-    if weight.zero_point is not None and not made_of(weight.zero_point, _zero):
-        raise NotCovered("the base weight has zero points")
-    return Base("int8", (weight.qdata, weight.scale.flatten()), tuple(weight.shape)), True
+    base, zeros = base_of(layer.weight), getattr(layer.weight, "zero_point", None)
+    if zeros is not None and not made_of(zeros, _no_zeros):
+        raise NotCovered("its weight has zero points")
+    return base, True
 
 
 def _quanto(layer: nn.Module) -> tuple[Base, bool]:
-    weight = layer.weight
-    if type(weight) in PLAIN_TENSORS:
-        raise NotCovered("its weight is quantised at each call: freeze it")
-    if type(weight).__name__ != "WeightQBytesTensor" or weight.qtype.name != "qint8" or weight.axis != 0:
-        raise NotCovered(f"the base weight is quanto's {type(weight).__name__} of {weight.qtype.name}")
+    if type(layer.weight) in PLAIN_TENSORS:
+        raise NotCovered("its weight is quantised anew at each call: freeze it")
     if layer.activation_qtype is not None:
-        raise NotCovered("quanto quantises its input too")
-    return Base("int8", (weight._data, weight._scale.flatten()), tuple(weight.shape)), True
+        raise NotCovered("its input is quantised too")
+    return base_of(layer.weight), True
 
 
 def _hqq(layer: nn.Module) -> tuple[Base, bool]:
-    if not layer.is_initialized():
-        raise NotCovered("its weight is not quantised yet")
-    meta = layer.meta
-    expected = {"nbits": 4, "axis": 1, "packing": "4bit_u8", "view_as_float": False, "quant_scale": False, "quant_zero": False}
-    other = [f"{name} {meta[name]!r}" for name, value in expected.items() if meta[name] != value]
-    if other:
-        raise NotCovered(f"its weight is HQQ's with {' and '.join(other)}")
-    codes = layer.W_q.data
-    return Base("hqq4", (codes, meta["scale"], meta["zero"]), tuple(meta["shape"])), False
+    return base_of(layer), False
 
 
 _READERS: dict[str, Callable[[nn.Module], tuple[Base, bool]]] = {
@@ -129,7 +93,7 @@ def read(part: Look, reader: Callable[[nn.Module], tuple[Base, bool]]) -> Frozen
         raise NotCovered("the base weight requires grad")
     try:
         base, uncast = reader(layer)
-        bias = layer.bias
+        base, bias = base._replace(shape=(layer.out_features, layer.in_features)), layer.bias
         _check(base, bias)
     except (TypeError, ValueError) as reason:
         raise NotCovered(f"its base layer: {reason}") from None

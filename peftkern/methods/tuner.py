@@ -26,11 +26,13 @@ def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan
     held = []
     for level in reversed(nested):  # each level works on what the one inside it gives
         of = method_of(type(level.module))
-        if of.dense and isinstance(weight, Base):
-            raise NotCovered(f"{of.name} on a base of kind {weight.kind} is not covered")
         if of.one_active and mixed is None and len(_asked(level, None)) > 1:
             raise NotCovered("it has several active adapters")
         held += [of.held(level, name, weight.shape) for name in adapters(level, of.adapters, mixed)]
+    if isinstance(weight, Base):
+        for h in held:
+            if h.method.dense or h.folds:
+                raise NotCovered(f"{h.method.name} on a base of kind {weight.kind} is not covered")
     if mixed is not None and len({h.name for h in held}) < len(held):
         raise NotCovered("layers around each other have adapters of the same name")
     if not held:
