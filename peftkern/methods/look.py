@@ -115,6 +115,11 @@ class Look:
             seen[key] = equal(value)
         return value
 
+    def live(self) -> nn.Module:
+        """The module itself, to be read in ways that a pattern cannot tell: nothing of this look is kept."""
+        self.record.whole = False
+        return self.module
+
     def part(self, name: str) -> Look | None:
         """A module of this one by its name, or None."""
         look = self._parts.get(name)

@@ -188,7 +188,7 @@ def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
         for cls, make in [*((cls, _fused_forward) for cls, _ in layers()), (ParamWrapper, _experts_forward)]:
-            if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
+            if replaced_reason(cls) is None and cls.forward not in FUSED.values():
                 switch.replace(cls, "forward", lambda own, cls=cls, make=make: make(cls.forward))
                 FUSED[cls] = cls.forward
         for (cls, name), make in _giving_names().items():

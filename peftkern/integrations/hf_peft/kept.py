@@ -54,7 +54,7 @@ class Kept:
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
-        return _new(Plan, (weight, now[self._bias], held, self._kind))
+        return _new(Plan, (weight, now[self._bias], held, self._kind, False))
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:

@@ -20,9 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...autograd.multi_lora_linear import multi_lora_linear
+from ...autograd.shapes import autocast_dtype
+from ...autograd.shapes import uncast as uncasting
 from ...many.adapter import Adapter
 from ...many.table import AdapterTable, table_of
 from ...methods.low_rank.alora import ALORA, acting, invoked
+from ...methods.low_rank.lora import LORA
 from ...methods.registry import Plan, method_of
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -179,7 +182,10 @@ def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapt
 
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
-    weight, bias, held, _ = plan
+    weight, bias, held, _, uncast = plan
+    if uncast and autocast_dtype(x) is not None:
+        with uncasting(x):
+            return run_mixed(layer, plan._replace(uncast=False), batch, x)
     names, drops, activated = [], [], []
     dropping = False
     for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
@@ -191,7 +197,7 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     if activated:
         of = x.shape[1] if x.dim() == 3 else 1
         tokens = batch.tokens(activated, of)
-        without, plan = plan, Plan(weight, bias, [invoked(h) if h.method is ALORA else h for h in held])
+        without, plan = plan, plan._replace(held=[invoked(h) if h.method is ALORA else h for h in held])
         if set(batch.names) == set(names) and len(held) == 1 and not any(0 < n < of for n in tokens):
             if all(tokens):
                 return plan.run(x)
@@ -205,13 +211,13 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     return y.to(x.dtype) if held[0].method.keeps_dtype else y
 
 
-_TAKE_NAMES = (peft_lora.Linear, peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d, road.Linear)
+_TAKE_NAMES = (peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d, road.Linear)
 
 
 def takes_names(layer: nn.Module) -> bool:
     """Whether the library's own code may run a batch with names: of PEFT's layers those of LoRA and RoAd on the base itself."""
     return not isinstance(layer, BaseTunerLayer) or (
-        type(layer) in _TAKE_NAMES and not isinstance(layer.base_layer, BaseTunerLayer)
+        (type(layer) in _TAKE_NAMES or method_of(type(layer)) is LORA) and not isinstance(layer.base_layer, BaseTunerLayer)
     )
 
 

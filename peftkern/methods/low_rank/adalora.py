@@ -126,6 +126,7 @@ ADALORA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.adalora.layer.SVDLinear",
+        also=("peft.tuners.adalora.bnb.SVDLinear8bitLt", "peft.tuners.adalora.bnb.SVDLinear4bit"),
         adapters="lora_A",
         held=held,
         apply=apply,

@@ -60,6 +60,7 @@ PVERA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.pvera.layer.Linear",
+        also=("peft.tuners.pvera.bnb.Linear8bitLt", "peft.tuners.pvera.bnb.Linear4bit"),
         adapters="pvera_lambda_d",
         held=held,
         apply=apply,

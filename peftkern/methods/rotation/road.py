@@ -79,6 +79,7 @@ ROAD = register(
         taxonomy="additive",
         family="S",
         layer="peft.tuners.road.layer.Linear",
+        also=("peft.tuners.road.bnb.Linear8bitLt", "peft.tuners.road.bnb.Linear4bit"),
         adapters="road_theta",
         held=held,
         apply=apply,

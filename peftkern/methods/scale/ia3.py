@@ -117,6 +117,7 @@ IA3 = register(
         taxonomy="additive",
         family="L",
         layer="peft.tuners.ia3.layer.Linear",
+        also=("peft.tuners.ia3.bnb.Linear8bitLt", "peft.tuners.ia3.bnb.Linear4bit"),
         adapters="ia3_l",
         held=held,
         apply=apply,
