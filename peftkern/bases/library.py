@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fp8 import BLOCK
 
@@ -55,6 +56,19 @@ def _params4bit(weight: Tensor) -> Held:
     return state.quant_type, (codes, *scales), tuple(state.shape)
 
 
+_over_127: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def over_127(scale: Tensor) -> Tensor:
+    """Scales of int8 as bitsandbytes holds them, of codes 127; made once for as long as they stay as they are."""
+    if torch.compiler.is_compiling() or scale.is_inference():
+        return scale / 127.0
+    now, found = (scale._version, scale.data_ptr()), _over_127.get(scale)
+    if found is None or found[0] != now:
+        found = _over_127[scale] = now, scale / 127.0
+    return found[1]
+
+
 def _int8(codes: Tensor, scale: Tensor | None) -> Held:
     if codes.dtype != torch.int8:
         raise ValueError(
@@ -62,7 +76,7 @@ def _int8(codes: Tensor, scale: Tensor | None) -> Held:
         )
     if scale is None:
         raise ValueError("the Int8Params has handed its scales to its layer: pass the Linear8bitLt")
-    return "int8", (codes.detach(), scale / 127.0), tuple(codes.shape)
+    return "int8", (codes.detach(), over_127(scale)), tuple(codes.shape)
 
 
 def _linear8bit(layer) -> Held:

@@ -27,32 +27,41 @@ class Frozen(NamedTuple):
     uncast: bool = False
 
 
-def _four_bits(layer: nn.Module) -> tuple[Base, bool]:
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
+def _four_bits(part: Look) -> tuple[Base, bool]:
+    weight, shape = part.parameter("weight"), (part.value("out_features"), part.value("in_features"))
+    if getattr(weight.module, "quant_state", None) is None:
         raise NotCovered("its weight is not quantised yet, or without its quant_state")
-    if tuple(state.shape) != (layer.out_features, layer.in_features):
-        raise NotCovered(f"its weight was quantised as a matrix of {tuple(state.shape)}")
-    return base_of(layer), True
+    state = weight.linked("quant_state")
+    if tuple(state.value("shape")) != shape:
+        raise NotCovered(f"its weight was quantised as a matrix of {tuple(state.module.shape)}")
+    state.value("quant_type"), state.value("packing_format_for_cpu"), state.member("absmax")
+    if state.value("nested"):
+        state.member("offset")
+        inner = state.linked("state2")
+        inner.member("code"), inner.member("absmax")
+    return base_of(part.module), True
 
 
-def _eight_bits(layer: nn.Module) -> tuple[Base, bool]:
+def _eight_bits(part: Look) -> tuple[Base, bool]:
+    part.parameter("weight").member("SCB"), part.linked("state").member("SCB")
     # In training the library multiplies x by a dequantised weight, under autocast in autocast's dtype.
-    return base_of(layer), not layer.training
+    return base_of(part.module), not part.value("training")
 
 
 def _no_zeros(zero_point: Tensor) -> bool:
     return not zero_point.any()
 
 
-def _torchao(layer: nn.Module) -> tuple[Base, bool]:
+def _torchao(part: Look) -> tuple[Base, bool]:
+    layer = part.live()
     base, zeros = base_of(layer.weight), getattr(layer.weight, "zero_point", None)
     if zeros is not None and not made_of(zeros, _no_zeros):
         raise NotCovered("its weight has zero points")
     return base, True
 
 
-def _quanto(layer: nn.Module) -> tuple[Base, bool]:
+def _quanto(part: Look) -> tuple[Base, bool]:
+    layer = part.live()
     if type(layer.weight) in PLAIN_TENSORS:
         raise NotCovered("its weight is quantised anew at each call: freeze it")
     if layer.activation_qtype is not None:
@@ -60,11 +69,12 @@ def _quanto(layer: nn.Module) -> tuple[Base, bool]:
     return base_of(layer.weight), True
 
 
-def _hqq(layer: nn.Module) -> tuple[Base, bool]:
+def _hqq(part: Look) -> tuple[Base, bool]:
+    layer = part.live()
     return base_of(layer), False
 
 
-_READERS: dict[str, Callable[[nn.Module], tuple[Base, bool]]] = {
+_READERS: dict[str, Callable[[Look], tuple[Base, bool]]] = {
     "bitsandbytes.nn.modules.Linear4bit": _four_bits,
     "bitsandbytes.nn.modules.LinearNF4": _four_bits,
     "bitsandbytes.nn.modules.LinearFP4": _four_bits,
@@ -74,7 +84,7 @@ _READERS: dict[str, Callable[[nn.Module], tuple[Base, bool]]] = {
 }
 
 
-def reader_of(layer: nn.Module) -> Callable[[nn.Module], tuple[Base, bool]] | None:
+def reader_of(layer: nn.Module) -> Callable[[Look], tuple[Base, bool]] | None:
     """What reads this base layer, None if it is none of a library that quantises."""
     cls = type(layer)
     if cls is nn.Linear:
@@ -82,18 +92,19 @@ def reader_of(layer: nn.Module) -> Callable[[nn.Module], tuple[Base, bool]] | No
     return _READERS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def read(part: Look, reader: Callable[[nn.Module], tuple[Base, bool]]) -> Frozen:
+def read(part: Look, reader: Callable[[Look], tuple[Base, bool]]) -> Frozen:
     """The weight as a base, and the bias of such a layer, or NotCovered with the reason."""
     cls = type(part.module)
     part.require(cls, "base_layer")
     if cls.forward.__module__ != next(c for c in cls.__mro__ if "forward" in vars(c)).__module__:
         raise NotCovered(f"the forward of {cls.__module__}.{cls.__qualname__} was replaced")
-    layer = part.live()
+    layer = part.module
     if any(p.requires_grad for name, p in layer._parameters.items() if p is not None and name != "bias"):
         raise NotCovered("the base weight requires grad")
     try:
-        base, uncast = reader(layer)
-        base, bias = base._replace(shape=(layer.out_features, layer.in_features)), layer.bias
+        base, uncast = reader(part)
+        base = base._replace(shape=(part.value("out_features"), part.value("in_features")))
+        bias = part.tensor("bias") if "bias" in layer._parameters else part.live().bias
         _check(base, bias)
     except (TypeError, ValueError) as reason:
         raise NotCovered(f"its base layer: {reason}") from None
