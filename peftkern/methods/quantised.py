@@ -88,7 +88,8 @@ def reader_of(layer: nn.Module) -> Callable[[Look], tuple[Base, bool]] | None:
     """What reads this base layer, None if it is none of a library that quantises."""
     cls = type(layer)
     if cls is nn.Linear:
-        return _torchao if type(layer._parameters["weight"]).__module__.startswith("torchao.") else None
+        held = type(layer._parameters.get("weight"))
+        return _torchao if held not in PLAIN_TENSORS and held.__module__.startswith("torchao.") else None
     return _READERS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
