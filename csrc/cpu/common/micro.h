@@ -90,47 +90,47 @@ static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int6
   }
 }
 
-template <bool ASK, int ROWS, class T>
-static void dot_ranks(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, int64_t R, float* out,
-                      int64_t ldo, int rows, const T* next) {
-  static_assert(kDotRanks == 4);
-  const auto block = [&](auto ranks, int64_t r) {
-    const T* ahead = ASK ? next + r * ldp : nullptr;
-    dot_block<ASK, ROWS, decltype(ranks)::value>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows, ahead);
+template <bool ASK, int RANKS, class T>
+static void dot_rows(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n,
+                     float* out, int64_t ldo, const T* next) {
+  const auto block = [&](auto size, auto ask, int64_t m, int left) {
+    dot_block<decltype(ask)::value, decltype(size)::value, RANKS>(x + m * ldx, ldx, p, ldp, n, out + m * ldo,
+                                                                  ldo, left, next);
   };
-  int64_t r = 0;
-  for (; r + 4 <= R; r += 4) block(std::integral_constant<int, 4>(), r);
-  switch (R - r) {
-    case 3:
-      return block(std::integral_constant<int, 3>(), r);
-    case 2:
-      return block(std::integral_constant<int, 2>(), r);
-    case 1:
-      return block(std::integral_constant<int, 1>(), r);
-  }
+  const auto any = [&](auto ask, int64_t m) {
+    const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
+    if (left == 1) {
+      block(std::integral_constant<int, 1>(), ask, m, left);
+    } else if (left == 2) {
+      block(std::integral_constant<int, 2>(), ask, m, left);
+    } else {
+      block(std::integral_constant<int, kDotRows>(), ask, m, left);
+    }
+  };
+  if (rows > 0) any(std::integral_constant<bool, ASK>(), 0);
+  for (int64_t m = kDotRows; m < rows; m += kDotRows) any(std::false_type(), m);
 }
 
 // x: at least kDotRows rows may be read from every block's first row (scratch); only `rows` of them count.
-// ASK: meanwhile asks for what lies at `next` as p does.
+// A few rows of p meet all rows of x while they lie in L1. ASK: meanwhile asks for what lies at `next` as p
+// does.
 template <bool ASK = false, class T>
 static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n, int64_t R,
                 float* out, int64_t ldo, const T* next = nullptr) {
-  const auto ranks = [&](auto block, int64_t m, int left) {
-    if (ASK && m == 0)
-      dot_ranks<ASK, decltype(block)::value>(x, ldx, p, ldp, n, R, out, ldo, left, next);
-    else
-      dot_ranks<false, decltype(block)::value>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left,
-                                               next);
+  static_assert(kDotRanks == 4);
+  const auto ranks = [&](auto count, int64_t r) {
+    dot_rows<ASK, decltype(count)::value>(x, ldx, rows, p + r * ldp, ldp, n, out + r, ldo,
+                                          ASK ? next + r * ldp : nullptr);
   };
-  for (int64_t m = 0; m < rows; m += kDotRows) {
-    const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
-    if (left == 1) {
-      ranks(std::integral_constant<int, 1>(), m, left);
-    } else if (left == 2) {
-      ranks(std::integral_constant<int, 2>(), m, left);
-    } else {
-      ranks(std::integral_constant<int, kDotRows>(), m, left);
-    }
+  int64_t r = 0;
+  for (; r + 4 <= R; r += 4) ranks(std::integral_constant<int, 4>(), r);
+  switch (R - r) {
+    case 3:
+      return ranks(std::integral_constant<int, 3>(), r);
+    case 2:
+      return ranks(std::integral_constant<int, 2>(), r);
+    case 1:
+      return ranks(std::integral_constant<int, 1>(), r);
   }
 }
 
