@@ -16,7 +16,6 @@ namespace {
 
 // Rows that pass a tile's columns of p while those lie in cache.
 constexpr int64_t kBlockRows = 192;
-
 void scale_rows(float* out, int64_t ld, int64_t rows, int64_t cols, float alpha) {
   if (alpha == 1.0f) return;
   for (int64_t i = 0; i < rows; ++i) {
@@ -44,12 +43,17 @@ void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, i
       const int64_t rows = min64(kTileRows, i1 - i);
       const bool below = i + kTileRows < i1;
       const int64_t next_i = below ? i + kTileRows : i0, next_c = below ? c : c + kTileCols;
-      for (int64_t m = 0; m < rows; ++m) {
-        prefetch(a.in, next_i + m, 1, next_c, kTileCols);
-        widen_tile(a.in, i + m, 1, c, cols, a.dropout, tile.data + m * kTileLd);
-      }
-      if (out != nullptr) dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out + (i - i0) * a.ldo, a.ldo);
-      if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, ld);
+      // A row's dropout takes as long as a block of a product; only to widen it takes no time.
+      const int64_t blocks = (out != nullptr ? dot_blocks(rows, a.R) : 0) + (a.v != nullptr ? outer_blocks(n, a.R) : 0);
+      const bool busy = a.dropout.threshold != 0 || blocks == 0;
+      Ahead ahead(a.in, next_i, min64(kTileRows, i1 - next_i), next_c, min64(kTileCols, c1 - next_c), blocks + (busy ? rows : 0));
+      const auto ask = [&ahead] { ahead.ask(); };
+      if (busy)
+        widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data, nullptr, ask);
+      else
+        widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data);
+      if (out != nullptr) dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out + (i - i0) * a.ldo, a.ldo, static_cast<const float*>(nullptr), ask);
+      if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, ld, ask);
       if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
     }
   }
