@@ -27,10 +27,11 @@ void zero_rows(float* out, int64_t ld, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) std::memset(out + i * ld, 0, sizeof(float) * cols);
 }
 
-// Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of `ld` columns for this segment. A tile's columns
+// Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of columns for this segment. A tile's columns
 // of p and of the sums stay in cache while all rows pass.
-void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t ld,
+void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1,
                   float* sums) {
+  const int64_t ld = a.ld;
   Tile tile;
   float* colsum = a.colsum != nullptr ? sums + (a.v != nullptr ? a.R * ld : 0) : nullptr;
   float* out = a.p != nullptr ? a.out + i0 * a.ldo : nullptr;
@@ -78,7 +79,7 @@ void add_segments(const float* sums, int64_t stride, int64_t segments, int64_t n
 
 void lora_reduce_run(const LoraReduceTask& a) {
   const bool over_rows = a.v != nullptr || a.colsum != nullptr;
-  const int64_t Cpad = round_up(a.C, kPad), stride = a.segment_floats;
+  const int64_t stride = a.segment_floats;
   if (!over_rows) {
     // Only dot: blocks of rows are independent, as many for every thread.
     const int64_t parts = round_up((a.M + kBlockRows - 1) / kBlockRows, a.threads);
@@ -87,7 +88,7 @@ void lora_reduce_run(const LoraReduceTask& a) {
     parallel(a.threads, [&] {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < blocks; ++b) {
-        reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, Cpad, nullptr);
+        reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, nullptr);
       }
     });
     return;
@@ -100,18 +101,18 @@ void lora_reduce_run(const LoraReduceTask& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.segments * panels; ++t) {
       const int64_t s = t / panels, c0 = t % panels * panel;
-      reduce_block(a, min64(a.M, s * rows), min64(a.M, (s + 1) * rows), c0, min64(a.C, c0 + panel), Cpad,
+      reduce_block(a, min64(a.M, s * rows), min64(a.M, (s + 1) * rows), c0, min64(a.C, c0 + panel),
                    a.scratch + s * stride);
     }
     if (a.v != nullptr) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < a.R; ++r) {
-        add_segments(a.scratch + r * Cpad, stride, a.segments, a.C, a.alpha_outer, a.g + r * a.ldg);
+        add_segments(a.scratch + r * a.ld, stride, a.segments, a.C, a.alpha_outer, a.g + r * a.ldg);
       }
     }
     if (a.colsum != nullptr) {
 #pragma omp single nowait
-      add_segments(a.scratch + (a.v != nullptr ? a.R * Cpad : 0), stride, a.segments, a.C, 1.0f, a.colsum);
+      add_segments(a.scratch + (a.v != nullptr ? a.R * a.ld : 0), stride, a.segments, a.C, 1.0f, a.colsum);
     }
   });
 }
