@@ -48,8 +48,8 @@ PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, i
   for (int64_t i = i0; i < i0 + rows; ++i) prefetch(p + listed(list, i) * in.row * size, cols * size);
 }
 
-// A block of a matrix with adjacent columns that is asked for piece by piece while something else is computed:
-// the CPU tracks a few dozen requests at a time, and more would wait.
+// A block of a matrix with adjacent columns that is asked for piece by piece while something else is
+// computed: the CPU tracks a few dozen requests at a time, and more would wait.
 class Ahead {
  public:
   // All of it with `calls` calls of ask.

@@ -29,8 +29,7 @@ void zero_rows(float* out, int64_t ld, int64_t rows, int64_t cols) {
 
 // Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of columns for this segment. A tile's columns
 // of p and of the sums stay in cache while all rows pass.
-void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1,
-                  float* sums) {
+void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1, float* sums) {
   const int64_t ld = a.ld;
   Tile tile;
   float* colsum = a.colsum != nullptr ? sums + (a.v != nullptr ? a.R * ld : 0) : nullptr;
@@ -45,15 +44,19 @@ void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, i
       const bool below = i + kTileRows < i1;
       const int64_t next_i = below ? i + kTileRows : i0, next_c = below ? c : c + kTileCols;
       // A row's dropout takes as long as a block of a product; only to widen it takes no time.
-      const int64_t blocks = (out != nullptr ? dot_blocks(rows, a.R) : 0) + (a.v != nullptr ? outer_blocks(n, a.R) : 0);
+      const int64_t blocks =
+          (out != nullptr ? dot_blocks(rows, a.R) : 0) + (a.v != nullptr ? outer_blocks(n, a.R) : 0);
       const bool busy = a.dropout.threshold != 0 || blocks == 0;
-      Ahead ahead(a.in, next_i, min64(kTileRows, i1 - next_i), next_c, min64(kTileCols, c1 - next_c), blocks + (busy ? rows : 0));
+      Ahead ahead(a.in, next_i, min64(kTileRows, i1 - next_i), next_c, min64(kTileCols, c1 - next_c),
+                  blocks + (busy ? rows : 0));
       const auto ask = [&ahead] { ahead.ask(); };
       if (busy)
         widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data, nullptr, ask);
       else
         widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data);
-      if (out != nullptr) dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out + (i - i0) * a.ldo, a.ldo, static_cast<const float*>(nullptr), ask);
+      if (out != nullptr)
+        dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out + (i - i0) * a.ldo, a.ldo,
+            static_cast<const float*>(nullptr), ask);
       if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, ld, ask);
       if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
     }
