@@ -145,11 +145,9 @@ static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t l
   }
 }
 
-// put(m, j, x) takes element m, j * W ... of the result.
-template <int ROWS, int VECTORS, class T, class Put>
-PEFTKERN_INLINE void combine_block(const float* v, int64_t ldv, int64_t R, const T* p, int64_t ldp,
-                                   const Put& put) {
-  alignas(64) float sums[ROWS * VECTORS * W];
+template <int ROWS, int VECTORS, class T>
+static void combine_block(const float* v, int64_t ldv, int64_t R, const T* p, int64_t ldp, float* out,
+                          int64_t ldo) {
   for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += kCombineChain) {
     const int64_t r1 = R - r0 < kCombineChain ? R : r0 + kCombineChain;
     vf acc[ROWS][VECTORS];
@@ -173,37 +171,25 @@ PEFTKERN_INLINE void combine_block(const float* v, int64_t ldv, int64_t R, const
     for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) {
-        float* s = sums + (m * VECTORS + j) * W;
-        const vf x = r0 == 0 ? acc[m][j] : load(s) + acc[m][j];
-        if (r1 < R)
-          store(s, x);
-        else
-          put(m, j, x);
+        float* o = out + m * ldo + j * W;
+        store(o, r0 == 0 ? acc[m][j] : load(o) + acc[m][j]);
       }
     }
   }
 }
 
-// step(VECTORS, c) for every block of columns.
-template <class Step>
-PEFTKERN_INLINE void combine_steps(int64_t n, const Step& step) {
-  constexpr int64_t kStep = kCombineVectors * W;
-  int64_t c = 0;
-  for (; c + kStep <= n; c += kStep) step(std::integral_constant<int, kCombineVectors>(), c);
-  // By one vector alone each product would wait for the one before it.
-  if constexpr (kCombineVectors > 2) {
-    for (; c + 2 * W <= n; c += 2 * W) step(std::integral_constant<int, 2>(), c);
-  }
-  for (; c < n; c += W) step(std::integral_constant<int, 1>(), c);
-}
-
 template <int ROWS, class T>
 static void combine_rows(const float* v, int64_t ldv, int64_t R, const T* p, int64_t ldp, int64_t n,
                          float* out, int64_t ldo) {
-  combine_steps(n, [&](auto vectors, int64_t c) {
-    combine_block<ROWS, decltype(vectors)::value>(
-        v, ldv, R, p + c, ldp, [&](int m, int j, vf x) { store(out + m * ldo + c + j * W, x); });
-  });
+  constexpr int64_t kStep = kCombineVectors * W;
+  int64_t c = 0;
+  for (; c + kStep <= n; c += kStep)
+    combine_block<ROWS, kCombineVectors>(v, ldv, R, p + c, ldp, out + c, ldo);
+  // By one vector alone each product would wait for the one before it.
+  if constexpr (kCombineVectors > 2) {
+    for (; c + 2 * W <= n; c += 2 * W) combine_block<ROWS, 2>(v, ldv, R, p + c, ldp, out + c, ldo);
+  }
+  for (; c < n; c += W) combine_block<ROWS, 1>(v, ldv, R, p + c, ldp, out + c, ldo);
 }
 
 // v (kCombineRows x R) and out (kCombineRows x n) are scratch: rows past `rows` may be computed.

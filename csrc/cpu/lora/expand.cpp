@@ -10,15 +10,17 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
+constexpr int64_t kRowBlock = 48;
+
 template <class TO, class TS>
 void expand(const LoraExpandArgs& a) {
   const int64_t panels = (a.C + kTileCols - 1) / kTileCols;
-  const int64_t blocks = (a.M + kExpandRows - 1) / kExpandRows;
+  const int64_t blocks = (a.M + kRowBlock - 1) / kRowBlock;
   parallel(a.threads, [&] {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < blocks * panels; ++t) {
-      const int64_t i0 = t / panels * kExpandRows, c0 = t % panels * kTileCols;
-      expand_block<TO, TS>(a, a.p, i0, min64(a.M, i0 + kExpandRows), c0, min64(kTileCols, a.C - c0));
+      const int64_t i0 = t / panels * kRowBlock, c0 = t % panels * kTileCols;
+      expand_block<TO, TS>(a, a.p, i0, min64(a.M, i0 + kRowBlock), c0, min64(kTileCols, a.C - c0));
     }
   });
 }

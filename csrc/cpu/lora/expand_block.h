@@ -20,6 +20,51 @@ PEFTKERN_INLINE BlockVectors from(const BlockVectors& v, int64_t c) {
   return {at(v.base), at(v.delta), at(v.bias)};
 }
 
+// One row of n columns, a multiple of W, without scales: what most layers are. Nothing is asked per vector.
+template <bool DROP, bool BIAS, class TO, class TS>
+static void finish_plain(const float* delta, float alpha, const uint8_t* bits, const TS* src,
+                         const float* bias, int64_t n, TO* out) {
+  for (int64_t c = 0; c < n; c += W) {
+    const vf x = load(delta + c), y = fma(splat(alpha), DROP ? select(bits, c, x) : x, load(src + c));
+    store(out + c, BIAS ? y + load(bias + c) : y);
+  }
+}
+
+// One row of n columns: delta (padded, scratch), everything else as in the equation.
+template <class TO, class TS>
+static void finish_row(const float* delta, float alpha, const uint8_t* bits, const TS* src,
+                       const BlockVectors& v, int64_t n, TO* out) {
+  const auto element = [&](int64_t c, vf s, vf base_scale, vf delta_scale, vf b) {
+    const vf base = v.base != nullptr ? s * base_scale : s;
+    const vf factor = v.delta != nullptr ? splat(alpha) * delta_scale : splat(alpha);
+    const vf y = fma(factor, select_if(bits, c, load(delta + c)), base);
+    return v.bias != nullptr ? y + b : y;
+  };
+  int64_t c = 0;
+  for (; c + W <= n; c += W) {
+    const auto at = [c](const auto* p) { return p != nullptr ? load(p + c) : zero(); };
+    store(out + c, element(c, at(src), at(v.base), at(v.delta), at(v.bias)));
+  }
+  if (c < n) {
+    const int k = static_cast<int>(n - c);
+    const auto at = [c, k](const auto* p) { return p != nullptr ? load_n(p + c, k) : zero(); };
+    store_n(out + c, element(c, at(src), at(v.base), at(v.delta), at(v.bias)), k);
+  }
+}
+
+template <class TO, class TS>
+static void finish(const float* delta, float alpha, const uint8_t* bits, const TS* src, const BlockVectors& v,
+                   int64_t n, TO* out) {
+  if (src == nullptr || v.base != nullptr || v.delta != nullptr || n % W != 0)
+    return finish_row<TO, TS>(delta, alpha, bits, src, v, n, out);
+  const auto run = [&](auto plain) { plain(delta, alpha, bits, src, v.bias, n, out); };
+  if (bits != nullptr) {
+    v.bias != nullptr ? run(finish_plain<true, true, TO, TS>) : run(finish_plain<true, false, TO, TS>);
+  } else {
+    v.bias != nullptr ? run(finish_plain<false, true, TO, TS>) : run(finish_plain<false, false, TO, TS>);
+  }
+}
+
 // Without a branch there is no delta to add: not even a zero, which would turn -0 into 0.
 template <class TO, class TS>
 static void finish_row_base(const TS* src, const BlockVectors& v, int64_t n, TO* out) {
@@ -39,132 +84,51 @@ static void finish_row_base(const TS* src, const BlockVectors& v, int64_t n, TO*
   }
 }
 
-// Rows of a block.
-constexpr int64_t kExpandRows = 48;
-static_assert(kExpandRows % kCombineRows == 0);
-
-// A block of rows [i0, i1) and columns [c0, c0 + cols). p: a.p, or the same in half precision.
-template <class TO, class TS, class TP>
-class ExpandBlock {
- public:
-  ExpandBlock(const LoraExpandArgs& a, const TP* p, int64_t i0, int64_t i1, int64_t c0, int64_t cols)
-      : a_(a), p_(p), i0_(i0), i1_(i1), c0_(c0), cols_(cols), drop_(a.dropout.threshold != 0) {
-    for (int64_t k = 0; k < kStep; ++k) ones_[k] = 1.0f, minus_zeros_[k] = -0.0f;
-  }
-
-  void run() {
-    if (a_.R == 0) return run_base();
-    const bool plain =
-        a_.src.data != nullptr && a_.base_scale == nullptr && a_.delta_scale == nullptr && a_.bias == nullptr;
-    for (int64_t i = i0_; i < i1_;) {
-      // 1, 2 or kCombineRows rows: three and more at the end are computed along with rows before them.
-      const int64_t left = min64(kCombineRows, i1_ - i);
-      const int64_t take = left > 2 && i + left < kCombineRows ? 2 : left;
-      const int64_t back = take > 2 ? kCombineRows - take : 0;
-      for (int64_t m = 0; drop_ && m < take; ++m)
-        keep_bits(a_.dropout, row_of(i + m), c0_, cols_, bits_ + (back + m) * kBitsRow);
-      for (int64_t c = 0; c < cols_; c += kStep) {
-        if (take == 1) {
-          rows<1>(i, 0, c);
-        } else if (take == 2) {
-          rows<2>(i, 0, c);
-        } else if (plain && back == 0 && c + kStep <= cols_) {
-          drop_ ? plain_rows<true>(i, c) : plain_rows<false>(i, c);
-        } else {
-          rows<kCombineRows>(i - back, static_cast<int>(back), c);
-        }
-      }
-      i += take;
-    }
-  }
-
- private:
-  // A step's columns, few enough for registers.
-  static constexpr int64_t kStep = kCombineVectors * W, kBitsRow = round_up(keep_bits_room(kTileCols), 64);
-
-  int64_t row_of(int64_t i) const { return a_.rows != nullptr ? a_.rows[i] - a_.dropout.row0 : i; }
-  // Also asks for the row a call later.
-  const TS* src(int64_t i, int64_t c) const {
-    const auto* from = static_cast<const TS*>(a_.src.data) + c0_ + c;
-    prefetch(from + row_of(min64(i + kCombineRows, i1_ - 1)) * a_.src.row,
-             kStep * static_cast<int64_t>(sizeof(TS)));
-    return from + row_of(i) * a_.src.row;
-  }
-  TO* out(int64_t i, int64_t c) const {
-    return static_cast<TO*>(a_.out.data) + row_of(i) * a_.out.row + c0_ + c;
-  }
-
-  void run_base() const {
-    const BlockVectors v = from({a_.base_scale, a_.delta_scale, a_.bias}, c0_);
-    for (int64_t i = i0_; i < i1_; ++i)
-      finish_row_base<TO, TS>(a_.src.data != nullptr ? src(i, 0) : nullptr, v, cols_, out(i, 0));
-  }
-
-  // kCombineRows rows from i on and kStep columns from c on, without scales and bias.
-  template <bool DROP>
-  void plain_rows(int64_t i, int64_t c) const {
-    const TS* from[kCombineRows];
-    TO* to[kCombineRows];
-    for (int m = 0; m < kCombineRows; ++m) from[m] = src(i + m, c), to[m] = out(i + m, c);
-    const vf alpha = splat(a_.alpha);
-    combine_block<kCombineRows, kCombineVectors>(
-        a_.v + i * a_.ldv, a_.ldv, a_.R, p_ + c0_ + c, a_.ldp, [&](int m, int j, vf delta) {
-          if (DROP) delta = select(bits_ + m * kBitsRow, c + j * W, delta);
-          store(to[m] + j * W, fma(alpha, delta, load(from[m] + j * W)));
-        });
-  }
-
-  // ROWS rows from i on, the first `skip` of them another call's, and the step of columns from c on. What is
-  // absent is neutral here: 1, or a zero that changes no sign.
-  template <int ROWS>
-  void rows(int64_t i, int skip, int64_t c) const {
-    const int64_t n = min64(kStep, cols_ - c);
-    const TS* from[ROWS];
-    TO* to[ROWS];
-    for (int m = skip; m < ROWS; ++m) {
-      from[m] = a_.src.data != nullptr ? src(i + m, c) : nullptr;
-      to[m] = out(i + m, c);
-    }
-    const auto or_else = [&](const float* v, const float* neutral) {
-      return v != nullptr ? v + c0_ + c : neutral;
-    };
-    const float *base = or_else(a_.base_scale, ones_), *factor = or_else(a_.delta_scale, ones_),
-                *bias = or_else(a_.bias, minus_zeros_);
-    const vf alpha = splat(a_.alpha);
-    combine_steps(round_up(n, W), [&](auto count, int64_t k) {
-      combine_block<ROWS, decltype(count)::value>(
-          a_.v + i * a_.ldv, a_.ldv, a_.R, p_ + c0_ + c + k, a_.ldp, [&](int m, int j, vf delta) {
-            if (m < skip) return;
-            const int64_t at = k + j * W;
-            if (drop_) delta = select(bits_ + m * kBitsRow, c + at, delta);
-            const auto finish = [&](const auto& part) {
-              const vf s = from[m] != nullptr ? part(from[m]) : zero();
-              return fma(alpha * part(factor), delta, s * part(base)) + part(bias);
-            };
-            if (at + W <= n) {
-              store(to[m] + at, finish([at](const auto* q) { return load(q + at); }));
-            } else {
-              const int left = static_cast<int>(n - at);
-              store_n(to[m] + at, finish([at, left](const auto* q) { return load_n(q + at, left); }), left);
-            }
-          });
-    });
-  }
-
-  const LoraExpandArgs& a_;
-  const TP* p_;
-  const int64_t i0_, i1_, c0_, cols_;
-  const bool drop_;
-  alignas(64) float ones_[kStep], minus_zeros_[kStep];
-  alignas(64) uint8_t bits_[kCombineRows * kBitsRow];
-};
-
-// The block of rows [i0, i1) and columns [c0, c0 + cols), cols at most kTileCols.
+// p: a.p, or the same in half precision.
 template <class TO, class TS, class TP>
 static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64_t i1, int64_t c0,
                          int64_t cols) {
-  for (int64_t i = i0; i < i1; i += kExpandRows)
-    ExpandBlock<TO, TS, TP>(a, p, i, min64(i1, i + kExpandRows), c0, cols).run();
+  // Few enough columns for delta to be read back before it has left the store queue's reach.
+  constexpr int64_t kStep = kCombineVectors * W, kBitsRow = round_up(keep_bits_room(kTileCols), 64);
+  alignas(64) float delta[kCombineRows * kStep];
+  alignas(64) uint8_t bits[kCombineRows * kBitsRow];
+  const bool drop = a.dropout.threshold != 0;
+  const auto row_of = [&a](int64_t i) { return a.rows != nullptr ? a.rows[i] - a.dropout.row0 : i; };
+  for (int64_t i = i0; i < i1;) {
+    // combine takes 1, 2 or kCombineRows rows: three and more at the end are computed along with rows before
+    // them.
+    const int64_t left = min64(kCombineRows, i1 - i);
+    const int64_t take = left > 2 && i + left < kCombineRows ? 2 : left;
+    const int64_t back = take > 2 ? kCombineRows - take : 0;
+    for (int64_t m = 0; drop && m < take; ++m) {
+      keep_bits(a.dropout, row_of(i + m), c0, cols, bits + m * kBitsRow);
+    }
+    for (int64_t c = 0; c < cols; c += kStep) {
+      const int64_t n = min64(kStep, cols - c), column = c0 + c;
+      if (a.R > 0) {
+        combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, p + column, a.ldp, round_up(n, W), delta,
+                kStep);
+      }
+      const BlockVectors vectors = from({a.base_scale, a.delta_scale, a.bias}, column);
+      for (int64_t m = 0; m < take; ++m) {
+        TO* out = static_cast<TO*>(a.out.data) + row_of(i + m) * a.out.row + column;
+        const TS* src = static_cast<const TS*>(a.src.data);
+        if (src != nullptr) {
+          src += column;
+          const int64_t next = min64(i + m + kCombineRows, i1 - 1);
+          prefetch(src + row_of(next) * a.src.row, n * static_cast<int64_t>(sizeof(TS)));
+          src += row_of(i + m) * a.src.row;
+        }
+        if (a.R == 0) {
+          finish_row_base<TO, TS>(src, vectors, n, out);
+        } else {
+          finish<TO, TS>(delta + (back + m) * kStep, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr,
+                         src, vectors, n, out);
+        }
+      }
+    }
+    i += take;
+  }
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL
