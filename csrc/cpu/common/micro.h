@@ -97,7 +97,7 @@ static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int6
 
 template <bool ASK, int RANKS, class T, class Between>
 static void dot_rows(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n,
-                     float* out, int64_t ldo, const T* next, Between& between) {
+                     float* out, int64_t ldo, const T* next, const Between& between) {
   const auto block = [&](auto size, auto ask, int64_t m, int left) {
     dot_block<decltype(ask)::value, decltype(size)::value, RANKS>(x + m * ldx, ldx, p, ldp, n, out + m * ldo,
                                                                   ldo, left, next);
@@ -127,7 +127,7 @@ PEFTKERN_INLINE int64_t dot_blocks(int64_t rows, int64_t R) {
 // does.
 template <bool ASK = false, class T, class Between = Nothing>
 static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n, int64_t R,
-                float* out, int64_t ldo, const T* next = nullptr, Between between = Nothing()) {
+                float* out, int64_t ldo, const T* next = nullptr, const Between& between = Nothing()) {
   static_assert(kDotRanks == 4);
   const auto ranks = [&](auto count, int64_t r) {
     dot_rows<ASK, decltype(count)::value>(x, ldx, rows, p + r * ldp, ldp, n, out + r, ldo,
@@ -237,7 +237,7 @@ static void outer_block(const float* x, int64_t ldx, int64_t rows, const float* 
 
 template <int RANKS, class Between>
 static void outer_columns(const float* x, int64_t ldx, int64_t rows, const float* v, int64_t ldv, int64_t n,
-                          float* out, int64_t ldo, Between& between) {
+                          float* out, int64_t ldo, const Between& between) {
   constexpr int64_t kStep = kOuterVectors * W;
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
@@ -259,7 +259,7 @@ PEFTKERN_INLINE int64_t outer_blocks(int64_t n, int64_t R) {
 // rows is at most a few dozen: the length of a chain in registers.
 template <class Between = Nothing>
 static void outer(const float* x, int64_t ldx, int64_t rows, const float* v, int64_t ldv, int64_t R,
-                  int64_t n, float* out, int64_t ldo, Between between = Nothing()) {
+                  int64_t n, float* out, int64_t ldo, const Between& between = Nothing()) {
   static_assert(kOuterRanks == 4);
   int64_t r = 0;
   for (; r + 4 <= R; r += 4) outer_columns<4>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo, between);

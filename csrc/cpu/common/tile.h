@@ -91,7 +91,7 @@ static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
 
 template <class T, class Between>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, float* tile, const int32_t* list, Between& between) {
+                       const Dropout& drop, float* tile, const int32_t* list, const Between& between) {
   uint8_t bits[keep_bits_room(kTileCols)];
   T gathered[kTileCols];
   for (int64_t i = 0; i < rows; ++i) {
@@ -112,7 +112,7 @@ static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t 
 template <class Between = Nothing>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
                        const Dropout& drop, float* tile, const int32_t* list = nullptr,
-                       Between between = Nothing()) {
+                       const Between& between = Nothing()) {
   switch (in.dtype) {
     case DType::f32:
       return widen_tile<float>(in, i0, rows, c0, cols, drop, tile, list, between);
