@@ -30,8 +30,8 @@ from ..status import TOO_SMALL, Calls, calls_of, note_stock
 from ..switch import KEY, Switch
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, call_plan, experts_plan, look_at_call, replaced_reason
-from .kept import keep
-from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
+from .kept import Kept, keep
+from .mixed import activated_plan, mixed_plan, note_again, run_again, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
 
 _whole = AtRest(read, units_alone=True)
@@ -122,8 +122,21 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if type(plan) is Plan:
         return plan.run(x)
     if type(plan) is tuple:
-        return run_mixed(*plan, x)
+        y = run_mixed(*plan, x)
+        kept = None if calls is None or offsets is not None else calls.kept
+        if kept is not None and kept.again is None and kept.mixed == plan[2].adapters:
+            note_again(layer, kept, plan[1], x)
+        return y
     return stock(layer, x, *args, **kwargs)
+
+
+def _again(layer: nn.Module, kept: Kept, x: Tensor, kwargs: dict) -> Tensor | None:
+    # y by the plan of the layer's last call, or None.
+    if kept.mixed is None:
+        plan = None if kwargs else kept.plan(layer, x)
+        return None if plan is None else plan.run(x)
+    names = kwargs.get("adapter_names") if len(kwargs) == 1 else None
+    return None if names is None else run_again(layer, kept, x, names)
 
 
 def _fused_forward(stock):
@@ -136,16 +149,15 @@ def _fused_forward(stock):
                 calls.reason = TOO_SMALL
                 return stock(self, x, *args, **kwargs)
             kept = calls.kept
-            if kept is not None and kept.mixed is None and not args and not kwargs:
-                plan = kept.plan(self, x)
-                if plan is not None:
+            if kept is not None and not args:
+                try:
+                    y = _again(self, kept, x, kwargs)
+                except (TypeError, ValueError):
+                    # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
+                    y = calls.kept = None
+                if y is not None:
                     calls.fused += 1
-                    try:
-                        return plan.run(x)
-                    except (TypeError, ValueError):
-                        # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
-                        calls.fused -= 1
-                        calls.kept = None
+                    return y
         if not switch.wanted(self):
             return stock(self, x, *args, **kwargs)
         return _carefully(self, x, args, kwargs, stock)
