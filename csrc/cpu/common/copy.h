@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "cpu/common/tile.h"
-#include "cpu/common/transpose.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 

@@ -2,7 +2,7 @@
 // read at once.
 #pragma once
 
-#include "cpu/common/transpose.h"
+#include "cpu/common/simd.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 

@@ -30,7 +30,7 @@ from ..status import TOO_SMALL, Calls, calls_of, note_stock
 from ..switch import KEY, Switch
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, call_plan, experts_plan, look_at_call, replaced_reason
-from .kept import Kept, keep
+from .kept import keep
 from .mixed import activated_plan, mixed_plan, note_again, run_again, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
 
@@ -130,15 +130,6 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     return stock(layer, x, *args, **kwargs)
 
 
-def _again(layer: nn.Module, kept: Kept, x: Tensor, kwargs: dict) -> Tensor | None:
-    # y by the plan of the layer's last call, or None.
-    if kept.mixed is None:
-        plan = None if kwargs else kept.plan(layer, x)
-        return None if plan is None else plan.run(x)
-    names = kwargs.get("adapter_names") if len(kwargs) == 1 else None
-    return None if names is None else run_again(layer, kept, x, names)
-
-
 def _fused_forward(stock):
     @functools.wraps(stock)
     def forward(self, x, *args, **kwargs):
@@ -150,11 +141,16 @@ def _fused_forward(stock):
                 return stock(self, x, *args, **kwargs)
             kept = calls.kept
             if kept is not None and not args:
+                y = None
                 try:
-                    y = _again(self, kept, x, kwargs)
+                    if kept.mixed is not None:
+                        y = run_again(self, kept, x, kwargs)
+                    elif not kwargs:
+                        plan = kept.plan(self, x)
+                        y = None if plan is None else plan.run(x)
                 except (TypeError, ValueError):
                     # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
-                    y = calls.kept = None
+                    calls.kept = None
                 if y is not None:
                     calls.fused += 1
                     return y

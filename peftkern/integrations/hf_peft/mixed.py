@@ -238,12 +238,12 @@ def note_again(layer: nn.Module, kept: Kept, plan: Plan, x: Tensor) -> None:
             kept.again = Again(kept, plan, table)
 
 
-def run_again(layer: nn.Module, kept: Kept, x: Any, names: Any) -> Tensor | None:
-    """y of a call with ``adapter_names=names`` and nothing else, if it is as the one before it but for the values; else None.
+def run_again(layer: nn.Module, kept: Kept, x: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """y of a call with ``adapter_names`` and no other arguments, if it is as the one before it but for the values; else None.
 
     Raises TypeError and ValueError, before anything is computed, for what a kept plan does not look at: shapes, devices."""
-    again = kept.again
-    now = None if again is None else kept.seen(layer, x)
+    again, names = kept.again, arguments.get("adapter_names") if len(arguments) == 1 else None
+    now = None if again is None or names is None else kept.seen(layer, x)
     batch = None if now is None else batch_of(names)
     if batch is None or batch.adapters != kept.mixed or x.dim() < 2 or x.shape[0] != len(batch.names):
         return None
