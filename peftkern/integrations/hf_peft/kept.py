@@ -40,35 +40,47 @@ def _autocast(device: str) -> Pattern:
 
 
 class Kept:
-    """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
+    """A plan without its tensors.
 
-    __slots__ = ("_base", "_bias", "_held", "_kind", "_match", "_transposed", "_uncast", "_weight", "mixed")
+    ``mixed``: the adapters of the mixed batch that it is for, or None; ``again``: what such a call can take over (mixed.py).
+    ``seen``: (layer, input) -> what the pattern keeps of them, or None if anything is not as it was.
+    """
+
+    __slots__ = ("_base", "_bias", "_held", "_kind", "_transposed", "_uncast", "_weight", "again", "mixed", "seen")
 
     def __init__(
         self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None,
         base: tuple[str, Sequence[Part], tuple[int, int]] | None,
     ):  # fmt: skip
-        self._match, self._kind, self._transposed, self.mixed = match, plan.kind, transposed, mixed
+        self.seen, self._kind, self._transposed, self.mixed = match, plan.kind, transposed, mixed
+        self.again: Any = None
         self._base, self._weight, self._uncast = base, slots.get(id(plan.weight)), plan.uncast
         self._bias = slots[id(plan.bias)]
         self._held = [(h.name, h.method, [slots[id(t)] for t in h.tensors], h[3:]) for h in plan.held]
 
     def plan(self, layer: nn.Module, x: Any) -> Plan | None:
         """What a call with this input computes, or None if anything is not as it was."""
-        now = self._match(layer, x)
+        now = self.seen(layer, x)
         if now is None:
             return None
-        if self._base is not None:
-            kind, parts, shape = self._base
-            weight = Base(kind, tuple([now[slot] if make is None else make(now[slot]) for slot, make in parts]), shape)
-        else:
-            weight = now[self._weight]
-            if self._transposed:
-                weight = weight.t()
+        weight, bias = self.base(now)
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
-        return _new(Plan, (weight, now[self._bias], held, self._kind, self._uncast))
+        return _new(Plan, (weight, bias, held, self._kind, self._uncast))
+
+    def base(self, now: tuple) -> tuple[Tensor | Base, Tensor | None]:
+        """The layer's weight and bias, of what was ``seen``."""
+        if self._base is not None:
+            kind, parts, shape = self._base
+            weight = Base(kind, tuple([now[slot] if make is None else make(now[slot]) for slot, make in parts]), shape)
+            return weight, now[self._bias]
+        weight = now[self._weight]
+        return weight.t() if self._transposed else weight, now[self._bias]
+
+    def places(self) -> list[list[int]]:
+        """Where the tensors of each adapter are in what is ``seen``."""
+        return [slots for _, _, slots, _ in self._held]
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
