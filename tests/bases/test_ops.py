@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from peftkern import AdapterBank, dora_linear, lora_linear, multi_lora_linear, quantize
+from peftkern import AdapterBank, lora_linear, multi_lora_linear, quantize
 from peftkern.autograd.row_norm import row_norm
 from peftkern.bases.base import kind_of
 from peftkern.testing.accuracy import check
@@ -153,15 +153,6 @@ def test_adapters_without_matrices_take_sizes_from_the_base():
     bank = AdapterBank(96, 10, max_adapters=2, max_rank=4)
     ids = torch.full((4,), -1)
     torch.testing.assert_close(multi_lora_linear(x, base, bank, ids), x @ W.t())
-    scale = torch.rand(10)
-    y = multi_lora_linear(x, base, [dict(base_out_scale=scale)], torch.zeros(4, dtype=torch.int64)) if False else None
-    assert y is None
-
-
-def test_dora():
-    x, base, A, B, W = layer("int8")
-    magnitude = torch.rand(10) + 0.5
-    torch.testing.assert_close(dora_linear(x, base, A, B, magnitude), dora_linear(x, W, A, B, magnitude))
 
 
 def test_made_without_a_library():
