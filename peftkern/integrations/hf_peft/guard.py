@@ -71,9 +71,11 @@ def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
         wrong = (t.dtype for t in (weight, *(h.tensors[0] for h in held)) if t.dtype not in (*_FLOATS, torch.float64))
         return next((f"a weight is {dtype}" for dtype in wrong), None)
     quantised, method = isinstance(weight, Base), method_of(type(look.module))
-    if quantised and method.widens and x.dtype != torch.float32 and type(look.module) is not loaded(method.layer):
-        return f"{method.name} on bitsandbytes makes fp32 of an input that is {x.dtype}"
-    if torch.is_autocast_enabled(device) and not uncast:
+    autocast = torch.is_autocast_enabled(device) and not uncast
+    widened = autocast or x.dtype != torch.float32
+    if quantised and widened and method.widens and type(look.module) is not loaded(method.layer):
+        return f"{method.name} on bitsandbytes makes fp32 of half precision"
+    if autocast:
         # Autocast makes half precision out of all of these, but leaves fp64 alone.
         tensors = [x, *([] if quantised else [weight]), *(h.tensors[0] for h in held)]
         if any(t.dtype not in _FLOATS for t in tensors) or not (bias is None or bias.dtype in _FLOATS):
