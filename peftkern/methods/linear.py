@@ -272,7 +272,9 @@ def entry(y: Linear, bias: Tensor | None) -> Adapter:
     return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
 
 
-def _without_shares(branches: tuple[Branch, ...], x: Tensor, weight: Tensor | Base) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
+def _without_shares(
+    branches: tuple[Branch, ...], x: Tensor, weight: Tensor | Base
+) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
     # A branch drops what its share drops: in the op with the base, and of an input of its own, by one seed. A trace has
     # torch's dropout, which has none: there they stay together, and on a base that the op alone can read.
     if _tracing() or isinstance(weight, Base):

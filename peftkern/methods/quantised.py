@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..autograd.shapes import cast
 from ..bases.base import Base, base_of, kind_of
-from .exact import made_of
 from .look import PLAIN_TENSORS, Look, NotCovered
 
 
@@ -41,15 +40,8 @@ def _eight_bits(layer: nn.Module) -> tuple[Base, bool]:
     return base_of(layer), not layer.training
 
 
-def _no_zeros(zero_point: Tensor) -> bool:
-    return not zero_point.any()
-
-
 def _torchao(layer: nn.Module) -> tuple[Base, bool]:
-    base, zeros = base_of(layer.weight), getattr(layer.weight, "zero_point", None)
-    if zeros is not None and not made_of(zeros, _no_zeros):
-        raise NotCovered("its weight has zero points")
-    return base, True
+    return base_of(layer.weight), True
 
 
 def _quanto(layer: nn.Module) -> tuple[Base, bool]:

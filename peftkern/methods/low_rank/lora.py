@@ -108,7 +108,9 @@ LORA = register(
         family="L",
         layer="peft.tuners.lora.layer.Linear",
         also=(
-            "peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.hqq.HqqLoraLinear",
+            "peft.tuners.lora.bnb.Linear8bitLt",
+            "peft.tuners.lora.bnb.Linear4bit",
+            "peft.tuners.lora.hqq.HqqLoraLinear",
             "peft.tuners.lora.torchao.TorchaoLoraLinear",
         ),  # fmt: skip
         adapters="lora_A",

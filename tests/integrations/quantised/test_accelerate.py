@@ -61,8 +61,8 @@ def agree(ours, stock, tolerance):
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_in_fp32(method, library):
-    if library == "hqq" and method not in ("LoRA", "DoRA"):
-        with pytest.raises(ValueError):
+    if (library == "hqq" and method not in ("LoRA", "DoRA", "VeRA")) or (library, method) == ("torchao int8", "VeRA"):
+        with pytest.raises((AttributeError, TypeError, ValueError)):
             layer(library, METHODS[method]())  # PEFT has no layer for it
         return
     ours = accelerated(library, METHODS[method]())
@@ -103,6 +103,8 @@ def test_a_compute_dtype_rounds_stock_alone(compute):
         return adapted(nn.Sequential(four_bits(nn.Linear(64, 96), compute_dtype=compute)), "nf4", METHODS["LoRA"]())
 
     ours, stock, exact = model(), model(), layer("nf4", METHODS["LoRA"]())
+    # PEFT makes adapters in the compute dtype before it widens them.
+    exact.load_state_dict({name: t for name, t in stock.state_dict().items() if "lora_" in name}, strict=False)
     assert peftkern.accelerate(ours).accelerated
     y, expected, oracle = ours(X), stock(X), exact(X)
     assert y.dtype == expected.dtype == torch.float32
@@ -129,20 +131,13 @@ def test_adapter_names(library):
         model.add_adapter("other", LoraConfig(**AT, r=7, init_lora_weights=False))
         return model
 
-    ours, stock = build(), build().eval()
+    ours, stock, rows = build(), build(), []
     assert peftkern.accelerate(ours).accelerated
-    if library == "int8":
-        stock.train()
-        rows = []
-        for row, name in zip(x, names):
-            with stock.disable_adapter() if name == "__base__" else torch.enable_grad():
-                stock.set_adapter("default" if name == "__base__" else name)
-                rows.append(stock(row))
-        expected = torch.stack(rows)
-    else:
-        with torch.enable_grad():
-            expected = stock(x.requires_grad_(), adapter_names=names)
-    assert torch.allclose(ours(x, adapter_names=names), expected, atol=2e-6, rtol=1e-5)
+    for row, name in zip(x, names):
+        with stock.disable_adapter() if name == "__base__" else torch.enable_grad():
+            stock.set_adapter("default" if name == "__base__" else name)
+            rows.append(stock(row))
+    assert torch.allclose(ours(x, adapter_names=names), torch.stack(rows), atol=2e-6, rtol=1e-5)
     assert peftkern.status(ours).fused == 1
 
 
@@ -239,4 +234,5 @@ def test_not_covered(model, why):
 @pytest.mark.parametrize("library", ["nf4", "nf4 nested", "int8", "torchao int8"])
 def test_compiled(library):
     ours, expected = accelerated(library, METHODS["LoRA"]()), results(layer(library, METHODS["LoRA"]()), X)
-    agree(results(torch.compile(ours, fullgraph=True, backend="aot_eager"), X), {**expected}, 2e-6)
+    found = results(torch.compile(ours, fullgraph=True, backend="aot_eager"), X)
+    agree({name.removeprefix("_orig_mod."): t for name, t in found.items()}, expected, 2e-6)
