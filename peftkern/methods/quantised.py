@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..autograd.shapes import cast
 from ..bases.base import Base, base_of, kind_of
-from .exact import made_of
 from .look import PLAIN_TENSORS, Look, NotCovered
 
 
@@ -48,16 +47,8 @@ def _eight_bits(part: Look) -> tuple[Base, bool]:
     return base_of(part.module), not part.value("training")
 
 
-def _no_zeros(zero_point: Tensor) -> bool:
-    return not zero_point.any()
-
-
 def _torchao(part: Look) -> tuple[Base, bool]:
-    layer = part.live()
-    base, zeros = base_of(layer.weight), getattr(layer.weight, "zero_point", None)
-    if zeros is not None and not made_of(zeros, _no_zeros):
-        raise NotCovered("its weight has zero points")
-    return base, True
+    return base_of(part.live().weight), True
 
 
 def _quanto(part: Look) -> tuple[Base, bool]:

@@ -154,6 +154,7 @@ class Method(Entry):
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
         dense: whether it reads the elements of the weight, so that a quantised base does not do.
+        widens: whether the classes in ``also`` put out fp32 for an input in half precision.
         loses_small: whether small calls on a CPU run the library's own code, which is faster there; from how many products M K N
             on the call is ours, tables of CPU models say, by the method's name (dispatch/least.py).
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
@@ -183,6 +184,7 @@ class Method(Entry):
     one_active: bool = False
     nests: bool = False
     dense: bool = False
+    widens: bool = False
     loses_small: bool = False
     keeps_dtype: bool = False
 

@@ -141,19 +141,21 @@ def _fused_forward(stock):
                 return stock(self, x, *args, **kwargs)
             kept = calls.kept
             if kept is not None and not args:
-                y = None
+                # Counted first: a recomputation stops in the middle of the last layer that it needs.
+                calls.fused += 1
                 try:
                     if kept.mixed is not None:
                         y = run_again(self, kept, x, kwargs)
+                        if y is not None:
+                            return y
                     elif not kwargs:
                         plan = kept.plan(self, x)
-                        y = None if plan is None else plan.run(x)
+                        if plan is not None:
+                            return plan.run(x)
                 except (TypeError, ValueError):
                     # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
                     calls.kept = None
-                if y is not None:
-                    calls.fused += 1
-                    return y
+                calls.fused -= 1
         if not switch.wanted(self):
             return stock(self, x, *args, **kwargs)
         return _carefully(self, x, args, kwargs, stock)

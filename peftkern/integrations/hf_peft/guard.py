@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...bases.base import Base
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
-from ...methods.registry import METHODS, Method, Plan, method_of
+from ...methods.registry import METHODS, Method, Plan, loaded, method_of
 from ..process import process_reason
 from ..tested import release_reason, replaced_by
 from . import experts as _experts
@@ -70,8 +70,12 @@ def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     if kind is not None and kind.takes_ids:  # beside which nothing is cast
         wrong = (t.dtype for t in (weight, *(h.tensors[0] for h in held)) if t.dtype not in (*_FLOATS, torch.float64))
         return next((f"a weight is {dtype}" for dtype in wrong), None)
-    quantised = isinstance(weight, Base)
-    if torch.is_autocast_enabled(device) and not uncast:
+    quantised, method = isinstance(weight, Base), method_of(type(look.module))
+    autocast = torch.is_autocast_enabled(device) and not uncast
+    widened = autocast or x.dtype != torch.float32
+    if quantised and widened and method.widens and type(look.module) is not loaded(method.layer):
+        return f"{method.name} on bitsandbytes makes fp32 of half precision"
+    if autocast:
         # Autocast makes half precision out of all of these, but leaves fp64 alone.
         tensors = [x, *([] if quantised else [weight]), *(h.tensors[0] for h in held)]
         if any(t.dtype not in _FLOATS for t in tensors) or not (bias is None or bias.dtype in _FLOATS):

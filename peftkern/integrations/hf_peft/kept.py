@@ -63,7 +63,10 @@ class Kept:
         now = self.seen(layer, x)
         if now is None:
             return None
-        weight, bias = self.base(now)
+        if self._base is None and not self._transposed:
+            weight, bias = now[self._weight], now[self._bias]
+        else:
+            weight, bias = self.base(now)
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))

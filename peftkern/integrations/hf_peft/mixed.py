@@ -267,7 +267,8 @@ _TAKE_NAMES = (peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lor
 def takes_names(layer: nn.Module) -> bool:
     """Whether the library's own code may run a batch with names: of PEFT's layers those of LoRA and RoAd on the base itself."""
     return not isinstance(layer, BaseTunerLayer) or (
-        (type(layer) in _TAKE_NAMES or method_of(type(layer)) is LORA) and not isinstance(layer.base_layer, BaseTunerLayer)
+        (type(layer) in _TAKE_NAMES or method_of(type(layer)) is LORA)
+        and not isinstance(layer.base_layer, BaseTunerLayer)
     )
 
 

@@ -131,6 +131,7 @@ RANDLORA = register(
         peft_type="RANDLORA",
         keeps_dtype=True,
         makes=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -141,6 +141,7 @@ ADALORA = register(
         peft_type="ADALORA",
         stored=STORED,
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -74,6 +74,7 @@ PVERA = register(
         merges="W + diag(b) B diag(d) A",
         peft_type="PVERA",
         keeps_dtype=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -92,6 +92,7 @@ ROAD = register(
         merges="R W and R bias",
         peft_type="ROAD",
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -132,6 +132,7 @@ IA3 = register(
         peft_type="IA3",
         stored=STORED,
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21)), "adapters": ((1, 3), (1, 3))},
     )
 )
