@@ -112,7 +112,7 @@ LORA = register(
             "peft.tuners.lora.bnb.Linear4bit",
             "peft.tuners.lora.hqq.HqqLoraLinear",
             "peft.tuners.lora.torchao.TorchaoLoraLinear",
-        ),  # fmt: skip
+        ),
         adapters="lora_A",
         held=held,
         apply=apply,
