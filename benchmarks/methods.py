@@ -71,8 +71,8 @@ def _bench(subject: Subject) -> Bench:
         )
     return Bench(
         subject.name, {p.name: p for p in providers}, dict.fromkeys(PRESET_DTYPES, subject.entries()), layer.data,
-        lambda case, preset: [LIBRARY, OURS, *[DENSE] * (dense is not None)], functools.partial(_gate, subject), layer.floor, copies,
-        finish=functools.partial(_finish, subject),
+        lambda case, preset: [LIBRARY, OURS, *[DENSE] * (dense is not None)], functools.partial(_gate, subject), layer.floor,
+        copies, finish=functools.partial(_finish, subject),
     )  # fmt: skip
 
 

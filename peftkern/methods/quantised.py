@@ -27,22 +27,26 @@ class Frozen(NamedTuple):
 
 
 def _four_bits(part: Look) -> tuple[Base, bool]:
-    weight, shape = part.parameter("weight"), (part.value("out_features"), part.value("in_features"))
-    if getattr(weight.module, "quant_state", None) is None:
+    layer, state = part.module, getattr(part.module.weight, "quant_state", None)
+    if state is None:
         raise NotCovered("its weight is not quantised yet, or without its quant_state")
-    state = weight.linked("quant_state")
-    if tuple(state.value("shape")) != shape:
-        raise NotCovered(f"its weight was quantised as a matrix of {tuple(state.module.shape)}")
-    state.value("quant_type"), state.value("packing_format_for_cpu"), state.member("absmax")
-    if state.value("nested"):
-        state.member("offset")
-        inner = state.linked("state2")
-        inner.member("code"), inner.member("absmax")
-    return base_of(part.module), True
+    if tuple(state.shape) != (layer.out_features, layer.in_features):
+        raise NotCovered(f"its weight was quantised as a matrix of {tuple(state.shape)}")
+    if not torch.compiler.is_compiling():
+        seen = part.parameter("weight").linked("quant_state")
+        for name in ("shape", "quant_type", "packing_format_for_cpu", "nested"):
+            seen.value(name)
+        seen.member("absmax")
+        if state.nested:
+            seen.member("offset")
+            inner = seen.linked("state2")
+            inner.member("code"), inner.member("absmax")
+    return base_of(layer), True
 
 
 def _eight_bits(part: Look) -> tuple[Base, bool]:
-    part.parameter("weight").member("SCB"), part.linked("state").member("SCB")
+    if not torch.compiler.is_compiling():
+        part.parameter("weight").member("SCB"), part.linked("state").member("SCB")
     # In training the library multiplies x by a dequantised weight, under autocast in autocast's dtype.
     return base_of(part.module), not part.value("training")
 
