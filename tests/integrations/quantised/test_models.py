@@ -20,7 +20,12 @@ def llama(library: str) -> nn.Module:
     """The base model, the same at each call. Rows are whole blocks: of others bitsandbytes multiplies another weight on CPUs."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     model = LlamaForCausalLM(config)
     for block in model.model.layers:
