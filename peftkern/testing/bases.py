@@ -14,19 +14,19 @@ def _codes(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
 
 
-def _scale(g: torch.Generator, *shape: int) -> Tensor:
+def _scales(g: torch.Generator, *shape: int) -> Tensor:
     """Scales of no common size, none near zero."""
     return (0.2 + torch.rand(shape, generator=g)) * 0.1
 
 
 def _codebook(kind: str, N: int, K: int, g: torch.Generator, block: int, nested: bool) -> Base:
     n = N * K
-    codes, absmax = _codes(g, (n + 1) // 2, 1), _scale(g, -(-n // block))
+    codes, absmax = _codes(g, (n + 1) // 2, 1), _scales(g, -(-n // block))
     if not nested:
         return Base(kind, (codes, absmax))
     code2 = torch.randn(256, generator=g).sort().values / 4
     absmax = _codes(g, -(-n // block))
-    return Base(kind, (codes, absmax, code2, _scale(g, -(-absmax.numel() // 256)), torch.tensor(0.1)))
+    return Base(kind, (codes, absmax, code2, _scales(g, -(-absmax.numel() // 256)), torch.tensor(0.1)))
 
 
 def _grouped(kind: str, N: int, K: int, g: torch.Generator, group: int, dtype: torch.dtype) -> Base:
@@ -34,16 +34,16 @@ def _grouped(kind: str, N: int, K: int, g: torch.Generator, group: int, dtype: t
     groups = (N, G) if kind == "int4" else (N * G, 1)
     zero = torch.rand(groups, generator=g) * 15
     codes = _codes(g, N, K // 2) if kind == "int4" else _codes(g, N * K // 2, 1)
-    return Base(kind, (codes, _scale(g, *groups).to(dtype), zero.to(dtype)))
+    return Base(kind, (codes, _scales(g, *groups).to(dtype), zero.to(dtype)))
 
 
 def _int8(N: int, K: int, g: torch.Generator, dtype: torch.dtype) -> Base:
-    return Base("int8", (_codes(g, N, K).view(torch.int8), (_scale(g, N) / 32).to(dtype)))
+    return Base("int8", (_codes(g, N, K).view(torch.int8), (_scales(g, N) / 32).to(dtype)))
 
 
 def _fp8(N: int, K: int, g: torch.Generator, codes: torch.dtype, scales: str) -> Base:
     shape = {"tensor": (1,), "row": (N,), "block": (-(-N // 128), -(-K // 128))}[scales]
-    return Base("fp8", (torch.randn(N, K, generator=g).to(codes), _scale(g, *shape)))
+    return Base("fp8", (torch.randn(N, K, generator=g).to(codes), _scales(g, *shape)))
 
 
 def _mxfp4(N: int, K: int, g: torch.Generator) -> Base:
@@ -53,7 +53,7 @@ def _mxfp4(N: int, K: int, g: torch.Generator) -> Base:
 
 def _gguf(kind: str, N: int, K: int, g: torch.Generator, size: int) -> Base:
     blocks = N * K // 32
-    d = (_scale(g, blocks, 1) / (1 if size == 18 else 16)).half().view(torch.uint8)
+    d = (_scales(g, blocks) / (1 if size == 18 else 16)).half().view(torch.uint8).view(blocks, 2)
     return Base(kind, (torch.cat((d, _codes(g, blocks, size - 2)), dim=1).flatten(),))
 
 

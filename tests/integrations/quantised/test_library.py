@@ -119,7 +119,8 @@ def test_a_layer_that_has_run_holds_its_scales_itself():
 
 
 def test_half_of_the_block_lies_in_the_next_row():
-    # 96 columns, blocks of 64: the library's own CPU kernel takes other scales there, its quantisation does not.
+    # 96 columns, blocks of 64: the library's own CPU kernel takes other scales there, its quantisation does not
+    # (findings/bitsandbytes_cpu_blocks_across_rows.sh).
     layer = four_bits(96, quant_type="nf4")
     W = torch.randn(N, 96, generator=torch.Generator().manual_seed(0))
     base = base_of(layer)
