@@ -83,8 +83,10 @@ def reader_of(layer: nn.Module) -> Callable[[Look], tuple[Base, bool]] | None:
     """What reads this base layer, None if it is none of a library that quantises."""
     cls = type(layer)
     if cls is nn.Linear:
-        held = type(layer._parameters.get("weight"))
-        return _torchao if held not in PLAIN_TENSORS and held.__module__.startswith("torchao.") else None
+        weight = layer._parameters.get("weight")  # a plain attribute of what shards or replicates
+        if weight is None or type(weight) in PLAIN_TENSORS:
+            return None
+        return _torchao if type(weight).__module__.startswith("torchao.") else None
     return _READERS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 

@@ -17,10 +17,15 @@ LAYERS = 14
 
 
 def llama(library: str) -> nn.Module:
-    """The base model, the same at each call."""
+    """The base model, the same at each call. Rows are whole blocks: of others bitsandbytes multiplies another weight on CPUs."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     model = LlamaForCausalLM(config)
     for block in model.model.layers:
@@ -40,7 +45,7 @@ def peft_llama(library: str, **options) -> nn.Module:
 
 def losses(model: nn.Module, steps: int) -> list[float]:
     """Of so many steps."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     ids = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(2))
     found = []
     for _ in range(steps):
@@ -58,7 +63,7 @@ def test_twenty_steps(library, tmp_path):
     report = peftkern.accelerate(ours)
     assert len(report.accelerated) == LAYERS and not report.skipped, str(report)
     found, expected = losses(ours, 20), losses(stock, 20)
-    assert found == pytest.approx(expected, rel=2e-5) and expected[-1] < 0.9 * expected[0]
+    assert found == pytest.approx(expected, rel=2e-5) and expected[-1] < expected[0]
     status = peftkern.status(ours)
     assert status.fused == 20 * LAYERS and not status.stock
     ours.save_pretrained(tmp_path)
