@@ -67,7 +67,7 @@ class Ahead {
     left_ -= share_;
     for (int64_t k = 0; k < share_; ++k) {
 #pragma GCC unroll 4
-      for (int64_t b = 0; b < kPiece; b += 64) __builtin_prefetch(at_ + b, 0, 2);
+      for (int64_t b = 0; b < kPiece; b += 64) __builtin_prefetch(at_ + b, 0, 0);
       done_ += kPiece;
       const bool down = done_ >= bytes_;
       at_ += down ? down_ : kPiece;
