@@ -60,7 +60,6 @@ PVERA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.pvera.layer.Linear",
-        also=("peft.tuners.pvera.bnb.Linear8bitLt", "peft.tuners.pvera.bnb.Linear4bit"),
         adapters="pvera_lambda_d",
         held=held,
         apply=apply,
@@ -74,7 +73,6 @@ PVERA = register(
         merges="W + diag(b) B diag(d) A",
         peft_type="PVERA",
         keeps_dtype=True,
-        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )
