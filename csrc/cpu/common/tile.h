@@ -49,7 +49,8 @@ PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, i
 }
 
 // A block of a matrix with adjacent columns that is asked for piece by piece while something else is
-// computed: the CPU tracks a few dozen requests at a time, and more would wait.
+// computed: the CPU tracks a few dozen requests at a time, and more would wait. Asked for
+// as what is read once: a tile takes it from there, and the rows of one often share sets of a cache.
 class Ahead {
  public:
   // All of it with `calls` calls of ask.

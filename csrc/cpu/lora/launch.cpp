@@ -16,16 +16,6 @@ namespace {
 
 constexpr int64_t kSegmentRows = 128;
 
-// Every segment's sums are written and read again, so there are no more of them than threads want: without
-// dots, a segment's columns are shared out too. The longest segment keeps sums accurate.
-int64_t segment_count(const LoraReduceArgs& a, int64_t floats) {
-  constexpr int64_t kTasks = 64, kColumns = 256, kMost = 2048;
-  if (a.p != nullptr) return part_count(a.M, kSegmentRows, floats);
-  const int64_t panels = (a.C + kColumns - 1) / kColumns;
-  const int64_t rows = a.M * panels / kTasks;
-  return part_count(a.M, std::clamp(rows, 2 * kSegmentRows, kMost), floats);
-}
-
 }  // namespace
 
 void lora_reduce(const LoraReduceArgs& args) {
@@ -35,7 +25,7 @@ void lora_reduce(const LoraReduceArgs& args) {
     // As with the panel of a row norm, rows of sums must not share a few sets of a cache.
     task.ld = padded(args.C) + kPadColumns;
     task.segment_floats = ((args.v != nullptr ? args.R : 0) + (args.colsum != nullptr ? 1 : 0)) * task.ld;
-    task.segments = segment_count(args, task.segment_floats);
+    task.segments = part_count(args.M, kSegmentRows, task.segment_floats);
     task.scratch = scratch.take(task.segments * task.segment_floats);
   }
   lora_reduce_run(task);

@@ -16,6 +16,7 @@ namespace {
 
 // Rows that pass a tile's columns of p while those lie in cache.
 constexpr int64_t kBlockRows = 192;
+
 void scale_rows(float* out, int64_t ld, int64_t rows, int64_t cols, float alpha) {
   if (alpha == 1.0f) return;
   for (int64_t i = 0; i < rows; ++i) {

@@ -61,7 +61,7 @@ inline void reduce(LoraReduceArgs args, int threads) {
 // The sums over rows keep up to a few dozen copies of an (R, C) gradient. With more elements than this only a
 // few copies fit, too few to occupy the threads, so the operand is read twice: by rows for the products with
 // p, by columns for the sums.
-constexpr int64_t kFusedElements = int64_t{1} << 17;
+constexpr int64_t kFusedElements = int64_t{1} << 20;
 
 // Both kinds of results of one operand, or either, with `reduce`.
 inline void reduce_both(const LoraReduceArgs& args, int threads) {
