@@ -5,8 +5,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check -qq
-# Beside the other: AdapterHub's `adapters` with the release of transformers that it needs.
-HUB    := .venv-adapters
+# Beside it: AdapterHub's `adapters` with the release of transformers that it needs, and the libraries that quantise.
+BESIDE := .venv-adapters .venv-quantised
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # Two test processes with one torch thread each (tests/conftest.py) finish sooner than one process with two.
@@ -23,13 +23,13 @@ BUILD  := PEFTKERN_BUILD_DIR="$(CURDIR)/build/objects" PATH="$(CURDIR)/$(BIN):$$
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench setup adapters-env clean
+.PHONY: demo test lint bench setup adapters-env quantised-env clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m peftkern demo --png demo.png
 
-test: lint $(VENV)/.package-cuda adapters-env
+test: lint $(VENV)/.package-cuda adapters-env quantised-env
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 10 $(TESTS)
 
 lint: $(VENV)/.requirements
@@ -42,8 +42,10 @@ bench: setup
 
 setup: $(VENV)/.package
 
-# tests/integrations/test_adapters.py runs tests/integrations/adapters in it.
-adapters-env: $(HUB)/.requirements
+# tests/integrations/test_environments.py runs tests/integrations/adapters and tests/integrations/quantised in them.
+adapters-env: .venv-adapters/.requirements
+
+quantised-env: .venv-quantised/.requirements
 
 $(VENV)/.python:
 	@echo "creating $(VENV) with $(PYTHON)"
@@ -57,11 +59,11 @@ $(VENV)/.requirements: requirements-torch.txt requirements.txt requirements-node
 	@$(PIP) install --no-deps -r requirements-nodeps.txt
 	@touch $@
 
-$(HUB)/.requirements: requirements-adapters.txt $(VENV)/.requirements
-	@echo "creating $(HUB)"
-	@$(PYTHON) -m venv --clear --without-pip $(HUB)
-	@$(PIP) --python $(HUB)/bin/python install --no-deps -r requirements-adapters.txt
-	@echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(HUB)/bin/python $(PURELIB))/venv.pth"
+$(BESIDE:=/.requirements): .venv-%/.requirements: requirements-%.txt $(VENV)/.requirements
+	@echo "creating $(@D)"
+	@$(PYTHON) -m venv --clear --without-pip $(@D)
+	@$(PIP) --python $(@D)/bin/python install --no-deps -r $<
+	@echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(@D)/bin/python $(PURELIB))/venv.pth"
 	@touch $@
 
 $(VENV)/.package: $(NATIVE) $(VENV)/.requirements
@@ -76,5 +78,5 @@ $(VENV)/.package-cuda: $(NATIVE) $(VENV)/.requirements
 	@touch $@ $(VENV)/.package
 
 clean:
-	rm -rf $(VENV) $(HUB) build dist out *.egg-info peftkern/*.so demo.png
+	rm -rf $(VENV) $(BESIDE) build dist out *.egg-info peftkern/*.so demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

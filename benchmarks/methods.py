@@ -1,7 +1,7 @@
 """The benchmark of a method of the registry: the library's own code, ours, and a frozen layer.
 
-subjects/ says what both sides are: a layer and its accelerated copy (layer.py), a module of the residual stream and our
-function (stream.py), or a whole model and its accelerated copy (model.py).
+subjects/ says what both sides are: a layer and its accelerated copy (layer.py, and over a base in 4 or 8 bits quantised.py),
+a module of the residual stream and our function (stream.py), or a whole model and its accelerated copy (model.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .core.presets import PRESET_DTYPES, Choice
 from .layers import Data, layers_of
 from .peers import check as peer_check
 from .peers.data import copies
-from .subjects import model, stream
+from .subjects import model, quantised, stream
 from .subjects.layer import LayerSubject
 from .subjects.subject import Pair, Subject
 
-LIBRARY, OURS = "library", "peftkern"
+LIBRARY, OURS, DENSE = "library", "peftkern", "peftkern_dense"
 FLOOR_FIELDS = ("floor_ratio", "floor_by", "floor_over", "flops_bound_fraction", "bytes_bound_fraction")
 
 
@@ -35,6 +35,7 @@ def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
     found = {name: functools.partial(_on_layers, name) for name, method in METHODS.items() if method.build is not None}
     found |= {name: functools.partial(stream.subjects, name) for name in stream.TIMED}
     found |= {f"{name} in BERT": functools.partial(model.subjects, name) for name in model.TIMED}
+    found |= {f"LoRA over {form}": functools.partial(quantised.subjects, form) for form in quantised.KINDS}
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"no method to time is called {', '.join(unknown)}; there are {', '.join(found)}")
@@ -61,10 +62,17 @@ def _bench(subject: Subject) -> Bench:
             OURS, OURS, lambda case, data: _step(_pairs(subject, case, data), 1, data), subject.missing, gated=True
         ),
     )
+    dense = getattr(subject, "dense", None)
+    if dense is not None:
+        providers += (
+            Provider(
+                DENSE, "peftkern, dense", lambda case, data: _step(_pairs(dense, case, data), 1, data), dense.missing
+            ),
+        )
     return Bench(
         subject.name, {p.name: p for p in providers}, dict.fromkeys(PRESET_DTYPES, subject.entries()), layer.data,
-        lambda case, preset: [LIBRARY, OURS], functools.partial(_gate, subject), layer.floor, copies,
-        finish=functools.partial(_finish, subject),
+        lambda case, preset: [LIBRARY, OURS, *[DENSE] * (dense is not None)], functools.partial(_gate, subject), layer.floor,
+        copies, finish=functools.partial(_finish, subject),
     )  # fmt: skip
 
 
@@ -77,9 +85,10 @@ def _base(subject: Subject, data: Data) -> Step:
 
 def _pairs(subject: Subject, case: Case, data: Data) -> list[Pair]:
     """One for each copy of the data."""
-    if case not in data.made:
-        data.made[case] = [subject.pair(case, weights) for weights in data.weights]
-    return data.made[case]
+    key = subject.name, case
+    if key not in data.made:
+        data.made[key] = [subject.pair(case, weights) for weights in data.weights]
+    return data.made[key]
 
 
 def _step(pairs: list[Pair], which: int, data: Data) -> Step:

@@ -57,6 +57,7 @@ HEIGHT = {
 }
 # Third-party packages beside torch and numpy, and the only layers that may import them.
 THIRD_PARTY = {
+    "bitsandbytes": ("peftkern.benchmarks",),
     "adapters": ("peftkern.integrations.adapter_hub", "peftkern.testing.residual", "peftkern.benchmarks"),
     "peft": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),
     "transformers": ("peftkern.integrations", "peftkern.methods", "peftkern.demo", "peftkern.benchmarks"),

@@ -65,12 +65,13 @@ def trained(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def accelerated(stock: nn.Module) -> tuple[nn.Module, list[str]]:
+def accelerated(stock: nn.Module, *, shares: bool = True) -> tuple[nn.Module, list[str]]:
     """An accelerated copy, and the names of what is. What is frozen is one tensor for both: that of many experts is large.
 
-    Raises RuntimeError if something that could be is not.
+    ``shares=False``: a copy of what is frozen too. Raises RuntimeError if something that could be accelerated is not.
     """
-    ours = copy.deepcopy(stock, {id(p): p for p in stock.parameters() if not p.requires_grad})
+    frozen = [p for p in stock.parameters() if not p.requires_grad] if shares else []
+    ours = copy.deepcopy(stock, {id(p): p for p in frozen})
     report = peftkern.accelerate(ours)
     if report.skipped or not report.accelerated:
         raise RuntimeError(f"not accelerated: {dict(report.skipped)}")

@@ -8,6 +8,7 @@ installed are left out.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern.backends.cpu import native
-from peftkern.dispatch.cpu_base import PAIR_RANKS
+from peftkern.bases.quantize import quantize
+from peftkern.dispatch.cpu_base import PAIR_RANKS, panel_rows
 from peftkern.dispatch.least import ADAPTERS, WEIGHT
 from peftkern.methods import METHODS, Method
 from peftkern.settings import using
@@ -56,6 +58,12 @@ def measure(names: Sequence[str] | None = None) -> dict[str, int]:
         print(f"{probe.name}: from {found[probe.name]} on", file=sys.stderr)
     if native._C.base_gemm_bf16_usable() and (not names or PAIR_RANKS in names):
         found[PAIR_RANKS] = smallest(powers(3, 7), _pairs_win)
+    for half in (False, True)[: 1 + native._C.base_gemm_bf16_usable()]:
+        for forward in (True, False):
+            name = panel_rows(half, forward)
+            if not names or name in names:
+                won = functools.partial(_panels_win, half, forward)
+                found[name] = smallest((4, 8, 12, 16, 24, 32, 40, 48, 56, 64), won)
     return found
 
 
@@ -121,6 +129,29 @@ def _pairs_win(ranks: int) -> bool:
 
     seconds = medians({kind: step(kind) for kind in ("panels", "bf16")}, SECONDS)
     return _no_slower(stock=seconds["panels"], ours=seconds["bf16"])
+
+
+def _panels_win(half: bool, forward: bool, rows: int) -> bool:
+    """Whether panels of a quantised W take no longer than the product of few rows."""
+    base = quantize(torch.randn(4096, 4096), "nf4")
+    A, B = torch.randn(8, 4096), torch.randn(4096, 8)
+    x = torch.randn(rows, 4096, dtype=torch.bfloat16 if half else torch.float32, requires_grad=not forward)
+
+    def step(kind: str) -> Callable[[], object]:
+        with using(cpu_kind=kind):
+            y = peftkern.lora_linear(x, base, A, B)
+
+        def run() -> object:
+            with using(cpu_kind=kind):
+                if forward:
+                    return peftkern.lora_linear(x, base, A, B)
+                return torch.autograd.grad(y, x, y.detach(), retain_graph=True)
+
+        return run
+
+    panels = "bf16" if half else "panels"
+    seconds = medians({kind: step(kind) for kind in ("few", panels)}, SECONDS)
+    return _no_slower(stock=seconds["few"], ours=seconds[panels])
 
 
 def _step(model: nn.Module, args: tuple[Tensor, ...], train: bool) -> Callable[[], object]:

@@ -108,13 +108,13 @@ bool read_int4(const Tensors& t, Quantised& q) {
   return true;
 }
 
-// hqq4: codes of half of the groups in the upper bits, of the others in the lower; scales and zeros by group.
+// hqq4: codes of the first half of W in the upper bits, of the second in the lower; scales and zeros by
+// group.
 bool read_hqq4(const Tensors& t, Quantised& q) {
   Number zeros;
   const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
-  if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || groups < 2 || groups % 2 != 0 ||
-      codes % groups != 0 || !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number ||
-      t.of[2].elements() != groups)
+  if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || groups < 1 || codes % groups != 0 ||
+      !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number || t.of[2].elements() != groups)
     return false;
   q.flat = true, q.group = codes / groups, q.zeros = t.of[2].data;
   return true;

@@ -298,6 +298,15 @@ def multi_lora_linear(
     return _call(x, base, bias, Batch(now, base.kind, state, *route(adapter_ids, x, state), p, seed, autocast))
 
 
+def known_multi_lora_linear(
+    x: Tensor, weight: Tensor, table: AdapterTable, order: Tensor, starts: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``multi_lora_linear`` without dropout and outside of autocast, of a table and a route that were made for arguments like
+    these, by a caller that knows them to be what it takes."""
+    base, now = base_of(weight), current() if nobody_watches() else None
+    return _call(x, base, bias, Batch(now, base.kind, table, order, starts, None, None, None))
+
+
 def sgmv(
     x: Tensor,
     adapters: Sequence[tuple[Tensor, Tensor, float] | Adapter] | AdapterBank,

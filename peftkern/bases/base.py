@@ -51,10 +51,16 @@ QUANTISED = frozenset(KINDS) - {"dense", "identity"}
 
 
 class Base(NamedTuple):
-    """What a public function takes where it takes a weight."""
+    """What a public function takes where it takes a weight. ``shape``: (N, K), where whoever made it knows."""
 
     kind: str
     tensors: tuple[Tensor, ...]
+    shape: tuple[int, int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.tensors[0].device
 
 
 # The residual stream: Base(x) = x.

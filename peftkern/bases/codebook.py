@@ -16,6 +16,8 @@ b is the power of two with ceil(N K / b) = blocks, b2 likewise.
 Each step is rounded to fp32, and W is nowhere rounded to the checkpoint's dtype. This is the weight that the library's forward
 multiplies by in fp32 compute. Its ``dequantize_4bit``, which its backward and its forward in other dtypes use, gives these values
 rounded to the dtype that the weight had before: of a bf16 checkpoint, forward and backward differ there, not here.
+Where b does not divide K, its kernel for CPUs (0.50.2) takes other scales than those of the layout, which its other kernels
+read as it is read here: findings/bitsandbytes_cpu_blocks_across_rows.sh.
 """
 
 from __future__ import annotations

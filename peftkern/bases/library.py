@@ -14,14 +14,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fp8 import BLOCK
 
-Held = tuple[str, tuple[Tensor, ...]]
+Held = tuple[str, tuple[Tensor, ...], tuple[int, int]]
 
 
 def held(weight: object) -> Held | None:
-    """(kind, tensors) of a library's weight or layer; None of anything else.
+    """(kind, tensors, (N, K)) of a library's weight or layer; None of anything else.
 
     Raises ValueError for one that no kind is, or that would not train, with the reason.
     """
@@ -49,9 +50,23 @@ def _params4bit(weight: Tensor) -> Held:
         )
     codes = weight.detach()
     codes = codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
-    if not state.nested:
-        return state.quant_type, (codes, state.absmax.float())
-    return state.quant_type, (codes, state.absmax, state.state2.code, state.state2.absmax, state.offset)
+    scales = (state.absmax,)
+    if state.nested:
+        scales = state.absmax, state.state2.code, state.state2.absmax, state.offset
+    return state.quant_type, (codes, *scales), tuple(state.shape)
+
+
+_over_127: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def over_127(scale: Tensor) -> Tensor:
+    """Scales of int8 as bitsandbytes holds them, of codes 127; made once for as long as they stay as they are."""
+    if torch.compiler.is_compiling() or scale.is_inference():
+        return scale / 127.0
+    now, found = (scale._version, scale.data_ptr()), _over_127.get(scale)
+    if found is None or found[0] != now:
+        found = _over_127[scale] = now, scale / 127.0
+    return found[1]
 
 
 def _int8(codes: Tensor, scale: Tensor | None) -> Held:
@@ -61,7 +76,7 @@ def _int8(codes: Tensor, scale: Tensor | None) -> Held:
         )
     if scale is None:
         raise ValueError("the Int8Params has handed its scales to its layer: pass the Linear8bitLt")
-    return "int8", (codes.detach(), scale / 127.0)
+    return "int8", (codes.detach(), over_127(scale)), tuple(codes.shape)
 
 
 def _linear8bit(layer) -> Held:
@@ -78,7 +93,7 @@ def _torchao_int8(weight) -> Held:
         raise ValueError(
             f"the Int8Tensor has scales for groups of {weight.block_size[-1]}: kind int8 has one for each row"
         )
-    return "int8", (weight.qdata, _rows(weight.scale, N))
+    return "int8", (weight.qdata, _rows(weight.scale, N)), (N, K)
 
 
 def _torchao_fp8(weight) -> Held:
@@ -90,7 +105,7 @@ def _torchao_fp8(weight) -> Held:
         scale = scale.reshape(N)
     elif block != [BLOCK, BLOCK]:
         raise ValueError(f"the Float8Tensor has scales for blocks of {block}, expected rows, 128 x 128 or one for all")
-    return "fp8", (weight.qdata, scale)
+    return "fp8", (weight.qdata, scale), (N, K)
 
 
 def _weight_only(weight) -> None:
@@ -106,8 +121,8 @@ def _quanto(weight) -> Held:
     if weight.axis not in (0, None):
         raise ValueError("the WeightQBytesTensor has scales for columns: a kind has them for rows")
     if codes.dtype == torch.int8:
-        return "int8", (codes, _rows(scale, codes.shape[0]))
-    return "fp8", (codes, scale.float().reshape(-1))
+        return "int8", (codes, _rows(scale, codes.shape[0])), tuple(codes.shape)
+    return "fp8", (codes, scale.float().reshape(-1)), tuple(codes.shape)
 
 
 def _hqq(layer) -> Held:
@@ -121,7 +136,9 @@ def _hqq(layer) -> Held:
         )
     if meta.get("quant_scale") or meta.get("quant_zero"):
         raise ValueError("the HQQLinear has quantised scales or zeros: kind hqq4 has floats")
-    return "hqq4", (layer.W_q.detach(), meta["scale"], meta["zero"])
+    # HQQ leaves the zeros of an fp32 layer as a tensor of inference mode, which autograd cannot keep.
+    zero = meta["zero"].clone() if meta["zero"].is_inference() else meta["zero"]
+    return "hqq4", (layer.W_q.detach(), meta["scale"], zero), tuple(meta["shape"])
 
 
 # By package and class.

@@ -62,7 +62,7 @@ def quantize(weight: Tensor, kind: str, *, block_size: int | None = None, nested
         raise ValueError(f"nested is for the scales of nf4 and fp4, {kind} has none that could be quantised")
     with torch.no_grad():
         tensors = maker.make(weight.detach().float(), size)
-        return Base(kind, (tensors[0], *_nested(tensors[1])) if nested else tensors)
+        return Base(kind, (tensors[0], *_nested(tensors[1])) if nested else tensors, tuple(weight.shape))
 
 
 def _nearest(values: Tensor, code: Tensor) -> Tensor:

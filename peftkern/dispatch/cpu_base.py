@@ -33,6 +33,11 @@ _FEW_SCRATCH = 4 << 20  # floats of fp32 copies of a
 PAIR_RANKS = "ranks of a bottleneck in bf16"
 
 
+def panel_rows(half: bool, forward: bool) -> str:
+    """Name of the least rows that are worth panels of a quantised W. ``half``: panels of bf16."""
+    return f"rows of a quantised W, {'bf16' if half else 'fp32'} {'forward' if forward else 'input gradient'}"
+
+
 class Cpu(NamedTuple):
     """What the choice depends on besides the product: C++ level in use, features beyond it, and what was measured.
 
@@ -99,7 +104,8 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     if now.batch_invariant:
         return panels, "PEFTKERN_BATCH_INVARIANT=1: bits of a row must not depend on the batch"
     if p.coded:
-        return "few" if few and p.M <= 16 else panels, "W is quantised, which is ours alone"
+        fewer = few and p.M < on.least.get(panel_rows(pairs, p.forward), 0)
+        return "few" if fewer else panels, "W is quantised, which is ours alone"
     if now.cpu_base == "vendor":
         return "vendor", "PEFTKERN_CPU_BASE=vendor"
     auto = now.cpu_base == "auto"

@@ -25,6 +25,7 @@ from ..autograd.pair_rotate import pair_rotate
 from ..autograd.shapes import autocast_dtype
 from ..autograd.weight.dropped_base import dropped_base
 from ..autograd.weight.folded_linear import folded_linear
+from ..bases.base import Base
 from ..checks import accumulate_dtype
 from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter
@@ -108,7 +109,7 @@ class Linear(NamedTuple):
     Vectors are in fp32 or the activation's dtype; bias and ``added`` are added last and not scaled.
     """
 
-    weight: Tensor  # (N, K)
+    weight: Tensor | Base  # (N, K)
     bias: Tensor | None = None
     branches: tuple[Branch, ...] = ()
     p_b: Tensor | None = None
@@ -186,13 +187,14 @@ def _run_branches(y: Linear, x: Tensor) -> Tensor:
     weight, _, branches, p_b, g_b, *_ = y
     bias = y.whole_bias()
     if not branches:
-        none = weight.new_empty((0, weight.shape[1])), weight.new_empty((weight.shape[0], 0))
+        N, K = weight.shape
+        none = x.new_empty((0, K)), x.new_empty((N, 0))
         scales = None if p_b is None and g_b is None else Scales(None, p_b, None, g_b, None)
         return lora_linear_with(x, weight, *none, bias, coefficients=scales)
     others: tuple[Branch, ...] = ()
     shares: tuple[Branch, ...] = ()
     if len(branches) > 1 or branches[0].apart:
-        branches, shares = _without_shares(branches, x)
+        branches, shares = _without_shares(branches, x, weight)
         fused, others = _fused(branches)
     else:
         (fused,) = branches
@@ -270,10 +272,12 @@ def entry(y: Linear, bias: Tensor | None) -> Adapter:
     return Adapter(A, B, s, bias=own, **{_NAMES[symbol]: v for symbol, v in vectors.items() if v is not None})
 
 
-def _without_shares(branches: tuple[Branch, ...], x: Tensor) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
+def _without_shares(
+    branches: tuple[Branch, ...], x: Tensor, weight: Tensor | Base
+) -> tuple[tuple[Branch, ...], tuple[Branch, ...]]:
     # A branch drops what its share drops: in the op with the base, and of an input of its own, by one seed. A trace has
-    # torch's dropout, which has none: there they stay together.
-    if _tracing():
+    # torch's dropout, which has none: there they stay together, and on a base that the op alone can read.
+    if _tracing() or isinstance(weight, Base):
         return branches, ()
     seeded = [b if b.share is None else b._replace(seed=seed_tensor(b.seed, x.device)) for b in branches]
     return tuple(b._replace(share=None) for b in seeded), tuple(b for b in seeded if b.share is not None)

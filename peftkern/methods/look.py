@@ -51,15 +51,17 @@ class Record:
 
     Attributes:
         slots: of each tensor that was read the fields that it goes into, its name, itself, and whether it was asked for as
-            frozen. transposed: id of a transposed view -> the tensor that was read.
+            frozen. holding: id of a tensor of a library's class -> what was read of it.
+            transposed: id of a transposed view -> the tensor that was read.
         whole: False once something was read that a pattern cannot tell.
     """
 
-    __slots__ = ("read", "slots", "trains", "transposed", "whole")
+    __slots__ = ("holding", "read", "slots", "trains", "transposed", "whole")
 
     def __init__(self, read: Callable[[nn.Module, str], Any], trains: Callable[[nn.Module, str, Tensor], bool]):
         self.read, self.trains = read, trains
         self.slots: list[tuple[dict[str, Pattern], str, Tensor | None, bool]] = []
+        self.holding: dict[int, dict[str, Pattern]] = {}
         self.transposed: dict[int, Tensor] = {}
         self.whole = True
 
@@ -70,11 +72,13 @@ class Record:
             facts = {} if t is None else {"dtype": same(t.dtype)}
             if frozen and t is not None:
                 facts["requires_grad"] = same(t.requires_grad)
-            fields[name] = keep(index, same(None) if t is None else instance(type(t), {}, facts))
+            fields[name] = keep(
+                index, same(None) if t is None else instance(type(t), self.holding.get(id(t), {}), facts)
+            )
 
 
 class Look:
-    """A module of a layer, or the layer itself. ``pattern``: what was read of it so far."""
+    """A module of a layer, the layer itself, or what else it holds. ``pattern``: what was read of it so far."""
 
     __slots__ = ("_own", "_parts", "fields", "module", "pattern", "record")
 
@@ -115,6 +119,33 @@ class Look:
             seen[key] = equal(value)
         return value
 
+    def live(self) -> nn.Module:
+        """The module itself, to be read in ways that a pattern cannot tell: nothing of this look is kept."""
+        self.record.whole = False
+        return self.module
+
+    def parameter(self, name: str) -> Look:
+        """A frozen parameter of a library's own class, to be read further: ``module`` of the look is itself."""
+        t, own = self.record.read(self.module, name), self._own["_parameters"]
+        look = Look(t, self.record)
+        if own.get(name) is t:
+            self.record.slots.append((self._inside("_parameters"), name, t, True))
+            self.record.holding[id(t)] = look.fields
+        else:
+            self.record.whole = False
+        return look
+
+    def member(self, name: str) -> Any:
+        """A tensor, or None, among the attributes of the instance."""
+        t = self._own.get(name)
+        if t is None and name not in self._own:
+            self.fields[name] = ABSENT
+        elif t is None or type(t) in PLAIN_TENSORS:
+            self.record.slots.append((self.fields, name, t, False))
+        else:
+            self.record.whole = False
+        return t
+
     def part(self, name: str) -> Look | None:
         """A module of this one by its name, or None."""
         look = self._parts.get(name)
@@ -129,7 +160,7 @@ class Look:
         return look
 
     def linked(self, name: str) -> Look:
-        """A module that the instance refers to, and that belongs to another."""
+        """A module that the instance refers to, and that belongs to another; or any object among its attributes."""
         look = self._parts.get(name)
         if look is None:
             look = self._parts[name] = Look(self._own[name], self.record)

@@ -6,13 +6,18 @@ An entry says which layer of a library it stands for, what it reads of such a la
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from ..autograd.shapes import autocast_dtype
+from ..autograd.shapes import uncast as uncasting
+from ..bases.base import Base
 from ..dispatch.least import WEIGHT, least_work
 from ..many.adapter import Adapter
 from ..problem import Problem, problem_like
@@ -63,10 +68,20 @@ class Kind(Protocol):
 class Plan(NamedTuple):
     """What a call of a layer computes: its base, to which each adapter in turn applies its method."""
 
-    weight: Tensor  # (N, K) of a linear layer
+    weight: Tensor | Base  # (N, K) of a linear layer
     bias: Tensor | None
     held: list[Held]
     kind: Kind | None = None  # None of a linear layer
+    uncast: bool = False  # whether all of it runs outside of autocast
+
+    def nothing(self) -> Tensor:
+        """An input without rows, of the weight's dtype, or of the adapters' on a base that has none."""
+        weight = self.weight
+        if self.kind is not None:
+            return self.kind.nothing(weight)
+        if isinstance(weight, Base):
+            return torch.empty((0, weight.shape[1]), dtype=self.held[0].tensors[0].dtype, device=weight.device)
+        return weight.new_empty((0, weight.shape[1]))
 
     def least(self) -> int:
         """The elements of x below which the library's own code is faster, on a CPU; 0 if it never is."""
@@ -74,7 +89,7 @@ class Plan(NamedTuple):
         if not names:
             return 0
         now = current()
-        if self.weight.numel() >= least_work(WEIGHT, now):
+        if math.prod(self.weight.shape) >= least_work(WEIGHT, now):
             return 0
         return -(-max(least_work(name, now) for name in names) // max(self.weight.shape[0], 1))
 
@@ -83,14 +98,18 @@ class Plan(NamedTuple):
         (N, K), held = self.weight.shape, self.held
         present = dict.fromkeys((symbol for h in held for symbol in h.method.coefficients), True)
         present |= {"bias": self.bias, "dropout": any(h.dropout_p for h in held)}
+        like = self.nothing()
+        if isinstance(self.weight, Base):
+            present[self.weight.kind] = True
         sizes = rows, N, K, sum(h.rank for h in held)
-        return problem_like(
-            self.weight, "lora_linear", (held[0].tensors[0] if held else self.weight).dtype, sizes, present
-        )
+        return problem_like(like, "lora_linear", (held[0].tensors[0] if held else like).dtype, sizes, present)
 
     def run(self, x: Tensor) -> Tensor:
         """y of x, (..., K) of a linear layer."""
-        weight, bias, held, kind = self
+        weight, bias, held, kind, uncast = self
+        if uncast and autocast_dtype(x) is not None:
+            with uncasting(x):
+                return self._replace(uncast=False).run(x)
         first = held[0]
         if len(held) == 1 and first.method.alone is not None:
             return first.method.alone(weight, bias, first, x)
@@ -134,6 +153,8 @@ class Method(Entry):
         one_active: whether the library's layer computes one of its active adapters alone.
         nests: whether its layer may stand around, or inside, that of another such method (``PeftMixedModel``): it gives its
             input to the layer inside as it is, and adds to what comes back or scales it, but for the bias.
+        dense: whether it reads the elements of the weight, so that a quantised base does not do.
+        widens: whether the classes in ``also`` put out fp32 for an input in half precision.
         loses_small: whether small calls on a CPU run the library's own code, which is faster there; from how many products M K N
             on the call is ours, tables of CPU models say, by the method's name (dispatch/least.py).
         keeps_dtype: whether the library's layer puts out the dtype of its input under autocast too.
@@ -162,6 +183,8 @@ class Method(Entry):
     makes: bool = False
     one_active: bool = False
     nests: bool = False
+    dense: bool = False
+    widens: bool = False
     loses_small: bool = False
     keeps_dtype: bool = False
 

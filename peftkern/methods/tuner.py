@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..bases.base import Base
 from .look import PLAIN_TENSORS, Look, NotCovered
+from .quantised import Frozen, read, reader_of
 from .registry import Method, Plan, loaded, method_of
 
 
@@ -16,18 +18,26 @@ def plan(look: Look, method: Method, mixed: Iterable[str] | None = None) -> Plan
     nested = levels(look)
     for level in nested:
         check_state(level)
-    weight, bias, kind = (*base(nested[-1]), None) if method.base is None else method.base(look)
+    kind, uncast = None, False
+    if method.base is None:
+        weight, bias, uncast = base(nested[-1])
+    else:
+        weight, bias, kind = method.base(look)
     held = []
     for level in reversed(nested):  # each level works on what the one inside it gives
         of = method_of(type(level.module))
         if of.one_active and mixed is None and len(_asked(level, None)) > 1:
             raise NotCovered("it has several active adapters")
         held += [of.held(level, name, weight.shape) for name in adapters(level, of.adapters, mixed)]
+    if isinstance(weight, Base):
+        for h in held:
+            if h.method.dense or h.folds:
+                raise NotCovered(f"{h.method.name} on a base of kind {weight.kind} is not covered")
     if mixed is not None and len({h.name for h in held}) < len(held):
         raise NotCovered("layers around each other have adapters of the same name")
     if not held:
         raise NotCovered(_without_adapter(look, method.adapters, mixed))
-    return Plan(weight, bias, held, kind)
+    return Plan(weight, bias, held, kind, uncast)
 
 
 def levels(look: Look) -> list[Look]:
@@ -57,19 +67,22 @@ def plain_or_none(t: Any) -> bool:
     return t is None or type(t) in PLAIN_TENSORS
 
 
-def base(look: Look) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, K) and bias of the base layer, an nn.Linear or transformers' Conv1D, both without a gradient that is
+def base(look: Look) -> Frozen:
+    """The base layer, an nn.Linear, transformers' Conv1D or one of a library that quantises, without a gradient that is
     not kept."""
     part = look.part("base_layer")
     if part is None:
         raise NotCovered("it has no base_layer")
+    reader = reader_of(part.module)
+    if reader is not None:
+        return read(part, reader)
     cls = type(part.module)
     transposed = cls is not nn.Linear and cls is loaded("transformers.pytorch_utils.Conv1D")
     part.require(cls if transposed else nn.Linear, "base_layer")
     weight, bias = frozen_tensors(part)
     if weight.dim() != 2:
         raise NotCovered(f"the base weight has shape {tuple(weight.shape)}")
-    return (part.transposed(weight) if transposed else weight), bias
+    return Frozen(part.transposed(weight) if transposed else weight, bias)
 
 
 def frozen_tensors(part: Look) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..bases.base import Base
+from ..bases.base import Base, kind_of
 
 
 def _codes(g: torch.Generator, *shape: int) -> Tensor:
@@ -82,3 +82,14 @@ QUANTISED: dict[str, tuple[Callable[[int, int, torch.Generator], Base], int]] = 
 def random_base(name: str, N: int, K: int, generator: torch.Generator) -> Base:
     """A base of one of ``QUANTISED`` with random codes and scales. K is a multiple of what its kind needs; N K even for hqq4."""
     return QUANTISED[name][0](N, K, generator)
+
+
+def drawn(name: str, N: int, K: int, seed: int, device: torch.device | str = "cpu") -> Base:
+    """The random base number ``seed``, the same on every device."""
+    base = random_base(name, N, K, torch.Generator().manual_seed(seed))
+    return Base(base.kind, tuple(t.to(device) for t in base.tensors))
+
+
+def dequantised(base: Base, N: int, K: int) -> Tensor:
+    """Its weight (N, K) in fp32, which is exact."""
+    return kind_of(base.kind).dequantise(base.tensors, torch.float32, (N, K))

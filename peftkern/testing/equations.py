@@ -46,7 +46,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float().T).to(a.dtype)
 
 
-def _scale(a: Tensor, t: dict[str, Tensor], symbol: str) -> Tensor:
+def _scaled(a: Tensor, t: dict[str, Tensor], symbol: str) -> Tensor:
     for vector in acting(t, symbol):
         a = (a.float() * vector.float()).to(a.dtype)
     return a
@@ -57,13 +57,13 @@ def eager(
 ) -> Tensor:
     """PEFT's order: base, cast to the adapters' dtype, dropout, A, B, scaling, sum, cast back; vectors as in VeRA."""
     x = t["x"].flatten(0, -2)
-    base = _scale(x, t, "p_b")
-    base = _scale(mm(base, t["weight"]) if "weight" in t else base, t, "g_b")
+    base = _scaled(x, t, "p_b")
+    base = _scaled(mm(base, t["weight"]) if "weight" in t else base, t, "g_b")
     z = x.to(t["lora_A"].dtype)
     if keep is not None:
         z = torch.where(keep, z / (1 - dropout_p), torch.zeros((), dtype=z.dtype))
-    u = _scale(_bent(mm(_scale(z, t, "p_d"), t["lora_A"]), t, activation), t, "d")
-    delta = _scale(mm(u, t["lora_B"]) * scaling, t, "g_d")
+    u = _scaled(_bent(mm(_scaled(z, t, "p_d"), t["lora_A"]), t, activation), t, "d")
+    delta = _scaled(mm(u, t["lora_B"]) * scaling, t, "g_d")
     if "bias" in t:
         base = (base + t["bias"]).to(base.dtype)
     return (base + delta).to(x.dtype).unflatten(0, t["x"].shape[:-1])

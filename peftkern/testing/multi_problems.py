@@ -15,6 +15,7 @@ from ..many.adapter import Adapter
 from ..many.bank import AdapterBank
 from ..ops.dropout_mask import dropout_mask_ref
 from . import equations
+from .bases import QUANTISED, dequantised, drawn
 from .problems import DROPOUT_SEED, LAYOUTS, laid_out, vectors
 
 # How rows choose their adapters.
@@ -28,7 +29,7 @@ class MultiLoRALinearProblem:
     ``mix``: see MIXES (``one``: all rows take one adapter; ``base``: none takes any). ``base_share``: of rows that take
     the base alone. ``bank``: the adapters lie in an AdapterBank. ``branch``: sgmv instead, without W. ``vectors``: names
     of the coefficients that each adapter has, and its biases; none for adapters beyond its length. ``activations``:
-    likewise, identity beyond.
+    likewise, identity beyond. ``base``: dense, or one of QUANTISED (peftkern/testing/bases.py).
     """
 
     seed: int
@@ -50,6 +51,7 @@ class MultiLoRALinearProblem:
     frozen: frozenset[str] = field(default_factory=frozenset)
     vectors: tuple[tuple[str, ...], ...] = ()
     activations: tuple[str, ...] = ()
+    base: str = "dense"
 
     def __str__(self) -> str:
         parts = asdict(self) | {"frozen": ",".join(sorted(self.frozen)) or "-"}
@@ -81,6 +83,8 @@ class MultiLoRALinearProblem:
         out = {"x": laid_out(normal(M, K), self.layout)}
         if not self.branch:
             out["weight"] = normal(N, K, scale=0.0 if self.zero_weight else 1 / math.sqrt(K))
+            if self.base in QUANTISED:
+                out["weight"] = dequantised(drawn(self.base, N, K, self.seed), N, K)
             if self.bias:
                 out["bias"] = normal(N)
         out["dy"] = normal(*out["x"].shape[:-1], N)
@@ -124,13 +128,16 @@ class MultiLoRALinearProblem:
         ids = ids.reshape(t["x"].shape[:-1])
         if self.branch:
             return sgmv(t["x"], adapters, ids)
+        quantised = self.base in QUANTISED
+        weight = drawn(self.base, self.N, self.K, self.seed, device) if quantised else t["weight"]
         return multi_lora_linear(
-            t["x"], t["weight"], adapters, ids, bias=t.get("bias"), dropout_p=self.dropout_p, training=True,
+            t["x"], weight, adapters, ids, bias=t.get("bias"), dropout_p=self.dropout_p, training=True,
             seed=DROPOUT_SEED,
         )  # fmt: skip
 
     def eager(self, t: dict[str, Tensor]) -> Tensor:
         """PEFT's order: the base for all rows, then for each adapter its rows' branch, added in their dtype."""
+        t = t | ({"weight": t["weight"].to(self.dtype)} if self.base in QUANTISED else {})
         return self._each(t, equations.eager, self.scalings)
 
     def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor:

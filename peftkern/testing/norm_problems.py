@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autograd.row_norm import row_norm
+from .bases import QUANTISED, dequantised, drawn
 from .problems import laid_out
 
 LAYOUTS = ("contiguous", "row_stride", "transposed")
@@ -19,7 +20,7 @@ LAYOUTS = ("contiguous", "row_stride", "transposed")
 class RowNormProblem:
     """Sizes and dtypes of one call; ``seed`` makes its values. ``cancel``: W is -s B A, rounded: what is left is rounding.
 
-    ``layout`` and ``adapter_layout``: of W, of A and B.
+    ``layout`` and ``adapter_layout``: of W, of A and B. ``base``: dense, or one of QUANTISED (peftkern/testing/bases.py).
     """
 
     seed: int
@@ -34,6 +35,7 @@ class RowNormProblem:
     zero_weight: bool = False
     b_scale: float = 1.0
     cancel: bool = False
+    base: str = "dense"
 
     # The norm is a constant of the graph.
     frozen = frozenset({"lora_A", "lora_B"})
@@ -55,15 +57,18 @@ class RowNormProblem:
         W = normal(N, K, scale=0.0 if self.zero_weight else size, dtype=self.dtype)
         if self.cancel:
             W = (-self.scaling * (B.double() @ A.double())).to(self.dtype)
+        quantised = self.base in QUANTISED
         return {
-            "weight": laid_out(W, self.layout),
+            "weight": dequantised(drawn(self.base, N, K, self.seed), N, K) if quantised else laid_out(W, self.layout),
             "lora_A": laid_out(A, self.adapter_layout),
             "lora_B": laid_out(B, self.adapter_layout),
         }
 
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """The norms from peftkern."""
-        return row_norm(t["weight"], t["lora_A"], t["lora_B"], self.scaling)
+        quantised = self.base in QUANTISED
+        weight = drawn(self.base, self.N, self.K, self.seed, t["lora_A"].device) if quantised else t["weight"]
+        return row_norm(weight, t["lora_A"], t["lora_B"], self.scaling)
 
     def eager(self, t: dict[str, Tensor]) -> Tensor:
         """The whole sum, then its norm, as PEFT's DoRA makes it; in fp32, which the result has."""

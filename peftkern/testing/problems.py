@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import equation
 from ..autograd.lora_linear import Options, lora_linear_with
-from ..bases.base import IDENTITY, Base, kind_of
+from ..bases.base import IDENTITY
 from ..ops.dropout_mask import dropout_mask_ref
 from . import equations
-from .bases import QUANTISED, random_base
+from .bases import QUANTISED, dequantised, drawn
 
 DROPOUT_SEED = 0x5EED_0F_D20B_0075
 LAYOUTS = ("contiguous", "row_stride", "transposed", "nd")
@@ -47,8 +47,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 class LoRALinearProblem:
     """Sizes, dtypes and options of one call; ``seed`` makes its values. ``frozen``: what does not require grad.
 
-    ``base``: a kind of peftkern/bases, dense or identity, or one of testing/bases.QUANTISED; then ``weight`` is what its
-    codes stand for, in fp32.
+    ``base``: dense, identity, or one of QUANTISED (peftkern/testing/bases.py), for a K that its kind has.
     """
 
     seed: int
@@ -90,33 +89,26 @@ class LoRALinearProblem:
         }
         if self.base == "identity":
             del out["weight"]
-        elif self.base != "dense":
-            kind, codes = self.quantised()
-            out["weight"] = kind_of(kind).dequantise(codes, torch.float32, (N, K))
+        elif self.base in QUANTISED:
+            out["weight"] = dequantised(drawn(self.base, N, K, self.seed), N, K)
         out["dy"] = normal(*out["x"].shape[:-1], N)
         sizes, axes = {"R": R, "K": K, "N": N}, vectors()
         for name in self.options:
             out[name] = normal(sizes[axes[name]], dtype=self.vector_dtype)
         return out
 
-    def quantised(self) -> Base:
-        """The base of a problem that has a quantised one."""
-        return random_base(self.base, self.N, self.K, torch.Generator().manual_seed(self.seed))
-
     def ours(self, t: dict[str, Tensor]) -> Tensor:
         """y from peftkern."""
         t = dict(t)
-        if self.base in QUANTISED:
-            kind, codes = self.quantised()
-            t["weight"] = Base(kind, tuple(c.to(t["weight"].device) for c in codes))
         x, lora_A, lora_B, bias = (t.pop(k, None) for k in ("x", "lora_A", "lora_B", "bias"))
-        options = Options(self.scaling, self.dropout_p, DROPOUT_SEED)
-        return lora_linear_with(x, t.pop("weight", IDENTITY), lora_A, lora_B, bias, options, t or None)
+        options, weight = Options(self.scaling, self.dropout_p, DROPOUT_SEED), t.pop("weight", IDENTITY)
+        if self.base in QUANTISED:
+            weight = drawn(self.base, self.N, self.K, self.seed, x.device)
+        return lora_linear_with(x, weight, lora_A, lora_B, bias, options, t or None)
 
     def eager(self, t: dict[str, Tensor]) -> Tensor:
-        """y in PEFT's order of operations, with a quantised weight in the activation's dtype."""
-        if self.base in QUANTISED:
-            t = t | {"weight": t["weight"].to(self.dtype)}
+        """y in PEFT's order of operations; a quantised weight is first dequantised to the activation's dtype."""
+        t = t | ({"weight": t["weight"].to(self.dtype)} if self.base in QUANTISED else {})
         return equations.eager(t, self.scaling, self._keep(t["x"].device), self.dropout_p)
 
     def oracle(self, t: dict[str, Tensor], absolute: bool = False) -> Tensor:

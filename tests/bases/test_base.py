@@ -14,7 +14,7 @@ W = torch.randn(4, 5)
 
 
 def test_what_stands_where_a_weight_does():
-    assert base_of(W) == ("dense", (W,)) and base_of(IDENTITY) is IDENTITY
+    assert base_of(W) == ("dense", (W,), None) and base_of(IDENTITY) is IDENTITY
     for bad in (None, [W], W.numpy()):
         with pytest.raises(TypeError, match="weight must be a tensor"):
             base_of(bad)

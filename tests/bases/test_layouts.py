@@ -18,7 +18,7 @@ def made(name, N=6, K=96):
 
 def broken(name, at, change):
     """A base of that name on a weight of 6 x 96, one of its tensors changed."""
-    kind, tensors = made(name)
+    kind, tensors, _ = made(name)
     return Base(kind, (*tensors[:at], change(tensors[at]), *tensors[at + 1 :]))
 
 
@@ -105,20 +105,20 @@ def test_refused(case):
 
 
 def test_another_number_of_tensors():
-    kind, tensors = made("nf4")
+    kind, tensors, _ = made("nf4")
     with pytest.raises(ValueError, match=re.escape(f"base has 1 tensors, {TENSORS}")):
         lora_linear(torch.randn(2, 96), Base(kind, tensors[:1]), torch.randn(3, 96), torch.randn(6, 3))
 
 
 @pytest.mark.parametrize("name, K", [("int4", 7), ("mxfp4", 40), ("q4_0", 40), ("hqq4", 7)])
 def test_sizes_that_a_kind_has_not(name, K):
-    kind, tensors = made(name)
+    kind, tensors, _ = made(name)
     with pytest.raises(ValueError, match=rf"in_features that 32 divides, got K = {K}|an even number of .*K = {K}"):
         kind_of(kind).check(tensors, torch.randn(2, K), K, 3)
 
 
 @pytest.mark.parametrize("name", ["nf4", "hqq4", "q8_0"])
 def test_nothing_tells_in_features(name):
-    kind, tensors = made(name)
+    kind, tensors, _ = made(name)
     with pytest.raises(ValueError, match=f"a base of kind {kind} has no in_features of its own"):
         kind_of(kind).check(tensors, torch.randn(2, 96), None, None)

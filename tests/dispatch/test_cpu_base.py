@@ -12,7 +12,7 @@ from peftkern import doctor, lora_linear
 from peftkern.backends.cpu import native
 from peftkern.dispatch import cpu_table
 from peftkern.dispatch.choose import choose
-from peftkern.dispatch.cpu_base import Cpu, choose_kind
+from peftkern.dispatch.cpu_base import Cpu, choose_kind, panel_rows
 from peftkern.dispatch.cpu_table import Product
 from peftkern.dispatch.table_files import slug
 from peftkern.problem import Problem
@@ -241,3 +241,26 @@ def test_packaged_tables():
         assert file.stem == f"cpu-{slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
         found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), (TABLES,))
         assert found.name == file.name and found.rows
+
+
+def test_quantised_weights_are_never_the_vendors():
+    few, many = panel_rows(False, True), 40
+    on = Cpu("avx2", frozenset({"x86"}), None, 64, {few: many})
+
+    def kind(M: int, **changes) -> str:
+        return choose_kind(Product(torch.float32, True, M, 300, 200, coded=True, **changes), on, Settings())[0]
+
+    assert [kind(M) for M in (1, many - 1, many, 64, 5000)] == ["few", "few", "panels", "panels", "panels"]
+    assert (
+        choose_kind(Product(torch.float32, True, 8, 300, 200, coded=True), on, Settings(cpu_base="vendor"))[0]
+        != "vendor"
+    )
+    assert (
+        choose_kind(Product(torch.float32, True, 8, 300, 200, coded=True), on, Settings(cpu_kind="vendor"))[0]
+        == "panels"
+    )
+    bf16 = Product(torch.bfloat16, True, 5000, 300, 200, coded=True)
+    assert (
+        choose_kind(bf16, on._replace(isa="avx512", features=frozenset({"x86", "bf16_kernel"})), Settings())[0]
+        == "bf16"
+    )

@@ -11,6 +11,7 @@ from torch import nn
 
 import peftkern
 from peftkern.integrations import hf_peft
+from peftkern.integrations.hf_peft import forward as hf_peft_forward
 from peftkern.integrations.hf_peft import mixed as hf_peft_mixed
 from peftkern.methods import linear
 from peftkern.methods.low_rank import lora
@@ -182,13 +183,21 @@ def fused(monkeypatch):
 @pytest.fixture
 def fused_mixed(monkeypatch):
     """The list of calls of the fused function for mixed batches (x, ids), to see which layers ran it."""
-    calls = []
+    calls, run_again = [], hf_peft_forward.run_again
 
     def counting(x, weight, adapters, ids, **options):
         calls.append((x, ids))
         return peftkern.multi_lora_linear(x, weight, adapters, ids, **options)
 
+    def counting_again(layer, kept, x, arguments):
+        y = run_again(layer, kept, x, arguments)
+        if y is not None:
+            batch = hf_peft_mixed.batch_of(arguments["adapter_names"])
+            calls.append((x, batch.ids(kept.again.names, x.device)))
+        return y
+
     monkeypatch.setattr(hf_peft_mixed, "multi_lora_linear", counting)
+    monkeypatch.setattr(hf_peft_forward, "run_again", counting_again)
     return calls
 
 

@@ -87,9 +87,39 @@ bool equal(PyObject* now, PyObject* then) {
   return Py_TYPE(now) == Py_TYPE(then) && PyObject_RichCompareBool(now, then, Py_EQ) == 1;
 }
 
-bool matches(const Node& node, PyObject* now, PyObject* kept);
+// One check. A layer's objects are small, many and far apart, and by its next call other layers have taken
+// their places in the caches: so the check notes which lines it reads, and the next one asks for all of them
+// before it reads the first. An address where nothing lies any more does no harm.
+struct Check {
+  PyObject* kept;
+  std::vector<const char*> lines;
 
-bool items_match(const std::vector<std::pair<PyObject*, Node>>& fields, PyObject* dict, PyObject* kept) {
+  void ask() {
+    for (const char* line : lines) __builtin_prefetch(line);
+    lines.clear();
+  }
+  void reads(const void* at, size_t bytes) {
+    const auto* begin = static_cast<const char*>(at);
+    const char* line = begin - reinterpret_cast<uintptr_t>(at) % 64;
+    for (; line < begin + bytes; line += 64) lines.push_back(line);
+  }
+  void reads_dict(PyObject* dict) {
+    const auto* d = reinterpret_cast<PyDictObject*>(dict);
+    reads(d, sizeof(PyDictObject));
+    if (d->ma_values != nullptr)
+      reads(d->ma_values, d->ma_used * sizeof(PyObject*));
+    else if (d->ma_used > 0)
+      reads(d->ma_keys, kKeysBytes + d->ma_used * (2 * sizeof(PyObject*) + 2));
+  }
+
+ private:
+  static constexpr size_t kKeysBytes = 32;  // of the head of a table of keys
+};
+
+bool matches(const Node& node, PyObject* now, Check& check);
+
+bool items_match(const std::vector<std::pair<PyObject*, Node>>& fields, PyObject* dict, Check& check) {
+  check.reads_dict(dict);
   for (const auto& [key, part] : fields) {
     PyObject* item = PyDict_GetItemWithError(dict, key);
     if (item == nullptr) {
@@ -97,28 +127,29 @@ bool items_match(const std::vector<std::pair<PyObject*, Node>>& fields, PyObject
     } else if (item != part.value || (part.kind != Kind::kSame && part.kind != Kind::kEqual)) {
       // Looking deeper may run code that takes the item away.
       py::object held = py::reinterpret_borrow<py::object>(item);
-      if (!matches(part, item, kept)) return false;
+      if (!matches(part, item, check)) return false;
     }
   }
   return true;
 }
 
 bool attributes_match(const std::vector<std::pair<PyObject*, Node>>& attributes, PyObject* now,
-                      PyObject* kept) {
+                      Check& check) {
   for (const auto& [name, part] : attributes) {
     py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(now, name));
-    if (!value || !matches(part, value.ptr(), kept)) return false;
+    if (!value || !matches(part, value.ptr(), check)) return false;
   }
   return true;
 }
 
-bool matches(const Node& node, PyObject* now, PyObject* kept) {
+bool matches(const Node& node, PyObject* now, Check& check) {
   switch (node.kind) {
     case Kind::kSame:
       return now == node.value;
     case Kind::kEqual:
       return equal(now, node.value);
     case Kind::kEmpty:
+      check.reads(now, sizeof(PyDictObject));
       return PyDict_Check(now) ? PyDict_GET_SIZE(now) == 0 : PyObject_Size(now) == 0;
     case Kind::kAbsent:
       return false;
@@ -127,25 +158,26 @@ bool matches(const Node& node, PyObject* now, PyObject* kept) {
       return equal(PyTuple_GET_ITEM(now, PyTuple_GET_SIZE(now) - 1), node.value);
     }
     case Kind::kItems:
-      return PyDict_Check(now) && items_match(node.fields, now, kept);
+      return PyDict_Check(now) && items_match(node.fields, now, check);
     case Kind::kObject: {
+      check.reads(now, sizeof(PyObject));
       if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != node.value) return false;
       if (!node.fields.empty()) {
         py::object own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(now, nullptr));
-        if (!own || !items_match(node.fields, own.ptr(), kept)) return false;
+        if (!own || !items_match(node.fields, own.ptr(), check)) return false;
       }
-      return attributes_match(node.attributes, now, kept);
+      return attributes_match(node.attributes, now, check);
     }
     case Kind::kKeep: {
-      if (!matches(node.fields[0].second, now, kept)) return false;
+      if (!matches(node.fields[0].second, now, check)) return false;
       Py_INCREF(now);
-      return PyTuple_SetItem(kept, node.slot, now) == 0;
+      return PyTuple_SetItem(check.kept, node.slot, now) == 0;
     }
     case Kind::kAt:
-      return matches(node.fields[0].second, node.value, kept);
+      return matches(node.fields[0].second, node.value, check);
     case Kind::kCall: {
       py::object answer = py::reinterpret_steal<py::object>(PyObject_CallObject(node.value, node.arguments));
-      return answer && matches(node.fields[0].second, answer.ptr(), kept);
+      return answer && matches(node.fields[0].second, answer.ptr(), check);
     }
   }
   return false;
@@ -156,6 +188,7 @@ struct Unchanged {
   PyObject* owned;  // what the nodes point into: the patterns, and copies of their dicts
   std::vector<Node>* nodes;
   Py_ssize_t slots;
+  std::vector<const char*>* lines;  // that the last check read
 };
 
 Unchanged* of(PyObject* self) {
@@ -172,6 +205,7 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
     of(self)->owned = owned.release().ptr(), of(self)->nodes = nodes.release(), of(self)->slots = owner.slots;
+    of(self)->lines = new std::vector<const char*>;
     return self;
   } catch (py::error_already_set& error) {
     error.restore();
@@ -194,12 +228,15 @@ PyObject* match(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     Py_INCREF(Py_None);
     PyTuple_SET_ITEM(kept.ptr(), i, Py_None);
   }
+  Check check{kept.ptr(), std::move(*of(self)->lines)};
+  check.ask();
   for (Py_ssize_t i = 0; i < size; ++i) {
-    if (matches(nodes[i], i < count ? objects[i] : Py_None, kept.ptr())) continue;
+    if (matches(nodes[i], i < count ? objects[i] : Py_None, check)) continue;
     // What cannot be looked at is not as it was: who looks with care will say why.
     PyErr_Clear();
     Py_RETURN_NONE;
   }
+  *of(self)->lines = std::move(check.lines);
   return kept.release().ptr();
 }
 
@@ -220,6 +257,7 @@ void destroy(PyObject* self) {
   PyObject_GC_UnTrack(self);
   clear(self);
   delete of(self)->nodes;
+  delete of(self)->lines;
   type->tp_free(self);
   Py_DECREF(type);
 }

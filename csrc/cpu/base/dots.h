@@ -177,7 +177,7 @@ PEFTKERN_INLINE int64_t dot_place(int64_t rows, int64_t inner, int64_t i, int64_
 }
 
 template <class B>
-void pack_dot_row(const BaseArgs& g, int64_t i) {
+void pack_dot_row(const BaseArgs& g, const B& w, int64_t i) {
   for (int64_t k = 0; k < g.inner; k += dot_depth(g.rows)) {
     const int64_t n = smaller(dot_depth(g.rows), g.inner - k);
     int64_t room;
@@ -185,7 +185,7 @@ void pack_dot_row(const BaseArgs& g, int64_t i) {
     pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, n,
              g.scale ? g.scale + k : nullptr, to);
     for (int64_t c = n; c < room; ++c) to[c] = 0.0f;
-    for (int64_t c = 0; c < room; c += kPair) B::to_pair(to + c);
+    for (int64_t c = 0; c < room; c += kPair) w.to_pair(to + c);
   }
 }
 

@@ -32,7 +32,7 @@ void run(const BaseArgs& g) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < g.rows; ++i)
       if (dots)
-        pack_dot_row<B>(g, i);
+        pack_dot_row(g, w, i);
       else
         pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale,
                  g.scratch + i * lda);

@@ -1,7 +1,9 @@
 // A block of out[r, c] = alpha * row_scale[r] * col_scale[c] * in[r, c], between any strides and dtypes.
 //
-// Rows are copied by vectors, transpositions by blocks of 4 x 4 in registers; anything else goes by element.
+// Rows are copied by vectors, transpositions by squares in registers; anything else goes by element.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu/common/tile.h"
 
@@ -17,40 +19,9 @@ PEFTKERN_INLINE void put(f16* p, float x) {
   store_n(p, splat(x), 1);
 }
 
-typedef float v4 __attribute__((vector_size(16)));
-
-PEFTKERN_INLINE v4 load4(const float* p) {
-  v4 x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
-template <class T>
-PEFTKERN_INLINE v4 load4(const T* p) {
-  return v4{widen_scalar(p[0]), widen_scalar(p[1]), widen_scalar(p[2]), widen_scalar(p[3])};
-}
-PEFTKERN_INLINE void store4(float* p, v4 x) {
-  std::memcpy(p, &x, sizeof(x));
-}
-template <class T>
-PEFTKERN_INLINE void store4(T* p, v4 x) {
-  for (int k = 0; k < 4; ++k) put(p + k, x[k]);
-}
-
-PEFTKERN_INLINE void transpose4(v4* t) {
-#if defined(__clang__)
-#define PEFTKERN_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-  typedef int32_t i4 __attribute__((vector_size(16)));
-#define PEFTKERN_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, i4{i, j, k, l})
-#endif
-  const v4 a = PEFTKERN_SHUFFLE(t[0], t[1], 0, 4, 1, 5), b = PEFTKERN_SHUFFLE(t[2], t[3], 0, 4, 1, 5);
-  const v4 c = PEFTKERN_SHUFFLE(t[0], t[1], 2, 6, 3, 7), d = PEFTKERN_SHUFFLE(t[2], t[3], 2, 6, 3, 7);
-  t[0] = PEFTKERN_SHUFFLE(a, b, 0, 1, 4, 5);
-  t[1] = PEFTKERN_SHUFFLE(a, b, 2, 3, 6, 7);
-  t[2] = PEFTKERN_SHUFFLE(c, d, 0, 1, 4, 5);
-  t[3] = PEFTKERN_SHUFFLE(c, d, 2, 3, 6, 7);
-#undef PEFTKERN_SHUFFLE
-}
+// Bytes between what is transposed and what is asked for: the hardware's own guesses start anew in every
+// page.
+constexpr int64_t kCopyAhead = 8192;
 
 // The task for one element type each way. `swapped` exchanges rows and columns of everything.
 template <class TO, class TI>
@@ -94,23 +65,44 @@ struct Copy {
     }
   }
 
-  // in contiguous along rows, out along columns.
+  // The square from (r, c) on, W x W unless it is less; in contiguous along rows, out along columns. Asks for
+  // what lies `ahead` elements further on.
+  template <bool WHOLE>
+  PEFTKERN_INLINE void square(const Copy& a, int64_t r, int rows, int64_t c, int cols, int64_t ahead) {
+    const vf factor =
+        a.row_scale == nullptr ? splat(a.alpha) : splat(a.alpha) * load_n(a.row_scale + r, rows);
+    const TI* from = a.in + r + c * a.in_col;
+    vf t[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const TI* p = from + i * a.in_col;
+      if (WHOLE) __builtin_prefetch(p + ahead);
+      t[i] = WHOLE ? load(p) * factor : i < cols ? load_n(p, rows) * factor : zero();
+      if (a.col_scale != nullptr && (WHOLE || i < cols)) t[i] *= a.col_scale[c + i];
+    }
+    transpose(t);
+    TO* to = a.out + r * a.out_row + c;
+#pragma GCC unroll 16
+    for (int k = 0; k < W; ++k) {
+      if (WHOLE)
+        store(to + k * a.out_row, t[k]);
+      else if (k < rows)
+        store_n(to + k * a.out_row, t[k], cols);
+    }
+  }
+
   void transposed(int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
-    const int64_t r4 = r0 + (r1 - r0) / 4 * 4, c4 = c0 + (c1 - c0) / 4 * 4;
-    for (int64_t r = r0; r < r4; r += 4) {
-      const v4 factor = {row_factor(r), row_factor(r + 1), row_factor(r + 2), row_factor(r + 3)};
-      for (int64_t c = c0; c < c4; c += 4) {
-        v4 t[4];
-        for (int k = 0; k < 4; ++k) {
-          t[k] = load4(in + r + (c + k) * in_col) * factor;
-          if (col_scale != nullptr) t[k] *= col_scale[c + k];
-        }
-        transpose4(t);
-        for (int k = 0; k < 4; ++k) store4(out + (r + k) * out_row + c, t[k]);
+    const int64_t step = std::max<int64_t>(W * in_col, 1);
+    const int64_t ahead = std::max<int64_t>(kCopyAhead / static_cast<int64_t>(sizeof(TI)) / step, 1) * step;
+    for (int64_t c = c0; c < c1; c += W) {
+      for (int64_t r = r0; r < r1; r += W) {
+        const int rows = static_cast<int>(min64(W, r1 - r)), cols = static_cast<int>(min64(W, c1 - c));
+        if (rows == W && cols == W)
+          square<true>(*this, r, W, c, W, ahead);
+        else
+          square<false>(*this, r, rows, c, cols, ahead);
       }
     }
-    elements(r4, r1, c0, c4);
-    elements(r0, r1, c4, c1);
   }
 
   void block(int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {

@@ -59,6 +59,11 @@ PEFTKERN_INLINE void add_lane_sums(vf a, vf b, vf c, vf d, int n, float* out) {
   for (int k = 0; k < n; ++k) out[k] += sums[k];
 }
 
+// What a product does between two of its blocks.
+struct Nothing {
+  void operator()() const {}
+};
+
 template <bool ASK, int ROWS, int RANKS, class T>
 static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, float* out,
                       int64_t ldo, int rows, const T* next) {
@@ -90,47 +95,53 @@ static void dot_block(const float* x, int64_t ldx, const T* p, int64_t ldp, int6
   }
 }
 
-template <bool ASK, int ROWS, class T>
-static void dot_ranks(const float* x, int64_t ldx, const T* p, int64_t ldp, int64_t n, int64_t R, float* out,
-                      int64_t ldo, int rows, const T* next) {
-  static_assert(kDotRanks == 4);
-  const auto block = [&](auto ranks, int64_t r) {
-    const T* ahead = ASK ? next + r * ldp : nullptr;
-    dot_block<ASK, ROWS, decltype(ranks)::value>(x, ldx, p + r * ldp, ldp, n, out + r, ldo, rows, ahead);
+template <bool ASK, int RANKS, class T, class Between>
+static void dot_rows(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n,
+                     float* out, int64_t ldo, const T* next, const Between& between) {
+  const auto block = [&](auto size, auto ask, int64_t m, int left) {
+    dot_block<decltype(ask)::value, decltype(size)::value, RANKS>(x + m * ldx, ldx, p, ldp, n, out + m * ldo,
+                                                                  ldo, left, next);
   };
-  int64_t r = 0;
-  for (; r + 4 <= R; r += 4) block(std::integral_constant<int, 4>(), r);
-  switch (R - r) {
-    case 3:
-      return block(std::integral_constant<int, 3>(), r);
-    case 2:
-      return block(std::integral_constant<int, 2>(), r);
-    case 1:
-      return block(std::integral_constant<int, 1>(), r);
-  }
+  const auto any = [&](auto ask, int64_t m) {
+    between();
+    const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
+    if (left == 1) {
+      block(std::integral_constant<int, 1>(), ask, m, left);
+    } else if (left == 2) {
+      block(std::integral_constant<int, 2>(), ask, m, left);
+    } else {
+      block(std::integral_constant<int, kDotRows>(), ask, m, left);
+    }
+  };
+  if (rows > 0) any(std::integral_constant<bool, ASK>(), 0);
+  for (int64_t m = kDotRows; m < rows; m += kDotRows) any(std::false_type(), m);
+}
+
+// How often dot calls `between`.
+PEFTKERN_INLINE int64_t dot_blocks(int64_t rows, int64_t R) {
+  return ((rows + kDotRows - 1) / kDotRows) * ((R + kDotRanks - 1) / kDotRanks);
 }
 
 // x: at least kDotRows rows may be read from every block's first row (scratch); only `rows` of them count.
-// ASK: meanwhile asks for what lies at `next` as p does.
-template <bool ASK = false, class T>
+// A few rows of p meet all rows of x while they lie in L1. ASK: meanwhile asks for what lies at `next` as p
+// does.
+template <bool ASK = false, class T, class Between = Nothing>
 static void dot(const float* x, int64_t ldx, int64_t rows, const T* p, int64_t ldp, int64_t n, int64_t R,
-                float* out, int64_t ldo, const T* next = nullptr) {
-  const auto ranks = [&](auto block, int64_t m, int left) {
-    if (ASK && m == 0)
-      dot_ranks<ASK, decltype(block)::value>(x, ldx, p, ldp, n, R, out, ldo, left, next);
-    else
-      dot_ranks<false, decltype(block)::value>(x + m * ldx, ldx, p, ldp, n, R, out + m * ldo, ldo, left,
-                                               next);
+                float* out, int64_t ldo, const T* next = nullptr, const Between& between = Nothing()) {
+  static_assert(kDotRanks == 4);
+  const auto ranks = [&](auto count, int64_t r) {
+    dot_rows<ASK, decltype(count)::value>(x, ldx, rows, p + r * ldp, ldp, n, out + r, ldo,
+                                          ASK ? next + r * ldp : nullptr, between);
   };
-  for (int64_t m = 0; m < rows; m += kDotRows) {
-    const int left = static_cast<int>(rows - m < kDotRows ? rows - m : kDotRows);
-    if (left == 1) {
-      ranks(std::integral_constant<int, 1>(), m, left);
-    } else if (left == 2) {
-      ranks(std::integral_constant<int, 2>(), m, left);
-    } else {
-      ranks(std::integral_constant<int, kDotRows>(), m, left);
-    }
+  int64_t r = 0;
+  for (; r + 4 <= R; r += 4) ranks(std::integral_constant<int, 4>(), r);
+  switch (R - r) {
+    case 3:
+      return ranks(std::integral_constant<int, 3>(), r);
+    case 2:
+      return ranks(std::integral_constant<int, 2>(), r);
+    case 1:
+      return ranks(std::integral_constant<int, 1>(), r);
   }
 }
 
@@ -224,32 +235,41 @@ static void outer_block(const float* x, int64_t ldx, int64_t rows, const float* 
   }
 }
 
-template <int RANKS>
+template <int RANKS, class Between>
 static void outer_columns(const float* x, int64_t ldx, int64_t rows, const float* v, int64_t ldv, int64_t n,
-                          float* out, int64_t ldo) {
+                          float* out, int64_t ldo, const Between& between) {
   constexpr int64_t kStep = kOuterVectors * W;
   int64_t c = 0;
-  for (; c + kStep <= n; c += kStep)
+  for (; c + kStep <= n; c += kStep) {
+    between();
     outer_block<RANKS, kOuterVectors>(x + c, ldx, rows, v, ldv, out + c, ldo);
+  }
   if constexpr (kOuterVectors > 2) {
     for (; c + 2 * W <= n; c += 2 * W) outer_block<RANKS, 2>(x + c, ldx, rows, v, ldv, out + c, ldo);
   }
   for (; c < n; c += W) outer_block<RANKS, 1>(x + c, ldx, rows, v, ldv, out + c, ldo);
 }
 
+// How often outer calls `between`.
+PEFTKERN_INLINE int64_t outer_blocks(int64_t n, int64_t R) {
+  constexpr int64_t kStep = kOuterVectors * W;
+  return ((n + kStep - 1) / kStep) * ((R + kOuterRanks - 1) / kOuterRanks);
+}
+
 // rows is at most a few dozen: the length of a chain in registers.
+template <class Between = Nothing>
 static void outer(const float* x, int64_t ldx, int64_t rows, const float* v, int64_t ldv, int64_t R,
-                  int64_t n, float* out, int64_t ldo) {
+                  int64_t n, float* out, int64_t ldo, const Between& between = Nothing()) {
   static_assert(kOuterRanks == 4);
   int64_t r = 0;
-  for (; r + 4 <= R; r += 4) outer_columns<4>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo);
+  for (; r + 4 <= R; r += 4) outer_columns<4>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo, between);
   switch (R - r) {
     case 3:
-      return outer_columns<3>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo);
+      return outer_columns<3>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo, between);
     case 2:
-      return outer_columns<2>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo);
+      return outer_columns<2>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo, between);
     case 1:
-      return outer_columns<1>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo);
+      return outer_columns<1>(x, ldx, rows, v + r, ldv, n, out + r * ldo, ldo, between);
   }
 }
 

@@ -11,6 +11,7 @@ namespace peftkern::cpu {
 struct LoraReduceTask : LoraReduceArgs {
   int64_t segments = 1;
   int64_t segment_floats = 0;
+  int64_t ld = 0;  // of the rows of sums
   float* scratch = nullptr;
 };
 struct ColumnDotTask : ColumnDotArgs {

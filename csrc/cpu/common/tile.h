@@ -48,6 +48,40 @@ PEFTKERN_INLINE void prefetch(const ConstMatrix& in, int64_t i0, int64_t rows, i
   for (int64_t i = i0; i < i0 + rows; ++i) prefetch(p + listed(list, i) * in.row * size, cols * size);
 }
 
+// A block of a matrix with adjacent columns that is asked for piece by piece while something else is
+// computed: the CPU tracks a few dozen requests at a time, and more would wait. Asked for
+// as what is read once: a tile takes it from there, and the rows of one often share sets of a cache.
+class Ahead {
+ public:
+  // All of it with `calls` calls of ask.
+  Ahead(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols, int64_t calls) {
+    const int64_t size = in.dtype == DType::f32 ? 4 : 2, row = in.row * size;
+    bytes_ = cols * size;
+    at_ = static_cast<const char*>(in.data) + i0 * row + c0 * size;
+    const int64_t pieces = (bytes_ + kPiece - 1) / kPiece;
+    down_ = row - (pieces - 1) * kPiece;
+    left_ = in.col == 1 ? rows * pieces : 0;
+    share_ = (left_ + calls - 1) / calls;
+  }
+  __attribute__((always_inline)) void ask() {
+    if (left_ <= 0) return;
+    left_ -= share_;
+    for (int64_t k = 0; k < share_; ++k) {
+#pragma GCC unroll 4
+      for (int64_t b = 0; b < kPiece; b += 64) __builtin_prefetch(at_ + b, 0, 0);
+      done_ += kPiece;
+      const bool down = done_ >= bytes_;
+      at_ += down ? down_ : kPiece;
+      done_ = down ? 0 : done_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kPiece = 256;
+  const char* at_;
+  int64_t bytes_, down_, left_, share_, done_ = 0;
+};
+
 template <class T>
 static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
   int64_t c = 0;
@@ -56,13 +90,14 @@ static void widen_row(const T* in, int64_t n, const uint8_t* bits, float* out) {
   for (c = round_up(n, W); c < round_up(n, kPad); c += W) store(out + c, zero());
 }
 
-template <class T>
+template <class T, class Between>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, float* tile, const int32_t* list) {
+                       const Dropout& drop, float* tile, const int32_t* list, const Between& between) {
   uint8_t bits[keep_bits_room(kTileCols)];
   T gathered[kTileCols];
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t from = listed(list, i0 + i);
+    between();
     if (drop.threshold != 0) keep_bits(drop, from, c0, cols, bits);
     const T* row = static_cast<const T*>(in.data) + from * in.row + c0 * in.col;
     if (in.col != 1) {
@@ -74,16 +109,18 @@ static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t 
 }
 
 // tile[i, c] = f(in[i0 + i, c0 + c]), dropped elements and the padding up to a multiple of kPad columns
-// exactly 0. With a list, row list[i0 + i] takes the place of row i0 + i.
+// exactly 0. With a list, row list[i0 + i] takes the place of row i0 + i. `between` is called for every row.
+template <class Between = Nothing>
 static void widen_tile(const ConstMatrix& in, int64_t i0, int64_t rows, int64_t c0, int64_t cols,
-                       const Dropout& drop, float* tile, const int32_t* list = nullptr) {
+                       const Dropout& drop, float* tile, const int32_t* list = nullptr,
+                       const Between& between = Nothing()) {
   switch (in.dtype) {
     case DType::f32:
-      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile, list);
+      return widen_tile<float>(in, i0, rows, c0, cols, drop, tile, list, between);
     case DType::bf16:
-      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile, list);
+      return widen_tile<bf16>(in, i0, rows, c0, cols, drop, tile, list, between);
     case DType::f16:
-      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile, list);
+      return widen_tile<f16>(in, i0, rows, c0, cols, drop, tile, list, between);
   }
 }
 

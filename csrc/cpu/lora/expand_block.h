@@ -20,6 +20,16 @@ PEFTKERN_INLINE BlockVectors from(const BlockVectors& v, int64_t c) {
   return {at(v.base), at(v.delta), at(v.bias)};
 }
 
+// One row of n columns, a multiple of W, without scales: what most layers are. Nothing is asked per vector.
+template <bool DROP, bool BIAS, class TO, class TS>
+static void finish_plain(const float* delta, float alpha, const uint8_t* bits, const TS* src,
+                         const float* bias, int64_t n, TO* out) {
+  for (int64_t c = 0; c < n; c += W) {
+    const vf x = load(delta + c), y = fma(splat(alpha), DROP ? select(bits, c, x) : x, load(src + c));
+    store(out + c, BIAS ? y + load(bias + c) : y);
+  }
+}
+
 // One row of n columns: delta (padded, scratch), everything else as in the equation.
 template <class TO, class TS>
 static void finish_row(const float* delta, float alpha, const uint8_t* bits, const TS* src,
@@ -39,6 +49,19 @@ static void finish_row(const float* delta, float alpha, const uint8_t* bits, con
     const int k = static_cast<int>(n - c);
     const auto at = [c, k](const auto* p) { return p != nullptr ? load_n(p + c, k) : zero(); };
     store_n(out + c, element(c, at(src), at(v.base), at(v.delta), at(v.bias)), k);
+  }
+}
+
+template <class TO, class TS>
+static void finish(const float* delta, float alpha, const uint8_t* bits, const TS* src, const BlockVectors& v,
+                   int64_t n, TO* out) {
+  if (src == nullptr || v.base != nullptr || v.delta != nullptr || n % W != 0)
+    return finish_row<TO, TS>(delta, alpha, bits, src, v, n, out);
+  const auto run = [&](auto plain) { plain(delta, alpha, bits, src, v.bias, n, out); };
+  if (bits != nullptr) {
+    v.bias != nullptr ? run(finish_plain<true, true, TO, TS>) : run(finish_plain<true, false, TO, TS>);
+  } else {
+    v.bias != nullptr ? run(finish_plain<false, true, TO, TS>) : run(finish_plain<false, false, TO, TS>);
   }
 }
 
@@ -99,8 +122,8 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
         if (a.R == 0) {
           finish_row_base<TO, TS>(src, vectors, n, out);
         } else {
-          finish_row<TO, TS>(delta + (back + m) * kStep, a.alpha,
-                             drop ? bits + m * kBitsRow + c / 8 : nullptr, src, vectors, n, out);
+          finish<TO, TS>(delta + (back + m) * kStep, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr,
+                         src, vectors, n, out);
         }
       }
     }

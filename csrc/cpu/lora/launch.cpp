@@ -22,8 +22,9 @@ void lora_reduce(const LoraReduceArgs& args) {
   LoraReduceTask task{args};
   KeptScratch scratch;
   if (args.v != nullptr || args.colsum != nullptr) {
-    task.segment_floats =
-        ((args.v != nullptr ? args.R : 0) + (args.colsum != nullptr ? 1 : 0)) * padded(args.C);
+    // As with the panel of a row norm, rows of sums must not share a few sets of a cache.
+    task.ld = padded(args.C) + kPadColumns;
+    task.segment_floats = ((args.v != nullptr ? args.R : 0) + (args.colsum != nullptr ? 1 : 0)) * task.ld;
     task.segments = part_count(args.M, kSegmentRows, task.segment_floats);
     task.scratch = scratch.take(task.segments * task.segment_floats);
   }

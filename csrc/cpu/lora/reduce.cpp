@@ -14,6 +14,9 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
+// Rows that pass a tile's columns of p while those lie in cache.
+constexpr int64_t kBlockRows = 192;
+
 void scale_rows(float* out, int64_t ld, int64_t rows, int64_t cols, float alpha) {
   if (alpha == 1.0f) return;
   for (int64_t i = 0; i < rows; ++i) {
@@ -25,38 +28,41 @@ void zero_rows(float* out, int64_t ld, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) std::memset(out + i * ld, 0, sizeof(float) * cols);
 }
 
-// Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of Cpad columns for this segment.
-void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1, int64_t Cpad,
-                  float* sums) {
+// Rows [i0, i1), columns [c0, c1); `sums` holds R (+ 1) rows of columns for this segment. A tile's columns
+// of p and of the sums stay in cache while all rows pass.
+void reduce_block(const LoraReduceTask& a, int64_t i0, int64_t i1, int64_t c0, int64_t c1, float* sums) {
+  const int64_t ld = a.ld;
   Tile tile;
-  float* colsum = a.colsum != nullptr ? sums + (a.v != nullptr ? a.R * Cpad : 0) : nullptr;
-  if (a.v != nullptr) zero_rows(sums + c0, Cpad, a.R, round_up(c1 - c0, kPad));
-  if (colsum != nullptr) zero_rows(colsum + c0, Cpad, 1, round_up(c1 - c0, kPad));
-  for (int64_t i = i0; i < i1; i += kTileRows) {
-    const int64_t rows = min64(kTileRows, i1 - i);
-    float* out = a.p != nullptr ? a.out + i * a.ldo : nullptr;
-    if (out != nullptr) zero_rows(out, a.ldo, rows, a.R);
-    for (int64_t c = c0; c < c1; c += kTileCols) {
-      const int64_t cols = min64(kTileCols, c1 - c), n = round_up(cols, kPad);
-      const bool right = c + kTileCols < c1;
-      const int64_t next_i = right ? i : i + kTileRows, next_c = right ? c + kTileCols : c0;
-      for (int64_t m = 0; m < rows; m += kDotRows) {
-        const int64_t take = min64(kDotRows, rows - m);
-        float* x = tile.data + m * kTileLd;
-        widen_tile(a.in, i + m, take, c, cols, a.dropout, x);
-        if (out == nullptr) continue;
-        prefetch(a.in, next_i + m, take, next_c, kTileCols);
-        dot(x, kTileLd, take, a.p + c, a.ldp, n, a.R, out + m * a.ldo, a.ldo);
-      }
-      for (int64_t r = 0; a.v != nullptr && r < a.R; r += kOuterRanks) {
-        if (out == nullptr && r < kTileRows) prefetch(a.in, next_i + r, kOuterRanks, next_c, kTileCols);
-        outer(tile.data, kTileLd, rows, a.v + i * a.ldv + r, a.ldv, min64(kOuterRanks, a.R - r), n,
-              sums + r * Cpad + c, Cpad);
-      }
+  float* colsum = a.colsum != nullptr ? sums + (a.v != nullptr ? a.R * ld : 0) : nullptr;
+  float* out = a.p != nullptr ? a.out + i0 * a.ldo : nullptr;
+  if (a.v != nullptr) zero_rows(sums + c0, ld, a.R, round_up(c1 - c0, kPad));
+  if (colsum != nullptr) zero_rows(colsum + c0, ld, 1, round_up(c1 - c0, kPad));
+  if (out != nullptr) zero_rows(out, a.ldo, i1 - i0, a.R);
+  for (int64_t c = c0; c < c1; c += kTileCols) {
+    const int64_t cols = min64(kTileCols, c1 - c), n = round_up(cols, kPad);
+    for (int64_t i = i0; i < i1; i += kTileRows) {
+      const int64_t rows = min64(kTileRows, i1 - i);
+      const bool below = i + kTileRows < i1;
+      const int64_t next_i = below ? i + kTileRows : i0, next_c = below ? c : c + kTileCols;
+      // A row's dropout takes as long as a block of a product; only to widen it takes no time.
+      const int64_t blocks =
+          (out != nullptr ? dot_blocks(rows, a.R) : 0) + (a.v != nullptr ? outer_blocks(n, a.R) : 0);
+      const bool busy = a.dropout.threshold != 0 || blocks == 0;
+      Ahead ahead(a.in, next_i, min64(kTileRows, i1 - next_i), next_c, min64(kTileCols, c1 - next_c),
+                  blocks + (busy ? rows : 0));
+      const auto ask = [&ahead] { ahead.ask(); };
+      if (busy)
+        widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data, nullptr, ask);
+      else
+        widen_tile(a.in, i, rows, c, cols, a.dropout, tile.data);
+      if (out != nullptr)
+        dot(tile.data, kTileLd, rows, a.p + c, a.ldp, n, a.R, out + (i - i0) * a.ldo, a.ldo,
+            static_cast<const float*>(nullptr), ask);
+      if (a.v != nullptr) outer(tile.data, kTileLd, rows, a.v + i * a.ldv, a.ldv, a.R, n, sums + c, ld, ask);
       if (colsum != nullptr) add_columns(tile.data, rows, n, colsum + c);
     }
-    if (out != nullptr) scale_rows(out, a.ldo, rows, a.R, a.alpha_dot);
   }
+  if (out != nullptr) scale_rows(out, a.ldo, i1 - i0, a.R, a.alpha_dot);
 }
 
 // out[c] = alpha * (sums of all segments, in order)[c]
@@ -77,15 +83,16 @@ void add_segments(const float* sums, int64_t stride, int64_t segments, int64_t n
 
 void lora_reduce_run(const LoraReduceTask& a) {
   const bool over_rows = a.v != nullptr || a.colsum != nullptr;
-  const int64_t Cpad = round_up(a.C, kPad), stride = a.segment_floats;
+  const int64_t stride = a.segment_floats;
   if (!over_rows) {
-    // Only dot: blocks of rows are independent. Smaller ones keep every thread busy when rows are few.
-    const int64_t block = min64(kTileRows, round_up((a.M + a.threads - 1) / a.threads, kDotRows));
+    // Only dot: blocks of rows are independent, as many for every thread.
+    const int64_t parts = round_up((a.M + kBlockRows - 1) / kBlockRows, a.threads);
+    const int64_t block = parts > 0 ? round_up((a.M + parts - 1) / parts, kDotRows) : 0;
     const int64_t blocks = block > 0 ? (a.M + block - 1) / block : 0;
     parallel(a.threads, [&] {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < blocks; ++b) {
-        reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, Cpad, nullptr);
+        reduce_block(a, b * block, min64(a.M, (b + 1) * block), 0, a.C, nullptr);
       }
     });
     return;
@@ -98,18 +105,18 @@ void lora_reduce_run(const LoraReduceTask& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a.segments * panels; ++t) {
       const int64_t s = t / panels, c0 = t % panels * panel;
-      reduce_block(a, min64(a.M, s * rows), min64(a.M, (s + 1) * rows), c0, min64(a.C, c0 + panel), Cpad,
+      reduce_block(a, min64(a.M, s * rows), min64(a.M, (s + 1) * rows), c0, min64(a.C, c0 + panel),
                    a.scratch + s * stride);
     }
     if (a.v != nullptr) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < a.R; ++r) {
-        add_segments(a.scratch + r * Cpad, stride, a.segments, a.C, a.alpha_outer, a.g + r * a.ldg);
+        add_segments(a.scratch + r * a.ld, stride, a.segments, a.C, a.alpha_outer, a.g + r * a.ldg);
       }
     }
     if (a.colsum != nullptr) {
 #pragma omp single nowait
-      add_segments(a.scratch + (a.v != nullptr ? a.R * Cpad : 0), stride, a.segments, a.C, 1.0f, a.colsum);
+      add_segments(a.scratch + (a.v != nullptr ? a.R * a.ld : 0), stride, a.segments, a.C, 1.0f, a.colsum);
     }
   });
 }

@@ -1,6 +1,7 @@
 #include "cpu/operand/decode.h"
 
 #include "cpu/operand/codes.h"
+#include "cpu/operand/groups.h"
 #include "cpu/operand/tile.h"
 
 // Of a lambda: called for each group, and mostly of a few vectors.
@@ -11,23 +12,6 @@ namespace {
 
 using Code = Quantised::Code;
 using Order = Quantised::Order;
-using Number = Quantised::Number;
-
-// What the codes of a group have in common: a scale, or a zero too.
-struct Scale {
-  float scale;
-  float apply(float x) const { return x * scale; }
-};
-struct Affine {
-  float scale, zero;
-  float apply(float x) const { return (x - zero) * scale; }
-};
-PEFTKERN_INLINE vf apply(const Scale& f, vf x) {
-  return x * splat(f.scale);
-}
-PEFTKERN_INLINE vf apply(const Affine& f, vf x) {
-  return (x - splat(f.zero)) * splat(f.scale);
-}
 
 // Codes at positions p, p + 1, ..., two neighbours a byte.
 template <bool UPPER, class F>
@@ -66,59 +50,6 @@ PEFTKERN_INLINE void wholes(const uint8_t* bytes, int64_t count, const F& f, flo
   for (; i < count; ++i) to[i] = f.apply(value8(CODE, bytes[i]));
 }
 
-float number(Number type, const void* data, int64_t i) {
-  switch (type) {
-    case Number::bf16:
-      return widen_scalar(static_cast<const bf16*>(data)[i]);
-    case Number::f16:
-      return widen_scalar(static_cast<const f16*>(data)[i]);
-    case Number::e8m0: {
-      // 2^(e - 127); all bits set is NaN, and 2^-127 is below the normal numbers.
-      const uint32_t e = static_cast<const uint8_t*>(data)[i];
-      const uint32_t bits = e == 255 ? 0x7fc00000u : e == 0 ? 0x00400000u : e << 23;
-      float x;
-      std::memcpy(&x, &bits, 4);
-      return x;
-    }
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
-// The ways in which groups hold theirs.
-struct Floats {
-  static bool fit(const Quantised& w) {
-    return w.number == Number::f32 && w.zeros == nullptr && w.block_bytes == 0;
-  }
-  const float* scales;
-  explicit Floats(const Quantised& w) : scales(static_cast<const float*>(w.scales)) {}
-  Scale of(int64_t g) const { return {scales[g]}; }
-};
-struct Nested {
-  const Quantised& w;
-  const int shift;
-  explicit Nested(const Quantised& q) : w(q), shift(__builtin_ctzll(static_cast<uint64_t>(q.outer_group))) {}
-  Scale of(int64_t g) const {
-    return {w.book[static_cast<const uint8_t*>(w.scales)[g]] * w.outer[g >> shift] + *w.offset};
-  }
-};
-struct InBlocks {
-  const Quantised& w;
-  explicit InBlocks(const Quantised& q) : w(q) {}
-  Scale of(int64_t g) const {
-    f16 scale;
-    std::memcpy(&scale, static_cast<const uint8_t*>(w.scales) + g * w.block_bytes, sizeof scale);
-    return {widen_scalar(scale)};
-  }
-};
-struct Numbers {
-  const Quantised& w;
-  explicit Numbers(const Quantised& q) : w(q) {}
-  Affine of(int64_t g) const {
-    return {number(w.number, w.scales, g), w.zeros != nullptr ? number(w.number, w.zeros, g) : 0.0f};
-  }
-};
-
 // Codes from position p on, of group g, `left` more of which there are.
 struct Span {
   int64_t p, g, left, count;
@@ -145,7 +76,7 @@ PEFTKERN_INLINE void by_groups(const Groups& groups, int64_t size, Span s, float
 template <class Codes>
 PEFTKERN_INLINE void by_groups(const Quantised& w, const Span& s, float* to, const Codes& codes) {
   if (Floats::fit(w)) return by_groups(Floats(w), w.group, s, to, codes);
-  if (w.number == Number::nested) return by_groups(Nested(w), w.group, s, to, codes);
+  if (w.number == Quantised::Number::nested) return by_groups(Nested(w), w.group, s, to, codes);
   if (w.block_bytes != 0) return by_groups(InBlocks(w), w.group, s, to, codes);
   by_groups(Numbers(w), w.group, s, to, codes);
 }
@@ -178,12 +109,12 @@ void decode(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) 
                     PEFTKERN_INLINED { pairs<false>(w.codes, p, some, values, table, f, out); });
       return;
     case Order::halves_upper:
-      // The second half begins where a group does.
       by_groups(w, span, to,
                 [&](int64_t p, int64_t, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
-                  const int64_t half = w.N * w.row / 2;
-                  const bool first = p < half;
-                  singles(w.codes + (first ? p : p - half), first ? 4 : 0, some, values, table, f, out);
+                  const int64_t half = w.N * w.row / 2, upper = p < half ? smaller(half - p, some) : 0;
+                  if (upper > 0) singles(w.codes + p, 4, upper, values, table, f, out);
+                  if (upper < some)
+                    singles(w.codes + p + upper - half, 0, some - upper, values, table, f, out + upper);
                 });
       return;
     case Order::blocks_lower:

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cpu/operand/decode.h"
+#include "cpu/operand/dense.h"
+#include "cpu/operand/in_pairs.h"
 #include "cpu/operand/pack_tile.h"
 #include "peftkern/cpu.h"
 
@@ -20,7 +22,12 @@ template <class T>
 class Decoded {
  public:
   using Activation = T;
-  explicit Decoded(const BaseArgs& g) : w_(*g.quantised), begin_(g.quantised_col), across_(g.w_out == 1) {}
+  explicit Decoded(const BaseArgs& g)
+      : w_(*g.quantised),
+        begin_(g.quantised_col),
+        across_(g.w_out == 1),
+        pairs_(!across_ && has_pairs(w_)),
+        even_odd_(pairs_ && w_.order != Quantised::Order::bytes) {}
 
   // As Dense has them.
   template <class Element>
@@ -49,9 +56,13 @@ class Decoded {
   const Quantised& weight() const { return w_; }
   int64_t begin() const { return begin_; }
 
-  // Rows of a for products of few rows: in the order in which a dense fp32 W is read.
+  // Rows of a for products of few rows: in the order in which W is read, which is that of a dense fp32 one,
+  // or of pairs.
   static constexpr int kLine = kLineOrPair<float>;
-  PEFTKERN_INLINE void to_pair(float*) {}
+  bool pairs() const { return pairs_; }
+  void to_pair(float* p) const {
+    if (even_odd_) Dense<bf16>::to_pair(p);
+  }
 
  private:
   void read(int64_t n, int64_t k, int count, float* to) const { decode(w_, n, k, count, to); }
@@ -65,7 +76,7 @@ class Decoded {
 
   const Quantised& w_;
   const int64_t begin_;
-  const bool across_;
+  const bool across_, pairs_, even_odd_;
 };
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

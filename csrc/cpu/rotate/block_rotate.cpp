@@ -36,7 +36,7 @@ void bring(const ConstMatrix& in, const int64_t* index, int64_t i0, int64_t rows
   if (index != nullptr) {
     gather<T>(in, index, i0, rows, c0, cols, tile);
   } else {
-    widen_tile<T>(in, i0, rows, c0, cols, Dropout{}, tile, nullptr);
+    widen_tile<T>(in, i0, rows, c0, cols, Dropout{}, tile, nullptr, Nothing());
   }
 }
 

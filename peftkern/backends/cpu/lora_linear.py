@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import call
+from .call import weight_of
 
 
 def _scales(c) -> tuple[Tensor | None, ...] | None:
@@ -20,8 +21,8 @@ def _scales(c) -> tuple[Tensor | None, ...] | None:
 def lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.lora_linear."""
     args = (
-        way.now, torch.get_num_threads(), c.x, c.kind, call.weight_of(c.base), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p, c.seed,
-        _scales(c), True, c.save_base,
+        way.now, torch.get_num_threads(), c.x, c.kind, weight_of(c.base), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p,
+        c.seed, _scales(c), True, c.save_base,
     )  # fmt: skip
     y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
@@ -33,8 +34,8 @@ def lora_linear_bwd(c, way):
     dx = need.x or need.p_b
     x, h = c.x if need.A or need.p_d or need.p_b else None, c.h if need.g_b else None
     args = (
-        way.now, torch.get_num_threads(), c.dy, x, c.u, h, c.kind, call.weight_of(c.base) if dx else None, c.lora_A, c.lora_B, c.scaling,
-        c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
+        way.now, torch.get_num_threads(), c.dy, x, c.u, h, c.kind, weight_of(c.base) if dx else None, c.lora_A, c.lora_B,
+        c.scaling, c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
     kind = call.kind_of(c, way) if dx else "vendor"
     dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..marshal import copied, memory
 from . import call, multi_call
+from .call import weight_of
 from .native import _C
 
 
@@ -42,8 +43,8 @@ def multi_lora_linear_fwd(c, way):
     """(y, u, h); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.max_rank, c.x.shape[1], c.out_features)
     args = (
-        way.now, torch.get_num_threads(), c.x, c.kind, call.weight_of(c.base), c.bias, given, c.order, c.starts, c.dropout_p, c.seed, True,
-        c.save_base,
+        way.now, torch.get_num_threads(), c.x, c.kind, weight_of(c.base), c.bias, given, c.order, c.starts, c.dropout_p, c.seed,
+        True, c.save_base,
     )  # fmt: skip
     y, u, h = call.answered(multi_call.forward, multi_call.learn_forward, args, call.kind_of(c, way))
     return y, u, c.x.new_empty(0) if h is None else h
@@ -53,8 +54,8 @@ def multi_lora_linear_bwd(c, way):
     """(dx, dbias, gradients like weights, gradients like vectors); see peftkern.ops.multi_lora_linear."""
     given = _adapters(c, c.u.shape[1], c.in_features, c.dy.shape[1])
     args = (
-        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, call.weight_of(c.base), given, c.order, c.starts, c.dropout_p, c.seed,
-        c.need_x, c.need_bias, tuple(c.need), c.h, tuple(c.wants_vectors),
+        way.now, torch.get_num_threads(), c.dy, c.x, c.u, c.kind, weight_of(c.base), given, c.order, c.starts, c.dropout_p,
+        c.seed, c.need_x, c.need_bias, tuple(c.need), c.h, tuple(c.wants_vectors),
     )  # fmt: skip
     dx, dbias, *grads = call.answered(multi_call.backward, multi_call.learn_backward, args, call.kind_of(c, way))
     grads, sums = map(_alike, grads, (c.weights, c.vectors or ()))

@@ -31,7 +31,7 @@ from ..switch import KEY, Switch
 from .fsdp import AtRest, plain_parts, run_inside, units
 from .guard import FUSED, call_plan, experts_plan, look_at_call, replaced_reason
 from .kept import keep
-from .mixed import activated_plan, mixed_plan, run_apart, run_mixed, takes_names
+from .mixed import activated_plan, mixed_plan, note_again, run_again, run_apart, run_mixed, takes_names
 from .names import CONTEXT, call_of, context_of
 
 _whole = AtRest(read, units_alone=True)
@@ -122,7 +122,11 @@ def _carefully(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, stock):
     if type(plan) is Plan:
         return plan.run(x)
     if type(plan) is tuple:
-        return run_mixed(*plan, x)
+        y = run_mixed(*plan, x)
+        kept = None if calls is None or offsets is not None else calls.kept
+        if kept is not None and kept.again is None and kept.mixed == plan[2].adapters:
+            note_again(layer, kept, plan[1], x)
+        return y
     return stock(layer, x, *args, **kwargs)
 
 
@@ -136,16 +140,22 @@ def _fused_forward(stock):
                 calls.reason = TOO_SMALL
                 return stock(self, x, *args, **kwargs)
             kept = calls.kept
-            if kept is not None and kept.mixed is None and not args and not kwargs:
-                plan = kept.plan(self, x)
-                if plan is not None:
-                    calls.fused += 1
-                    try:
-                        return plan.run(x)
-                    except (TypeError, ValueError):
-                        # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
-                        calls.fused -= 1
-                        calls.kept = None
+            if kept is not None and not args:
+                # Counted first: a recomputation stops in the middle of the last layer that it needs.
+                calls.fused += 1
+                try:
+                    if kept.mixed is not None:
+                        y = run_again(self, kept, x, kwargs)
+                        if y is not None:
+                            return y
+                    elif not kwargs:
+                        plan = kept.plan(self, x)
+                        if plan is not None:
+                            return plan.run(x)
+                except (TypeError, ValueError):
+                    # The op refuses, before it computes anything, what a kept plan does not look at: shapes, devices.
+                    calls.kept = None
+                calls.fused -= 1
         if not switch.wanted(self):
             return stock(self, x, *args, **kwargs)
         return _carefully(self, x, args, kwargs, stock)
@@ -188,7 +198,7 @@ def install() -> None:
     """Put the switching forward into the class of each method that is loaded. Idempotent."""
     with switch.lock:
         for cls, make in [*((cls, _fused_forward) for cls, _ in layers()), (ParamWrapper, _experts_forward)]:
-            if replaced_reason(cls) is None and cls.forward is not FUSED.get(cls):
+            if replaced_reason(cls) is None and cls.forward not in FUSED.values():
                 switch.replace(cls, "forward", lambda own, cls=cls, make=make: make(cls.forward))
                 FUSED[cls] = cls.forward
         for (cls, name), make in _giving_names().items():

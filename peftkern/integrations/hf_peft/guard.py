@@ -17,9 +17,10 @@ import torch
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
+from ...bases.base import Base
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
-from ...methods.registry import METHODS, Method, Plan, method_of
+from ...methods.registry import METHODS, Method, Plan, loaded, method_of
 from ..process import process_reason
 from ..tested import release_reason, replaced_by
 from . import experts as _experts
@@ -58,25 +59,31 @@ def type_reason(layer: nn.Module) -> str | None:
 
 def replaced_reason(cls: type) -> str | None:
     """Why the forward of this class is not ours to replace (another library did), or None."""
-    other = replaced_by(cls, FUSED.get(cls))
+    owner = next(c for c in cls.__mro__ if "forward" in vars(c))  # that of a parent may be ours
+    other = replaced_by(cls, FUSED.get(owner))
     return None if other is None else f"PEFT's {cls.__qualname__}.forward was replaced by {other}"
 
 
 def _dtype_reason(look: Look, plan: Plan, x: Tensor) -> str | None:
     device = x.device.type
-    weight, bias, held, kind = plan
+    weight, bias, held, kind, uncast = plan
     if kind is not None and kind.takes_ids:  # beside which nothing is cast
         wrong = (t.dtype for t in (weight, *(h.tensors[0] for h in held)) if t.dtype not in (*_FLOATS, torch.float64))
         return next((f"a weight is {dtype}" for dtype in wrong), None)
-    if torch.is_autocast_enabled(device):
+    quantised, method = isinstance(weight, Base), method_of(type(look.module))
+    autocast = torch.is_autocast_enabled(device) and not uncast
+    widened = autocast or x.dtype != torch.float32
+    if quantised and widened and method.widens and type(look.module) is not loaded(method.layer):
+        return f"{method.name} on bitsandbytes makes fp32 of half precision"
+    if autocast:
         # Autocast makes half precision out of all of these, but leaves fp64 alone.
-        tensors = [x, weight, *(h.tensors[0] for h in held)]
+        tensors = [x, *([] if quantised else [weight]), *(h.tensors[0] for h in held)]
         if any(t.dtype not in _FLOATS for t in tensors) or not (bias is None or bias.dtype in _FLOATS):
             return "a dtype that autocast does not cast"
         return None
-    if weight.dtype != x.dtype or not (bias is None or bias.dtype == x.dtype):
+    if not quantised and (weight.dtype != x.dtype or not (bias is None or bias.dtype == x.dtype)):
         return f"the input is {x.dtype}, the base layer is not"
-    if x.dtype not in _FLOATS and x.dtype != torch.float64:
+    if x.dtype not in _FLOATS and (x.dtype != torch.float64 or quantised):
         return f"the input is {x.dtype}"
     widens = all(level.value("cast_input_dtype_enabled", True) for level in tuner.levels(look))
     for h in held:
@@ -172,6 +179,4 @@ def static_plan(layer: nn.Module, read: Read = read) -> Plan | str:
     plan = _layer_plan(look, None)
     if isinstance(plan, str):
         return plan
-    weight, kind = plan.weight, plan.kind
-    x = weight.new_empty((0, weight.shape[1])) if kind is None else kind.nothing(weight)
-    return input_reason(look, plan, x) or process_reason() or plan
+    return input_reason(look, plan, plan.nothing()) or process_reason() or plan

@@ -6,16 +6,22 @@ tensors of the moment are filled into. Anything that differs takes the careful p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...bases.base import Base
+from ...bases.library import over_127
 from ...methods.look import Look
 from ...methods.registry import Held, Plan
 from ...methods.unchanged import Pattern, Unchanged, at, call, equal, instance, last, same
 from ...methods.unchanged import keep as holds
+
+# A tensor of a base: the place of what was read, and what makes it of that, if it is not the very one.
+Part = tuple[int, Callable[[Tensor], Tensor] | None]
+_MAKERS: tuple[Callable[[Tensor], Tensor] | None, ...] = (None, Tensor.detach, over_127)
 
 # What calling a NamedTuple does, without the frame of its own __new__.
 _new = tuple.__new__
@@ -34,27 +40,50 @@ def _autocast(device: str) -> Pattern:
 
 
 class Kept:
-    """A plan without its tensors. ``mixed``: the adapters of the mixed batch that it is for, or None."""
+    """A plan without its tensors.
 
-    __slots__ = ("_bias", "_held", "_kind", "_match", "_transposed", "_weight", "mixed")
+    ``mixed``: the adapters of the mixed batch that it is for, or None; ``again``: what such a call can take over (mixed.py).
+    ``seen``: (layer, input) -> what the pattern keeps of them, or None if anything is not as it was.
+    """
 
-    def __init__(self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None):
-        self._match, self._kind, self._transposed, self.mixed = match, plan.kind, transposed, mixed
-        self._weight, self._bias = slots[id(plan.weight)], slots[id(plan.bias)]
+    __slots__ = ("_base", "_bias", "_held", "_kind", "_transposed", "_uncast", "_weight", "again", "mixed", "seen")
+
+    def __init__(
+        self, match: Any, plan: Plan, slots: Mapping[int, int], transposed: bool, mixed: Sequence[str] | None,
+        base: tuple[str, Sequence[Part], tuple[int, int]] | None,
+    ):  # fmt: skip
+        self.seen, self._kind, self._transposed, self.mixed = match, plan.kind, transposed, mixed
+        self.again: Any = None
+        self._base, self._weight, self._uncast = base, slots.get(id(plan.weight)), plan.uncast
+        self._bias = slots[id(plan.bias)]
         self._held = [(h.name, h.method, [slots[id(t)] for t in h.tensors], h[3:]) for h in plan.held]
 
     def plan(self, layer: nn.Module, x: Any) -> Plan | None:
         """What a call with this input computes, or None if anything is not as it was."""
-        now = self._match(layer, x)
+        now = self.seen(layer, x)
         if now is None:
             return None
-        weight = now[self._weight]
-        if self._transposed:
-            weight = weight.t()
+        if self._base is None and not self._transposed:
+            weight, bias = now[self._weight], now[self._bias]
+        else:
+            weight, bias = self.base(now)
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
-        return _new(Plan, (weight, now[self._bias], held, self._kind))
+        return _new(Plan, (weight, bias, held, self._kind, self._uncast))
+
+    def base(self, now: tuple) -> tuple[Tensor | Base, Tensor | None]:
+        """The layer's weight and bias, of what was ``seen``."""
+        if self._base is not None:
+            kind, parts, shape = self._base
+            weight = Base(kind, tuple([now[slot] if make is None else make(now[slot]) for slot, make in parts]), shape)
+            return weight, now[self._bias]
+        weight = now[self._weight]
+        return weight.t() if self._transposed else weight, now[self._bias]
+
+    def places(self) -> list[list[int]]:
+        """Where the tensors of each adapter are in what is ``seen``."""
+        return [slots for _, _, slots, _ in self._held]
 
 
 def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process: Sequence[Pattern]) -> Kept | None:
@@ -71,9 +100,14 @@ def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process
     transposed = id(plan.weight) in record.transposed
     if transposed:
         slots[id(plan.weight)] = slots.get(id(record.transposed[id(plan.weight)]), nothing)
-    used = [plan.weight, plan.bias]
-    used += [t for h in plan.held for t in h.tensors]
-    if not all(id(t) in slots for t in used) or slots[id(plan.weight)] == nothing:
+    base = None
+    if isinstance(plan.weight, Base):
+        base = plan.weight.kind, _parts(plan.weight, tensors), plan.weight.shape
+    elif slots.get(id(plan.weight), nothing) == nothing:
+        return None
+    if base is not None and None in base[1]:
+        return None
+    if not all(id(t) in slots for t in (plan.bias, *(t for h in plan.held for t in h.tensors))):
         return None
     if any(isinstance(n, Tensor) for h in plan.held for n in h.numbers):
         return None
@@ -85,4 +119,33 @@ def keep(look: Look, plan: Plan, x: Tensor, mixed: Sequence[str] | None, process
         *process,
         _autocast(x.device.type),
     )
-    return Kept(Unchanged(*patterns).match, plan, slots, transposed, mixed)
+    return Kept(Unchanged(*patterns).match, plan, slots, transposed, mixed, base)
+
+
+def _parts(base: Base, tensors: Sequence[Tensor | None]) -> tuple[Part | None, ...]:
+    """Of each tensor of a base which of those that were read it is, or is made of; None if it is neither."""
+    return tuple(
+        next(
+            (
+                (slot, make)
+                for slot, was in enumerate(tensors)
+                if was is not None
+                for make in _MAKERS
+                if _is(t, was, make)
+            ),
+            None,
+        )
+        for t in base.tensors
+    )
+
+
+def _is(t: Tensor, was: Tensor, make: Callable[[Tensor], Tensor] | None) -> bool:
+    if make is None:
+        return t is was
+    if make is over_127:
+        return was.dtype == t.dtype and was.shape == t.shape and make(was) is t
+    return (
+        type(was) is not type(t)
+        and t.data_ptr() == was.data_ptr()
+        and (t.dtype, t.stride()) == (was.dtype, was.stride())
+    )

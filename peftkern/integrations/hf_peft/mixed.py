@@ -8,6 +8,7 @@ and with it the route of the batch.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +20,18 @@ from peft.tuners.road import layer as road
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...autograd.multi_lora_linear import multi_lora_linear
+from ...autograd.multi_lora_linear import known_multi_lora_linear, multi_lora_linear
+from ...autograd.shapes import autocast_dtype
+from ...autograd.shapes import uncast as uncasting
 from ...many.adapter import Adapter
+from ...many.route import route
 from ...many.table import AdapterTable, table_of
 from ...methods.low_rank.alora import ALORA, acting, invoked
+from ...methods.low_rank.lora import LORA
 from ...methods.registry import Plan, method_of
+from .kept import Kept
 
+_shape = operator.attrgetter("shape")
 BASE = "__base__"  # PEFT's name for no adapter
 
 
@@ -179,7 +186,10 @@ def _table(layer: nn.Module, plan: Plan, x: Tensor) -> AdapterTable | list[Adapt
 
 def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     """y of the layer for the mixed batch: one fused call, whatever the number of adapters and their methods."""
-    weight, bias, held, _ = plan
+    weight, bias, held, _, uncast = plan
+    if uncast and autocast_dtype(x) is not None:
+        with uncasting(x):
+            return run_mixed(layer, plan._replace(uncast=False), batch, x)
     names, drops, activated = [], [], []
     dropping = False
     for h in held:  # loops rather than expressions: a frame each is what a small layer's time goes into
@@ -191,7 +201,7 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     if activated:
         of = x.shape[1] if x.dim() == 3 else 1
         tokens = batch.tokens(activated, of)
-        without, plan = plan, Plan(weight, bias, [invoked(h) if h.method is ALORA else h for h in held])
+        without, plan = plan, plan._replace(held=[invoked(h) if h.method is ALORA else h for h in held])
         if set(batch.names) == set(names) and len(held) == 1 and not any(0 < n < of for n in tokens):
             if all(tokens):
                 return plan.run(x)
@@ -205,13 +215,60 @@ def run_mixed(layer: nn.Module, plan: Plan, batch: Batch, x: Tensor) -> Tensor:
     return y.to(x.dtype) if held[0].method.keeps_dtype else y
 
 
-_TAKE_NAMES = (peft_lora.Linear, peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d, road.Linear)
+class Again:
+    """A call of ``run_mixed`` that the layer's next one can take over: its table, for as long as the kept plan holds and the
+    adapters' matrices are the same, and the route of its batch."""
+
+    def __init__(self, kept: Kept, plan: Plan, table: AdapterTable):
+        self.table, self.weights = table, operator.itemgetter(*(i for slots in kept.places() for i in slots[:2]))
+        self.names = tuple(h.name for h in plan.held)
+        self.ids, self.shapes = list(map(id, table.weights)), list(map(_shape, table.weights))
+        self._route: tuple[Batch | None, int, Tensor | None, Tensor | None] = None, 0, None, None
+
+    def route(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(order, starts) of x's rows."""
+        known, rows, order, starts = self._route
+        now = x.shape[:-1].numel()
+        if known is not batch or rows != now:
+            order, starts = route(batch.ids(self.names, x.device), x, self.table)
+            self._route = batch, now, order, starts
+        return order, starts
+
+
+def note_again(layer: nn.Module, kept: Kept, plan: Plan, x: Tensor) -> None:
+    """Keep what ``run_again`` can take over of a call with this kept plan, which has just run."""
+    if all(h.dropout_p == 0.0 and h.method is not ALORA for h in plan.held):
+        table = _table(layer, plan, x)
+        known = _tables.get(layer)
+        if known is not None and known[1] is table:
+            kept.again = Again(kept, plan, table)
+
+
+def run_again(layer: nn.Module, kept: Kept, x: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """y of a call with ``adapter_names`` and no other arguments, if it is as the one before it but for the values; else None.
+
+    Raises TypeError and ValueError, before anything is computed, for what a kept plan does not look at: shapes, devices."""
+    again, names = kept.again, arguments.get("adapter_names") if len(arguments) == 1 else None
+    now = None if again is None or names is None else kept.seen(layer, x)
+    batch = None if now is None else batch_of(names)
+    if batch is None or batch.adapters != kept.mixed or x.dim() < 2 or x.shape[0] != len(batch.names):
+        return None
+    weights = again.weights(now)
+    if list(map(id, weights)) != again.ids or list(map(_shape, weights)) != again.shapes:
+        kept.again = None
+        return None
+    weight, bias = kept.base(now)
+    return known_multi_lora_linear(x, weight, again.table, *again.route(batch, x), bias)
+
+
+_TAKE_NAMES = (peft_lora.Embedding, peft_lora.Conv1d, peft_lora.Conv2d, peft_lora.Conv3d, road.Linear)
 
 
 def takes_names(layer: nn.Module) -> bool:
     """Whether the library's own code may run a batch with names: of PEFT's layers those of LoRA and RoAd on the base itself."""
     return not isinstance(layer, BaseTunerLayer) or (
-        type(layer) in _TAKE_NAMES and not isinstance(layer.base_layer, BaseTunerLayer)
+        (type(layer) in _TAKE_NAMES or method_of(type(layer)) is LORA)
+        and not isinstance(layer.base_layer, BaseTunerLayer)
     )
 
 

@@ -141,6 +141,7 @@ DEFT = register(
         keeps_dtype=True,
         loses_small=True,
         makes=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

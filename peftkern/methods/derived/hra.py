@@ -114,6 +114,7 @@ HRA = register(
         peft_type="HRA",
         keeps_dtype=True,
         makes=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -135,6 +135,7 @@ LOHA = register(
         peft_type="LOHA",
         keeps_dtype=True,
         makes=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -131,6 +131,7 @@ PEANUT = register(
         peft_type="PEANUT",
         loses_small=True,
         makes=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

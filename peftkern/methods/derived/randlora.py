@@ -117,6 +117,7 @@ RANDLORA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.randlora.layer.Linear",
+        also=("peft.tuners.randlora.bnb.Linear8bitLt", "peft.tuners.randlora.bnb.Linear4bit"),
         adapters="randlora_lambda",
         held=held,
         apply=apply,
@@ -130,6 +131,7 @@ RANDLORA = register(
         peft_type="RANDLORA",
         keeps_dtype=True,
         makes=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -82,6 +82,7 @@ FOURIERFT = register(
         merges="W + s D",
         peft_type="FOURIERFT",
         keeps_dtype=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

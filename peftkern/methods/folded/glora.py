@@ -107,6 +107,7 @@ GLORA = register(
         saves="x, and the folded weight",
         merges="W + W * A + B, b + b * D + E + W C",
         peft_type="GLORA",
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

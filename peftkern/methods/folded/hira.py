@@ -84,6 +84,7 @@ HIRA = register(
         saves="x, and the folded weight in fp32",
         merges="W + W * (B A)",
         peft_type="HIRA",
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

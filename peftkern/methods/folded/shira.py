@@ -102,6 +102,7 @@ SHIRA = register(
         saves="x, and the folded weight",
         merges="W + s S",
         peft_type="SHIRA",
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -141,6 +141,7 @@ WAVEFT = register(
         merges="W + s D",
         peft_type="WAVEFT",
         keeps_dtype=True,
+        dense=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

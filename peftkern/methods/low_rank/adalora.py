@@ -126,6 +126,7 @@ ADALORA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.adalora.layer.SVDLinear",
+        also=("peft.tuners.adalora.bnb.SVDLinear8bitLt", "peft.tuners.adalora.bnb.SVDLinear4bit"),
         adapters="lora_A",
         held=held,
         apply=apply,
@@ -140,6 +141,7 @@ ADALORA = register(
         peft_type="ADALORA",
         stored=STORED,
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

@@ -107,6 +107,12 @@ LORA = register(
         taxonomy="reparameterised",
         family="L",
         layer="peft.tuners.lora.layer.Linear",
+        also=(
+            "peft.tuners.lora.bnb.Linear8bitLt",
+            "peft.tuners.lora.bnb.Linear4bit",
+            "peft.tuners.lora.hqq.HqqLoraLinear",
+            "peft.tuners.lora.torchao.TorchaoLoraLinear",
+        ),
         adapters="lora_A",
         held=held,
         apply=apply,

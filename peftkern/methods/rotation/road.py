@@ -79,6 +79,7 @@ ROAD = register(
         taxonomy="additive",
         family="S",
         layer="peft.tuners.road.layer.Linear",
+        also=("peft.tuners.road.bnb.Linear8bitLt", "peft.tuners.road.bnb.Linear4bit"),
         adapters="road_theta",
         held=held,
         apply=apply,
@@ -91,6 +92,7 @@ ROAD = register(
         merges="R W and R bias",
         peft_type="ROAD",
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21))},
     )
 )

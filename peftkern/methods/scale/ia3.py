@@ -117,6 +117,7 @@ IA3 = register(
         taxonomy="additive",
         family="L",
         layer="peft.tuners.ia3.layer.Linear",
+        also=("peft.tuners.ia3.bnb.Linear8bitLt", "peft.tuners.ia3.bnb.Linear4bit"),
         adapters="ia3_l",
         held=held,
         apply=apply,
@@ -131,6 +132,7 @@ IA3 = register(
         peft_type="IA3",
         stored=STORED,
         loses_small=True,
+        widens=True,
         tested={"peft": ((0, 21), (0, 21)), "adapters": ((1, 3), (1, 3))},
     )
 )

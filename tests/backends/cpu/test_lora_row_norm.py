@@ -36,7 +36,7 @@ def operands(N: int, K: int, R: int, dtype=F32, adapter=F32) -> tuple[Tensor, Te
 
 
 def norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 0.5, threads: int = 1) -> Tensor:
-    result = call.row_norm(threads, weight, A, B, scaling)
+    result = call.row_norm(threads, "dense", weight, A, B, scaling)
     assert result.dtype == F32 and result.shape == weight.shape[:1]
     return result
 
@@ -128,7 +128,8 @@ def test_calls_that_are_not_ordinary():
         (1, weight.double(), A, B, 1.0), (1, weight, A.half(), B, 1.0), (1, weight, A.half(), B.half(), 1.0),
         (1, weight.as_subclass(Own), A, B, 1.0), (1, torch._neg_view(weight), A, B, 1.0),
     ):  # fmt: skip
-        assert call.row_norm(*bad) is None
+        assert call.row_norm(bad[0], "dense", *bad[1:]) is None
+    assert call.row_norm(1, "dance", weight, A, B, 1.0) is None
     # The op takes what only means a plain tensor.
     got = torch.ops.peftkern.lora_row_norm([torch._neg_view(weight)], "dense", A, B, 1.0)
     assert torch.equal(got, norm(-weight, A, B, 1.0))

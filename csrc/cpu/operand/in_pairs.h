@@ -1,0 +1,87 @@
+// A quantised W as products of few rows read it in registers: pairs of vectors. Of codes of 4 bits the first
+// is the even ones, which takes a shuffle less than their own order; what meets them is in the same order, as
+// Dense<bf16>::to_pair has it.
+#pragma once
+
+#include "cpu/operand/codes.h"
+#include "cpu/operand/groups.h"
+#include "cpu/operand/tile.h"
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+template <bool UPPER>
+struct Nibbles {
+  static constexpr bool kEvenOdd = true;
+  static constexpr int kBytes = W;  // of a pair
+  static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
+  const Values16 table;
+  explicit Nibbles(const Quantised& w) : table(values_of(w.code)) {}
+  PEFTKERN_INLINE void pair(const Nibbles& form, const uint8_t* p, vf& even, vf& odd) {
+    const vu q = widen_bytes(p);
+    even = Values16::look_up(form.table, UPPER ? q >> 4 : q);
+    odd = Values16::look_up(form.table, UPPER ? q : q >> 4);
+  }
+};
+
+template <Quantised::Code CODE>
+struct Bytes {
+  static constexpr bool kEvenOdd = false;
+  static constexpr int kBytes = kPair;
+  static constexpr int64_t bytes(int64_t codes) { return codes; }
+  explicit Bytes(const Quantised&) {}
+  PEFTKERN_INLINE void pair(const Bytes&, const uint8_t* p, vf& first, vf& second) {
+    first = values8<CODE>(p), second = values8<CODE>(p + W);
+  }
+};
+
+// Whether rows and groups of W are whole pairs, of codes that have such a form.
+PEFTKERN_INLINE bool has_pairs(const Quantised& w) {
+  using Order = Quantised::Order;
+  const bool four = w.order == Order::upper_first || w.order == Order::lower_first;
+  const bool eight = w.order == Order::bytes && w.block_bytes == 0 && w.code != Quantised::Code::e5m2;
+  return (four || eight) && w.group % kPair == 0 && w.K % w.group == 0 && (!four || w.row % 2 == 0) &&
+         w.rows == 1;
+}
+
+// use(form, groups) of a W that has pairs.
+template <class Use>
+PEFTKERN_INLINE void with_pairs(const Quantised& w, const Use& use) {
+  using Code = Quantised::Code;
+  if (w.order == Quantised::Order::upper_first) {
+    if (w.number == Quantised::Number::nested) return use(Nibbles<true>(w), Nested(w));
+    return use(Nibbles<true>(w), Floats(w));
+  }
+  if (w.order == Quantised::Order::lower_first) return use(Nibbles<false>(w), Numbers(w));
+  if (w.code == Code::int8) return use(Bytes<Code::int8>(w), Numbers(w));
+  use(Bytes<Code::e4m3>(w), Numbers(w));
+}
+
+// A place in W, and the scale that holds from there on.
+template <class Form>
+struct Place {
+  const uint8_t* codes;
+  int64_t group, left;
+  Place(const Quantised& w, int64_t n, int64_t k)
+      : codes(w.codes + Form::bytes(n * w.row + k)),
+        group(n * (w.K / w.group) + k / w.group),
+        left(w.group - k % w.group) {}
+};
+
+// to[i] = W[n, k + i] in the order of pairs, for `count` terms, whole pairs.
+template <class Form, class Groups>
+void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t k,
+                  int64_t count, float* to) {
+  Place<Form> at(w, n, k);
+  for (; count > 0; at.left = w.group) {
+    const int64_t some = smaller(at.left, count);
+    const auto f = groups.of(at.group++);
+    for (const float* end = to + some; to < end; to += kPair, at.codes += Form::kBytes) {
+      vf first, second;
+      Form::pair(form, at.codes, first, second);
+      store(to, apply(f, first)), store(to + W, apply(f, second));
+    }
+    count -= some;
+  }
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
