@@ -11,8 +11,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import configs
-from .codes import Quantised
 from .dropout import threshold
+from .quantised.codes import Quantised
 
 
 @dataclass(frozen=True)

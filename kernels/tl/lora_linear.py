@@ -16,11 +16,11 @@ from torch import Tensor
 from . import configs, launch
 from .adapter_grad import add_rows_kernel
 from .call import Dropout, Forward, Settings
-from .codes import Quantised
 from .configs import cdiv
 from .expand import expand_kernel
 from .operand import by_column, describable, descriptor, row_stride, rows_of, vector
-from .panels import times
+from .quantised.codes import Quantised
+from .quantised.panels import times
 from .shrink import add_blocks_kernel, shrink_kernel
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import configs, launch
 from .call import Settings
-from .codes import Quantised, decode
 from .configs import cdiv
 from .lora_linear import add_rows
+from .quantised.codes import Quantised, decode
 from .tiles import multiple, split_dot
 
 

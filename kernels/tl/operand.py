@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import Codes, Quantised, decode
+from .quantised.codes import Codes, Quantised, decode
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

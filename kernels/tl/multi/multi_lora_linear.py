@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import configs, launch
-from ..codes import Quantised
 from ..configs import cdiv
 from ..lora_linear import Base, LowRank, expand_terms, linear, terms
 from ..operand import by_column, row_stride, rows_of, vector
-from ..panels import times
+from ..quantised.codes import Quantised
+from ..quantised.panels import times
 from . import configs as multi_configs
 from .adapter_grad import multi_adapter_grad_kernel, multi_finish_kernel
 from .batch import Adapters, Batch

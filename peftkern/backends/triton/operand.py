@@ -103,7 +103,7 @@ KINDS = ("dense", "identity", *_LAYOUTS)
 
 
 def weight_of(kind: str, tensors: Sequence[Tensor], N: int, K: int):
-    """A base (N, K) as the kernels take it: a tensor, ``kernels.codes.Quantised``, or None for the identity."""
+    """A base (N, K) as the kernels take it: a tensor, ``kernels.quantised.codes.Quantised``, or None for the identity."""
     if not tensors or kind == "dense":
         return tensors[0] if tensors else None
     return _quantised(N, K, **_LAYOUTS[kind](kind, tensors, N, K))
@@ -112,7 +112,7 @@ def weight_of(kind: str, tensors: Sequence[Tensor], N: int, K: int):
 def _quantised(N: int, K: int, **given):
     import triton.language as tl
 
-    from ...kernels.codes import Codes, Quantised
+    from ...kernels.quantised.codes import Codes, Quantised
 
     default = dict(
         lookup=None, zeros=None, book=None, outer=None, offset=None, row=K, groups=0, UPPER=False, FLAT=False, GROUP=0, ROWS=0,

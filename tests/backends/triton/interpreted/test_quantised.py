@@ -9,7 +9,7 @@ from peftkern import lora_linear, multi_lora_linear
 from peftkern.backends.triton.operand import KINDS, weight_of
 from peftkern.bases.base import kind_of
 from peftkern.kernels import configs
-from peftkern.kernels.panels import times
+from peftkern.kernels.quantised.panels import times
 from peftkern.settings import using
 from peftkern.testing.accuracy import check
 from peftkern.testing.bases import QUANTISED, random_base

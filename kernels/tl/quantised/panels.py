@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launch
+from .. import configs, launch
+from ..configs import cdiv
+from ..tiles import narrow
 from .codes import Quantised, decode
-from .configs import cdiv
-from .tiles import narrow
 
 
 @triton.jit
