@@ -37,6 +37,9 @@ LINES = (
     *(Line(f"{name}: training step of a layer, 1280 x 1536 x 2304, fp32", "methods_structured", "zen5", "peftkern",
            {"method": name, "pass": "fwd_bwd", "M": 1280, "K": 1536, "N": 2304, "dtype": "fp32"}, theirs="library")
       for name in ("HRA", "BOFT", "LoKr")),
+    *(Line(f"LoRA over NF4: training step of a layer, {rows} x 4096 x 4096, fp32", "methods_quantised", "zen5", "peftkern",
+           {"method": "LoRA over NF4", "pass": "fwd_bwd", "M": rows, "K": 4096, "N": 4096, "dtype": "fp32"}, theirs="library")
+      for rows in (16, 512)),
     *(Line(f"{words}, {rows} x {hidden}, fp32", "methods_residual", "zen5", "peftkern",
            {"method": method, "pass": "fwd_bwd", "M": rows, "K": hidden, "dtype": "fp32"}, theirs="library")
       for words, method, rows, hidden in (

@@ -76,9 +76,9 @@ MIXTURES = section(
 QUANTISED = section(
     "reparameterised",
     "quantised",
-    later("QLoRA", "L", "a loader of the 4-bit weight"),
+    by("QLoRA", "LoRA", "LoRA over a weight in 4 bits, which is a kind of base", example="linear"),
     later("QA-LoRA", "L", "a loader of GPTQ's weight; x is pooled in groups"),
-    by("LoftQ", "LoRA", INIT + "; a quantised base is QLoRA's", example="linear"),
+    by("LoftQ", "LoRA", INIT + "; over a base in 4 bits as QLoRA", example="linear"),
 )
 
 OTHERS = section(
