@@ -25,7 +25,7 @@ from .dispatch import explain
 from .dispatch.choose import BACKENDS, load
 from .problem import DTYPES, Problem, device_arch
 
-PACKAGES = ("torch", "triton", "peft", "adapters", "pyreft", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "peft", "adapters", "pyreft", "bitsandbytes", "transformers", "numpy")
 # Instruction sets that decide which product is fast.
 FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
