@@ -53,11 +53,13 @@ class Kept:
         now = self.seen(layer, x)
         if now is None:
             return None
-        weight, bias = self.base(now)
+        weight = now[self._weight]  # as `base` says, without its frame
+        if self._transposed:
+            weight = weight.t()
         held, of = [], now.__getitem__
         for name, method, slots, rest in self._held:  # a comprehension would be one more frame
             held.append(_new(Held, (name, method, tuple(map(of, slots)), *rest)))
-        return _new(Plan, (weight, bias, held, self._kind))
+        return _new(Plan, (weight, now[self._bias], held, self._kind))
 
     def base(self, now: tuple) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias, of what was ``seen``."""
