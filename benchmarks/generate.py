@@ -2,8 +2,8 @@
 
     python -m peftkern.benchmarks.generate --json FILE
 
-A Llama of a few million random parameters, LoRA on all of its linear layers, greedy decoding in fp32 of a batch whose
-prompts name different adapters (``adapter_names``). Providers take turns: the model without adapters, PEFT, peftkern.
+A Llama of a few million random parameters (``--hidden 1024``: a hundred), LoRA on all of its linear layers, greedy decoding of a
+batch whose prompts name different adapters (``adapter_names``). Providers take turns: the model without adapters, PEFT, peftkern.
 Before anything is timed, what peftkern generates must equal what PEFT generates for each prompt alone.
 """
 
@@ -34,19 +34,26 @@ VOCABULARY = 2048
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def model_of(adapters: int, rank: int):
+# hidden size: layers, intermediate size, heads.
+SIZES = {256: (4, 688, 8), 1024: (8, 2816, 16)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_of(adapters: int, rank: int, hidden: int = 256, dtype: str = "fp32"):
     """A PEFT model with ``adapters`` adapters of random weights, in evaluation mode."""
     import peft
     import transformers
 
     torch.manual_seed(0)
+    layers, intermediate, heads = SIZES[hidden]
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.05, bos_token_id=0, eos_token_id=None,
         pad_token_id=None,
     )  # fmt: skip
     config = (
-        transformers.LlamaForCausalLM(config),
+        transformers.LlamaForCausalLM(config).to(DTYPES[dtype]),
         peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
         ),
@@ -139,12 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--adapters", type=int, default=8)
     p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--hidden", type=int, choices=SIZES, default=256, help="hidden size of the model")
+    p.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model; adapters stay fp32")
     p.add_argument("--length", type=int, default=16, help="tokens of a prompt")
     p.add_argument("--new-tokens", type=int, default=32)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--json", type=Path, metavar="FILE")
     args = p.parse_args(argv)
-    model, accelerated = (model_of(args.adapters, args.rank) for _ in range(2))
+    model, accelerated = (model_of(args.adapters, args.rank, args.hidden, args.dtype) for _ in range(2))
     peftkern.accelerate(accelerated)
     batch = Batch(args.prompts, args.adapters, args.length, args.new_tokens)
     meter = Meter()
@@ -163,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     rows = [
         dict(
-            op="generate", device="cpu", dtype="fp32", provider=name, prompts=args.prompts, adapters=args.adapters,
+            op="generate", device="cpu", dtype=args.dtype, provider=name, prompts=args.prompts, adapters=args.adapters,
             R=args.rank, parameters=parameters, prompt_tokens=args.length, new_tokens=args.new_tokens,
             median_ms=1e3 * seconds, p25_ms=1e3 * quarters[name][0], p75_ms=1e3 * quarters[name][2],
             tokens_per_s=tokens / seconds, speed_up=medians[PEFT] / seconds,
@@ -172,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, seconds in medians.items()
     ]  # fmt: skip
     speed_up = medians[PEFT] / medians[OURS]
-    print("\n".join(markdown(rows, "fp32")))
+    print("\n".join(markdown(rows, args.dtype)))
     words, _ = interference.words({"rows": rows, "header": {}})
     print(f"{'equal to' if equal else 'DIFFERS from'} each prompt alone; {speed_up:.2f} times as fast as PEFT; {words}")
     if args.json:
