@@ -136,7 +136,7 @@ struct Base {
       return object != Py_None && read_sized(object, weight, N, K) && weight.dtype == dtype;
     }
     kind = kQuantised;
-    weight = {nullptr, dtype, K, 1};
+    weight = {nullptr, dtype, K > 1 ? K : 2, 1};  // strides tell W from W^T, whatever K is
     return object != Py_None && read_quantised(word, object, N, K, quantised);
   }
   // Null for a dense one.

@@ -52,7 +52,6 @@ class Decoded {
       across_ ? ask_for_codes(w_, k + i, begin_ + col, cols) : ask_for_codes(w_, begin_ + col + i, k, depth);
   }
 
-  bool across() const { return across_; }
   const Quantised& weight() const { return w_; }
   int64_t begin() const { return begin_; }
 
