@@ -38,7 +38,7 @@ def test_panels_are_the_definition(name, shape, monkeypatch):
     N, K = sizes(name, *shape)
     base = random_base(name, N, K, torch.Generator().manual_seed(N + K))
     W = kind_of(base.kind).dequantise(base.tensors, F32, (N, K))
-    weight = weight_of(*base, N, K)
+    weight = weight_of(base.kind, base.tensors, N, K)
     monkeypatch.setattr(configs, "panel_columns", lambda C, itemsize: 128)
     assert torch.equal(times(torch.eye(N), weight.t(), 0), W)
     assert torch.equal(times(torch.eye(K), weight, 0), W.t())
