@@ -299,7 +299,7 @@ def multi_lora_linear(
 
 
 def known_multi_lora_linear(
-    x: Tensor, weight: Tensor, table: AdapterTable, order: Tensor, starts: Tensor, bias: Tensor | None
+    x: Tensor, weight: Tensor | Base, table: AdapterTable, order: Tensor, starts: Tensor, bias: Tensor | None
 ) -> Tensor:
     """``multi_lora_linear`` without dropout and outside of autocast, of a table and a route that were made for arguments like
     these, by a caller that knows them to be what it takes."""

@@ -23,7 +23,7 @@ _TINY = 1e-38
 
 
 def quantize(weight: Tensor, kind: str, *, block_size: int | None = None, nested: bool = False) -> Base:
-    """A base that holds a weight (N, K) in 4 or 8 bits: what every public function takes where it takes a weight.
+    """A base that holds a weight (N, K) in 4 or 8 bits: ``lora_linear`` and ``multi_lora_linear`` take it as their weight.
 
     ======  ===========================================================  ==============================================
     kind    codes                                                        scales

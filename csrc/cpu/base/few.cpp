@@ -6,23 +6,6 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 namespace {
 
-template <class T>
-void multiply_dots(const BaseArgs& g, const Dense<T>& w) {
-  dot_products(g, w);
-}
-template <class T>
-void multiply_dots(const BaseArgs& g, const Decoded<T>& w) {
-  decoded_dots(g, w);
-}
-template <class T>
-void multiply_strips(const BaseArgs& g, const Dense<T>& w, const float* a, int64_t lda) {
-  add_strips(g, w, a, lda);
-}
-template <class T>
-void multiply_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int64_t lda) {
-  decoded_strips(g, w, a, lda);
-}
-
 template <class B>
 void run(const BaseArgs& g) {
   const B w(g);
@@ -37,9 +20,9 @@ void run(const BaseArgs& g) {
         pack_row(static_cast<const typename B::Activation*>(g.a) + i * g.a_row, g.a_col, g.inner, g.scale,
                  g.scratch + i * lda);
     if (dots)
-      multiply_dots(g, w);
+      dot_products(g, w);
     else
-      multiply_strips(g, w, g.scratch, lda);
+      add_strips(g, w, g.scratch, lda);
   });
 }
 

@@ -131,7 +131,7 @@ void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int
 
 // Forward; by all threads of a parallel region, after every row of a was packed.
 template <class T>
-void decoded_dots(const BaseArgs& g, const Decoded<T>& w) {
+void dot_products(const BaseArgs& g, const Decoded<T>& w) {
   alignas(64) float room[kDotCols * (kDecodedTerms + kDecodedPad)];
 #pragma omp for schedule(guided)
   for (int64_t col = 0; col < g.cols; col += kDotCols)
@@ -140,7 +140,7 @@ void decoded_dots(const BaseArgs& g, const Decoded<T>& w) {
 
 // Backward, likewise.
 template <class T>
-void decoded_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int64_t lda) {
+void add_strips(const BaseArgs& g, const Decoded<T>& w, const float* a, int64_t lda) {
   using Fp32 = Dense<float>;
   constexpr int64_t kLd = kStripBytes / 4 + kDecodedPad;
   alignas(64) float sums[kStripFloats], room[kSteps * kLd];
