@@ -52,13 +52,13 @@ class Layer:
 
     Attributes:
         what: tells it from other layers of its kind. shapes: (M, K, N). passes: of the frozen layer. drops: whether
-            adapters of such a layer may drop.
+            adapters of such a layer may drop. shared: whether two layers may hold one frozen weight.
     """
 
     what = ""
     shapes: tuple[tuple[int, int, int], ...] = ((2048, 4096, 4096), (1280, 1536, 2304))
     passes = PASSES
-    drops = True
+    drops = shared = True
 
     def data(self, case: Case, copies: int) -> Data:
         """Random tensors of a case."""
@@ -68,6 +68,10 @@ class Layer:
     def frozen(self, *weights: Tensor) -> nn.Module:
         """The frozen layer, made of these very tensors."""
         return frozen_linear(*weights)
+
+    def adapted(self, *weights: Tensor) -> nn.Module:
+        """The layer that adapters are put on: the frozen one."""
+        return self.frozen(*weights)
 
     def call(self, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         """What the frozen layer makes of the arguments of a call."""

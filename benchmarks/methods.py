@@ -1,7 +1,7 @@
 """The benchmark of a method of the registry: the library's own code, ours, and a frozen layer.
 
 subjects/ says what both sides are: a layer and its accelerated copy (layer.py, and over a base in 4 or 8 bits quantised.py),
-a module of the residual stream and our function (stream.py), or a whole model and its accelerated copy (model.py).
+a module of the residual stream and our function (stream.py), or a whole model and its accelerated copy (model.py, llama.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .core.presets import PRESET_DTYPES, Choice
 from .layers import Data, layers_of
 from .peers import check as peer_check
 from .peers.data import copies
-from .subjects import model, quantised, stream
+from .subjects import llama, model, quantised, stream
 from .subjects.layer import LayerSubject
 from .subjects.subject import Pair, Subject
 
@@ -36,6 +36,7 @@ def benches(names: Iterable[str], asked: Choice) -> list[tuple[Bench, Choice]]:
     found |= {name: functools.partial(stream.subjects, name) for name in stream.TIMED}
     found |= {f"{name} in BERT": functools.partial(model.subjects, name) for name in model.TIMED}
     found |= {f"LoRA over {form}": functools.partial(quantised.subjects, form) for form in quantised.KINDS}
+    found |= {f"LoRA over {form} in Llama": functools.partial(llama.subjects, form) for form in llama.TIMED}
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(f"no method to time is called {', '.join(unknown)}; there are {', '.join(found)}")

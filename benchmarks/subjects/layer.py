@@ -18,7 +18,7 @@ from peftkern.methods import Method
 from ..core.case import Case
 from ..core.presets import Choice, Entry
 from ..layers import Layer
-from .subject import Pair, accelerated, installed, trained
+from .subject import Pair, accelerated, installed, randomised, trained
 
 
 class LayerSubject(NamedTuple):
@@ -62,22 +62,17 @@ class LayerSubject(NamedTuple):
     def pair(self, case: Case, weights: tuple[Tensor, ...]) -> Pair:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            stock = self.method.build(self.layer.frozen(*weights), case.R).to(case.device).train(self.method.trains)
-            for p in trained(stock):
-                nn.init.normal_(p, std=0.1)
+            stock = self.method.build(self.layer.adapted(*weights), case.R).to(case.device).train(self.method.trains)
+        randomised(stock, 0.1)
         if case.dropout:
             _set_dropout(stock, case.dropout)
-        ours, (name,) = accelerated(stock)
+        ours, (name,) = accelerated(stock, shares=self.layer.shared)
 
         def exact():
             model = self.layer.exact(stock)
             return model.get_submodule(name), trained(model)
 
-        models = stock, ours
-        return Pair(
-            tuple(model.get_submodule(name) for model in models), tuple(map(trained, models)),
-            [t for model in models for t in (*model.parameters(), *model.buffers())], exact,
-        )  # fmt: skip
+        return Pair.of((stock.get_submodule(name), ours.get_submodule(name)), (stock, ours), exact)
 
     def _accelerated_with_dropout(self) -> bool:
         if not (self.method.trains and self.layer.drops):

@@ -1,12 +1,13 @@
-"""A method in a whole model: a BERT with AdapterHub's adapters, and an accelerated copy of it.
+"""A method in a whole model, and an accelerated copy of it: a BERT with AdapterHub's adapters.
 
-A training step from the embeddings on, which get a gradient as any x does, in fp32 and with BERT's own dropout, beside that of
-the frozen model. Hidden size K has K / 64 heads and blocks: 768 are BERT-base, 128 BERT-tiny.
+A training step from the embeddings on, which get a gradient as any x does, beside that of the frozen model; BERT's in fp32 and
+with its own dropout. Hidden size K has K / 64 heads and blocks: 768 are BERT-base, 128 BERT-tiny.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..core.presets import Choice, Entry
 from ..layers import Data
 from ..peers.candidates import NOT_HERE
 from .stream import Stream
-from .subject import Pair, accelerated, installed, trained
+from .subject import Pair, accelerated, installed, randomised, trained
 
 # Of an entry, the configurations that are timed: rows, hidden size and width of the bottleneck.
 TIMED: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -40,18 +41,22 @@ def _bert(K: int) -> nn.Module:
     return transformers.BertModel(config, add_pooling_layer=False).requires_grad_(False).train()
 
 
-class Encoder(Stream):
-    """The frozen model."""
+class Model(Stream):
+    """The frozen model that ``make`` gives for a hidden size: of transformers, with K / 64 blocks."""
+
+    def __init__(self, make: Callable[[int], nn.Module]):
+        super().__init__(residual=False)
+        self.make = make
 
     def data(self, case: Case, copies: int) -> Data:
         made = super().data(case, copies)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            made.weights = [tuple(p.to(case.device, case.dtype) for p in _bert(case.K).parameters())] * copies
+            made.weights = [tuple(p.to(case.device, case.dtype) for p in self.make(case.K).parameters())] * copies
         return made
 
     def frozen(self, *weights: Tensor) -> nn.Module:
-        model = _bert(weights[0].shape[1]).to(weights[0].device)
+        model = self.make(weights[0].shape[1]).to(weights[0].device)
         for p, weight in zip(model.parameters(), weights, strict=True):
             p.data = weight
         return model
@@ -63,6 +68,18 @@ class Encoder(Stream):
         # A block's linear layers are as large as twelve of K x K.
         return tuple(12 * max(1, case.K // 64) * n for n in super().work(case))
 
+    def pair(self, stock: nn.Module, ours: nn.Module, exact: Callable[[], nn.Module]) -> Pair:
+        """Of the library's model, its accelerated copy, and what makes one of fp64."""
+
+        def bound(model: nn.Module) -> Callable[..., Tensor]:
+            return lambda h: self.call(model, (h,))
+
+        def wide():
+            model = exact()
+            return bound(model), trained(model)
+
+        return Pair.of((bound(stock), bound(ours)), (stock, ours), wide)
+
 
 class ModelSubject(NamedTuple):
     """An entry of the registry and the configuration that is timed."""
@@ -72,7 +89,7 @@ class ModelSubject(NamedTuple):
 
     on_layer = False
     beside = "adapters"
-    layer = Encoder(residual=False)
+    layer = Model(_bert)
 
     @property
     def name(self) -> str:
@@ -104,23 +121,8 @@ class ModelSubject(NamedTuple):
         config = bottleneck.config(self.form, reduction_factor=case.K / case.R)
         stock.add_adapter("a", config=config)
         stock.train_adapter("a")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for p in trained(stock):
-                nn.init.normal_(p, std=0.02)
-        models = stock, accelerated(stock.to(case.device).train(case.dropout > 0.0))[0]
-
-        def bound(model: nn.Module):
-            return lambda h: self.layer.call(model, (h,))
-
-        def exact():
-            wide = self.layer.exact(stock)
-            return bound(wide), trained(wide)
-
-        return Pair(
-            tuple(map(bound, models)), tuple(map(trained, models)),
-            [t for model in models for t in (*model.parameters(), *model.buffers())], exact,
-        )  # fmt: skip
+        stock = randomised(stock.to(case.device), 0.02).train(case.dropout > 0.0)
+        return self.layer.pair(stock, accelerated(stock)[0], lambda: self.layer.exact(stock))
 
 
 def subjects(name: str) -> list[ModelSubject]:

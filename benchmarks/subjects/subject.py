@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 import peftkern
@@ -28,6 +29,12 @@ class Pair(NamedTuple):
     trained: tuple[list[Tensor], list[Tensor]]
     frozen: list[Tensor]
     exact: Callable[[], tuple[Callable[..., Tensor], list[Tensor]]]
+
+    @classmethod
+    def of(cls, calls: tuple[Callable, Callable], models: tuple[nn.Module, nn.Module], exact: Callable) -> Pair:
+        """Of two models, of which everything may be kept."""
+        frozen = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        return cls(calls, tuple(map(trained, models)), frozen, exact)
 
 
 class Subject(Protocol):
@@ -63,6 +70,15 @@ class Subject(Protocol):
 def trained(model: nn.Module) -> list[Tensor]:
     """Of the model: what layers share may not be among the layer's own."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def randomised(stock: nn.Module, std: float) -> nn.Module:
+    """With random numbers, the same ones each time, in what it trains."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for p in trained(stock):
+            nn.init.normal_(p, std=std)
+    return stock
 
 
 def accelerated(stock: nn.Module, *, shares: bool = True) -> tuple[nn.Module, list[str]]:

@@ -185,14 +185,21 @@ def test_rows_without_a_layer(alone):
     assert "| LoReFT, pyreft | 24x32x32 | 4 | 0 | torch's steps | " in table
 
 
-def test_a_model_wants_its_library(tmp_path):
+# tests/integrations/adapters and tests/integrations/quantised have them.
+MODELS = {
+    "bottleneck adapter in BERT": "adapters is not installed (make adapters-env)",
+    "LoRA over NF4 in Llama": "bitsandbytes is not installed (make quantised-env)",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_wants_its_library(name, tmp_path):
     file = tmp_path / "r.json"
-    sizes = ["--device", "cpu", "--shape", "24,64,64", "--seconds", "0.01", "--repeats", "2", "--rank", "4"]
-    assert command.main(["--methods", "bottleneck adapter in BERT", *sizes, "--json", str(file)]) == 0
+    sizes = ["--device", "cpu", "--shape", "24,192,192", "--seconds", "0.01", "--repeats", "2", "--rank", "4"]
+    assert command.main(["--methods", name, *sizes, "--json", str(file)]) == 0
     for row in json.loads(file.read_text())["rows"]:
-        # tests/integrations/adapters has it.
         assert (row["skipped"] is None) == (row["provider"] == "base")
-        assert row["skipped"] in (None, "not here: adapters is not installed (make adapters-env)")
+        assert row["skipped"] in (None, f"not here: {MODELS[name]}")
 
 
 @pytest.mark.parametrize("name", stream.TIMED)

@@ -1,0 +1,64 @@
+"""``bench --methods`` over layers of bitsandbytes: the check of results before they are timed, and the rows of a whole model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from peftkern.benchmarks import bench as command
+from peftkern.benchmarks import methods
+from peftkern.benchmarks.core.presets import Choice
+from peftkern.benchmarks.subjects import layer, llama, quantised
+
+LLAMAS = [f"LoRA over {form} in Llama" for form in llama.TIMED]
+NAMES = [*(f"LoRA over {form}" for form in quantised.KINDS), *LLAMAS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_timed_computes_what_the_library_does(name):
+    for bench, choice in methods.benches([name], Choice(dtypes=["fp32", "bf16"], shapes=[(512, 768, 768)])):
+        cases = bench.cases("quick", "cpu", choice)
+        assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
+        for case in cases:
+            assert bench.gate(case) is None, case
+
+
+@pytest.mark.parametrize("name", ["LoRA over int8", *LLAMAS])
+def test_other_adapters_are_not_timed(name, monkeypatch):
+    def other(stock, **options):
+        ours, names = accelerated(stock, **options)
+        with torch.no_grad():
+            next(p for name, p in ours.named_parameters() if "lora_B" in name)[0] += 0.1
+        return ours, names
+
+    accelerated = llama.accelerated
+    for module in (llama, layer):
+        monkeypatch.setattr(module, "accelerated", other)
+    for bench, choice in methods.benches([name], Choice(shapes=[(512, 768, 768)])):
+        for case in bench.cases("quick", "cpu", choice):
+            assert bench.gate(case).startswith("computes something else")
+
+
+def test_a_whole_model(tmp_path):
+    sizes = [
+        "--device",
+        "cpu",
+        "--shape",
+        "64,192,192",
+        "--rank",
+        "8",
+        "--seconds",
+        "0.01",
+        "--repeats",
+        "2",
+        "--memory",
+    ]
+    assert command.main(["--methods", *LLAMAS, *sizes, "--limit", "1000", "--json", str(tmp_path / "r.json")]) == 0
+    rows = {(r["provider"], r["pass"]): r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    base, theirs, ours = (rows[name, "fwd_bwd"] for name in ("base", "library", "peftkern"))
+    assert ours["speed_up"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1e-3)
+    assert (ours["op"], ours["beside"], ours["method"]) == ("lora_linear", "bitsandbytes", LLAMAS[0])
+    # Three blocks of seven layers, whose x A^T is kept in fp32: the adapters act.
+    assert min(row["saved_bytes"] for row in (theirs, ours)) >= base["saved_bytes"] + 3 * 7 * 64 * 8 * 4
