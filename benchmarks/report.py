@@ -22,13 +22,14 @@ from . import generate, small
 from .core.machine import held_back
 from .judge.figures import Figure, on_gpu
 from .registry import OPS
-from .tables import bottleneck, markdown, method_times, methods, performance, summary
+from .tables import bottleneck, codes, markdown, method_times, methods, performance, summary
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
 METHODS = HERE.parent / "docs" / "methods.md"
+USAGE = HERE.parent / "docs" / "usage.md"
 MARKERS = re.compile(r"(<!-- ((?:benchmarks|calculated|methods):\w+) -->\n).*?(<!-- /\2 -->)", re.S)
 # Of commands of their own.
 OWN_TABLES = {
@@ -36,6 +37,7 @@ OWN_TABLES = {
     **dict.fromkeys(("small_calls", "small_shapes", "small_models"), small.markdown),
     "methods": method_times.markdown,
     "bottleneck_adapter": bottleneck.markdown,
+    "bases": codes.markdown,
 }
 NOTHING = "No result of a GPU is committed yet.\n"
 # What else can be told of the results of an op: its view NAME is marked NAME_OP.
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines, code = verdict(OPS[result["header"]["op"]].judge(result))
         print(lines)
         return code
-    documents = [args.readme] if args.readme else [README, PERFORMANCE, METHODS]
+    documents = [args.readme] if args.readme else [README, PERFORMANCE, METHODS, USAGE]
     return max(_document(path, load(args.results), check=args.check) for path in documents)
 
 

@@ -35,7 +35,7 @@ from peftkern.demo.corpus import Corpus, collect
 from peftkern.demo.experiment import machine
 from peftkern.demo.measure import retrieval_accuracy, saved_bytes
 from peftkern.demo.model import RANK, Tokenizer, base_model
-from peftkern.demo.train import Batch, Trainer, batches
+from peftkern.demo.train import Batch, Trainer, batches, train_in_turn
 from peftkern.screen import Console, Table
 
 SIDES = ("frozen", "library", "peftkern")
@@ -126,16 +126,6 @@ class Result:
     others_cores: float | None = None
 
 
-def train(sides: dict[str, Trainer], data: list[Batch], seconds: float) -> None:
-    """Steps in turn, another side first each time, until the data or the ``seconds`` are used up, after three at least."""
-    start, order = time.perf_counter(), list(sides.values())
-    for k, batch in enumerate(data):
-        if k >= 3 and time.perf_counter() - start > seconds:
-            return
-        for i in range(len(order)):
-            order[(k + i) % len(order)].step(batch, seed=k)
-
-
 def measure(name: str, corpus: Corpus, tokenizer: Tokenizer, data: list[Batch], seconds: float) -> Row:
     """Train one method on both sides and measure."""
     method = METHODS[name]
@@ -144,7 +134,10 @@ def measure(name: str, corpus: Corpus, tokenizer: Tokenizer, data: list[Batch], 
     models = dict(zip(SIDES, (embeddings_alone(), stock, fused)))
     saved = {side: saved_bytes(model, data[0]) for side, model in models.items()}
     sides = {side: Trainer(model, learning_rate=method.learning_rate) for side, model in models.items()}
-    train(sides, data, seconds)
+    start = time.perf_counter()
+    for k in train_in_turn(list(sides.values()), data):
+        if k >= 2 and time.perf_counter() - start > seconds:
+            break
     trained = {side: models[side] for side in SIDES[1:]}
     return Row(
         name, method.library, sum(p.numel() for p in fused.parameters() if p.requires_grad), len(sides["frozen"].losses),

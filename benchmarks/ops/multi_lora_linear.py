@@ -22,6 +22,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends.cpu import native as cpu_native
+from peftkern.bases.base import base_of
 
 from ..core.bench import Bench, View
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
@@ -94,7 +95,8 @@ def _step(case: Case, data: MultiData, forward, leaves=None, frozen=(), *, grad:
 
     every = range(data.copies)
     mine = [[data.x[i % len(data.x)], *(leaves(i) if leaves else ())] for i in every]
-    return Step(call, mine, [data.dy[i % len(data.dy)] for i in every], [*data.weight, *frozen])
+    weights = [t for weight in data.weight for t in base_of(weight).tensors]
+    return Step(call, mine, [data.dy[i % len(data.dy)] for i in every], [*weights, *frozen])
 
 
 def _base(case: Case, data: MultiData) -> Step:
@@ -103,8 +105,8 @@ def _base(case: Case, data: MultiData) -> Step:
 
 def _own_base(case: Case, data: MultiData) -> Step:
     # lora_linear at rank 0: its base product and nothing else.
-    (N, K), empty = data.weight[0].shape, data.weight[0].new_empty
-    A, B = empty((0, K)), empty((N, 0))
+    empty = data.x[0].new_empty
+    A, B = empty((0, case.K)), empty((case.N, 0))
     return _step(case, data, lambda x, weight, i: peftkern.lora_linear(x, weight, A, B))
 
 
@@ -195,6 +197,17 @@ OURS = {
 }
 
 
+def _over_codes() -> list[Provider]:
+    # Of a base in 4 bits: its product alone, and with adapters.
+    builds = {OWN_BASE: _own_base, "peftkern": _list, "peftkern_bank": _bank}
+    return [
+        Provider(
+            f"{name}_nf4", f"{name.replace('_', ' ')}, NF4", lambda case, data, build=build: build(case, data.over("nf4")),
+            _no_extension, passes=FORWARD, gated=True,
+        ) for name, build in builds.items()
+    ]  # fmt: skip
+
+
 def _forced() -> list[Provider]:
     return [
         dataclasses.replace(
@@ -221,6 +234,7 @@ PROVIDERS = {
         Provider("polylora", "PolyLoRA", _polylora, polylora.missing, passes=FORWARD,
                  unusable=polylora.unusable, no_graph=polylora.NO_GRAPH),
         *(provider for provider, _ in OURS.values()),
+        *_over_codes(),
         *_forced(),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("gather_branch", "gather + einsum", _peer(Gather, branch=True), passes=FORWARD, floor=branch_floor),

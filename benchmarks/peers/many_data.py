@@ -6,6 +6,7 @@ forms of a set (matrices, one padded stack, a bank) hold the same values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -86,6 +87,12 @@ class MultiData:
     def bank(self, dtype: torch.dtype) -> tuple[peftkern.AdapterBank, list[Tensor]]:
         """One bank with the sets of all copies, and for each copy the ids that ask for its own."""
         return self._once("bank", dtype, lambda: self._bank(self.lists(dtype)))
+
+    def over(self, kind: str) -> MultiData:
+        """The same over the weights in codes of that kind."""
+        return self._once(kind, self.case.dtype, lambda: dataclasses.replace(
+            self, weight=[peftkern.quantize(w, kind) for w in self.weight]
+        ))  # fmt: skip
 
     def as_fp32(self) -> MultiData:
         """Activations and weights in fp32 (itself if they already are)."""

@@ -27,7 +27,7 @@ def _llama(K: int) -> nn.Module:
     size = max(1, K // 64)
     config = transformers.LlamaConfig(
         vocab_size=1, hidden_size=K, num_hidden_layers=size, num_attention_heads=size, intermediate_size=8 * K // 3,
-        use_cache=False, pad_token_id=None,
+        use_cache=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return transformers.LlamaModel(config).requires_grad_(False).train()
 

@@ -93,7 +93,7 @@ def compare(
     fused = Trainer(fused_model, FUSED_SECONDS)
     phase = f"{name}: training, stock and accelerated in turn"
     say(phase, TRAINING_SECONDS)
-    for k in train_in_turn(stock, fused, data):
+    for k in train_in_turn((stock, fused), data):
         say(f"{phase}, step {k + 1} of {steps}", share=(k + 1) / steps)
 
     say(f"{name}: held-out accuracy", ACCURACY_SECONDS)
@@ -130,7 +130,7 @@ def small_steps(dtype: torch.dtype, corpus: Corpus, tokenizer: Tokenizer) -> Tim
     """Steps of few pairs: what a dtype is timed on whose full steps stock cannot finish, and the others beside it."""
     stock_model, fused_model, _ = _pair(dtype)
     stock, fused = Trainer(stock_model, SMALL_SECONDS), Trainer(fused_model, SMALL_SECONDS)
-    for _ in train_in_turn(stock, fused, batches(corpus.train, tokenizer, SMALL_BATCH, SMALL_STEPS)):
+    for _ in train_in_turn((stock, fused), batches(corpus.train, tokenizer, SMALL_BATCH, SMALL_STEPS)):
         pass
     return step_times(stock, fused, SMALL_BATCH)
 
@@ -139,6 +139,6 @@ def losses_without_dropout(corpus: Corpus, tokenizer: Tokenizer, size: int) -> f
     """Largest difference of the two loss curves over a few fp32 steps with dropout 0, where they differ by rounding."""
     stock_model, fused_model, _ = _pair(torch.float32, dropout=0.0)
     stock, fused = Trainer(stock_model), Trainer(fused_model)
-    for _ in train_in_turn(stock, fused, batches(corpus.train, tokenizer, size, EQUAL_STEPS)):
+    for _ in train_in_turn((stock, fused), batches(corpus.train, tokenizer, size, EQUAL_STEPS)):
         pass
     return max(abs(a - b) for a, b in zip(stock.losses, fused.losses))

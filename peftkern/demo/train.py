@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -111,15 +111,16 @@ def watch(model: nn.Module, check: Callable[[], None]) -> None:
             module.register_forward_hook(forward_hook)
 
 
-def train_in_turn(first: Trainer, second: Trainer, data: list[Batch]) -> Iterator[int]:
-    """Give both the same batches and seeds, step by step, swapping who begins; yields the step's number.
+def train_in_turn(trainers: Sequence[Trainer], data: list[Batch]) -> Iterator[int]:
+    """Give all the same batches and seeds, step by step, another one first each time; yields the step's number.
 
-    A trainer whose time is over sits out, the other goes on; it ends early when both are out of time.
+    A trainer whose time is over sits out, the others go on; it ends early when all are out of time.
     """
     for k, batch in enumerate(data):
-        if first.seconds_left <= 0 and second.seconds_left <= 0:
+        if all(trainer.seconds_left <= 0 for trainer in trainers):
             return
-        for trainer in (first, second) if k % 2 == 0 else (second, first):
+        for i in range(len(trainers)):
+            trainer = trainers[(k + i) % len(trainers)]
             if trainer.seconds_left > 0:
                 trainer.step(batch, seed=k)
         yield k

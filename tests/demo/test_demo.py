@@ -73,7 +73,7 @@ def test_two_equal_models_trained_in_turn_stay_equal(tiny, data):
 
     other = copy.deepcopy(tiny)
     a, b = train.Trainer(tiny), train.Trainer(other)
-    assert list(train.train_in_turn(a, b, data)) == list(range(6))
+    assert list(train.train_in_turn((a, b), data)) == list(range(6))
     assert a.losses == b.losses and len(set(a.losses)) == 6
     timing = train.step_times(a, b, 4)
     assert len(timing.stock) == len(timing.fused) == 5 and timing.ratio > 0
@@ -84,7 +84,7 @@ def test_a_step_out_of_time_is_broken_off_and_not_recorded(tiny, data):
     trainer, free = train.Trainer(tiny, seconds_left=1e-9), train.Trainer(torch.nn.Linear(1, 1))
     free.seconds_left = 0.0
     # The first step is begun, then nobody has time left.
-    assert list(train.train_in_turn(trainer, free, data)) == [0]
+    assert list(train.train_in_turn((trainer, free), data)) == [0]
     assert trainer.losses == [] and trainer.seconds_left == 0.0
     train.contrastive_loss(tiny, data[0]).backward()  # outside of a step there is no deadline
     assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), before))
