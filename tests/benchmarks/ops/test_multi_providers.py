@@ -9,6 +9,7 @@ import importlib.util
 import pytest
 import torch
 
+from peftkern.bases.base import base_of, kind_of
 from peftkern.benchmarks.core.case import BASE, COPY, FP32_BASE, OWN_BASE, PASSES, Case
 from peftkern.benchmarks.ops import multi_lora_linear
 from peftkern.benchmarks.peers import many
@@ -19,7 +20,7 @@ CASE = Case("multi_lora_linear", "cpu", torch.float32, torch.float32, 12, 40, 24
 # Without those that force a back end (test_candidates.py) and those that are Triton (test_peer_kernels.py).
 NAMES = [
     n for n, p in multi_lora_linear.PROVIDERS.items()
-    if n not in (BASE, FP32_BASE, OWN_BASE, COPY) and p.around is contextlib.nullcontext and not n.startswith("padded")
+    if n not in (BASE, FP32_BASE, COPY) and not n.startswith((OWN_BASE, "padded")) and p.around is contextlib.nullcontext
 ]  # fmt: skip
 DTYPES = [
     (torch.float32, torch.float32, 1e-5),
@@ -47,14 +48,21 @@ def _build(name, case, copies=1):
     if reason := provider.unusable(case):
         pytest.skip(reason)
     data = make_data(case, copies)
-    return data, provider.build(case, data)
+    step = provider.build(case, data)
+    return data.over("nf4") if name.endswith("_nf4") else data, step
+
+
+def _weight(data, i=0):
+    """The frozen weight in fp64."""
+    base = base_of(data.weight[i % len(data.weight)])
+    return kind_of(base.kind).dequantise(base.tensors, torch.float64, (data.case.N, data.case.K))
 
 
 def _exact(case, data, i=0, branch=False):
     """y in fp64, row by row, and its leaves: x and the matrices of the adapters that have rows."""
     adapters = [(A.detach().double().requires_grad_(), B.detach().double().requires_grad_(), s)
                 for A, B, s in data.lists(case.adapter_dtype)[i]]  # fmt: skip
-    x, weight = data.x[i % len(data.x)].detach().double().requires_grad_(), data.weight[i % len(data.weight)].double()
+    x, weight = data.x[i % len(data.x)].detach().double().requires_grad_(), _weight(data, i)
     rows = []
     for t, a in enumerate(data.ids.tolist()):
         y = x[t] @ weight.T * (not branch)
@@ -111,10 +119,11 @@ def test_every_copy_has_its_own_adapters(name):
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_own_base_product(dtype, tol):
-    data, step = _build(OWN_BASE, dataclasses.replace(CASE, dtype=dtype))
+@pytest.mark.parametrize("name", [OWN_BASE, f"{OWN_BASE}_nf4"])
+def test_own_base_product(name, dtype, tol):
+    data, step = _build(name, dataclasses.replace(CASE, dtype=dtype))
     y = step.forward(0)
-    x, weight = data.x[0].detach().double(), data.weight[0].double()
+    x, weight = data.x[0].detach().double(), _weight(data)
     _close(y.detach(), x @ weight.T, tol)
     (dx,) = torch.autograd.grad(y, step.leaves[0], step.dy[0])
     _close(dx, data.dy[0].double() @ weight, tol)
