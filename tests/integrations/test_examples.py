@@ -31,6 +31,20 @@ def test_serve_many_adapters():
 
 
 @pytest.mark.slow
+def test_quantised_bases(tmp_path):
+    """Weights in codes are as small as they say, and the same steps over them lose about as much."""
+    written = ["--json", str(tmp_path / "result.json")]
+    output = run("examples/quantised_bases.py", "--steps", "3", "--pairs", "4", "--held-out", "16", *written)
+    rows = {row["base"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert [f"{row['bits']:.2f}" for row in rows.values()] == ["32.00", "8.06", "4.50", "4.15"]
+    whole, linear = rows["fp32"]["model_bytes"], 4 * 6 * 12 * 384**2
+    for name, row in rows.items():
+        assert f"\n  {name} " in output and min(row["median_ms"], row["accuracy"]) > 0, row
+        assert row["losses"][0] == pytest.approx(rows["fp32"]["losses"][0], rel=0.25 if "NF4" in name else 0.02), row
+        assert row["model_bytes"] == pytest.approx(whole - linear * (1 - row["bits"] / 32), rel=1e-3), row
+
+
+@pytest.mark.slow
 def test_compare_methods(tmp_path):
     """Both sides of each method start equal and are all measured."""
     written = ["--json", str(tmp_path / "result.json"), "--png", str(tmp_path / "result.png")]
