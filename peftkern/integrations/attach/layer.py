@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...autograd.multi_lora_linear import multi_lora_linear, sgmv
-from ...autograd.shapes import cast_base, uncast
+from ...autograd.shapes import cast, cast_base, uncast
 from ...bases.base import Base, base_of
 from ...many.adapter import Adapter
 from ...many.bank import AdapterBank
@@ -317,8 +317,7 @@ class AttachedLinear(Attached):
         if torch.is_autocast_enabled(x.device.type) and not uncasts:
             # Within a graph no state says so when the op runs.
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-            tensors = cast_base(kind, tensors, dtype)
+            x, tensors = x.to(dtype), cast_base(kind, tensors, dtype)
         _, N = features(self.module)
         return torch.ops.peftkern.attached_linear(
             x, list(tensors), kind, bias, N, self.number, self.owner.graph_batch
@@ -338,14 +337,17 @@ class AttachedLinear(Attached):
         if uncasts and torch.is_autocast_enabled(x.device.type):
             with uncast(x):
                 return self._adapted(x, layer._replace(uncast=False), ids)
-        trainable = isinstance(weight, Tensor) and weight.requires_grad
+        codes = isinstance(weight, Base)
+        trainable = quantised.weight_trains(self.module) if codes else weight.requires_grad
         trains = torch.is_grad_enabled() and (trainable or (bias is not None and bias.requires_grad))
         beside = self.bank.snapshot().beside if trains else None
         if trains and trainable and beside is None:
             # The base stays trainable as it was; the fused op has no gradient for a weight.
             return self._base(x, layer) + sgmv(x, self.bank, ids)
-        y = self._fused(x, weight.detach() if trainable and beside is not None else weight, bias, ids)
-        return y if beside is None else NoGradient.apply(y, f"{self.name}: {beside} acts on the base", weight, bias)
+        y = self._fused(x, weight.detach() if trainable and not codes else weight, bias, ids)
+        if beside is None:
+            return y
+        return NoGradient.apply(y, f"{self.name}: {beside} acts on the base", self.module.weight if codes else weight, bias)
 
     def _fused(self, x: Tensor, weight: Tensor | Base, bias: Tensor | None, ids: Tensor) -> Tensor:
         return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
@@ -354,6 +356,7 @@ class AttachedLinear(Attached):
         weight, bias, _ = layer
         if isinstance(weight, Base) or weight is self.module.weight:
             return self.inner(x)
+        bias = None if bias is None else cast(bias, x.dtype)
         if type(self.module) is nn.Linear:
             return nn.functional.linear(x, weight, bias)
         return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
