@@ -319,9 +319,7 @@ class AttachedLinear(Attached):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), cast_base(kind, tensors, dtype)
         _, N = features(self.module)
-        return torch.ops.peftkern.attached_linear(
-            x, list(tensors), kind, bias, N, self.number, self.owner.graph_batch
-        )
+        return torch.ops.peftkern.attached_linear(x, list(tensors), kind, bias, N, self.number, self.owner.graph_batch)
 
     def run_op(self, x: Tensor, weight: list[Tensor], kind: str, bias: Tensor | None, batch: Batch | None) -> Tensor:
         """``run`` within a graph: the weight as ops take it."""
@@ -347,7 +345,9 @@ class AttachedLinear(Attached):
         y = self._fused(x, weight.detach() if trainable and not codes else weight, bias, ids)
         if beside is None:
             return y
-        return NoGradient.apply(y, f"{self.name}: {beside} acts on the base", self.module.weight if codes else weight, bias)
+        return NoGradient.apply(
+            y, f"{self.name}: {beside} acts on the base", self.module.weight if codes else weight, bias
+        )
 
     def _fused(self, x: Tensor, weight: Tensor | Base, bias: Tensor | None, ids: Tensor) -> Tensor:
         return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)

@@ -209,5 +209,5 @@ def test_what_becomes_unreadable_is_refused_at_the_call(adapter):
     model = _one("nf4").train()
     multi = peftkern.attach_adapters(model, {"a": adapter})
     model[0].weight.quant_state.packing_format_for_cpu = True
-    with multi.use(["a", None, "a"]), pytest.raises(RuntimeError, match="0 has adapters attached, but .*repacked"):
+    with multi.use(["a", None, "a"]), pytest.raises(RuntimeError, match=r"0 has adapters attached, but .*repacked"):
         model(X)
