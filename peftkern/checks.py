@@ -66,11 +66,18 @@ def check_parts(weight, bias, **parts: tuple) -> None:
     """
     if torch._C._get_tracing_state() is not None:
         return  # the sizes of a trace are tensors
+    if hasattr(weight, "kind"):
+        raise TypeError(f"weight is a base of kind {weight.kind}, but this method reads its elements: pass a tensor")
     check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
+    check_beside(weight, bias, parts)
+
+
+def check_beside(weight, bias, parts: dict[str, tuple]) -> None:
+    """The same of all but the weight, which may be a base in codes: that has a shape and a device, but no dtype."""
     sizes = dict(zip("NK", weight.shape))
-    floating = FLOATING if weight.dtype == torch.float64 else FLOATING[:3]
+    floating = FLOATING if getattr(weight, "dtype", torch.float64) == torch.float64 else FLOATING[:3]
     if bias is not None:
         parts["bias"] = bias, "N"
     for name, (value, shape, *limits) in parts.items():

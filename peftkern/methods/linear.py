@@ -25,8 +25,8 @@ from ..autograd.pair_rotate import pair_rotate
 from ..autograd.shapes import autocast_dtype
 from ..autograd.weight.dropped_base import dropped_base
 from ..autograd.weight.folded_linear import folded_linear
-from ..bases.base import Base
-from ..checks import accumulate_dtype
+from ..bases.base import Base, base_of
+from ..checks import accumulate_dtype, check_beside, check_parts
 from ..equation import COEFFICIENTS, Scales
 from ..many.adapter import Adapter
 from ..ops.dropout_mask import seed_tensor
@@ -158,6 +158,22 @@ class Linear(NamedTuple):
         terms = tuple(Scaled(term, g) for term in self.terms)
         made = tuple(lambda x, make=make: make(x).scaled(g) for make in self.made)
         return self._replace(branches=branches, g_b=times(self.g_b, g), added=added, terms=terms, made=made)
+
+
+def frozen_weight(weight: Tensor | Base, bias: Tensor | None, **parts: tuple) -> Tensor | Base:
+    """The weight of a functional form, what is in codes as a base; bias and parts are checked as in ``check_parts``.
+
+    Raises ValueError, TypeError: as ``check_parts``, and for a base that does not know its shape.
+    """
+    base = base_of(weight)
+    if base.kind == "dense":
+        (weight,) = base.tensors
+        check_parts(weight, bias, **parts)
+        return weight
+    if base.shape is None:
+        raise ValueError(f"weight is a base of kind {base.kind} without a shape, which is needed here")
+    check_beside(base, bias, parts)
+    return base
 
 
 def times(scale: Tensor | None, factor: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..autograd.shapes import cast
 from ..bases.base import Base, base_of, kind_of
-from .look import PLAIN_TENSORS, Look, NotCovered
+from .look import PLAIN_TENSORS, Look, NotCovered, Record
+from .look import read as attribute
 
 
 class Frozen(NamedTuple):
@@ -92,13 +93,28 @@ def reader_of(layer: nn.Module) -> Callable[[Look], tuple[Base, bool]] | None:
 
 def read(part: Look, reader: Callable[[Look], tuple[Base, bool]]) -> Frozen:
     """The weight as a base, and the bias of such a layer, or NotCovered with the reason."""
+    part.require(type(part.module), "base_layer")
+    if weight_trains(part.module):
+        raise NotCovered("the base weight requires grad")
+    return _frozen(part, reader)
+
+
+def now(layer: nn.Module) -> Frozen | None:
+    """The same of any layer as it is now, whoever has its forward; None if no library has quantised it."""
+    reader = reader_of(layer)
+    return None if reader is None else _frozen(Look(layer, Record(attribute, lambda *_: True)), reader)
+
+
+def weight_trains(layer: nn.Module) -> bool:
+    """Whether the weight of such a layer requires a gradient, as quanto's does until somebody freezes it."""
+    return any(p.requires_grad for name, p in layer._parameters.items() if p is not None and name != "bias")
+
+
+def _frozen(part: Look, reader: Callable[[Look], tuple[Base, bool]]) -> Frozen:
     cls = type(part.module)
-    part.require(cls, "base_layer")
     if cls.forward.__module__ != next(c for c in cls.__mro__ if "forward" in vars(c)).__module__:
         raise NotCovered(f"the forward of {cls.__module__}.{cls.__qualname__} was replaced")
     layer = part.module
-    if any(p.requires_grad for name, p in layer._parameters.items() if p is not None and name != "bias"):
-        raise NotCovered("the base weight requires grad")
     try:
         base, uncast = reader(part)
         base = base._replace(shape=(part.value("out_features"), part.value("in_features")))

@@ -51,11 +51,11 @@ def _(x, entry, main, others, tensors, names, opaque):
 
 @torch.library.custom_op("peftkern::attached_linear", mutates_args=())
 def attached_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, layer: int, batch: Tensor | None
+    x: Tensor, weight: list[Tensor], kind: str, bias: Tensor | None, out_features: int, layer: int, batch: Tensor | None
 ) -> Tensor:
-    """The forward of a layer for the batch of this number."""
+    """The forward of a layer, its weight a base of this kind, for the batch of this number."""
     number = 0 if batch is None else int(batch)
-    return _named(layer).run(x, weight, bias, _named(number) if number else None)
+    return _named(layer).run_op(x, weight, kind, bias, _named(number) if number else None)
 
 
 @torch.library.custom_op("peftkern::attached_experts", mutates_args=())
@@ -71,5 +71,5 @@ def _(x, index, weights, module, batch):
 
 
 @attached_linear.register_fake
-def _(x, weight, bias, out_features, layer, batch):
+def _(x, weight, kind, bias, out_features, layer, batch):
     return x.new_empty((*x.shape[:-1], out_features))

@@ -20,7 +20,7 @@ from ...methods.stored import Size, Unfit
 from ..experts import attached
 from .checkpoint import Checkpoint, Part
 from .keys import PREFIX, complaint
-from .layer import base_of, device_of, features, layer_reason
+from .layer import device_of, dtype_of, features, frozen, frozen_at_work, layer_reason
 from .reach import bypass
 from .weights import refuse
 
@@ -47,13 +47,13 @@ class Fitted(NamedTuple):
             if attached.takes(layer):
                 yield layer, attached.adapter(layer, part, own), []
                 continue
-            where = device_of(layer), accumulate_dtype(layer.weight.dtype)
+            where = device_of(layer), accumulate_dtype(dtype_of(layer))
             if where not in pooled:
                 pooled[where] = {name: pool.get(t, *where) for name, t in shared.items()}
             tensors = {name: t.to(*where) for name, t in own.items()} | pooled[where]
             stored = part.method.stored
             held = Held(name, part.method, *stored.take(part.settings, part.module, tensors), rank=part.rank)
-            weight, bias = base_of(layer) if stored.base(part.settings) else (layer.weight, layer.bias)
+            weight, bias, _ = (frozen_at_work if stored.base(part.settings) else frozen)(layer)
             with torch.no_grad():
                 adapter = held.adapter(weight.t() if type(layer) is Conv1D else weight, bias)
             yield layer, adapter, list(pooled[where].values())
@@ -110,7 +110,7 @@ def fit(checkpoint: Checkpoint, modules: dict[str, nn.Module], held: Container[n
         shared = " and ".join(next(iter(checkpoint.parts.values())).method.stored.shared)
         reason = f"is missing, and {shared}, which the file lacks too, are made for the largest of all layers"
         raise refuse(checkpoint.file, f"{PREFIX}{missing[0]}", reason)
-    sizes = [Size(*features(m), m.weight.dtype) for m in modules.values() if m in covered and not attached.takes(m)]
+    sizes = [Size(*features(m), dtype_of(m)) for m in modules.values() if m in covered and not attached.takes(m)]
     return Fitted(checkpoint, layers, sizes)
 
 

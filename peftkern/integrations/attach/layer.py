@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...autograd.multi_lora_linear import multi_lora_linear, sgmv
+from ...autograd.shapes import cast, cast_base, uncast
+from ...bases.base import Base, base_of
 from ...many.adapter import Adapter
 from ...many.bank import AdapterBank
+from ...methods import quantised
+from ...methods.look import NotCovered
+from ...methods.quantised import Frozen
 from .compiled import number_of
 from .request import Batch, Each, Entry, Request, batch_of, current_request
 from .rows import UNKNOWN, Rows
@@ -20,16 +25,27 @@ from .rows import UNKNOWN, Rows
 _PLAIN = (Tensor, nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FIRST = Rows(0)
+_REPACKS = "support_avx512bf16_for_cpu"
 
 
 def layer_reason(layer: nn.Module) -> str | None:
     """Why this layer can carry no attached adapters, or None."""
     cls = type(layer)
-    if cls is not nn.Linear and cls is not Conv1D:
-        return f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear or transformers' Conv1D"
+    of_library = quantised.reader_of(layer) is not None
+    if cls is not nn.Linear and cls is not Conv1D and not of_library:
+        return (
+            f"is a {cls.__module__}.{cls.__qualname__}, expected torch.nn.Linear, transformers' Conv1D or a quantised layer"
+            " of bitsandbytes, torchao, quanto or HQQ"
+        )
     reason = forward_reason(layer)
     if reason is not None:
         return reason
+    if of_library:
+        try:
+            device = quantised.now(layer).weight.device
+        except NotCovered as refused:
+            return f"is quantised, but {refused}"
+        return "has no weight yet (device meta)" if device.type == "meta" else None
     weight = layer.weight
     if type(weight) not in _PLAIN or weight.layout is not torch.strided or weight.dtype not in _FLOATS:
         return f"has a weight that is a {weight.dtype} {type(weight).__name__}"
@@ -62,23 +78,36 @@ def device_of(layer: nn.Module) -> torch.device:
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) and getattr(one, "execution_device", None) is not None:
             return torch.device(one.execution_device)
-    return layer.weight.device
+    return frozen(layer).weight.device
 
 
-def base_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias where the layer computes, also if accelerate keeps them off the layer between calls."""
-    weight, bias = layer.weight, layer.bias
+def dtype_of(layer: nn.Module, of_codes: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype of the layer's weight, as the layer shows it; ``of_codes`` where it shows codes."""
+    dtype = getattr(getattr(layer, "weight", None), "dtype", of_codes)
+    return dtype if dtype.is_floating_point else of_codes
+
+
+def frozen(layer: nn.Module) -> Frozen:
+    """Weight and bias of the layer as they are now. NotCovered for a quantised layer that has become something else."""
+    return quantised.now(layer) or Frozen(layer.weight, layer.bias)
+
+
+def frozen_at_work(layer: nn.Module) -> Frozen:
+    """The same where the layer computes, also if accelerate keeps them off the layer between calls."""
+    weight, bias, uncasts = frozen(layer)
     hook = layer.__dict__.get("_hf_hook")
     for one in getattr(hook, "hooks", (hook,)):
         if weight.device.type == "meta" and getattr(one, "offload", False):
             device = device_of(layer)
             weight = one.weights_map["weight"].to(device)
             bias = None if bias is None else one.weights_map["bias"].to(device)
-    return weight, bias
+    return Frozen(weight, bias, uncasts)
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a covered layer."""
+    if quantised.reader_of(layer) is not None:
+        return layer.in_features, layer.out_features
     N, K = layer.weight.shape
     return (N, K) if type(layer) is Conv1D else (K, N)
 
@@ -133,7 +162,7 @@ class NoGradient(torch.autograd.Function):
     """y; a backward pass that asks for the gradients of weight or bias raises RuntimeError, instead of leaving them out."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, reason: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, y: Tensor, reason: str, weight: Tensor | Base, bias: Tensor | None) -> Tensor:
         ctx.reason = reason
         ctx.mark_dirty(y)  # y itself, not a view of it, which a model could not write to
         return y
@@ -260,39 +289,74 @@ class AttachedLinear(Attached):
         (x,) = args or kwargs.values()
         if torch.compiler.is_compiling() and self._before is None:
             return self._in_graph(x)
-        return self.run(x, self.module.weight, self.module.bias)
+        return self.run(x, self._frozen())
+
+    def put(self) -> None:
+        """Take the method's place."""
+        super().put()
+        # In eval mode bitsandbytes may lay 4 bits out anew, for its own product on this CPU alone.
+        self._repacks = self.module.__dict__.get(_REPACKS)
+        if self._repacks:
+            setattr(self.module, _REPACKS, False)
+
+    def take_back(self) -> None:
+        """Give the place back."""
+        super().take_back()
+        if self._repacks:
+            setattr(self.module, _REPACKS, True)
+
+    def _frozen(self) -> Frozen:
+        try:
+            return frozen(self.module)
+        except NotCovered as refused:
+            raise RuntimeError(f"{self.name} has adapters attached, but {refused}") from None
 
     def _in_graph(self, x: Tensor) -> Tensor:
-        layer = self.module
-        weight, bias = layer.weight, layer.bias
-        if torch.is_autocast_enabled(x.device.type):
+        weight, bias, uncasts = self._frozen()
+        kind, tensors, _ = base_of(weight)
+        if torch.is_autocast_enabled(x.device.type) and not uncasts:
             # Within a graph no state says so when the op runs.
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        _, N = features(layer)
-        return torch.ops.peftkern.attached_linear(x, weight, bias, N, self.number, self.owner.graph_batch)
+            x, tensors = x.to(dtype), cast_base(kind, tensors, dtype)
+        _, N = features(self.module)
+        return torch.ops.peftkern.attached_linear(x, list(tensors), kind, bias, N, self.number, self.owner.graph_batch)
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch | None = None) -> Tensor:
+    def run_op(self, x: Tensor, weight: list[Tensor], kind: str, bias: Tensor | None, batch: Batch | None) -> Tensor:
+        """``run`` within a graph: the weight as ops take it."""
+        K, N = features(self.module)
+        return self.run(x, Frozen(weight[0] if kind == "dense" else Base(kind, tuple(weight), (N, K)), bias), batch)
+
+    def run(self, x: Tensor, layer: Frozen, batch: Batch | None = None) -> Tensor:
         """y for an input of the layer. ``batch``: the call that it belongs to, if the context does not show it."""
-        return self.serve(
-            x, batch, lambda: self._base(x, weight, bias), lambda ids, each: self._adapted(x, weight, bias, ids)
+        return self.serve(x, batch, lambda: self._base(x, layer), lambda ids, each: self._adapted(x, layer, ids))
+
+    def _adapted(self, x: Tensor, layer: Frozen, ids: Tensor) -> Tensor:
+        weight, bias, uncasts = layer
+        if uncasts and torch.is_autocast_enabled(x.device.type):
+            with uncast(x):
+                return self._adapted(x, layer._replace(uncast=False), ids)
+        codes = isinstance(weight, Base)
+        trainable = quantised.weight_trains(self.module) if codes else weight.requires_grad
+        trains = torch.is_grad_enabled() and (trainable or (bias is not None and bias.requires_grad))
+        beside = self.bank.snapshot().beside if trains else None
+        if trains and trainable and beside is None:
+            # The base stays trainable as it was; the fused op has no gradient for a weight.
+            return self._base(x, layer) + sgmv(x, self.bank, ids)
+        y = self._fused(x, weight.detach() if trainable and not codes else weight, bias, ids)
+        if beside is None:
+            return y
+        return NoGradient.apply(
+            y, f"{self.name}: {beside} acts on the base", self.module.weight if codes else weight, bias
         )
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        beside = self.bank.snapshot().beside if trains else None
-        if trains and weight.requires_grad and beside is None:
-            # The base stays trainable as it was; the fused op has no gradient for a weight.
-            return self._base(x, weight, bias) + sgmv(x, self.bank, ids)
-        y = self._fused(x, weight if beside is None else weight.detach(), bias, ids)
-        return y if beside is None else NoGradient.apply(y, f"{self.name}: {beside} acts on the base", weight, bias)
-
-    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, weight: Tensor | Base, bias: Tensor | None, ids: Tensor) -> Tensor:
         return multi_lora_linear(x, weight.t() if type(self.module) is Conv1D else weight, self.bank, ids, bias=bias)
 
-    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if weight is self.module.weight:
+    def _base(self, x: Tensor, layer: Frozen) -> Tensor:
+        weight, bias, _ = layer
+        if isinstance(weight, Base) or weight is self.module.weight:
             return self.inner(x)
+        bias = None if bias is None else cast(bias, x.dtype)
         if type(self.module) is nn.Linear:
             return nn.functional.linear(x, weight, bias)
         return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])

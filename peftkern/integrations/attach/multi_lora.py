@@ -22,7 +22,7 @@ from ..experts.attached import AttachedExperts, takes
 from .checkpoint import Checkpoint
 from .entry import AttachedEntry, AttachedGenerate, entries_above
 from .fit import Fitted, fit
-from .layer import Attached, AttachedLinear, Replacement, device_of, features
+from .layer import Attached, AttachedLinear, Replacement, device_of, dtype_of, features
 from .reach import Edge, check_in_place, edges
 from .request import Entry, Request, in_force
 from .use import BoundModel, Use, checked_repeats, named
@@ -357,7 +357,7 @@ class MultiLoRA:
         return dtype
 
     def _bank(self, name: str, layer: nn.Module, stored: set[torch.dtype], max_rank: int) -> AdapterBank:
-        dtype = self._kept(name, layer.weight.dtype, stored)
+        dtype = self._kept(name, dtype_of(layer, self._dtype or torch.float32), stored)
         K, N = features(layer)
         return AdapterBank(
             K, N, max_adapters=self._max_adapters, max_rank=max_rank, dtype=dtype, device=device_of(layer)

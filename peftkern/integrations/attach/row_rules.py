@@ -196,6 +196,14 @@ def linear(call: Call) -> Place:
     return UNKNOWN if isinstance(place, Rows) and place.axis == x.dim() - 1 else place
 
 
+def quantised_linear(call: Call) -> Place:
+    """A layer of a library that quantises, and codes of its input: x comes first, the weight's parts have no place."""
+    place, x = call.place(call.first), call.first
+    if not isinstance(place, Rows) or place.axis == x.dim() - 1 or call.shape[:-1] != x.shape[:-1]:
+        return nothing_known(call)
+    return place
+
+
 def permuted(call: Call) -> Place:
     """permute, transpose, t."""
     place, n = call.place(call.first), call.first.dim()
@@ -392,6 +400,8 @@ def _table() -> dict[str, Rule]:
         product: "mm addmm",
         batched_product: "bmm baddbmm",
         linear: "linear",
+        quantised_linear: "bitsandbytes::gemm_4bit bitsandbytes::gemv_4bit bitsandbytes::int8_vectorwise_quant"
+        " bitsandbytes::int8_mixed_scaled_mm bitsandbytes::int8_scaled_mm quanto::qbytes_mm",
         permuted: "permute transpose t",
         expanded: "expand repeat",
         padded: "constant_pad_nd",
@@ -413,4 +423,5 @@ def _table() -> dict[str, Rule]:
     return {name: rule for rule, names in kinds.items() for name in names.split()}
 
 
+# By an operation's name, that of aten's without its namespace.
 RULES: Final = _table()

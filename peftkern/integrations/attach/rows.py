@@ -222,7 +222,7 @@ def _writes(argument) -> bool:
 
 def _rule(func):
     if not func._schema.name.startswith("aten::"):
-        return nothing_known
+        return RULES.get(func._schema.name, nothing_known)
     name = func._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     # max, min, all and any reduce in some overloads, and are elementwise in others.

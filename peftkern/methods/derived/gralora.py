@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -32,7 +32,7 @@ def _factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gralora_linear(
-    x: Tensor, weight: Tensor, gralora_A: Tensor, gralora_B: Tensor, *, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Base, gralora_A: Tensor, gralora_B: Tensor, *, bias: Tensor | None = None,
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with GraLoRA: the equation at the top of peftkern/methods/derived/gralora.py.
@@ -43,7 +43,7 @@ def gralora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, gralora_A=(gralora_A, "k K/k R"), gralora_B=(gralora_B, "k R N/k"))
+    weight = frozen_weight(weight, bias, gralora_A=(gralora_A, "k K/k R"), gralora_B=(gralora_B, "k R N/k"))
     branch = Branch(*_factors(gralora_A, gralora_B), scaling, acting(dropout_p, training), seed=seed)
     return run(Linear(weight, bias).add(branch), x)
 

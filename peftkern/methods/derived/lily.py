@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...autograd.maps.kron import add_kron
-from ...checks import accumulate_dtype, check_parts
+from ...bases.base import Base
+from ...checks import accumulate_dtype
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -41,7 +42,7 @@ def _with(y: Linear, A: Tensor, B: Tensor, router: Tensor, scaling: float) -> Li
 
 
 def lily_linear(
-    x: Tensor, weight: Tensor, lily_A: Tensor, lily_B: Tensor, lily_router: Tensor, *, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Base, lily_A: Tensor, lily_B: Tensor, lily_router: Tensor, *, bias: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with Lily: the equation at the top of peftkern/methods/derived/lily.py.
@@ -51,7 +52,9 @@ def lily_linear(
 
     Returns (..., N), where rows depend on each other. Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, lily_A=(lily_A, "R K"), lily_B=(lily_B, "ER N"), lily_router=(lily_router, "E R"))
+    weight = frozen_weight(
+        weight, bias, lily_A=(lily_A, "R K"), lily_B=(lily_B, "ER N"), lily_router=(lily_router, "E R")
+    )
     if len(lily_B) != lily_router.numel():
         raise ValueError(
             f"lily_B has shape {tuple(lily_B.shape)}, expected (E R, N) with E, R = {tuple(lily_router.shape)}"

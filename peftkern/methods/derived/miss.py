@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import uncast
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..exact import refuse_half, wide
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -41,7 +41,7 @@ def _bat(y: Linear, block: Tensor) -> Linear:
 
 
 def miss_linear(
-    x: Tensor, weight: Tensor, miss_block: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
+    x: Tensor, weight: Tensor | Base, miss_block: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
     training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with MiSS: the equation at the top of peftkern/methods/derived/miss.py.
@@ -52,7 +52,7 @@ def miss_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, miss_block=(miss_block, "R n|N/R R R"))
+    weight = frozen_weight(weight, bias, miss_block=(miss_block, "R n|N/R R R"))
     size, whole = miss_block.shape[-1], weight.shape[miss_block.dim() - 2]
     if not miss_block.numel() or whole % size:
         raise ValueError(f"miss_block has shape {tuple(miss_block.shape)}, but {size} is no divisor of {whole}")

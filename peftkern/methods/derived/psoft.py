@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import uncast
-from ...checks import accumulate_dtype, check_parts
+from ...bases.base import Base
+from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -47,7 +48,7 @@ def _branch(A: Tensor, B: Tensor, Q: Tensor, *options) -> Branch:
 
 
 def psoft_linear(
-    x: Tensor, weight: Tensor, psoft_A: Tensor, psoft_B: Tensor, psoft_R: Tensor, *, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Base, psoft_A: Tensor, psoft_B: Tensor, psoft_R: Tensor, *, bias: Tensor | None = None,
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with PSOFT: the equation at the top of peftkern/methods/derived/psoft.py.
@@ -58,7 +59,7 @@ def psoft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward unless psoft_A requires grad.
     """
-    check_parts(weight, bias, psoft_A=(psoft_A, "R K"), psoft_B=(psoft_B, "N R"), psoft_R=(psoft_R, "R R"))
+    weight = frozen_weight(weight, bias, psoft_A=(psoft_A, "R K"), psoft_B=(psoft_B, "N R"), psoft_R=(psoft_R, "R R"))
     branch = _branch(psoft_A, psoft_B, psoft_R, scaling, acting(dropout_p, training))._replace(seed=seed)
     return run(Linear(weight, bias).add(branch), x)
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.saved import first_only
-from ...checks import accumulate_dtype, check_parts
+from ...bases.base import Base
+from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -48,7 +49,7 @@ def _branch(K: int, N: int, tensors: tuple[Tensor, ...], *options) -> Branch:
 
 
 def randlora_linear(
-    x: Tensor, weight: Tensor, randlora_A: Tensor, randlora_B: Tensor, randlora_lambda: Tensor, randlora_gamma: Tensor, *,
+    x: Tensor, weight: Tensor | Base, randlora_A: Tensor, randlora_B: Tensor, randlora_lambda: Tensor, randlora_gamma: Tensor, *,
     bias: Tensor | None = None, scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -61,9 +62,10 @@ def randlora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
+    weight = frozen_weight(weight, bias)
     N, K = weight.shape
     m, n = "NK" if N <= K else "KN"
-    check_parts(
+    frozen_weight(
         weight, bias, randlora_lambda=(randlora_lambda, "r bases"), randlora_gamma=(randlora_gamma, f"bases {m}"),
         randlora_A=(randlora_A, f"r 1 {m}+"), randlora_B=(randlora_B, f"{n}+ bases+ r"),
     )  # fmt: skip

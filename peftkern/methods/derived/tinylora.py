@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -27,7 +27,7 @@ def _branch(A: Tensor, B: Tensor, P: Tensor, v: Tensor, dropout_p: float, seed: 
 
 
 def tinylora_linear(
-    x: Tensor, weight: Tensor, tinylora_A: Tensor, tinylora_B: Tensor, tinylora_P: Tensor, tinylora_v: Tensor, *,
+    x: Tensor, weight: Tensor | Base, tinylora_A: Tensor, tinylora_B: Tensor, tinylora_P: Tensor, tinylora_v: Tensor, *,
     bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with TinyLoRA: the equation at the top of peftkern/methods/derived/tinylora.py.
@@ -38,7 +38,7 @@ def tinylora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, tinylora_A=(tinylora_A, "R K"), tinylora_B=(tinylora_B, "N R"),
         tinylora_P=(tinylora_P, "U R R"), tinylora_v=(tinylora_v, "U"),
     )  # fmt: skip

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 
 
 def unilora_linear(
-    x: Tensor, weight: Tensor, unilora_theta_d: Tensor, unilora_indices_A: Tensor, unilora_indices_B: Tensor,
+    x: Tensor, weight: Tensor | Base, unilora_theta_d: Tensor, unilora_indices_A: Tensor, unilora_indices_B: Tensor,
     unilora_scales_A: Tensor, unilora_scales_B: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0,
     training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -32,7 +32,7 @@ def unilora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, unilora_theta_d=(unilora_theta_d, "D"),
         unilora_indices_A=(unilora_indices_A, "R K", unilora_theta_d.shape),
         unilora_indices_B=(unilora_indices_B, "N R", unilora_theta_d.shape),

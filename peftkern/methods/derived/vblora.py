@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 
@@ -37,8 +37,9 @@ def _branch(
 
 
 def vblora_linear(
-    x: Tensor, weight: Tensor, vblora_logits_A: Tensor, vblora_logits_B: Tensor, vblora_vector_bank: Tensor, *, top_k: int = 2,
-    bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
+    x: Tensor, weight: Tensor | Base, vblora_logits_A: Tensor, vblora_logits_B: Tensor, vblora_vector_bank: Tensor, *,
+    top_k: int = 2, bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False,
+    seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with VB-LoRA: the equation at the top of peftkern/methods/derived/vblora.py.
 
@@ -48,7 +49,7 @@ def vblora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, vblora_vector_bank=(vblora_vector_bank, "H V"), vblora_logits_A=(vblora_logits_A, "R K/V H"),
         vblora_logits_B=(vblora_logits_B, "N/V R H"),
     )  # fmt: skip

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...autograd.maps.circulant import add_circulant
-from ...checks import check_parts
+from ...bases.base import Base
 from .. import tuner
-from ..linear import Linear, run
+from ..linear import Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 
@@ -33,7 +33,7 @@ class Correlation(NamedTuple):
         return add_circulant(y, x, self.w, 1.0 / x.shape[-1], mirrored=self.mirrored)
 
 
-def c3a_linear(x: Tensor, weight: Tensor, c3a_kernel: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def c3a_linear(x: Tensor, weight: Tensor | Base, c3a_kernel: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """A frozen linear layer with C3A: the equation at the top of peftkern/methods/kronecker/c3a.py.
 
     Args:
@@ -41,7 +41,7 @@ def c3a_linear(x: Tensor, weight: Tensor, c3a_kernel: Tensor, *, bias: Tensor | 
 
     Returns (..., N). Raises as ``lora_linear`` does, and ValueError for a kernel that does not fit.
     """
-    check_parts(weight, bias, c3a_kernel=(c3a_kernel, "N/b K/b b"))
+    weight = frozen_weight(weight, bias, c3a_kernel=(c3a_kernel, "N/b K/b b"))
     return run(Linear(weight, bias).add_term(Correlation(c3a_kernel)), x)
 
 

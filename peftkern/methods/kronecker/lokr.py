@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.maps.kron import add_kron
-from ...checks import check_parts
+from ...bases.base import Base
 from .. import tuner
-from ..linear import Linear, Scaled, run
+from ..linear import Linear, Scaled, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -48,7 +48,13 @@ def _named(name: str, factor: Factor, rows: str, columns: str, rank: str) -> dic
 
 
 def lokr_linear(
-    x: Tensor, weight: Tensor, lokr_w1: Factor, lokr_w2: Factor, *, bias: Tensor | None = None, scaling: float = 1.0
+    x: Tensor,
+    weight: Tensor | Base,
+    lokr_w1: Factor,
+    lokr_w2: Factor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
     """A frozen linear layer with LoKr or KronA: the equation at the top of peftkern/methods/kronecker/lokr.py.
 
@@ -59,7 +65,7 @@ def lokr_linear(
     Returns (..., N). Raises as ``lora_linear`` does, and ValueError for factors that do not fit.
     """
     w1, w2 = _named("lokr_w1", lokr_w1, "I", "P", "R1"), _named("lokr_w2", lokr_w2, "N/I", "K/P", "R2")
-    check_parts(weight, bias, **w1, **w2)
+    weight = frozen_weight(weight, bias, **w1, **w2)
     return run(Linear(weight, bias).add_term(_kron(lokr_w1, lokr_w2, scaling)), x)
 
 

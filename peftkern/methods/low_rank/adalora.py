@@ -13,17 +13,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import lora_stored, tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 from ..stored import Settings, Stored, Unfit, check_number, check_rank
 
 
 def adalora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, *, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, *, bias: Tensor | None = None,
     scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with AdaLoRA: the equation at the top of peftkern/methods/adalora.py.
@@ -34,7 +34,7 @@ def adalora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, lora_A=(lora_A, "R K"), lora_B=(lora_B, "N R"), lora_E=(lora_E, "R 1|R"))
+    weight = frozen_weight(weight, bias, lora_A=(lora_A, "R K"), lora_B=(lora_B, "N R"), lora_E=(lora_E, "R 1|R"))
     p = acting(dropout_p, training)
     return run(Linear(weight, bias).add(Branch(lora_A, lora_B, scaling, p, d=lora_E.flatten(), seed=seed)), x)
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 from ..stored import Settings, Stored, check_patterns, check_rank, of_module
@@ -30,7 +30,7 @@ def _branch(
 
 
 def delora_linear(
-    x: Tensor, weight: Tensor, delora_A: Tensor, delora_B: Tensor, delora_lambda: Tensor, delora_w_norm: Tensor, *,
+    x: Tensor, weight: Tensor | Base, delora_A: Tensor, delora_B: Tensor, delora_lambda: Tensor, delora_w_norm: Tensor, *,
     bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with DeLoRA: the equation at the top of peftkern/methods/delora.py.
@@ -41,7 +41,7 @@ def delora_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, delora_A=(delora_A, "R K"), delora_B=(delora_B, "N R"), delora_lambda=(delora_lambda, "1|"),
         delora_w_norm=(delora_w_norm, "K"),
     )  # fmt: skip

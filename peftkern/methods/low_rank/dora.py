@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.row_norm import row_norm
-from ...checks import accumulate_dtype, check_parts
+from ...bases.base import Base
+from ...checks import accumulate_dtype
 from ...ops.dropout_mask import acting
 from .. import lora_stored, tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import PLAIN_TENSORS, Look, NotCovered
 from ..registry import Held, Method, register
 from . import lora
@@ -36,7 +37,7 @@ def with_dora(y: Linear, branch: Branch, magnitude: Tensor) -> Linear:
 
 
 def dora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, lora_magnitude_vector: Tensor, *,
+    x: Tensor, weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, lora_magnitude_vector: Tensor, *,
     bias: Tensor | None = None, scaling: float | Tensor = 1.0, dropout_p: float = 0.0, training: bool = False,
     seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -50,7 +51,7 @@ def dora_linear(
     Returns (..., N). Differentiable as ``lora_linear`` is, and in the magnitudes; the norm gets no gradient. Raises as
     ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, lora_A=(lora_A, "R K"), lora_B=(lora_B, "N R"), lora_magnitude_vector=(lora_magnitude_vector, "N")
     )
     branch = Branch(lora_A, lora_B, scaling, acting(dropout_p, training), seed=seed)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -27,7 +27,7 @@ def _branch(U: Tensor, S: Tensor, V: Tensor, U_0: Tensor, S_0: Tensor, V_0: Tens
 
 
 def osf_linear(
-    x: Tensor, weight: Tensor, U_low: Tensor, S_low: Tensor, V_low: Tensor, U_low_init: Tensor, S_low_init: Tensor,
+    x: Tensor, weight: Tensor | Base, U_low: Tensor, S_low: Tensor, V_low: Tensor, U_low_init: Tensor, S_low_init: Tensor,
     V_low_init: Tensor, *, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with OSF: the equation at the top of peftkern/methods/low_rank/osf.py.
@@ -38,7 +38,7 @@ def osf_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, U_low=(U_low, "N R"), S_low=(S_low, "R"), V_low=(V_low, "R K"), U_low_init=(U_low_init, "N R"),
         S_low_init=(S_low_init, "R"), V_low_init=(V_low_init, "R K"),
     )  # fmt: skip

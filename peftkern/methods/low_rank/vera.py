@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from ...ops.dropout_mask import acting
 from .. import tuner
-from ..linear import Branch, Linear, run
+from ..linear import Branch, Linear, frozen_weight, run
 from ..look import Look
 from ..registry import Held, Method, register
 from ..stored import Settings, Size, Stored, Unfit, check_rank
@@ -30,7 +30,7 @@ def with_vera(y: Linear, tensors: tuple[Tensor, ...], dropout_p: float, seed: in
 
 
 def vera_linear(
-    x: Tensor, weight: Tensor, vera_A: Tensor, vera_B: Tensor, vera_lambda_d: Tensor, vera_lambda_b: Tensor, *,
+    x: Tensor, weight: Tensor | Base, vera_A: Tensor, vera_B: Tensor, vera_lambda_d: Tensor, vera_lambda_b: Tensor, *,
     bias: Tensor | None = None, dropout_p: float = 0.0, training: bool = False, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with VeRA: the equation at the top of peftkern/methods/vera.py.
@@ -41,7 +41,7 @@ def vera_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. x is not saved for backward unless vera_A requires grad.
     """
-    check_parts(
+    weight = frozen_weight(
         weight, bias, vera_A=(vera_A, "R K+"), vera_B=(vera_B, "N+ R"), vera_lambda_d=(vera_lambda_d, "R"),
         vera_lambda_b=(vera_lambda_b, "N"),
     )  # fmt: skip

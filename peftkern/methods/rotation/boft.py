@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_parts
+from ...bases.base import Base
 from .. import tuner
-from ..linear import Linear, Rotation, run
+from ..linear import Linear, Rotation, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
 from .oft import cayley
@@ -51,7 +51,7 @@ def _without_some(R: Tensor, p: float) -> Tensor:
 
 
 def boft_linear(
-    x: Tensor, weight: Tensor, boft_R: Tensor, boft_s: Tensor, *, bias: Tensor | None = None
+    x: Tensor, weight: Tensor | Base, boft_R: Tensor, boft_s: Tensor, *, bias: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with BOFT: the equation at the top of peftkern/methods/rotation/boft.py.
 
@@ -62,7 +62,7 @@ def boft_linear(
     Returns (..., N). Raises as ``lora_linear`` and ``block_rotate`` do. x is saved for backward, and what each factor but
     the last gives.
     """
-    check_parts(weight, bias, boft_R=(boft_R, "m G b b"), boft_s=(boft_s, "N 1|N"))
+    weight = frozen_weight(weight, bias, boft_R=(boft_R, "m G b b"), boft_s=(boft_s, "N 1|N"))
     m, G, b, _ = boft_R.shape
     if m < 1 or (m > 1 and (b % 2 or G % (1 << (m - 1)))):
         raise ValueError(f"boft_R has shape {tuple(boft_R.shape)}: {m} factors need an even b and G / 2^{m - 1} blocks")

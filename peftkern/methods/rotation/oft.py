@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.neumann import neumann, skew
-from ...checks import accumulate_dtype, check_parts
+from ...bases.base import Base
+from ...checks import accumulate_dtype
 from .. import tuner
-from ..linear import Linear, Rotation, run
+from ..linear import Linear, Rotation, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
 
@@ -41,7 +42,7 @@ def _rotation(upper: Tensor, rows: Tensor, cols: Tensor, size: int, terms: int |
 
 
 def oft_linear(
-    x: Tensor, weight: Tensor, oft_R: Tensor, *, bias: Tensor | None = None, terms: int | None = 5
+    x: Tensor, weight: Tensor | Base, oft_R: Tensor, *, bias: Tensor | None = None, terms: int | None = 5
 ) -> Tensor:
     """A frozen linear layer with OFT: the equation at the top of peftkern/methods/rotation/oft.py.
 
@@ -51,7 +52,7 @@ def oft_linear(
 
     Returns (..., N). Raises as ``lora_linear`` and ``block_rotate`` do. x is saved for backward if oft_R trains.
     """
-    check_parts(weight, bias, oft_R=(oft_R, "G elements"))
+    weight = frozen_weight(weight, bias, oft_R=(oft_R, "G elements"))
     elements = oft_R.shape[-1]
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     blocks, rest = divmod(weight.shape[1], size)

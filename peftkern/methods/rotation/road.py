@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ...bases.base import Base
 from .. import tuner
-from ..linear import Linear, Turn, run
+from ..linear import Linear, Turn, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, register
 
@@ -23,7 +24,7 @@ _SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}  # of the vectors, in halves of
 
 
 def road_linear(
-    x: Tensor, weight: Tensor, road_theta: Tensor, road_alpha: Tensor, *, bias: Tensor | None = None, group_size: int = 64
+    x: Tensor, weight: Tensor | Base, road_theta: Tensor, road_alpha: Tensor, *, bias: Tensor | None = None, group_size: int = 64
 ) -> Tensor:  # fmt: skip
     """A frozen linear layer with RoAd: the equation at the top of peftkern/methods/rotation/road.py.
 
@@ -33,6 +34,7 @@ def road_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does. The layer's output without the adapter is saved for backward.
     """
+    weight = frozen_weight(weight, bias)
     return run(Linear(weight, bias, turns=(Turn(road_theta, road_alpha, group_size),)), x)
 
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checks import FLOATING, accumulate_dtype, check_fits, check_parts
+from ...bases.base import Base
+from ...checks import FLOATING, accumulate_dtype, check_fits
 from .. import tuner
-from ..linear import Linear, run, times
+from ..linear import Linear, frozen_weight, run, times
 from ..look import Look
 from ..registry import Held, Method, register
 from ..stored import Settings, Stored, Unfit, check_names
@@ -35,7 +36,7 @@ def with_ia3(y: Linear, ia3_l: Tensor, is_feedforward: bool) -> Linear:
 
 
 def ia3_linear(
-    x: Tensor, weight: Tensor, ia3_l: Tensor, *, bias: Tensor | None = None, is_feedforward: bool = False
+    x: Tensor, weight: Tensor | Base, ia3_l: Tensor, *, bias: Tensor | None = None, is_feedforward: bool = False
 ) -> Tensor:
     """A frozen linear layer with (IA)^3: the equation at the top of peftkern/methods/ia3.py.
 
@@ -45,7 +46,7 @@ def ia3_linear(
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, ia3_l=(ia3_l, "K|1 K" if is_feedforward else "N|N 1"))
+    weight = frozen_weight(weight, bias, ia3_l=(ia3_l, "K|1 K" if is_feedforward else "N|N 1"))
     return run(with_ia3(Linear(weight, bias), ia3_l.flatten(), is_feedforward), x)
 
 

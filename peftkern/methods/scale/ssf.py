@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...checks import check_parts
-from ..linear import Linear, run
+from ...bases.base import Base
+from ..linear import Linear, frozen_weight, run
 from ..registry import Held, Method, register
 from .ia3 import with_ia3
 
 
-def ssf_linear(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, bias: Tensor | None = None) -> Tensor:
+def ssf_linear(x: Tensor, weight: Tensor | Base, scale: Tensor, shift: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """A frozen linear layer with SSF: the equation at the top of peftkern/methods/scale/ssf.py.
 
     Args:
@@ -21,7 +21,7 @@ def ssf_linear(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, bias:
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
-    check_parts(weight, bias, scale=(scale, "N"), shift=(shift, "N"))
+    weight = frozen_weight(weight, bias, scale=(scale, "N"), shift=(shift, "N"))
     return run(apply(Linear(weight, bias), Held("", SSF, (scale, shift))), x)
 
 
