@@ -4,12 +4,14 @@
 
 A Llama of a few million random parameters (``--hidden 1024``: a hundred), LoRA on all of its linear layers, greedy decoding of a
 batch whose prompts name different adapters (``adapter_names``). Providers take turns: the model without adapters, PEFT, peftkern.
-Before anything is timed, what peftkern generates must equal what PEFT generates for each prompt alone.
+Before anything is timed, what peftkern generates must equal what PEFT generates for each prompt alone. In bf16 rounding decides
+near ties, and PEFT's own tokens of a batch are others too: there the logits must be as near to those of fp32 as PEFT's are.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -30,6 +32,8 @@ from .measure.timing import copy_bandwidth, quiet
 
 BASE, PEFT, OURS = "base", "peft", "peftkern"
 SPEED_UP = 2.0
+# Of a half-precision model, the error of logits over that of PEFT's.
+ERROR = 1.5
 VOCABULARY = 2048
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -78,11 +82,13 @@ class Batch:
 
     def generate(self, model, rows: slice = slice(None), **options) -> torch.Tensor:
         """The new tokens of some prompts."""
+        return self._run(model, rows, **options).sequences[:, self.ids.shape[1] :]
+
+    def _run(self, model, rows: slice = slice(None), **options):
         ids = self.ids[rows]
-        found = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **self.options, **options
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **self.options, **options
         )  # fmt: skip
-        return found[:, ids.shape[1] :]
 
     def mixed(self, model) -> torch.Tensor:
         """All prompts at once, each with its adapter."""
@@ -100,6 +106,25 @@ class Batch:
             model.set_adapter(name)
             found.append(self.generate(model, slice(i, i + 1)))
         return torch.cat(found)
+
+    def error(self, model, exact) -> float:
+        """Relative error of the logits by which ``model`` chose, all prompts at once, against ``exact`` on each prompt alone."""
+        found = self._run(model, adapter_names=self.names, output_logits=True)
+        right = []
+        for i, name in enumerate(self.names):
+            exact.set_adapter(name)
+            right.append(exact(input_ids=found.sequences[i : i + 1]).logits[:, self.ids.shape[1] - 1 : -1])
+        right = torch.cat(right)
+        return ((torch.stack(found.logits, 1) - right).norm() / right.norm()).item()
+
+
+def wrong(theirs, ours, batch: Batch) -> str | None:
+    """Why what ``ours`` generates is not what PEFT's model does, or None."""
+    if theirs.dtype == torch.float32:
+        return None if torch.equal(batch.mixed(ours), batch.alone(theirs)) else "DIFFERS from each prompt alone"
+    exact = copy.deepcopy(theirs).float()
+    mine, right = batch.error(ours, exact), batch.error(theirs, exact)
+    return None if mine <= ERROR * right else f"DIFFERS from fp32: relative error of logits {mine:.1e}, PEFT's {right:.1e}"
 
 
 def measure(theirs, ours, batch: Batch, repeats: int, progress: Progress) -> dict[str, list[float]]:
@@ -159,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     meter = Meter()
     with torch.inference_mode(), Console().progress(args.repeats + 2) as progress:
         progress.say("each prompt alone, for comparison")
-        equal = torch.equal(batch.mixed(accelerated), batch.alone(model))
+        fault = wrong(model, accelerated, batch)
         progress.advance()
         meter.restart()
         seconds = measure(model, accelerated, batch, args.repeats, progress)
@@ -176,18 +201,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             R=args.rank, parameters=parameters, prompt_tokens=args.length, new_tokens=args.new_tokens,
             median_ms=1e3 * seconds, p25_ms=1e3 * quarters[name][0], p75_ms=1e3 * quarters[name][2],
             tokens_per_s=tokens / seconds, speed_up=medians[PEFT] / seconds,
-            equals_each_prompt_alone=equal if name == OURS else None, others_cores=others,
+            equals_each_prompt_alone=fault is None if name == OURS else None, others_cores=others,
         )
         for name, seconds in medians.items()
     ]  # fmt: skip
     speed_up = medians[PEFT] / medians[OURS]
     print("\n".join(markdown(rows, args.dtype)))
     words, _ = interference.words({"rows": rows, "header": {}})
-    print(f"{'equal to' if equal else 'DIFFERS from'} each prompt alone; {speed_up:.2f} times as fast as PEFT; {words}")
+    same = "equal to each prompt alone" if args.dtype == "fp32" else "as near to fp32 as PEFT"
+    print(f"{fault or same}; {speed_up:.2f} times as fast as PEFT; {words}")
     if args.json:
         header = machine.header("cpu", copy_bandwidth("cpu")) | {"op": "generate", "command": json.dumps(sys.argv[1:])}
         write(args.json, {"schema": 1, "header": header, "rows": rows, "reruns": []})
-    return int(not equal or speed_up < SPEED_UP)
+    return int(fault is not None or speed_up < SPEED_UP)
 
 
 if __name__ == "__main__":
