@@ -105,6 +105,18 @@ def now(layer: nn.Module) -> Frozen | None:
     return None if reader is None else _frozen(Look(layer, Record(attribute, lambda *_: True)), reader)
 
 
+def reason(layer: nn.Module) -> str | None:
+    """Why a layer may compute something else than ``now`` says, or cannot be read, or None."""
+    if reader_of(layer) is None:
+        return None
+    try:
+        Look(layer, Record(attribute, lambda *_: True)).require(type(layer), "it")
+        now(layer)
+    except NotCovered as refused:
+        return f"is quantised, but {refused}"
+    return None
+
+
 def weight_trains(layer: nn.Module) -> bool:
     """Whether the weight of such a layer requires a gradient, as quanto's does until somebody freezes it."""
     return any(p.requires_grad for name, p in layer._parameters.items() if p is not None and name != "bias")

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
 from ..autograd.row_norm import row_norm
+from ..bases.base import Base
 from ..checks import accumulate_dtype, check_number
+from ..methods import quantised
 from ..methods.low_rank.dora import dora_linear
 from ..ops.dropout_mask import check_p
 from .flat_parameter import trains
@@ -70,7 +72,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module | Base,
         r: int = 8,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
@@ -82,13 +84,23 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """A layer that shares ``linear``'s weight and bias (no copy) and freezes them; other arguments as above.
 
+        ``linear`` is an ``nn.Linear``, a layer that bitsandbytes, torchao, quanto or HQQ has quantised, which is read anew at
+        each call, or a base without a bias (``peftkern.quantize``). Of what is quantised the state dict keeps the keys,
+        ``lora_dtype`` may be any of fp32, bf16 and fp16, and ``merge`` raises.
+
         Raises TypeError, with the reason, for a ``linear`` that may compute something else than x W^T + bias: a subclass,
         a replaced forward, hooks, parametrizations (weight norm, pruning), further parameters or buffers, a weight that is
         no plain dense tensor (quantised, DTensor) or no parameter of its own (inside FSDP).
         """
-        if not isinstance(linear, nn.Linear):
+        if isinstance(linear, Base) or (isinstance(linear, nn.Module) and quantised.reader_of(linear) is not None):
+            from .on_codes import LoRALinearOnCodes, layer_of  # which builds on this class
+
+            cls, linear = LoRALinearOnCodes, layer_of(linear)
+            reason = quantised.reason(linear)
+        elif isinstance(linear, nn.Linear):
+            reason = linear_reason(linear)
+        else:
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
-        reason = linear_reason(linear)
         if reason is not None:
             raise TypeError(f"linear {reason}")
         layer = cls.__new__(cls)
@@ -104,10 +116,10 @@ class LoRALinear(nn.Module):
             raise ValueError(f"r must be at least 1, got {r}")
         check_number("lora_alpha", lora_alpha)
         check_p(lora_dropout, "lora_dropout")
-        weight = base.weight
-        lora_dtype = lora_dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        if lora_dtype not in (torch.float32, weight.dtype):
-            raise TypeError(f"lora_dtype must be torch.float32 or the weight's {weight.dtype}, got {lora_dtype}")
+        dtypes = self._lora_dtypes(base)
+        lora_dtype = lora_dtype or dtypes[0]
+        if lora_dtype not in dtypes:
+            raise TypeError(f"lora_dtype must be {' or '.join(map(str, dtypes))} here, got {lora_dtype}")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = (
             r,
@@ -116,12 +128,7 @@ class LoRALinear(nn.Module):
             use_rslora,
         )
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.weight = weight.requires_grad_(False)
-        if base.bias is None:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = base.bias.requires_grad_(train_bias)
-        options = {"device": weight.device, "dtype": lora_dtype}
+        options = {"device": self._hold(base, train_bias), "dtype": lora_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **options))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **options))
         self.register_parameter("lora_magnitude", None)
@@ -138,6 +145,21 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)
         self._lacks_magnitude = False
         self.reset_lora_parameters()
+
+    @staticmethod
+    def _lora_dtypes(base: nn.Module) -> list[torch.dtype]:
+        """Those that adapters of this layer may have, the usual one first."""
+        dtype = base.weight.dtype
+        return list(dict.fromkeys((accumulate_dtype(dtype), torch.float32, dtype)))
+
+    def _hold(self, base: nn.Module, train_bias: bool) -> torch.device:
+        """Keep the weight, frozen, and the bias. Returns where they are."""
+        self.weight = base.weight.requires_grad_(False)
+        if base.bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = base.bias.requires_grad_(train_bias)
+        return self.weight.device
 
     def reset_lora_parameters(self) -> None:
         """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero, magnitudes the weight's: the layer equals its base.
@@ -275,6 +297,9 @@ class LoRALinear(nn.Module):
             bias = bias if bias is None or trains(self, "bias", bias) else bias.detach()
             if magnitude is not None and not trains(self, "lora_magnitude", magnitude):
                 magnitude = magnitude.detach()
+        return self._adapted(x, weight, bias, magnitude)
+
+    def _adapted(self, x: Tensor, weight: Tensor | Base, bias: Tensor | None, magnitude: Tensor | None) -> Tensor:
         options = {
             "bias": bias,
             "scaling": self.scaling,
