@@ -62,12 +62,13 @@ class CpuWay(NamedTuple):
 
     ``now``: the settings of the call, under which native calls remember it. ``kind``: who computes the base product,
     empty for an op without one; ``strided``: who does where W is adjacent along neither dimension, which a problem
-    does not tell.
+    does not tell. ``pairs``: whether the branch is computed by products of bf16.
     """
 
     now: Settings = Settings()
     kind: str = ""
     strided: str = ""
+    pairs: bool = False
 
 
 class TritonWay(NamedTuple):

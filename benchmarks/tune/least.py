@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import peftkern
 from peftkern.backends.cpu import native
 from peftkern.bases.quantize import quantize
-from peftkern.dispatch.cpu_base import PAIR_RANKS, panel_rows
+from peftkern.dispatch.cpu_base import BRANCH_RANKS, PAIR_RANKS, panel_rows
 from peftkern.dispatch.least import ADAPTERS, WEIGHT
 from peftkern.methods import METHODS, Method
 from peftkern.settings import using
@@ -56,8 +56,9 @@ def measure(names: Sequence[str] | None = None) -> dict[str, int]:
             continue
         found[probe.name] = smallest(probe.amounts, lambda work, probe=probe: wins(probe, work))
         print(f"{probe.name}: from {found[probe.name]} on", file=sys.stderr)
-    if native._C.base_gemm_bf16_usable() and (not names or PAIR_RANKS in names):
-        found[PAIR_RANKS] = smallest(powers(3, 7), _pairs_win)
+    for name, won in ((PAIR_RANKS, _pairs_win), (BRANCH_RANKS, _branch_wins)):
+        if native._C.base_gemm_bf16_usable() and (not names or name in names):
+            found[name] = smallest(powers(3, 8), won)
     for half in (False, True)[: 1 + native._C.base_gemm_bf16_usable()]:
         for forward in (True, False):
             name = panel_rows(half, forward)
@@ -129,6 +130,28 @@ def _pairs_win(ranks: int) -> bool:
 
     seconds = medians({kind: step(kind) for kind in ("panels", "bf16")}, SECONDS)
     return _no_slower(stock=seconds["panels"], ours=seconds["bf16"])
+
+
+def _branch_wins(ranks: int) -> bool:
+    """Whether products of bf16 take no longer than those of fp32, with dropout or none, in small batches and large ones."""
+    return all(_branch_wins_for(M, p, ranks) for M in (16, 1024) for p in (0.0, 0.1))
+
+
+def _branch_wins_for(M: int, p: float, ranks: int) -> bool:
+    x, dy = torch.randn(2, M, 1024, dtype=torch.bfloat16)
+    weight, A = torch.randn(1024, 1024).bfloat16(), torch.randn(ranks, 1024).bfloat16()
+    leaves = [t.requires_grad_() for t in (x, A, torch.randn(1024, ranks).bfloat16())]
+
+    def step(least: int) -> Callable[[], object]:
+        def run() -> object:
+            with using(least=((BRANCH_RANKS, least),)):
+                y = peftkern.lora_linear(leaves[0], weight, *leaves[1:], dropout_p=p)
+                return torch.autograd.grad(y, leaves, dy)
+
+        return run
+
+    seconds = medians({"fp32": step(sys.maxsize), "bf16": step(0)}, SECONDS)
+    return _no_slower(stock=seconds["fp32"], ours=seconds["bf16"])
 
 
 def _panels_win(half: bool, forward: bool, rows: int) -> bool:

@@ -58,6 +58,12 @@ PlanKey key_of(PyObject* settings, int64_t pass, const cpu::LoraLinear& g, const
   return key;
 }
 
+// Whether a branch of such arguments can be computed by products of bf16.
+bool in_bf16(const cpu::LoraLinear& g, DType dtype) {
+  return dtype == DType::bf16 && g.A.dtype == DType::bf16 && g.d.data == nullptr && g.p_d.data == nullptr &&
+         g.g_d.data == nullptr && cpu::base_gemm_bf16_usable();
+}
+
 // The scale of the operand of a base product, for Python.
 PyObject* scale_of(PyObject* scales, bool transpose) {
   return scales == Py_None ? Py_None : PyTuple_GET_ITEM(scales, transpose ? 1 : 3);
@@ -107,6 +113,7 @@ struct ForwardCall {
   bool read_way(PyObject* word, cpu::BaseKind& out) const {
     return base.read_way(word, g.M, g.x.dtype, g.p_b.data != nullptr, out);
   }
+  bool takes_pairs() const { return in_bf16(g, g.x.dtype); }
 };
 
 PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
@@ -114,7 +121,7 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const Plan* plan = call.read(a, count) ? plans.find(call.key) : nullptr;
   if (plan == nullptr) Py_RETURN_NONE;
   cpu::LoraLinearForward& g = call.g;
-  g.kind = plan->kind;
+  g.kind = plan->kind, g.pairs = plan->pairs;
   Results results;
   Matrix u;
   if (!make_rows(results, true, call.x, g.N, g.x.dtype, g.y) ||
@@ -204,6 +211,9 @@ struct BackwardCall {
   bool read_way(PyObject* word, cpu::BaseKind& out) const {
     return base.read_way(word, g.M, g.dy.dtype, g.g_b.data != nullptr, out);
   }
+  bool takes_pairs() const {
+    return in_bf16(g, g.dy.dtype) && !need(kNeedRank | kNeedDeltaIn | kNeedDeltaOut);
+  }
 
  private:
   // Whether everything is there that the needed gradients read.
@@ -221,7 +231,7 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const Plan* plan = call.read(a, count) ? plans.find(call.key) : nullptr;
   if (plan == nullptr) Py_RETURN_NONE;
   cpu::LoraLinearBackward& g = call.g;
-  g.kind = plan->kind;
+  g.kind = plan->kind, g.pairs = plan->pairs;
   const DType adapter = g.A.dtype;
   Results results;
   if (!make_rows(results, call.need_dx(), call.dy, g.K, g.dy.dtype, g.dx) ||
@@ -248,13 +258,15 @@ PyMethodDef methods[] = {
      "y, "
      "or (y, u, h) if one of the two is wanted; None: not known, or not ordinary."},
     {"lora_linear_forward_learn", fast(learn<ForwardCall>), METH_FASTCALL,
-     "(what lora_linear_forward takes, kind) -> whether calls like this one are taken from now on."},
+     "(what lora_linear_forward takes, kind, branch in bf16) -> whether calls like this one are taken from "
+     "now on."},
     {"lora_linear_backward", fast(backward), METH_FASTCALL,
      "(settings, threads, dy, x, u, h, kind, weight, A, B, scaling, dropout_p, seed, scales, needs, K, R, "
      "adapter dtype) -> (dx, dA, dB, dbias, dd, dp_b, dp_d, dg_b, dg_d), one for each bit of needs; None as "
      "above."},
     {"lora_linear_backward_learn", fast(learn<BackwardCall>), METH_FASTCALL,
-     "(what lora_linear_backward takes, kind) -> whether calls like this one are taken from now on."},
+     "(what lora_linear_backward takes, kind, branch in bf16) -> whether calls like this one are taken from "
+     "now on."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

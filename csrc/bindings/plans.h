@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <array>
+#include <type_traits>
 #include <unordered_map>
 
 #include "cpu/base/product.h"
@@ -32,6 +33,7 @@ struct PlanKey {
 
 struct Plan {
   cpu::BaseKind kind;
+  bool pairs;         // whether a branch is computed by products of bf16
   cpu::Level level;  // the instruction set it was chosen for
 };
 
@@ -42,9 +44,9 @@ class Plans {
     const auto found = plans_.find(key);
     return found != plans_.end() && found->second.level == cpu::level() ? &found->second : nullptr;
   }
-  void keep(const PlanKey& key, cpu::BaseKind kind) {
+  void keep(const PlanKey& key, cpu::BaseKind kind, bool pairs = false) {
     if (plans_.size() >= kMost) clear();
-    if (plans_.insert_or_assign(key, Plan{kind, cpu::level()}).second) Py_INCREF(key.settings);
+    if (plans_.insert_or_assign(key, Plan{kind, pairs, cpu::level()}).second) Py_INCREF(key.settings);
   }
   void clear() {
     std::unordered_map<PlanKey, Plan, Hash> old;
@@ -68,14 +70,29 @@ class Plans {
 // Of all passes.
 inline Plans plans;
 
-// An entry's _learn: what the entry takes, and the word for who computes the base product of calls like it.
+// Whether calls of this kind know a branch by products of bf16.
+template <class Call, class = void>
+constexpr bool has_branch = false;
+template <class Call>
+constexpr bool has_branch<Call, std::void_t<decltype(&Call::takes_pairs)>> = true;
+
+// An entry's _learn: what the entry takes, the word for who computes the base product of calls like it, and,
+// where a call has that choice, whether the branch is computed by products of bf16 (left out: no).
 template <class Call>
 PyObject* learn(PyObject*, PyObject* const* a, Py_ssize_t count) {
   Call call;
   cpu::BaseKind kind = cpu::BaseKind::vendor;
-  if (count != Call::kCount + 1 || !call.read(a, count)) Py_RETURN_FALSE;
+  if (count <= Call::kCount || count > Call::kCount + 1 + has_branch<Call> || !call.read(a, count))
+    Py_RETURN_FALSE;
   if (!call.read_way(a[Call::kCount], kind)) return nullptr;
-  plans.keep(call.key, kind);
+  const bool pairs = count > Call::kCount + 1 && a[Call::kCount + 1] == Py_True;
+  if constexpr (has_branch<Call>) {
+    if (pairs && !call.takes_pairs()) {
+      PyErr_SetString(PyExc_ValueError, "this branch cannot be computed by products of bf16");
+      return nullptr;
+    }
+  }
+  plans.keep(call.key, kind, pairs);
   Py_RETURN_TRUE;
 }
 

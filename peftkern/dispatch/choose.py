@@ -102,11 +102,13 @@ def _cpu_way(problem: Problem, now: Settings) -> tuple[CpuWay, str]:
     if problem.op in cpu_base.BOTTLENECKS:
         kind, why = cpu_base.bottleneck_kind(problem, on, now)
         return CpuWay(now, kind, kind), f"products {kind}: {why}"
+    pairs = cpu_base.branch_in_bf16(problem, on, now)
+    branch = "; branch by products of bf16" if pairs else ""
     if product is None:
-        return CpuWay(now), "the C++ kernels, there is no base product"
+        return CpuWay(now, pairs=pairs), f"the C++ kernels, there is no base product{branch}"
     kind, why = cpu_base.choose_kind(product, on, now)
     strided, _ = cpu_base.choose_kind(product._replace(unit_stride=False), on, now)
-    return CpuWay(now, kind, strided), f"base product {kind}: {why}"
+    return CpuWay(now, kind, strided, pairs), f"base product {kind}: {why}{branch}"
 
 
 def _triton_way(problem: Problem, now: Settings) -> tuple[TritonWay, str]:

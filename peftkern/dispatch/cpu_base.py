@@ -29,8 +29,8 @@ from .cpu_table import Product
 
 _ALIGN = 32  # columns of zeros that pad a row of a
 _FEW_SCRATCH = 4 << 20  # floats of fp32 copies of a
-# Name of the least ranks of a bottleneck that are worth products of bf16.
-PAIR_RANKS = "ranks of a bottleneck in bf16"
+# Names of the least ranks that are worth products of bf16: of a bottleneck, and of a branch of lora_linear.
+PAIR_RANKS, BRANCH_RANKS = "ranks of a bottleneck in bf16", "ranks of a branch in bf16"
 
 
 def panel_rows(half: bool, forward: bool) -> str:
@@ -142,3 +142,12 @@ def bottleneck_kind(problem: Problem, on: Cpu, now: Settings) -> tuple[str, str]
     if problem.R < on.least.get(PAIR_RANKS, 0):
         return "panels", "few ranks"
     return "bf16", "twice the products of fp32"
+
+
+def branch_in_bf16(problem: Problem, on: Cpu, now: Settings) -> bool:
+    """Whether a branch is computed by products of bf16 (csrc/cpu/lora/pairs.h), not by register kernels in fp32."""
+    able = problem.op in ("lora_linear_fwd", "lora_linear_bwd") and "bf16_kernel" in on.features
+    if not able or problem.flags & {"d", "p_d", "g_d"} or {problem.dtype, problem.adapter_dtype} != {torch.bfloat16}:
+        return False
+    # By ranks and not by rows, so that bits do not depend on the batch.
+    return problem.R >= dict(now.least).get(BRANCH_RANKS, on.least.get(BRANCH_RANKS, 0))

@@ -158,7 +158,7 @@ def test_a_change_is_seen_at_the_next_call(change, kind, monkeypatch):
     from peftkern.backends.cpu import call as native_call
 
     told, learn = [], native_call.learn_forward
-    monkeypatch.setattr(native_call, "learn_forward", lambda *args: told.append(args[-1]) or learn(*args))
+    monkeypatch.setattr(native_call, "learn_forward", lambda *args: told.append(args[-2]) or learn(*args))
     call = functools.partial(peftkern.lora_linear, torch.randn(5, 64), torch.randn(48, 64), *AB)
     with using(tables=f"nowhere for {change}", cpu_isa="auto"):
         first = call()

@@ -65,11 +65,11 @@ def test_a_users_table_of_another_version_is_passed_over(tmp_path, monkeypatch):
 
 
 def test_packaged_limits_are_of_names_that_somebody_asks_for():
-    from peftkern.dispatch.cpu_base import PAIR_RANKS, panel_rows
+    from peftkern.dispatch.cpu_base import BRANCH_RANKS, PAIR_RANKS, panel_rows
     from peftkern.dispatch.least import ADAPTERS, WEIGHT
     from peftkern.methods import METHODS
 
-    asked = {m.name for m in METHODS.values() if m.loses_small} | {*ADAPTERS, WEIGHT, PAIR_RANKS}
+    asked = {m.name for m in METHODS.values() if m.loses_small} | {*ADAPTERS, WEIGHT, PAIR_RANKS, BRANCH_RANKS}
     asked |= {panel_rows(half, forward) for half in (False, True) for forward in (False, True)}
     tables = [table for _, table in table_files.read_all((TABLES,), "cpu-*.json", cpu_table.Table)]
     named = {name for table in tables for name in table.least}

@@ -1,7 +1,7 @@
 // Sums over rows of a bottleneck by products of bf16: pairs.h says what. Rows are added up in chains of
 // kPairTerms, in their order, whoever computes a column.
 #include "cpu/base/pairs.h"
-#include "cpu/bottleneck/drop_rows.h"
+#include "cpu/common/drop_rows.h"
 #include "cpu/bottleneck/pairs.h"
 #include "cpu/operand/dense.h"
 

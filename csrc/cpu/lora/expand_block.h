@@ -105,7 +105,7 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
     }
     for (int64_t c = 0; c < cols; c += kStep) {
       const int64_t n = min64(kStep, cols - c), column = c0 + c;
-      if (a.R > 0) {
+      if (a.R > 0 && a.delta == nullptr) {
         combine(a.v + (i - back) * a.ldv, a.ldv, take + back, a.R, p + column, a.ldp, round_up(n, W), delta,
                 kStep);
       }
@@ -122,7 +122,8 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
         if (a.R == 0) {
           finish_row_base<TO, TS>(src, vectors, n, out);
         } else {
-          finish<TO, TS>(delta + (back + m) * kStep, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr,
+          const float* made = a.delta != nullptr ? a.delta + (i + m) * a.ldd + column : delta + (back + m) * kStep;
+          finish<TO, TS>(made, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr,
                          src, vectors, n, out);
         }
       }

@@ -4,6 +4,7 @@
 #include "cpu/common/segments.h"
 #include "cpu/lora/steps.h"
 
+PEFTKERN_DISPATCH(drop_copy, DropCopyArgs)
 PEFTKERN_DISPATCH(dropout_mask, DropoutMaskArgs)
 PEFTKERN_DISPATCH(lora_expand, LoraExpandArgs)
 PEFTKERN_DISPATCH(scale_copy, ScaleCopyArgs)

@@ -1,9 +1,46 @@
 #include "cpu/lora/linear.h"
 
-#include "cpu/lora/steps.h"
+#include "cpu/lora/pairs.h"
 
 namespace peftkern::cpu {
 namespace {
+
+// Where a size is 0 there are no products.
+bool by_pairs(const LoraLinear& g) {
+  return g.pairs && std::min({g.M, g.N, g.K, g.R}) > 0;
+}
+
+// What is added to the blocks of a base product: v p, v (M, R), p (R, C) times alpha and the scales of its
+// rows and columns.
+class Update {
+ public:
+  Update(const LoraLinear& g, const float* v, const ConstMatrix& p, int64_t C, float alpha,
+         const float* row_scale, const float* col_scale, KeptScratch& scratch)
+      : R_(g.R), v_{v, DType::f32, g.R, 1} {
+    if (by_pairs(g)) {
+      v_ = rounded(v_, g.M, g.R, g.threads, scratch), p_ = p, alpha_ = alpha;
+    } else {
+      panel_ = as_panel(p, g.R, C, alpha, row_scale, col_scale, g.threads, scratch);
+    }
+  }
+  // Into the block from (r0, c0) on; v and p are filled in.
+  void add(LoraExpandArgs args, int64_t r0, int64_t c0) const {
+    if (p_.data != nullptr) {
+      args.alpha *= alpha_;
+      expand_pairs(args, from(v_, r0, 0), from(p_, 0, c0));
+      return;
+    }
+    args.v = static_cast<const float*>(from(v_, r0, 0).data), args.ldv = R_;
+    args.p = panel_.data + c0, args.ldp = panel_.ld;
+    lora_expand(args);
+  }
+
+ private:
+  int64_t R_;
+  ConstMatrix v_, p_;  // bf16, or fp32 and absent
+  float alpha_ = 1.0f;
+  Panel panel_{};
+};
 
 // What all steps of a backward pass read.
 struct Backward {
@@ -20,7 +57,17 @@ void reduce_dy(const Backward& b) {
   LoraReduceArgs args{};
   args.in = g.dy, args.M = g.M, args.C = g.N, args.R = g.R;
   args.alpha_dot = args.alpha_outer = 1.0f;
-  args.v = b.G != nullptr ? g.u : nullptr, args.g = b.G, args.colsum = g.dbias;
+  args.colsum = g.dbias;
+  if (by_pairs(g)) {
+    if (b.du != nullptr)
+      multiply_pairs(g.M, g.R, g.N, g.dy, g.B, g.scaling, {b.du, DType::f32, g.R, 1}, g.threads);
+    if (b.G != nullptr)
+      multiply_pairs(g.R, g.N, g.M, across(g.u, g.M, g.R, g.threads, b.scratch), g.dy, 1.0f,
+                     {b.G, DType::f32, g.N, 1}, g.threads);
+    if (g.dbias != nullptr) reduce(args, g.threads);
+    return;
+  }
+  args.v = b.G != nullptr ? g.u : nullptr, args.g = b.G;
   if (b.du != nullptr) {
     const Panel p = as_panel(transposed(g.B), g.R, g.N, g.scaling, g.dd != nullptr ? nullptr : b.d, b.g_d,
                              g.threads, b.scratch);
@@ -56,10 +103,15 @@ void grad_A(const Backward& b) {
   if (g.dA.data == nullptr && g.dp_d == nullptr) return;
   const bool in_place = g.dA.data != nullptr && g.dA.dtype == DType::f32 && b.p_d == nullptr;
   float* G = in_place ? static_cast<float*>(g.dA.data) : b.scratch.take(g.R * g.K);
-  LoraReduceArgs args{};
-  args.in = g.x, args.M = g.M, args.C = g.K, args.R = g.R, args.dropout = g.dropout;
-  args.v = b.du, args.g = G, args.alpha_outer = g.kept_scale;
-  reduce(args, g.threads);
+  if (by_pairs(g)) {
+    sum_pairs(g.R, g.K, g.M, across(b.du, g.M, g.R, g.threads, b.scratch), g.x, g.dropout, g.kept_scale,
+              {G, DType::f32, g.K, 1}, g.threads);
+  } else {
+    LoraReduceArgs args{};
+    args.in = g.x, args.M = g.M, args.C = g.K, args.R = g.R, args.dropout = g.dropout;
+    args.v = b.du, args.g = G, args.alpha_outer = g.kept_scale;
+    reduce(args, g.threads);
+  }
   const ConstMatrix result{G, DType::f32, g.K, 1};
   if (g.dp_d != nullptr) dot_columns(result, g.A, g.R, g.K, g.dp_d, false, g.threads);
   if (g.dA.data != nullptr && !in_place) {
@@ -74,7 +126,7 @@ void grad_x(const Backward& b) {
   if (g.dx.data == nullptr) return;
   const float* in_scale = as_floats(g.p_b, g.K, b.scratch);
   const float* out_scale = as_floats(g.g_b, g.N, b.scratch);
-  const Panel p = as_panel(g.A, g.R, g.K, 1.0f, nullptr, b.p_d, g.threads, b.scratch);
+  const Update update(g, b.du, g.A, g.K, 1.0f, nullptr, b.p_d, b.scratch);
   const BaseProduct base{g.kind,    g.M,  g.K,      g.N,       g.dy,       g.weight,
                          out_scale, g.dx, g.vendor, g.threads, g.quantised};
   base_product(
@@ -83,24 +135,34 @@ void grad_x(const Backward& b) {
         if (g.dp_b != nullptr)
           dot_columns(block, from(g.x, r0, c0), rows, cols, g.dp_b + c0, true, g.threads);
         const Dropout dropout{g.dropout.seed, g.dropout.threshold, r0, c0};
-        lora_expand({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, b.du + r0 * g.R, g.R, p.data + c0,
-                     p.ld, g.kept_scale, dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
-                     worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)});
+        update.add({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, nullptr, 0, nullptr, 0, g.kept_scale,
+                    dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
+                    worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)},
+                   r0, c0);
       });
+}
+
+// u = (drop(x) * p_d) A^T
+void shrink(const LoraLinear& g, float* u, KeptScratch& scratch) {
+  if (by_pairs(g)) {
+    shrink_pairs(g.M, g.R, g.K, g.x, g.dropout, g.A, g.kept_scale, {u, DType::f32, g.R, 1}, g.threads);
+    return;
+  }
+  LoraReduceArgs args{};
+  args.in = g.x, args.M = g.M, args.C = g.K, args.R = g.R, args.dropout = g.dropout;
+  const Panel a = as_panel(g.A, g.R, g.K, 1.0f, nullptr, as_floats(g.p_d, g.K, scratch), g.threads, scratch);
+  args.p = a.data, args.ldp = a.ld, args.out = u, args.alpha_dot = g.kept_scale;
+  reduce(args, g.threads);
 }
 
 }  // namespace
 
 void lora_linear_forward(const LoraLinearForward& g) {
   KeptScratch scratch;
-  LoraReduceArgs shrink{};
-  shrink.in = g.x, shrink.M = g.M, shrink.C = g.K, shrink.R = g.R, shrink.dropout = g.dropout;
-  const Panel a = as_panel(g.A, g.R, g.K, 1.0f, nullptr, as_floats(g.p_d, g.K, scratch), g.threads, scratch);
   float* u = g.u != nullptr ? g.u : scratch.take(g.M * g.R);
-  shrink.p = a.data, shrink.ldp = a.ld, shrink.out = u, shrink.alpha_dot = g.kept_scale;
-  reduce(shrink, g.threads);
-  const Panel p = as_panel(transposed(g.B), g.R, g.N, g.scaling, as_floats(g.d, g.R, scratch),
-                           as_floats(g.g_d, g.N, scratch), g.threads, scratch);
+  shrink(g, u, scratch);
+  const Update update(g, u, transposed(g.B), g.N, g.scaling, as_floats(g.d, g.R, scratch),
+                      as_floats(g.g_d, g.N, scratch), scratch);
   const float* bias = as_floats(g.bias, g.N, scratch);
   const float* in_scale = as_floats(g.p_b, g.K, scratch);
   const float* out_scale = as_floats(g.g_b, g.N, scratch);
@@ -115,10 +177,10 @@ void lora_linear_forward(const LoraLinearForward& g) {
       scale_copy(
           {block, saved, rows, cols, 0, 1.0f, nullptr, nullptr, worth_threads(4 * rows * cols, g.threads)});
     }
-    lora_expand({from(g.y, r0, c0), block, nullptr, rows, cols, g.R, u + r0 * g.R, g.R, p.data + c0, p.ld,
-                 1.0f, Dropout{}, out_scale != nullptr ? out_scale + c0 : nullptr,
-                 bias != nullptr ? bias + c0 : nullptr,
-                 worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)});
+    update.add({from(g.y, r0, c0), block, nullptr, rows, cols, g.R, nullptr, 0, nullptr, 0, 1.0f, Dropout{},
+                out_scale != nullptr ? out_scale + c0 : nullptr, bias != nullptr ? bias + c0 : nullptr,
+                worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)},
+               r0, c0);
   });
 }
 

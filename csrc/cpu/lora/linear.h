@@ -22,6 +22,7 @@ struct LoraLinear {
   ConstMatrix d, p_b, p_d, g_b, g_d;
   const Quantised* quantised = nullptr;  // in the place of the weight's memory
   BaseKind kind = BaseKind::panels;
+  bool pairs = false;  // the branch by products of bf16 (pairs.h): all bf16, and no d, p_d, g_d
   Product vendor = nullptr;
   int threads = 1;
 };

@@ -22,6 +22,17 @@ struct DropoutMaskArgs {
 };
 void dropout_mask(const DropoutMaskArgs& args);
 
+// out = drop(in), rows x cols of bf16 with adjacent columns; they may be one. Dropped elements are 0, the
+// others as they were.
+struct DropCopyArgs {
+  ConstMatrix in;
+  Dropout dropout;
+  int64_t rows, cols;
+  Matrix out;
+  int threads;
+};
+void drop_copy(const DropCopyArgs& args);
+
 // Multiply-adds of operands in registers, `steps` of a few vectors each on every thread: what is timed as the
 // CPU's peak. sums: kPeakRoom floats a thread; flops: how many were done.
 constexpr int64_t kPeakRoom = 16;
@@ -67,7 +78,7 @@ void lora_reduce(const LoraReduceArgs& args);
 // out[i, c] = round( base_scale[c] * src[i, c] + drop(alpha * sum_r v[i, r] * p[r, c]) * delta_scale[c] +
 // bias[c] ) src: out itself (in place), another matrix in out's dtype or fp32, or null (zero). Scales and
 // bias may be null. With `rows`, row i of the task is row rows[i] - dropout.row0 of out and src (v has the
-// task's rows).
+// task's rows). With `delta`, fp32 rows of whole vectors, it takes the place of the products of v and p.
 struct LoraExpandArgs {
   Matrix out;
   ConstMatrix src;
@@ -83,6 +94,8 @@ struct LoraExpandArgs {
   const float* bias;
   int threads;
   const float* delta_scale = nullptr;
+  const float* delta = nullptr;
+  int64_t ldd = 0;
 };
 void lora_expand(const LoraExpandArgs& args);
 

@@ -17,7 +17,8 @@
 
 All return None for a call that is not ordinary (a subclass, another device, shapes that do not fit ...), those with settings
 also for one that nobody has looked at yet: the caller then checks and chooses with care, and hands its choice to
-``learn_forward`` and the like (the same arguments, and the kind of product: peftkern/dispatch/cpu_base.py).
+``learn_forward`` and the like (the same arguments, the kind of product, and whether a branch is computed by products of
+bf16: peftkern/dispatch/cpu_base.py).
 Shapes, dtypes and strides are checked natively at every call; what is looked up is the choice alone, under everything that
 it may depend on.
 
@@ -107,7 +108,7 @@ def kind_of(c, way) -> str:
     return way.strided if c.kind == "dense" and 1 not in c.base[0].stride() else way.kind
 
 
-def answered(entry, learn, args: tuple, *kind: str):
+def answered(entry, learn, args: tuple, *choice: str | bool):
     """The entry's result: asked again when it knows the choice, and with copies of what it does not take as it is.
 
     What has rows at no constant step, or is no plain tensor, is copied: rare, and never wrong.
@@ -115,7 +116,7 @@ def answered(entry, learn, args: tuple, *kind: str):
     for careful in (False, True):
         given = marshal.copied(args) if careful else args
         done = entry(*given)
-        if done is None and learn(*given, *kind):
+        if done is None and learn(*given, *choice):
             done = entry(*given)
         if done is not None:
             return done

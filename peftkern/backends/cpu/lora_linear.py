@@ -24,7 +24,7 @@ def lora_linear_fwd(c, way):
         way.now, torch.get_num_threads(), c.x, c.kind, weight_of(c.base), c.lora_A, c.lora_B, c.bias, c.scaling, c.dropout_p,
         c.seed, _scales(c), True, c.save_base,
     )  # fmt: skip
-    y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way))
+    y, u, h = call.answered(call.forward, call.learn_forward, args, call.kind_of(c, way), way.pairs)
     return y, u, c.x.new_empty(0) if h is None else h
 
 
@@ -38,7 +38,7 @@ def lora_linear_bwd(c, way):
         c.scaling, c.dropout_p, c.seed, _scales(c), sum(1 << i for i, n in enumerate(need) if n), K, R, c.lora_A.dtype,
     )  # fmt: skip
     kind = call.kind_of(c, way) if dx else "vendor"
-    dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind)
+    dx, dA, dB, *sums = call.answered(call.backward, call.learn_backward, args, kind, way.pairs)
     dbias, *vectors = (c.u.new_empty(0) if t is None else t for t in sums)
     dx, dA, dB = (like.new_empty(0) if t is None else t for t, like in ((dx, c.dy), (dA, c.lora_A), (dB, c.lora_B)))
     return dx, dA, dB, dbias, vectors
