@@ -101,10 +101,12 @@ def computed_in(base: Base, compute: str | None) -> Base:
     return base._replace(kind="w8a8")
 
 
-def operands(kind: str, tensors: Sequence[Tensor], t: Tensor, shape: tuple[int, int], transposed: bool):
-    """(t, W) of t's dtype whose product t W^T, or t W if ``transposed``, is what a base of ``shape`` (N, K) makes of t (M, K or N).
+def operands(
+    kind: str, tensors: Sequence[Tensor], t: Tensor, shape: tuple[int, int], transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(t', W'), in t's dtype: a base of ``shape`` (N, K) makes t' W'^T of t (M, K); if ``transposed``, t' W' of t (M, N).
 
-    W is None if the base hands its input on. t is in fp32 or fp64.
+    W' is None if the base hands its input on. t is in fp32 or fp64.
     """
     of = kind_of(kind)
     return of.operands(tensors, t, transposed) if isinstance(of, W8a8) else (t, of.dequantise(tensors, t.dtype, shape))
