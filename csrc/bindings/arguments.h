@@ -96,10 +96,10 @@ inline bool fits(DType dtype, DType activation) {
 // is none) at all; else a Python error and false. `scaled`: the rows have a scale.
 inline bool read_kind(PyObject* word, int64_t M, DType dtype, const ConstMatrix* weight, bool scaled,
                       cpu::BaseKind& out) {
-  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "few", "identity"};
+  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "few", "int8", "identity"};
   const char* text = PyUnicode_AsUTF8(word);
   if (text == nullptr) return false;
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < 6; ++i) {
     if (std::string(text) != kWords[i]) continue;
     out = static_cast<cpu::BaseKind>(i);
     if ((out == cpu::BaseKind::identity) != (weight == nullptr)) break;
@@ -146,13 +146,19 @@ struct Base {
     const bool weighted = kind == kDense || kind == kQuantised;
     if (kind == kNone || !read_kind(word, M, dtype, weighted ? &weight : nullptr, scaled, out))
       return kind == kNone;
-    if (kind != kQuantised || out != cpu::BaseKind::vendor) return true;
-    PyErr_SetString(PyExc_ValueError, "the vendor has no product of codes");
+    const bool integers = kind == kQuantised && quantised.integers;
+    if (integers == (out == cpu::BaseKind::int8) && (kind != kQuantised || out != cpu::BaseKind::vendor))
+      return true;
+    PyErr_SetString(PyExc_ValueError, integers ? "a product with rounded rows is one of integers"
+                                      : out == cpu::BaseKind::int8
+                                          ? "a product of integers needs rows that may be rounded"
+                                          : "the vendor has no product of codes");
     return false;
   }
   // What a choice may depend on.
   int64_t which() const {
-    return 64 * kind + (kind == kQuantised ? 1 + static_cast<int64_t>(quantised.code) : 0);
+    return 64 * kind + (kind == kQuantised ? 1 + static_cast<int64_t>(quantised.code) : 0) +
+           32 * quantised.integers;
   }
   int64_t strides() const { return 2 * (weight.row == 1) + (weight.col == 1); }
 };

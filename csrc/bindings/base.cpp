@@ -15,8 +15,11 @@ using namespace py::literals;
 namespace {
 
 cpu::BaseKind kind_of(const std::string& word) {
-  require(word == "panels" || word == "bf16" || word == "few", "unknown kind");
-  return word == "few" ? cpu::BaseKind::few : word == "bf16" ? cpu::BaseKind::bf16 : cpu::BaseKind::panels;
+  require(word == "panels" || word == "bf16" || word == "few" || word == "int8", "unknown kind");
+  return word == "few"    ? cpu::BaseKind::few
+         : word == "bf16" ? cpu::BaseKind::bf16
+         : word == "int8" ? cpu::BaseKind::int8
+                          : cpu::BaseKind::panels;
 }
 
 py::tuple base_blocks(const std::string& word, int64_t M, int64_t D, int64_t C, int threads) {

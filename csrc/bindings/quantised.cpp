@@ -1,8 +1,10 @@
 #include "bindings/quantised.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "bindings/tensors.h"
+#include "peftkern/cpu.h"
 
 namespace peftkern {
 namespace {
@@ -149,6 +151,10 @@ bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quan
   if (is("nf4") || is("fp4")) {
     q.code = is("nf4") ? Code::nf4 : Code::fp4;
     return read_flat4(t, q);
+  }
+  if (is("w8a8")) {
+    q.code = Code::int8, q.integers = true;
+    return std::max(N, K) <= cpu::kBaseInt8Terms && read_bytes(t, q, tensors::kInt);
   }
   if (is("int8") || is("fp8")) {
     const uint8_t kind = t.of[0].kind;

@@ -189,6 +189,8 @@ def _traced(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor 
     def times(t, scale):
         return t if scale is None else t * scale.to(t.dtype)
 
+    if base.kind == "w8a8":
+        raise ValueError("a base of kind w8a8 cannot be traced: the gradient of rounding is not that of torch's ops")
     linear = torch.nn.functional.linear
     W = kind_of(base.kind).dequantise(base.tensors, x.dtype, (lora_B.shape[0], lora_A.shape[1]))
     into = times(x, s.p_b)

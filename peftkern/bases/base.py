@@ -18,7 +18,7 @@ from .fp8 import Fp8
 from .gguf import Q4, Q8
 from .identity import Identity
 from .int4 import Hqq4, Int4
-from .int8 import Int8
+from .int8 import Int8, W8a8
 from .library import held
 from .mxfp4 import Mxfp4
 
@@ -43,7 +43,7 @@ class Kind(Protocol):
 
 
 _ALL = (
-    Dense(), Identity(), Codebook("nf4", NF4), Codebook("fp4", FP4), Int8(), Int4(), Hqq4(), Fp8(), Mxfp4(), Q4(), Q8(),
+    Dense(), Identity(), Codebook("nf4", NF4), Codebook("fp4", FP4), Int8(), W8a8(), Int4(), Hqq4(), Fp8(), Mxfp4(), Q4(), Q8(),
 )  # fmt: skip
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 # Those in codes of 4 or 8 bits.
@@ -85,6 +85,31 @@ def base_of(weight: Tensor | Base) -> Base:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     return Base("dense", (weight,))
+
+
+def computed_in(base: Base, compute: str | None) -> Base:
+    """The base whose products are computed in ``compute``: "int8", of kind int8 alone, or None, as it is.
+
+    Raises ValueError for another one.
+    """
+    if compute is None:
+        return base
+    if compute != "int8":
+        raise ValueError(f"compute is {compute!r}, expected 'int8' or None")
+    if base.kind not in ("int8", "w8a8"):
+        raise ValueError(f"compute='int8' is for weights of kind int8, this one is {base.kind}")
+    return base._replace(kind="w8a8")
+
+
+def operands(
+    kind: str, tensors: Sequence[Tensor], t: Tensor, shape: tuple[int, int], transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(t', W'), in t's dtype: a base of ``shape`` (N, K) makes t' W'^T of t (M, K); if ``transposed``, t' W' of t (M, N).
+
+    W' is None if the base hands its input on. t is in fp32 or fp64.
+    """
+    of = kind_of(kind)
+    return of.operands(tensors, t, transposed) if isinstance(of, W8a8) else (t, of.dequantise(tensors, t.dtype, shape))
 
 
 def kind_of(name: str) -> Kind:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from .base import Base
+from .base import Base, computed_in
 from .codebook import FP4, NF4
 from .fp8 import BLOCK
 from .mxfp4 import BLOCK as MX_BLOCK
@@ -22,7 +22,9 @@ NESTED_BLOCK = 256
 _TINY = 1e-38
 
 
-def quantize(weight: Tensor, kind: str, *, block_size: int | None = None, nested: bool = False) -> Base:
+def quantize(
+    weight: Tensor, kind: str, *, block_size: int | None = None, nested: bool = False, compute: str | None = None
+) -> Base:
     """A base that holds a weight (N, K) in 4 or 8 bits: ``lora_linear`` and ``multi_lora_linear`` take it as their weight.
 
     ======  ===========================================================  ==============================================
@@ -45,6 +47,8 @@ def quantize(weight: Tensor, kind: str, *, block_size: int | None = None, nested
         kind: see above. Bases of other kinds are read, not made.
         block_size: a power of two from 32 to 4096 for nf4 and fp4, a divisor of K for int4, 128 for fp8.
         nested: quantise the scales of nf4 or fp4 as well.
+        compute: "int8" for int8: the rows that meet the weight are rounded to 8 bits as well, by their largest magnitude,
+            in the forward pass and in that of the gradient of x. That changes both by about 1 % (peftkern/bases/int8.py).
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
@@ -62,7 +66,8 @@ def quantize(weight: Tensor, kind: str, *, block_size: int | None = None, nested
         raise ValueError(f"nested is for the scales of nf4 and fp4, {kind} has none that could be quantised")
     with torch.no_grad():
         tensors = maker.make(weight.detach().float(), size)
-        return Base(kind, (tensors[0], *_nested(tensors[1])) if nested else tensors, tuple(weight.shape))
+        parts = (tensors[0], *_nested(tensors[1])) if nested else tensors
+        return computed_in(Base(kind, parts, tuple(weight.shape)), compute)
 
 
 def _nearest(values: Tensor, code: Tensor) -> Tensor:

@@ -6,6 +6,8 @@
 - ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It
   takes the place of ``panels`` there, unless the input has a scale.
 - ``few``: ours for few rows (csrc/cpu/base/few.cpp), one pass over W.
+- ``int8``: of a base of kind w8a8 alone, whose rows are rounded (csrc/cpu/base/gemm_int8.cpp): sums of integers, which are
+  exact, for any number of rows.
 
 Nothing here times anything: a noisy measurement would change bits from run to run. A table of this CPU model (cpu_table)
 names the fastest kind. Where none speaks, fp32 is the vendor's: which of two good products is faster differs from model to
@@ -82,8 +84,8 @@ def product_of(problem: Problem) -> Product | None:
         return None
     D, C = (problem.N, problem.K) if forward else (problem.K, problem.N)
     scale = "p_b" if forward else "g_b"  # many adapters' rows are scaled before they meet the product
-    coded = bool(flags & QUANTISED)
-    return Product(problem.dtype, forward, problem.M, D, C, scaled=scale in flags and not many, coded=coded)
+    coded, scaled = bool(flags & QUANTISED), scale in flags and not many
+    return Product(problem.dtype, forward, problem.M, D, C, scaled=scaled, coded=coded, integers="w8a8" in flags)
 
 
 def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
@@ -95,6 +97,8 @@ def vendor_is_fast(dtype: torch.dtype, on: Cpu) -> bool:
 
 def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     """(kind of the product, why)."""
+    if p.integers:
+        return "int8", "x is rounded to 8 bits, which is ours alone"
     pairs = p.dtype == torch.bfloat16 and not p.scaled and "bf16_kernel" in on.features
     panels = "bf16" if pairs else "panels"
     few = p.unit_stride and p.M <= on.few and p.M * (p.C + _ALIGN) <= _FEW_SCRATCH

@@ -49,7 +49,7 @@ class Level(NamedTuple):
 
 class Product(NamedTuple):
     """(M, C) x (C, D). ``unit_stride``: W is adjacent along C or D; ``scaled``: the left side is multiplied by a vector;
-    ``coded``: W is quantised.
+    ``coded``: W is quantised; ``integers``: and the left side is rounded to meet its codes.
     """
 
     dtype: torch.dtype
@@ -60,6 +60,7 @@ class Product(NamedTuple):
     unit_stride: bool = True
     scaled: bool = False
     coded: bool = False
+    integers: bool = False
 
 
 class Row(NamedTuple):

@@ -20,6 +20,7 @@ KINDS = {
     "panels": "peftkern, fp32 panels",
     "bf16": "peftkern, bf16 pairs",
     "few": "peftkern, one pass over W",
+    "int8": "peftkern, sums of integers",
 }
 
 

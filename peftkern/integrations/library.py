@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..methods.quantised import COMPUTE
 from .report import Report, Status
 from .status import calls_of, clear_calls, known_calls
 from .switch import Switch
@@ -59,8 +60,11 @@ class Library(ABC):
         """What a model without layers of this library holds that a user might take for one, or an empty string."""
         return ""
 
-    def accelerate(self, model: nn.Module, report: Report) -> set[str]:
-        """Mark the layers of this model and write them into the report. Returns the device types of those that run fused."""
+    def accelerate(self, model: nn.Module, report: Report, compute: str | None) -> set[str]:
+        """Mark the layers of this model and write them into the report. Returns the device types of those that run fused.
+
+        ``compute``: as the public function takes it.
+        """
         look, devices, warned = self.looks(), set(), set()
         with self.switch.lock:
             for name, layer in self.layers(model):
@@ -69,6 +73,7 @@ class Library(ABC):
                     # Marked even if its present state speaks against it: states end, and each call looks again.
                     self.install()
                     self.switch.set_mark(layer)
+                    self._set_compute(layer, compute)
                     found = look(layer)
                     calls_of(layer).warned = None if isinstance(found, str) else warned
                 report.libraries[name] = self.name
@@ -79,6 +84,12 @@ class Library(ABC):
                     report.backends[name] = found.backend
                     devices.add(found.device)
         return devices
+
+    @staticmethod
+    def _set_compute(layer: nn.Module, compute: str | None) -> None:
+        layer.__dict__.pop(COMPUTE, None)
+        if compute is not None:
+            layer.__dict__[COMPUTE] = compute
 
     def status(self, model: nn.Module, answer: Status, reset: bool) -> None:
         """Add what the layers of this model did. ``reset``: start anew afterwards."""
@@ -100,6 +111,7 @@ class Library(ABC):
             for module in model.modules():
                 if self.owns(module) or self.switch.marked(module):
                     self.switch.clear_mark(module)
+                    self._set_compute(module, None)
                     clear_calls(module)
             self.uninstall_if_unused()
 

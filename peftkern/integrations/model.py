@@ -33,7 +33,7 @@ def _check_model(model) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, compute: str | None = None) -> Report:
     """Run the adapters of ``model`` fused from now on.
 
     Of HF PEFT are covered the methods of docs/methods.md (``python -m peftkern methods``) on ``torch.nn.Linear`` and on
@@ -48,17 +48,24 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: any module that contains layers of a library (a PeftModel, a transformers model with adapters).
+        compute: "int8" for base layers in int8 with a scale for each row (bitsandbytes' Linear8bitLt, torchao's Int8Tensor,
+            quanto's qint8): what meets such a weight is rounded to 8 bits by its row, forward and in the gradient of x, which
+            changes each by about 1 % (``peftkern.quantize``), and products are of integers. PEFT's layers over other weights
+            then run its own code, with the reason. None, or a call without it, undoes that.
 
     Returns:
         Report: which layers are accelerated as of now, and why the others are not.
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: there is no such ``compute``.
         ModuleNotFoundError: no such library is installed.
     """
     _check_model(model)
+    if compute not in (None, "int8"):
+        raise ValueError(f"compute is {compute!r}, expected 'int8' or None")
     report, libraries = Report(), _libraries()
-    devices = set().union(*(library.accelerate(model, report) for library in libraries))
+    devices = set().union(*(library.accelerate(model, report, compute) for library in libraries))
     for device in sorted(devices):
         reason = only_reference(device)
         if reason is not None:

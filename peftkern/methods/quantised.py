@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.shapes import cast
-from ..bases.base import Base, base_of, kind_of
+from ..bases.base import Base, base_of, computed_in, kind_of
 from .look import PLAIN_TENSORS, Look, NotCovered, Record
 from .look import read as attribute
 
@@ -136,6 +136,18 @@ def _frozen(part: Look, reader: Callable[[Look], tuple[Base, bool]]) -> Frozen:
         raise NotCovered(f"its base layer: {reason}") from None
     # Whatever the dtype of x is: the bias may have the library's compute dtype.
     return Frozen(base, None if bias is None else cast(bias, torch.float32), uncast)
+
+
+# An entry of the ``__dict__`` of a layer whose products were asked to be computed so (``computed_in``).
+COMPUTE = "_peftkern_compute"
+
+
+def computed(weight: Any, compute: str | None) -> Any:
+    """A layer's weight, computed in ``compute``, or NotCovered with the reason. None: the weight as it is."""
+    try:
+        return weight if compute is None else computed_in(base_of(weight), compute)
+    except (TypeError, ValueError) as reason:
+        raise NotCovered(f"its base layer: {reason}") from None
 
 
 def _check(base: Base, bias: Any) -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bases.base import kind_of
+from ..bases.base import kind_of, operands
 from ..checks import accumulate_dtype, check_adapters, check_fits, check_number, check_rows, check_tensor
 from ..dispatch.registry import define
 from ..equation import PLACES, Needs, Scales, names
@@ -101,8 +101,8 @@ def lora_linear_fwd_ref(c: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, h); see ``Forward``."""
     acc, s = accumulate_dtype(c.x.dtype), c.at
     xf = c.x.to(acc)
-    W = kind_of(c.kind).dequantise(c.base, acc, (c.lora_B.shape[0], c.lora_A.shape[1]))
-    h = times(xf, s.p_b) if W is None else _mm(times(xf, s.p_b), W.t())
+    into, W = operands(c.kind, c.base, times(xf, s.p_b), (c.lora_B.shape[0], c.lora_A.shape[1]), False)
+    h = into if W is None else _mm(into, W.t())
     u = _mm(times(dropped(xf, c.dropout_p, c.seed), s.p_d), c.lora_A.to(acc).t())
     delta = _mm(times(u, s.d) * c.scaling, c.lora_B.to(acc).t())
     y = times(h, s.g_b) + times(delta, s.g_d)
@@ -120,8 +120,8 @@ def lora_linear_bwd_ref(c: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, li
     dv = _mm(times(dyf, s.g_d), B) * c.scaling
     du = times(dv, s.d)
     if need.x or need.p_b:
-        W = kind_of(c.kind).dequantise(c.base, acc, (B.shape[0], A.shape[1]))
-        base = times(dyf, s.g_b) if W is None else _mm(times(dyf, s.g_b), W)
+        into, W = operands(c.kind, c.base, times(dyf, s.g_b), (B.shape[0], A.shape[1]), True)
+        base = into if W is None else _mm(into, W)
         if need.p_b:
             sums["p_b"] = (base * c.x.to(acc)).sum(0)
         if need.x:

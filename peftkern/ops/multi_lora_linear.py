@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..bases.base import kind_of
+from ..bases.base import kind_of, operands
 from ..checks import accumulate_dtype, check_fits, check_rows, check_tensor
 from ..dispatch.registry import Size, define
 from ..problem import Problem, problem_like
@@ -199,8 +199,8 @@ def _base(kind: str, base: list[Tensor], t: Tensor, columns: int, transposed: bo
     if kind == NO_BASE:
         return t.new_zeros((t.shape[0], columns))
     shape = (t.shape[1], columns) if transposed else (columns, t.shape[1])
-    W = kind_of(kind).dequantise(base, t.dtype, shape)
-    return t.clone() if W is None else t @ (W if transposed else W.t())
+    into, W = operands(kind, base, t, shape, transposed)
+    return t.clone() if W is None else into @ (W if transposed else W.t())
 
 
 def multi_lora_linear_fwd_ref(c: MultiForward) -> tuple[Tensor, Tensor, Tensor]:

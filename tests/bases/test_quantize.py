@@ -81,3 +81,13 @@ def test_refused(case):
 
 def test_public():
     assert peftkern.quantize is quantize and "quantize" in peftkern.__all__
+
+
+def test_compute():
+    W = torch.randn(8, 64)
+    base, plain = quantize(W, "int8", compute="int8"), quantize(W, "int8")
+    assert base.kind == "w8a8" and all(map(torch.equal, base.tensors, plain.tensors))
+    assert torch.equal(back(base), back(plain))
+    for kind, compute, says in (("nf4", "int8", "this one is nf4"), ("int8", "int4", "compute is 'int4'")):
+        with pytest.raises(ValueError, match=says):
+            quantize(W, kind, compute=compute)

@@ -3,8 +3,8 @@
 //
 // A Format has 4-byte packed elements `Element` that stand for kTerms terms of the inner dimension each;
 // kTileRows x kTileCols of the output per tile; pack_row as in pack.h, to rows of a kBaseRow elements apart;
-// and tiles[r - 1], which computes a tile of r rows. Tiles of W come packed from its loader B, see
-// operand/dense.h.
+// tiles[r - 1], which computes a tile of r rows; and complete, which a tile goes through after its last
+// block. Tiles of W come packed from its loader B, see operand/dense.h.
 #pragma once
 
 #include <atomic>
@@ -107,8 +107,10 @@ class Blocks {
     const int depth = (u.terms + F::kTerms - 1) / F::kTerms;
     for (int64_t i = u.row, part = 0; i < end; i += tile_rows_, ++part) {
       if (next.terms > 0) w_.ask(next.col, next.k, next.cols, next.terms, part, parts);
-      compute<F>(static_cast<int>(smaller(tile_rows_, end - i)), u.cols, depth, packed_a + i * kBaseRow,
-                 packed_b, g_.out + i * g_.ld + u.col, g_.ld, u.k == 0);
+      const int rows = static_cast<int>(smaller(tile_rows_, end - i));
+      compute<F>(rows, u.cols, depth, packed_a + i * kBaseRow, packed_b, g_.out + i * g_.ld + u.col, g_.ld,
+                 u.k == 0);
+      if (u.k + u.terms == g_.inner) F::complete(g_, i, rows, u.col, u.cols);
     }
   }
 

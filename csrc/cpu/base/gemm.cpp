@@ -57,6 +57,7 @@ struct Fp32 {
   static void pack_row(const T* from, int64_t step, int64_t n, const float* scale, float* to) {
     PEFTKERN_LEVEL::pack_row(from, step, n, scale, to);
   }
+  static void complete(const BaseArgs&, int64_t, int, int64_t, int) {}
 };
 
 template <class T>

@@ -55,6 +55,7 @@ struct Pairs {
       _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
     }
   }
+  static void complete(const BaseArgs&, int64_t, int, int64_t, int) {}
 };
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -12,7 +12,7 @@ constexpr int64_t kPanel = int64_t{1} << 20, kPanelCols = 1024;
 // Bytes of L2 per row of a panel: what is packed of the row stays there, with what passes through.
 constexpr int64_t kRowBytes = 1024;
 constexpr int64_t kAlign = 32;  // columns; a multiple of every level's tile, and of what the branch needs
-// Bytes of a scaled copy of a for the vendor's product.
+// Bytes of a scaled copy of a for the vendor's product, and of codes.
 constexpr int64_t kScaledBytes = int64_t{16} << 20;
 // Narrower fp32 products are computed transposed by the vendor: MKL sums them in chains up to six times less
 // accurate than those of the transpose.
@@ -75,8 +75,33 @@ void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
   }
 }
 
-void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-                float* panel, int64_t ld, float* room) {
+Rounded rounded_room(const BaseProduct& g, KeptScratch& scratch) {
+  Rounded to;
+  to.ld = round_up(g.C, kCodeAlign);
+  to.rows = even(g.M, std::max<int64_t>(kScaledBytes / to.ld, 1), 1);
+  to.codes = reinterpret_cast<int8_t*>(scratch.take(to.rows * to.ld / 4));
+  to.row_scale = scratch.take(to.rows);
+  to.row_sum = reinterpret_cast<int32_t*>(scratch.take(to.rows));
+  const Quantised& w = *g.quantised;
+  const auto* scales = static_cast<const float*>(w.scales);
+  if (w.number != Quantised::Number::f32) {
+    float* floats = scratch.take(w.N);
+    const DType dtype = w.number == Quantised::Number::bf16 ? DType::bf16 : DType::f16;
+    scale_copy(
+        {{w.scales, dtype, w.N, 1}, {floats, DType::f32, w.N, 1}, 1, w.N, 0, 1.0f, nullptr, nullptr, 1});
+    scales = floats;
+  }
+  (g.b.row == 1 ? to.out : to.in) = scales;
+  return to;
+}
+
+void round_part(const BaseProduct& g, int threads, const Rounded& to) {
+  round_rows({from(g.a, to.begin, 0), std::min(to.rows, g.M - to.begin), g.C, g.scale, to.in, to.codes, to.ld,
+              to.row_scale, to.row_sum, threads});
+}
+
+void fill_panel(const BaseProduct& g, const Rounded& rounded, int threads, int64_t r0, int64_t r1, int64_t c0,
+                int64_t c1, float* panel, int64_t ld, float* room) {
   const int64_t rows = r1 - r0, cols = c1 - c0;
   if (g.kind == BaseKind::identity) {
     scale_copy({from(g.a, r0, c0),
@@ -91,12 +116,18 @@ void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64
     return;
   }
   const ConstMatrix a = from(g.a, r0, 0), b = g.quantised != nullptr ? g.b : from(g.b, 0, c0);
-  const BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row,   a.dtype,     g.scale, panel,
-                      ld,     rows,  cols,  g.C,    room,  threads, g.quantised, c0};
+  BaseArgs args{a.data, a.row, a.col, b.data, b.col, b.row,   a.dtype,     g.scale, panel,
+                ld,     rows,  cols,  g.C,    room,  threads, g.quantised, c0};
   if (g.kind == BaseKind::few) {
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {
     base_gemm_bf16(args);
+  } else if (g.kind == BaseKind::int8) {
+    const int64_t row = r0 - rounded.begin;
+    args.a = rounded.codes + row * rounded.ld, args.a_row = rounded.ld, args.a_col = 1, args.scale = nullptr;
+    args.row_scale = rounded.row_scale + row, args.row_sum = rounded.row_sum + row;
+    args.col_scale = rounded.out != nullptr ? rounded.out + c0 : nullptr;
+    base_gemm_int8(args);
   } else {
     base_gemm(args);
   }

@@ -15,6 +15,7 @@ enum class BaseKind : int {
   panels,    // base_gemm, fp32 panels of the result
   bf16,      // base_gemm_bf16, likewise
   few,       // base_few, likewise
+  int8,      // base_gemm_int8 of rows that are rounded to codes, likewise
   identity,  // no product: B is the identity matrix
   given,     // the output holds the product already
 };
@@ -42,11 +43,24 @@ struct BaseProduct {
   const Quantised* quantised = nullptr;
 };
 
+// Rows of a as codes, for kind int8: `rows` of them, or fewer, from `begin` on. Empty for other kinds.
+struct Rounded {
+  int64_t begin = 0, rows = 0, ld = 0;
+  int8_t* codes = nullptr;
+  float* row_scale = nullptr;
+  int32_t* row_sum = nullptr;
+  // W's scales: of what is rounded, or of the product's columns.
+  const float *in = nullptr, *out = nullptr;
+};
+// Room for as many rows as are worth rounding at once.
+Rounded rounded_room(const BaseProduct& g, KeptScratch& scratch);
+void round_part(const BaseProduct& g, int threads, const Rounded& to);
+
 // Fills g.out by the caller's product.
 void vendor_product(const BaseProduct& g, KeptScratch& scratch);
 // One block of another kind, into an fp32 panel of rows ld floats apart.
-void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-                float* panel, int64_t ld, float* room);
+void fill_panel(const BaseProduct& g, const Rounded& rounded, int threads, int64_t r0, int64_t r1, int64_t c0,
+                int64_t c1, float* panel, int64_t ld, float* room);
 
 // epilogue(r0, r1, c0, c1, block): block holds the product of rows [r0, r1) and columns [c0, c1); it is that
 // part of g.out, of g.a where the base is the identity, or fp32 scratch. The blocks cover the result once,
@@ -73,12 +87,17 @@ void base_product(const BaseProduct& g, KeptScratch& scratch, const Epilogue& ep
       blocks.cols + 16;  // not a multiple of 4 KB: a tile's rows would share one set of the cache
   float* panel = scratch.take(blocks.panel);
   float* room = scratch.take(blocks.scratch);
-  for (int64_t c0 = 0; c0 < g.D; c0 += blocks.cols) {
-    const int64_t c1 = std::min(g.D, c0 + blocks.cols);
-    for (int64_t r0 = 0; r0 < g.M; r0 += blocks.rows) {
-      const int64_t r1 = std::min(g.M, r0 + blocks.rows);
-      fill_panel(g, threads, r0, r1, c0, c1, panel, ld, room);
-      epilogue(r0, r1, c0, c1, ConstMatrix{panel, DType::f32, ld, 1});
+  Rounded rounded = g.kind == BaseKind::int8 ? rounded_room(g, scratch) : Rounded{0, g.M};
+  for (; rounded.begin < g.M; rounded.begin += rounded.rows) {
+    if (g.kind == BaseKind::int8) round_part(g, threads, rounded);
+    const int64_t end = std::min(g.M, rounded.begin + rounded.rows);
+    for (int64_t c0 = 0; c0 < g.D; c0 += blocks.cols) {
+      const int64_t c1 = std::min(g.D, c0 + blocks.cols);
+      for (int64_t r0 = rounded.begin; r0 < end; r0 += blocks.rows) {
+        const int64_t r1 = std::min(end, r0 + blocks.rows);
+        fill_panel(g, rounded, threads, r0, r1, c0, c1, panel, ld, room);
+        epilogue(r0, r1, c0, c1, ConstMatrix{panel, DType::f32, ld, 1});
+      }
     }
   }
 }

@@ -20,7 +20,10 @@ unsigned detect() {
   if (__get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547u && d == 0x49656e69u && c == 0x6c65746eu)
     found |= kIntel;
   // AVX-512 as a whole (and that the operating system saves its registers) is the level's question.
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22))) found |= kAmxBf16;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    if (d & (1u << 22)) found |= kAmxBf16;
+    if (c & (1u << 11)) found |= kAvx512Vnni;
+  }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     if (a & (1u << 5)) found |= kAvx512Bf16;
     if (a & (1u << 21)) found |= kAmxFp16;
@@ -88,3 +91,20 @@ void fma_peak_bf16(const PeakArgs&) {}
 PEFTKERN_DISPATCH(base_gemm, BaseArgs)
 PEFTKERN_DISPATCH(base_few, BaseArgs)
 PEFTKERN_DISPATCH(fma_peak, PeakArgs)
+PEFTKERN_DISPATCH(round_rows, RoundRowsArgs)
+PEFTKERN_DISPATCH_LOCAL(base_gemm_int8_run, BaseArgs)
+
+namespace peftkern::cpu {
+#ifdef PEFTKERN_HAVE_AVX512VNNI
+namespace avx512_vnni {
+void base_gemm_int8_run(const BaseArgs&);
+}
+#endif
+void base_gemm_int8(const BaseArgs& args) {
+#ifdef PEFTKERN_HAVE_AVX512VNNI
+  if (level() == Level::avx512 && (features() & kAvx512Vnni) != 0)
+    return avx512_vnni::base_gemm_int8_run(args);
+#endif
+  base_gemm_int8_run(args);
+}
+}  // namespace peftkern::cpu

@@ -54,6 +54,8 @@ class Decoded {
 
   const Quantised& weight() const { return w_; }
   int64_t begin() const { return begin_; }
+  // Whether columns of a tile follow one another in memory, and not terms.
+  bool across() const { return across_; }
 
   // Rows of a for products of few rows: in the order in which W is read, which is that of a dense fp32 one,
   // or of pairs.

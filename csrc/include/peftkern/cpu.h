@@ -166,7 +166,7 @@ void block_rotate_grad(const BlockRotateGradArgs& args);
 
 // --- base product (base_*.cpp) ---
 // Features of this CPU beyond its level, as bits.
-constexpr unsigned kX86 = 1, kIntel = 2, kAvx512Bf16 = 4, kAmxBf16 = 8, kAmxFp16 = 16;
+constexpr unsigned kX86 = 1, kIntel = 2, kAvx512Bf16 = 4, kAmxBf16 = 8, kAmxFp16 = 16, kAvx512Vnni = 32;
 unsigned features();
 
 // Who made this CPU and which it is, as CPUID says: an empty vendor where there is no CPUID.
@@ -194,6 +194,9 @@ struct BaseArgs {
   // is, from this column on.
   const Quantised* quantised = nullptr;
   int64_t quantised_col = 0;
+  // base_gemm_int8: of row i of a and of its column c, scales (col_scale may be null); sums of codes.
+  const float *row_scale = nullptr, *col_scale = nullptr;
+  const int32_t* row_sum = nullptr;
 };
 // Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains
 // lose accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a
@@ -212,6 +215,27 @@ void base_gemm(const BaseArgs& args);
 // build have it, at the level in use.
 bool base_gemm_bf16_usable();
 void base_gemm_bf16(const BaseArgs& args);
+// The product of codes: a as round_rows has made it, whatever dtype says, and a quantised weight of kind
+// int8, whose scales do not count. inner <= kBaseInt8Terms.
+void base_gemm_int8(const BaseArgs& args);
+// Of so many terms the sum fits 32 bits: each is at most 127 * 128.
+constexpr int64_t kBaseInt8Terms = int64_t{1} << 17;
+// Row i of `in` (rows x C), times both scales where they are not null, as codes of 8 bits:
+//   row_scale[i] = max |in[i, :]| / 127, codes[i, c] = rint(in[i, c] / row_scale[i]), row_sum[i] = sum_c
+//   codes[i, c]
+// with zeros from C to ld, a multiple of kCodeAlign. A row with an infinity or a NaN has NaN for a scale.
+constexpr int64_t kCodeAlign = 64;
+struct RoundRowsArgs {
+  ConstMatrix in;
+  int64_t rows, C;
+  const float *scale, *second;
+  int8_t* codes;
+  int64_t ld;
+  float* row_scale;
+  int32_t* row_sum;
+  int threads;
+};
+void round_rows(const RoundRowsArgs& args);
 // rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
 void base_few(const BaseArgs& args);
 // --- end of base product ---

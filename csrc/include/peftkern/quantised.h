@@ -23,6 +23,8 @@ struct Quantised {
   int64_t N = 0, K = 0;
   const uint8_t* codes = nullptr;
   int64_t row = 0;  // positions from a row of W to the next
+  // Whether W meets rows that are rounded to 8 bits, by products of integers alone (kind w8a8).
+  bool integers = false;
   // Bytes of a block that begins with the scale of its 32 codes, which `codes` and `scales` point into; 0:
   // codes lie one after the other, and so do scales.
   int64_t block_bytes = 0;

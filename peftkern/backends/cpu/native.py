@@ -75,7 +75,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(kind: str, M: int, D: int, C: int, threads: int) -> Blocks:
-    """Those of an (M, C) x (C, D) product of kind panels, bf16 or few; sizes at least 1."""
+    """Those of an (M, C) x (C, D) product of ours; sizes at least 1."""
     return Blocks(*_C.base_blocks(kind, M, D, C, threads))
 
 

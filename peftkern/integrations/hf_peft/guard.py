@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...bases.base import Base
 from ...methods import tuner
 from ...methods.look import PLAIN_TENSORS, Look, NotCovered, Record, only_aligns, read
+from ...methods.quantised import COMPUTE, computed
 from ...methods.registry import METHODS, Method, Plan, loaded, method_of
 from ..process import process_reason
 from ..tested import release_reason, replaced_by
@@ -128,6 +129,7 @@ def _layer_plan(look: Look, mixed: Sequence[str] | None) -> Plan | str:
                 return reason
             inner.class_stays()
         plan = tuner.plan(look, method, mixed) if method.plan is None else method.plan(look, mixed)
+        plan = plan._replace(weight=computed(plan.weight, look.value(COMPUTE)))
     except NotCovered as reason:
         return str(reason)
     # An adapter may make another method of the layer, which other releases have been tested with.
@@ -165,6 +167,8 @@ def experts_plan(layer: ParamWrapper, *call: Any) -> _experts.ExpertsPlan | str:
     if reason is not None:
         return reason
     try:
+        if COMPUTE in layer.__dict__:
+            raise NotCovered("compute='int8' is for weights of kind int8, experts have dense ones")
         return _experts.call_plan(layer, *call) if call else _experts.look_at(layer)
     except NotCovered as reason:
         return str(reason)
