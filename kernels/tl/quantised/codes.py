@@ -23,7 +23,7 @@ class Codes(NamedTuple):
     codes: bytes, uint8 or int8. lookup: what they stand for, fp32, by code; None: themselves. zeros: None if there are none.
     book: scales are codes of 8 bits, of which it has the values, times outer[g // OUTER] + offset, if those are given.
     row, pitch: codes and bytes from a row of W to the next; the pitch is used where runs do not straddle rows (WHOLE).
-    UPPER: the first half of a run is in the upper bits.
+    LONG: a row is in one half of a run. UPPER: the first half of a run is in the upper bits.
     The group of (n, k): (n * row + k) // GROUP if FLAT, else n // ROWS * groups + k // GROUP, without the part whose divisor
     is 0. STEP: from a scale to the next. SPAN: so many neighbours from a multiple of SPAN on are in one group, a power of two.
     """
@@ -43,6 +43,7 @@ class Codes(NamedTuple):
     HALF: tl.constexpr
     UPPER: tl.constexpr
     WHOLE: tl.constexpr
+    LONG: tl.constexpr
     FLAT: tl.constexpr
     GROUP: tl.constexpr
     ROWS: tl.constexpr
@@ -135,6 +136,13 @@ def _codes(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
                 both = tl.reshape(both, (n.shape[0], RUNS, w.HALF, 2))
                 both = tl.permute(both, (0, 1, 3, 2))
             q = tl.reshape(both, (n.shape[0], BLOCK))
+    elif w.LONG:
+        k = k0 + tl.arange(0, BLOCK)
+        first = n.to(tl.int64) * w.row
+        place = w.codes + (first // w.RUN * w.RUN_BYTES + first % w.HALF)[:, None] + k[None, :]
+        q = tl.load(place, mask=inside_n[:, None] & (k < K)[None, :], other=0)
+        if w.RUN > w.HALF:
+            q = tl.where(((first % w.RUN >= w.HALF) == w.UPPER)[:, None], q & 15, q >> 4)
     else:
         k = k0 + tl.arange(0, BLOCK)
         p = n.to(tl.int64)[:, None] * w.row + k[None, :]

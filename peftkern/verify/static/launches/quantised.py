@@ -6,9 +6,11 @@ As lora_linear.py, whose tables know the kernels and their other arguments. Kind
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftkern.backends.triton.operand import weight_of
@@ -20,6 +22,7 @@ from peftkern.kernels.lora_row_norm import row_norm
 from peftkern.testing.bases import random_base
 
 from ..triton import ARCHS, Report, captured, fits, report, share, tensors, values
+from .lora_linear import TILES
 
 BOUNDS = "triton_quantised"
 
@@ -49,18 +52,19 @@ def weight(name: str, N: int, K: int):
 
 
 def standard_cases(arch: int) -> list[Case]:
-    """4 and 8 bits; the few rows of decoding, more of them, panels."""
-    return [Case(arch, base, M) for base in ("nf4 nested", "int8") for M in (16, 64, 4096)]
+    """4 bits with scales in codes themselves, decoded where it is multiplied and by panels; 8 bits."""
+    return [Case(arch), Case(arch, M=4096), Case(arch, "int8")]
 
 
 def more_cases(arch: int) -> list[Case]:
-    """Further ways to hold codes and scales; rows that share bytes; fp32 activations."""
-    ways = ("fp4", "int4 bf16", "hqq4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0")
+    """Fewest rows; further ways to hold codes and scales; fp32 activations."""
+    ways = ("int4 bf16", "hqq4", "fp8 by blocks", "mxfp4", "q8_0")
     return [
-        *(Case(arch, base, M) for base in ways for M in (16, 64, 4096)),
-        Case(arch, M=16, K=4095),
-        Case(arch, M=4096, K=4095),
-        Case(arch, dtype=torch.float32),
+        Case(arch, M=16),
+        Case(arch, "int8", M=16),
+        Case(arch, "int8", M=4096),
+        *(Case(arch, base) for base in ways),
+        *(Case(arch, base, M=4096) for base in ways),
         Case(arch, M=4096, dtype=torch.float32),
     ]
 
@@ -92,27 +96,38 @@ def reports(case: Case) -> tuple[Report, ...]:
     return tuple(report(item, case.arch) for item in capture(case))
 
 
-def code_bytes(r: Report) -> float:
-    """The bytes of a tile of codes that each thread has."""
-    shares = {"expand_kernel": "BLOCK_N BLOCK_K", "panel_kernel": "BLOCK_N BLOCK_K", "row_norm_kernel": "BLOCK_N BLOCK_K"}
-    given = values(r.item)
-    return share(r, shares[r.item.name], 1) * given["w.HALF"].value / given["w.RUN"].value
+def _codes(r: Report) -> float:
+    w = {name: value.value for name, value in values(r.item).items() if isinstance(value, tl.constexpr)}
+    if w["w.RUN_BYTES"] != w["w.HALF"] or r.item.args["w"].row % 16:
+        return 1  # rows, or blocks with their scales inside, begin anywhere
+    # A tile that meets the product as it is lies in shared memory in pieces of 8 bytes.
+    alone = w["w.RUN"] == w["w.HALF"] or w["w.LONG"]
+    return 8 if alone else min(16, share(r, "BLOCK_N BLOCK_K", 1) / 2)
 
 
 def widths(r: Report) -> list[str]:
-    """Codes move 16 bytes at a time, or a thread's share, wherever their rows begin at such places; all else as dense."""
-    w, found = values(r.item), []
-    packed = w["w.RUN_BYTES"].value == w["w.HALF"].value and (w["w.WHOLE"].value or w["w.row"] % 16 == 0)
+    """Codes move 16 bytes at a time, or a thread's share, wherever rows of them begin at such places; the rest as beside a
+    dense W. Of scales and tables a tile has a few numbers."""
+    tiles, given, found = TILES.get(r.item.name, {"out": "BLOCK_N BLOCK_K"}), tensors(r.item), []
     for access in r.accesses:
-        if access.tensor == "w.codes":
-            mine = min(16, code_bytes(r)) if packed else 1
-        elif access.tensor.startswith("w."):
-            continue  # a few numbers of a tile
+        name, owner = access.tensor, access.tensor.partition(".")[0]
+        if name == "w.codes":
+            expected = _codes(r)
         else:
-            mine = 0
-        if access.bytes < mine:
-            found.append(f"{access}, a thread's share is {mine:g} bytes")
-    return found
+            expected = 0 if owner == "w" else min(16, share(r, tiles[name], given[name].element_size()))
+        if access.bytes < expected:
+            found.append(f"{access}, a thread's share is {expected:g} bytes")
+    seen = {access.tensor for access in r.accesses}
+    return found + ([f"accesses of {sorted(seen)} alone"] if seen != given.keys() else [])
 
 
-CHECKS = (fits, widths)
+def instructions(r: Report) -> list[str]:
+    """Products in half precision are on the tensor cores; what their loop reads is copied ahead."""
+    if r.item.name != "expand_kernel" or r.item.args["out"].dtype == torch.float32:
+        return []
+    large = {90: r"wgmma\.mma_async", 100: r"tcgen05\.mma\.cta_group"} if r.item.constants["BLOCK_M"] >= 64 else {}
+    expected = large.get(r.arch, r"mma\.sync\.aligned\.m16n8k16"), r"\bcp\.async\.c[ag]\.shared"
+    return [f"no {what}" for what in expected if not re.search(what, r.ptx)]
+
+
+CHECKS = (fits, widths, instructions)
