@@ -96,9 +96,12 @@ def gemm(
 
 def decoding(M: int, R: int, itemsize: int, arch: int, batch_invariant: bool) -> LaunchConfig:
     """K1 with its own product of W in codes: few rows, so that decoding decides, and many tiles of columns."""
-    block_k, rank = (32, 16) if itemsize == 4 else (128, 32)
     few = M <= 16 and not batch_invariant
-    return LaunchConfig(16 if few else 64, 32, block_k, rank_block(R, rank), warps=4, stages=3)
+    if itemsize == 4:
+        return LaunchConfig(16 if few else 64, 32, 32, rank_block(R, 16), warps=4, stages=3)
+    if not few and (0 < arch < 90 or arch >= 120):  # without wgmma x is held in registers too
+        return LaunchConfig(64, 32, 64, rank_block(R, 32), warps=4, stages=4)
+    return LaunchConfig(16 if few else 64, 32, 128, rank_block(R, 32), warps=4, stages=3)
 
 
 # Of scratch for W in codes, which stays in the second-level cache of the larger GPUs until it is multiplied.

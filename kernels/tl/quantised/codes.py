@@ -23,7 +23,7 @@ class Codes(NamedTuple):
     codes: bytes, uint8 or int8. lookup: what they stand for, fp32, by code; None: themselves. zeros: None if there are none.
     book: scales are codes of 8 bits, of which it has the values, times outer[g // OUTER] + offset, if those are given.
     row, pitch: codes and bytes from a row of W to the next; the pitch is used where runs do not straddle rows (WHOLE).
-    UPPER: the first half of a run is in the upper bits.
+    LONG: a row is in one half of a run. UPPER: the first half of a run is in the upper bits.
     The group of (n, k): (n * row + k) // GROUP if FLAT, else n // ROWS * groups + k // GROUP, without the part whose divisor
     is 0. STEP: from a scale to the next. SPAN: so many neighbours from a multiple of SPAN on are in one group, a power of two.
     """
@@ -43,6 +43,7 @@ class Codes(NamedTuple):
     HALF: tl.constexpr
     UPPER: tl.constexpr
     WHOLE: tl.constexpr
+    LONG: tl.constexpr
     FLAT: tl.constexpr
     GROUP: tl.constexpr
     ROWS: tl.constexpr
@@ -69,16 +70,18 @@ def _group_scales(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
     """(scales, zeros or 0) of rows n and BLOCK columns from k0 on, each such that it broadcasts; 0 outside."""
     SPAN: tl.constexpr = w.SPAN if w.SPAN < BLOCK else BLOCK
     SPANS: tl.constexpr = BLOCK // SPAN
-    k = k0 + tl.arange(0, SPANS) * SPAN
-    inside = inside_n[:, None] & (k < K)[None, :]
-    if w.FLAT:
-        g = (n.to(tl.int64)[:, None] * w.row + k[None, :]) // w.GROUP
+    if SPANS > 1:
+        n, k = n[:, None], k0 + tl.arange(0, SPANS)[None, :] * SPAN
+        inside = inside_n[:, None] & (k < K)
     else:
-        g = tl.zeros((n.shape[0], SPANS), tl.int64)
-        if w.ROWS > 0:
-            g += (n // w.ROWS).to(tl.int64)[:, None] * w.groups
+        # One to a row: a vector, since the compiler gives each thread the whole of a matrix with a single column.
+        k, inside = k0, inside_n
+    if w.FLAT:
+        g = (n.to(tl.int64) * w.row + k) // w.GROUP
+    else:
+        g = n.to(tl.int64) // w.ROWS * w.groups if w.ROWS > 0 else n.to(tl.int64) * 0
         if w.GROUP > 0:
-            g += (k // w.GROUP)[None, :]
+            g += k // w.GROUP
     s = tl.load(w.scales + g * w.STEP, mask=inside, other=0)
     if w.book is not None:
         s = tl.load(w.book + s.to(tl.int32))
@@ -95,8 +98,10 @@ def _group_scales(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
 
 @triton.jit
 def _spread(t, SPAN: tl.constexpr):
-    """Each column SPAN times; a single one as it is."""
-    if t.shape[1] > 1:
+    """Each column SPAN times; a vector as the only column."""
+    if len(t.shape) == 1:
+        t = t[:, None]
+    else:
         wide = tl.broadcast_to(t[:, :, None], (t.shape[0], t.shape[1], SPAN))
         t = tl.reshape(wide, (t.shape[0], t.shape[1] * SPAN))
     return t
@@ -108,15 +113,20 @@ def _codes(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
     RUNS: tl.constexpr = BLOCK // w.RUN
     BYTES: tl.constexpr = RUNS * w.HALF
     if w.WHOLE and RUNS * w.RUN == BLOCK:
-        # A run is in one row and in one tile: each byte is read once.
+        # A run is in one row and in one tile: each byte is read once. Masks count bytes, whole vectors of which then share one;
+        # rows that are farther apart than they are long have a code to a byte.
         b = tl.arange(0, BYTES)
-        k = k0 + b // w.HALF * w.RUN + b % w.HALF
         if w.RUN_BYTES == w.HALF:
             at = k0 // w.RUN * w.HALF + b
+            if w.RUN == 1:
+                inside_k = at < K
+            else:
+                inside_k = at < w.pitch
         else:
             at = (k0 // w.RUN + b // w.HALF) * w.RUN_BYTES + b % w.HALF
+            inside_k = k0 + b // w.HALF * w.RUN < K
         place = w.codes + n.to(tl.int64)[:, None] * w.pitch + at[None, :]
-        q = tl.load(place, mask=inside_n[:, None] & (k < K)[None, :], other=0)
+        q = tl.load(place, mask=inside_n[:, None] & inside_k[None, :], other=0)
         if w.RUN > w.HALF:
             if w.UPPER:
                 both = tl.join(q >> 4, q & 15)
@@ -126,10 +136,17 @@ def _codes(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
                 both = tl.reshape(both, (n.shape[0], RUNS, w.HALF, 2))
                 both = tl.permute(both, (0, 1, 3, 2))
             q = tl.reshape(both, (n.shape[0], BLOCK))
+    elif w.LONG:
+        k = k0 + tl.arange(0, BLOCK)
+        first = n.to(tl.int64) * w.row
+        place = w.codes + (first // w.RUN * w.RUN_BYTES + first % w.HALF)[:, None] + k[None, :]
+        q = tl.load(place, mask=inside_n[:, None] & (k < K)[None, :], other=0)
+        if w.RUN > w.HALF:
+            q = tl.where(((first % w.RUN >= w.HALF) == w.UPPER)[:, None], q & 15, q >> 4)
     else:
         k = k0 + tl.arange(0, BLOCK)
         p = n.to(tl.int64)[:, None] * w.row + k[None, :]
-        i = (p % w.RUN).to(tl.int32)
+        i = p % w.RUN
         place = w.codes + p // w.RUN * w.RUN_BYTES + i % w.HALF
         q = tl.load(place, mask=inside_n[:, None] & (k < K)[None, :], other=0)
         if w.RUN > w.HALF:
@@ -139,11 +156,15 @@ def _codes(w, n, k0, inside_n, K, BLOCK: tl.constexpr):
 
 @triton.jit
 def decode(w, n, k0, N, K, BLOCK: tl.constexpr):
-    """W at rows n (1-d) and columns k0, ..., k0 + BLOCK - 1, in fp32; 0 outside (N, K). k0 is a multiple of BLOCK."""
+    """W at rows n (1-d) and columns k0, ..., k0 + BLOCK - 1, in fp32; 0 outside (N, K). k0 < K is a multiple of BLOCK."""
     inside_n = n < N
     q = _codes(w, n, k0, inside_n, K, BLOCK)
     if w.lookup is not None:
-        value = tl.load(w.lookup + q.to(tl.int32))
+        # Through shared memory. Loads of a value each would be laid out anew, and copied ahead where a loop is pipelined.
+        VALUES: tl.constexpr = 16 if w.RUN > w.HALF else 256
+        table = tl.load(w.lookup + tl.arange(0, VALUES))
+        value = tl.gather(table, tl.reshape(q.to(tl.int32), (n.shape[0] * BLOCK,)), 0)
+        value = tl.reshape(value, (n.shape[0], BLOCK))
     else:
         value = q.to(tl.float32)
     scale, zero = _group_scales(w, n, k0, inside_n, K, BLOCK)

@@ -15,23 +15,24 @@ from .codes import Quantised, decode
 
 @triton.jit
 def panel_kernel(
-    out, w, row0, col0, rows, columns, N, K, stride_out, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    out, w, row0, block0, rows, columns, N, K, stride_out, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """out (rows, columns) = W from (row0, col0) on, rounded. Grid (row tiles, column tiles); col0 a multiple of BLOCK_K."""
+    """out (rows, columns) = W from (row0, block0 * BLOCK_K) on, rounded. Grid (row tiles, column tiles)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * BLOCK_K
-    k = first + tl.arange(0, BLOCK_K)
-    tile = decode(w, row0 + n, col0 + first, N, K, BLOCK_K)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tile = decode(w, row0 + n, (block0 + tl.program_id(1)) * BLOCK_K, N, K, BLOCK_K)
     inside = (n < rows)[:, None] & (k < columns)[None, :]
     tl.store(out + n.to(tl.int64)[:, None] * stride_out + k[None, :], narrow(tile, out.dtype.element_ty), mask=inside)
 
 
 def _fill(panel: Tensor, w: Quantised, row0: int, col0: int, arch: int) -> Tensor:
+    # col0 is a multiple of 128, and so of a tile.
     (rows, columns), (N, K) = panel.shape, w.shape
     config = configs.panel(panel.element_size(), arch)
     args = dict(
-        out=panel, w=w.codes, row0=row0, col0=col0, rows=rows, columns=columns, N=N, K=K, stride_out=panel.stride(0)
-    )
+        out=panel, w=w.codes, row0=row0, block0=col0 // config.block_c, rows=rows, columns=columns, N=N, K=K,
+        stride_out=panel.stride(0),
+    )  # fmt: skip
     constants = dict(BLOCK_N=config.block_m, BLOCK_K=config.block_c)
     grid = (cdiv(rows, config.block_m), cdiv(columns, config.block_c))
     launch.submit(launch.Launch(panel_kernel, grid, args, constants, config.warps, config.stages))

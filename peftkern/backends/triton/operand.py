@@ -76,6 +76,15 @@ def _int4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     )
 
 
+def _hqq4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
+    # One run holds all of W.
+    (codes, scale, zero), half = tensors, N * K // 2
+    return dict(
+        RUN=2 * half, RUN_BYTES=half, HALF=half, UPPER=True, codes=codes, scales=scale, zeros=zero, FLAT=True,
+        GROUP=2 * half // scale.numel(),
+    )  # fmt: skip
+
+
 def _mxfp4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     blocks, scales = tensors
     device = blocks.device
@@ -95,7 +104,7 @@ def _gguf(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
 
 
 _LAYOUTS: dict[str, Callable[[str, Sequence[Tensor], int, int], dict]] = {
-    "nf4": _codebook, "fp4": _codebook, "int8": _int8, "int4": _int4, "fp8": _fp8, "mxfp4": _mxfp4, "q4_0": _gguf,
+    "nf4": _codebook, "fp4": _codebook, "int8": _int8, "int4": _int4, "hqq4": _hqq4, "fp8": _fp8, "mxfp4": _mxfp4, "q4_0": _gguf,
     "q8_0": _gguf,
 }  # fmt: skip
 QUANTISED = frozenset(_LAYOUTS)
@@ -124,7 +133,7 @@ def _quantised(N: int, K: int, **given):
         along = along | row
     whole = row % run == 0
     of |= dict(
-        scales=of["scales"].contiguous(), WHOLE=whole, pitch=row // run * of["RUN_BYTES"] if whole else 0,
+        scales=of["scales"].contiguous(), WHOLE=whole, LONG=of["HALF"] % row == 0, pitch=row // run * of["RUN_BYTES"] if whole else 0,
         SPAN=min(along & -along, _WIDEST),
     )  # fmt: skip
     return Quantised(Codes(**{k: tl.constexpr(v) if k.isupper() else v for k, v in of.items()}), (N, K))

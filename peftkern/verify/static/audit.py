@@ -26,7 +26,7 @@ from . import cubins, cuda, cuda_launches, records
 from .records import Row
 from .table import cuda_table, triton_table
 
-TRITON = ("lora_linear", "multi_lora_linear", "bottleneck_adapter")
+TRITON = ("lora_linear", "multi_lora_linear", "bottleneck_adapter", "quantised")
 
 
 @dataclass(frozen=True)

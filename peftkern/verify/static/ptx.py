@@ -1,7 +1,8 @@
 """Which tensor each memory access of a compiled kernel belongs to, and how many bytes it moves.
 
 Triton's PTX says, before each instruction, which line of the kernel's source it comes from. On that line stands one
-``tl.load`` or ``tl.store``, whose pointer begins with the argument's name or with a local variable assigned from it.
+``tl.load`` or ``tl.store``, whose pointer begins with the argument (``w``, or ``w.codes`` of a tuple) or with a local variable
+assigned from it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def _pointer(call: ast.Call) -> ast.expr | None:
 def _first_name(node: ast.expr) -> str:
     while isinstance(node, ast.BinOp):
         node = node.left
-    assert isinstance(node, ast.Name), ast.dump(node)
-    return node.id
+    assert isinstance(node, (ast.Name, ast.Attribute)), ast.dump(node)
+    return ast.unparse(node)
 
 
 @functools.cache
@@ -57,7 +58,7 @@ def _tensors_by_line(file: str) -> dict[int, str]:
             if pointer is None:
                 continue
             name = _first_name(pointer)
-            if name not in parameters:
+            if name.partition(".")[0] not in parameters:
                 before = [n for n in assigned if n.targets[0].id == name and n.lineno < call.lineno]
                 name = _first_name(max(before, key=lambda n: n.lineno).value)
             for line in range(call.lineno, call.end_lineno + 1):

@@ -16,9 +16,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,7 +35,7 @@ VERSION = re.match(r"\d+\.\d+\.\d+", triton.__version__)[0]
 ARCHS = (80, 90, 100)
 NAMES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
-    torch.int32: "i32", torch.int8: "i8",
+    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 
 
@@ -77,42 +79,73 @@ def captured() -> Iterator[list[launch.Launch]]:
         launch.submit = before
 
 
+def values(item: launch.Launch) -> dict[str, Any]:
+    """The run-time arguments by name, fields of a tuple ``w`` as ``w.field``."""
+    found = {}
+    for name, value in item.args.items():
+        fields = value._asdict() if isinstance(value, tuple) else {}
+        found |= {f"{name}.{field}": v for field, v in fields.items()} if fields else {name: value}
+    return found
+
+
 def tensors(item: launch.Launch) -> dict[str, torch.Tensor]:
     """The tensor arguments by name; that of a descriptor is its base."""
-    found = {k: v.base if isinstance(v, TensorDescriptor) else v for k, v in item.args.items()}
+    found = {k: v.base if isinstance(v, TensorDescriptor) else v for k, v in values(item).items()}
     return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether its first element is where 16 bytes may be read at once. Memory itself is given out so."""
+    return t.storage_offset() * t.element_size() % 16 == 0
+
+
+class _Types:
+    """What becomes of the arguments: a type each, and by path (of a tuple's field: two places) constants and attributes."""
+
+    def __init__(self) -> None:
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], list] = {}
+
+    def constant(self, path: tuple[int, ...], value: Any) -> str:
+        """It is compiled in."""
+        self.constants[path] = value
+        return "constexpr"
+
+    def of(self, path: tuple[int, ...], value: Any, special: bool) -> Any:
+        """The type of a run-time argument."""
+        if isinstance(value, tuple):
+            return type(value)(*(self.of((*path, i), v, special) for i, v in enumerate(value)))
+        whole = type(value) is int
+        if value is None or isinstance(value, tl.constexpr) or (special and whole and value == 1):
+            return self.constant(path, value)
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{NAMES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+        tensor = isinstance(value, torch.Tensor)
+        if aligned(value) if tensor else special and whole and value % 16 == 0:
+            self.attributes[path] = [["tt.divisibility", 16]]
+        return "*" + NAMES[value.dtype] if tensor else "i32" if isinstance(value, int) else "fp32"
 
 
 def source(item: launch.Launch) -> ASTSource:
     """What Triton's own launcher would compile: types, constants, and divisibility by 16 where the value has it."""
-    signature, constants, attributes = {}, {}, {}
+    types, signature = _Types(), {}
     for i, parameter in enumerate(item.kernel.params):
         name = parameter.name
-        value = item.constants[name] if parameter.is_constexpr else item.args[name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{NAMES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + NAMES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            if special and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        if parameter.is_constexpr:
+            signature[name] = types.constant((i,), item.constants[name])
         else:
-            signature[name] = "fp32"
-    return ASTSource(item.kernel, signature, constants, attributes)
+            signature[name] = types.of((i,), item.args[name], not parameter.do_not_specialize)
+    return ASTSource(item.kernel, signature, types.constants, types.attributes)
 
 
 def key(item: launch.Launch, arch: int) -> str:
     """Names the compiled variant: kernel, tile sizes and switches, the arguments present, and their dtypes."""
-    constants = " ".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in item.constants.items())
-    present = [f"{name}:{NAMES[t.dtype]}" for name, t in tensors(item).items()]
+    given = values(item)
+    inside = {k: v.value for k, v in given.items() if isinstance(v, tl.constexpr)}
+    constants = " ".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in (item.constants | inside).items())
+    present = [f"{name}:{NAMES[t.dtype]}{'' if aligned(t) else '-odd'}" for name, t in tensors(item).items()]
     fixed = {p.name for p in item.kernel.params if p.do_not_specialize}
-    for name, value in item.args.items():
+    for name, value in given.items():
         if isinstance(value, int) and name not in fixed and (value == 1 or value % 16):
             present.append(f"{name}={'1' if value == 1 else 'odd'}")
     return f"sm_{arch} {item.name} {constants} | {' '.join(present)} | warps={item.warps} stages={item.stages}"

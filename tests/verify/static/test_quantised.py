@@ -1,0 +1,66 @@
+"""Every Triton launch that reads codes compiles ahead of time and stays within its bounds; see test_lora_linear.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is an optional dependency")
+
+from peftkern.backends.triton.operand import QUANTISED
+from peftkern.testing import bases
+from peftkern.verify.static import records
+from peftkern.verify.static.launches import quantised as launches
+from peftkern.verify.static.triton import ARCHS, VERSION, key, report, tensors, unavailable, values
+
+if reason := unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+GROUPS = {arch: pytest.mark.xdist_group(f"aot-quantised-sm_{arch}") for arch in (*ARCHS, 120)}
+CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
+# Of the others, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes.
+MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
+CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in MORE]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_code_and_recorded_bounds(case):
+    bounds, unknown = records.read(launches.BOUNDS), 0
+    for r in launches.reports(case):
+        assert not [p for check in launches.CHECKS for p in check(r)], r.key
+        assert not records.broken(r.row, bounds.get(r.key, {})), r.key
+        unknown += VERSION not in bounds[r.key]
+    if unknown:
+        pytest.skip(f"registers differ between versions of Triton, and none were recorded with {VERSION}")
+
+
+def test_few_rows_are_decoded_in_the_product_and_many_before_it():
+    names = {M: [item.name for item in launches.capture(launches.Case(90, M=M))] for M in (64, 65)}
+    assert names == {64: ["expand_kernel", "expand_kernel", "row_norm_kernel"],
+                     65: ["panel_kernel", "panel_kernel", "row_norm_kernel"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", bases.QUANTISED)
+def test_every_kind_is_launched(name):
+    """With all of its tensors, of which those whose memory begins at odd places are said to."""
+    case = replace(launches.Case(90), base=name, M=16)
+    items = launches.capture(case)
+    assert len(items) == 3 and name.split()[0] in QUANTISED
+    given, odd = tensors(items[0]), "w.codes:i8-odd" if name == "q8_0" else "w.codes:u8-odd"
+    assert {k for k, v in values(items[0]).items() if k.startswith("w.") and v is None}.isdisjoint(given)
+    assert (odd in key(items[0], 90)) == (name in ("q4_0", "q8_0"))
+
+
+def test_accesses_of_single_bytes_are_seen():
+    """A row of W that does not fill its last 16 bytes takes away what is known of where the next begins."""
+    case = launches.Case(90, "int8", M=4096, K=4095)
+    r = report(launches.capture(case)[0], case.arch)
+    assert not launches.widths(r)
+    aligned = replace(r, item=launches.capture(replace(case, K=4096))[0])
+    assert [p for p in launches.widths(aligned) if "'w.codes', bytes=1" in p]
+
+
+def test_no_bound_is_stale():
+    used = {key(item, case.arch) for case in [*launches.STANDARD, *launches.MORE] for item in launches.capture(case)}
+    assert records.read(launches.BOUNDS).keys() == used, "variants have changed: record the bounds anew"
