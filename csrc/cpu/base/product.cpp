@@ -97,6 +97,8 @@ void fill_panel(const BaseProduct& g, int threads, int64_t r0, int64_t r1, int64
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {
     base_gemm_bf16(args);
+  } else if (g.kind == BaseKind::amx) {
+    base_gemm_amx(args);
   } else {
     base_gemm(args);
   }

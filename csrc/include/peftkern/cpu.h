@@ -199,6 +199,12 @@ void base_gemm(const BaseArgs& args);
 // build have it, at the level in use.
 bool base_gemm_bf16_usable();
 void base_gemm_bf16(const BaseArgs& args);
+// The same by AMX's tiles, where base_gemm_amx_usable: it also asks the operating system, once, for the
+// permission to use their registers.
+bool base_gemm_amx_usable();
+void base_gemm_amx(const BaseArgs& args);
+// The same bits on any CPU, slowly: what tests hold the tiles to.
+void base_gemm_amx_stated(const BaseArgs& args);
 // rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
 void base_few(const BaseArgs& args);
 // --- end of base product ---
