@@ -68,7 +68,7 @@ _VARIABLES = {
 # Allowed words of the fields that have some.
 _WORDS = {
     **{field: words for field, words in zip(Settings._fields, _VARIABLES.values()) if words},
-    "cpu_kind": ("auto", "vendor", "few", "panels", "bf16"),
+    "cpu_kind": ("auto", "vendor", "few", "panels", "bf16", "amx"),
     "candidate": ("measured", "none", *CANDIDATES),
 }
 _FALSE = {"", "0", "false", "off", "no"}

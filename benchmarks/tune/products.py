@@ -100,8 +100,10 @@ def calls_of(job: Job, M: int, weights: list[Tensor]) -> Iterator[tuple[str, Cal
         return threads, a, None, None, None, "dense", weight, A, B, 1.0, 0.0, None, None, ONLY_DX, K, RANK, A.dtype
 
     ways = {"forward": (cpu_call.forward, cpu_call.learn_forward), "dx": (cpu_call.backward, cpu_call.learn_backward)}
-    ours = "bf16" if dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable() else "panels"
-    for kind in ("vendor", ours, *(("few",) if few else ())):
+    half = dtype == torch.bfloat16
+    pairs, tiles = half and cpu_native._C.base_gemm_bf16_usable(), half and cpu_native._C.base_gemm_amx_usable()
+    able = {"vendor": True, "panels": not pairs, "bf16": pairs, "amx": tiles, "few": few}
+    for kind in (kind for kind, can in able.items() if can):
         with using(cpu_kind=kind):
             now = current()  # under which the native pass remembers who computes
         given = [(now, *arguments(weight)) for weight in weights]

@@ -96,17 +96,18 @@ inline bool fits(DType dtype, DType activation) {
 // is none) at all; else a Python error and false. `scaled`: the rows have a scale.
 inline bool read_kind(PyObject* word, int64_t M, DType dtype, const ConstMatrix* weight, bool scaled,
                       cpu::BaseKind& out) {
-  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "few", "int8", "identity"};
+  constexpr const char* kWords[] = {"vendor", "panels", "bf16", "amx", "few", "int8", "identity"};
   const char* text = PyUnicode_AsUTF8(word);
   if (text == nullptr) return false;
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < 7; ++i) {
     if (std::string(text) != kWords[i]) continue;
     out = static_cast<cpu::BaseKind>(i);
     if ((out == cpu::BaseKind::identity) != (weight == nullptr)) break;
     const bool unit = weight != nullptr && (weight->row == 1 || weight->col == 1);
     if (out == cpu::BaseKind::few && (M > cpu::kBaseFewRows || !unit)) break;
-    if (out == cpu::BaseKind::bf16 && (dtype != DType::bf16 || scaled || !cpu::base_gemm_bf16_usable()))
-      break;
+    const bool pairs = dtype == DType::bf16 && !scaled;
+    if (out == cpu::BaseKind::bf16 && !(pairs && cpu::base_gemm_bf16_usable())) break;
+    if (out == cpu::BaseKind::amx && !(pairs && cpu::base_gemm_amx_usable())) break;
     return true;
   }
   PyErr_Format(PyExc_ValueError, "the base product cannot be computed by %s", text);

@@ -14,29 +14,45 @@ using namespace py::literals;
 
 namespace {
 
-cpu::BaseKind kind_of(const std::string& word) {
-  require(word == "panels" || word == "bf16" || word == "few" || word == "int8", "unknown kind");
-  return word == "few"    ? cpu::BaseKind::few
-         : word == "bf16" ? cpu::BaseKind::bf16
-         : word == "int8" ? cpu::BaseKind::int8
-                          : cpu::BaseKind::panels;
+// A kind of product of ours, and who computes it: of codes, nobody alone. "amx, stated":
+// base_gemm_amx_stated.
+struct Kind {
+  const char* word;
+  cpu::BaseKind kind;
+  void (*compute)(const cpu::BaseArgs&);
+  bool pairs = false;
+};
+const Kind& kind_of(const std::string& word) {
+  static const Kind kinds[] = {
+      {"panels", cpu::BaseKind::panels, cpu::base_gemm},
+      {"few", cpu::BaseKind::few, cpu::base_few},
+      {"bf16", cpu::BaseKind::bf16, cpu::base_gemm_bf16, true},
+      {"amx", cpu::BaseKind::amx, cpu::base_gemm_amx, true},
+      {"int8", cpu::BaseKind::int8, nullptr},
+      {"amx, stated", cpu::BaseKind::amx, cpu::base_gemm_amx_stated, true},
+  };
+  for (const Kind& kind : kinds)
+    if (word == kind.word) return kind;
+  throw std::invalid_argument("unknown kind");
 }
 
 py::tuple base_blocks(const std::string& word, int64_t M, int64_t D, int64_t C, int threads) {
   require(M >= 1 && D >= 1 && C >= 1, "sizes must be positive");
-  const cpu::BaseBlocks b = cpu::base_blocks(kind_of(word), M, D, C, check_threads(threads));
+  const cpu::BaseBlocks b = cpu::base_blocks(kind_of(word).kind, M, D, C, check_threads(threads));
   return py::make_tuple(b.rows, b.cols, b.scratch, b.panel);
 }
 
-void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
+void base_product(const std::string& word, uintptr_t a, int64_t a_row, int64_t a_col, uintptr_t w,
                   int64_t w_out, int64_t w_in, int dtype, uintptr_t scale, uintptr_t out, int64_t ld,
                   int64_t rows, int64_t cols, int64_t inner, uintptr_t scratch, int64_t scratch_floats,
                   int threads) {
-  const bool few = kind == "few", pairs = kind == "bf16";
-  require(few || pairs || kind == "panels", "unknown kind");
-  require(!pairs || (dtype == static_cast<int>(DType::bf16) && scale == 0),
-          "kind bf16: wrong dtype, or a scale");
-  require(!pairs || cpu::base_gemm_bf16_usable(), "kind bf16: not on this CPU");
+  const Kind& kind = kind_of(word);
+  const bool few = kind.kind == cpu::BaseKind::few;
+  require(kind.compute != nullptr, "a product of codes has rows that were rounded");
+  require(!kind.pairs || (dtype == static_cast<int>(DType::bf16) && scale == 0),
+          "products of bf16 alone, without a scale");
+  require(kind.compute != cpu::base_gemm_bf16 || cpu::base_gemm_bf16_usable(), "kind bf16: not on this CPU");
+  require(kind.compute != cpu::base_gemm_amx || cpu::base_gemm_amx_usable(), "kind amx: not on this CPU");
   check_block("a", a, rows, inner);
   check_block("w", w, inner, cols);
   check_block("out", out, rows, cols);
@@ -63,7 +79,7 @@ void base_product(const std::string& kind, uintptr_t a, int64_t a_row, int64_t a
                            inner,
                            pointer<float>(scratch),
                            check_threads(threads)};
-  few ? cpu::base_few(args) : pairs ? cpu::base_gemm_bf16(args) : cpu::base_gemm(args);
+  kind.compute(args);
 }
 
 double fma_peak(bool pairs, int64_t steps, int threads) {
@@ -101,6 +117,7 @@ void peftkern::bind_base(py::module_& m) {
       "(vendor, family, model) of this CPU; the vendor is empty where it cannot be asked.");
   m.def("base_gemm_bf16_usable", &cpu::base_gemm_bf16_usable,
         "Whether base_product takes kind bf16 here, at the level in use.");
+  m.def("base_gemm_amx_usable", &cpu::base_gemm_amx_usable, "Likewise kind amx.");
   m.def("fma_peak", &fma_peak, nogil, "pairs"_a, "steps"_a, "threads"_a,
         "FLOPs done by multiply-adds of registers, of pairs of bf16 or in fp32: what to time as the CPU's "
         "peak.");

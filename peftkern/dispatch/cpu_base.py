@@ -5,6 +5,7 @@
   epilogue rounds once. A row's bits depend on (C, dtype) alone, so this is also the batch-invariant product.
 - ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It
   takes the place of ``panels`` there, unless the input has a scale.
+- ``amx``: ours for bf16 by AMX's tiles (csrc/cpu/base/gemm_amx.cpp), likewise; only where a table says that it is fastest.
 - ``few``: ours for few rows (csrc/cpu/base/few.cpp), one pass over W.
 - ``int8``: of a base of kind w8a8 alone, whose rows are rounded (csrc/cpu/base/gemm_int8.cpp): sums of integers, which are
   exact, for any number of rows.
@@ -68,7 +69,7 @@ def this_cpu(isa: str, folders: tuple[str, ...]) -> Cpu:
     model, level = this_model(isa)
     _, found = native.facts(isa)
     if level.isa != "avx512" or level.torch_isa != "AVX512":
-        found &= {"x86", "intel", "bf16_kernel"}
+        found &= {"x86", "intel", "bf16_kernel", "amx_kernel"}
     table = tables.of_model(model, folders, level)
     return Cpu(level.isa, found, table, native.FEW_ROWS, tables.least(table, folders))
 
@@ -99,12 +100,13 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     """(kind of the product, why)."""
     if p.integers:
         return "int8", "x is rounded to 8 bits, which is ours alone"
-    pairs = p.dtype == torch.bfloat16 and not p.scaled and "bf16_kernel" in on.features
+    half = p.dtype == torch.bfloat16 and not p.scaled
+    pairs, tiles = (half and kernel in on.features for kernel in ("bf16_kernel", "amx_kernel"))
     panels = "bf16" if pairs else "panels"
     few = p.unit_stride and p.M <= on.few and p.M * (p.C + _ALIGN) <= _FEW_SCRATCH
+    able = {"vendor": not p.coded, "few": few, "panels": not pairs, "bf16": pairs, "amx": tiles}
     if now.cpu_kind != "auto":
-        able = {"few": few, "bf16": pairs, "vendor": not p.coded}.get(now.cpu_kind, True)
-        return now.cpu_kind if able else "panels", f"cpu_kind={now.cpu_kind} is set"
+        return now.cpu_kind if able[now.cpu_kind] else "panels", f"cpu_kind={now.cpu_kind} is set"
     if now.batch_invariant:
         return panels, "PEFTKERN_BATCH_INVARIANT=1: bits of a row must not depend on the batch"
     if p.coded:
@@ -116,7 +118,7 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     if auto and on.table is not None:
         near = tables.nearest(on.table, p)
         for kind in near.order if near else ():
-            if kind in ("vendor", panels) or (few and kind == "few"):
+            if able[kind]:
                 return kind, f"fastest of {on.table.name} at {near}"
     unknown = "no row of a table is near" if on.table else "this CPU has no table"
     if p.dtype == torch.float32 and auto:

@@ -23,7 +23,7 @@ from ..problem import DTYPES
 from .table_files import read_all, slug
 
 SCHEMA = 1
-KINDS = ("vendor", "few", "panels", "bf16")
+KINDS = ("vendor", "few", "panels", "bf16", "amx")
 # Ours is chosen where it takes at most so much of the vendor's time: medians of quiet runs differ by 2 to 3 %.
 WINS = 0.95
 # A row speaks for products whose sizes are within this factor of its own; its largest M for any larger one too, since

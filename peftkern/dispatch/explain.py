@@ -19,6 +19,7 @@ KINDS = {
     "vendor": "torch's product",
     "panels": "peftkern, fp32 panels",
     "bf16": "peftkern, bf16 pairs",
+    "amx": "peftkern, tiles of bf16",
     "few": "peftkern, one pass over W",
     "int8": "peftkern, sums of integers",
 }

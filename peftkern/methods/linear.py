@@ -32,6 +32,7 @@ from ..many.adapter import Adapter
 from ..ops.dropout_mask import seed_tensor
 
 # Ranks from which a branch is products of whole matrices: what the op with the base makes of it pays while A and B are thin.
+# No table of a CPU says it: what is saved for backward depends on it, and must not differ from one machine to the next.
 WHOLE = 512
 
 

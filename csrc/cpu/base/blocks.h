@@ -2,13 +2,14 @@
 // operands, tiles in registers. What a packed element is, and how a tile is computed, is the Format's.
 //
 // A Format has 4-byte packed elements `Element` that stand for kTerms terms of the inner dimension each;
-// kTileRows x kTileCols of the output per tile; pack_row as in pack.h, to rows of a kBaseRow elements apart;
-// tiles[r - 1], which computes a tile of r rows; and complete, which a tile goes through after its last
-// block. Tiles of W come packed from its loader B, see operand/dense.h.
+// kTileRows x kTileCols of the output per tile; tiles[r - 1], which computes a tile of r rows; and complete,
+// which a tile goes through after its last block. Rows of a are packed as pack.h says, kBaseRow elements
+// apart; tiles of W come packed from its loader B, see operand/dense.h.
 #pragma once
 
 #include <atomic>
 
+#include "cpu/base/pack.h"
 #include "cpu/common/thread.h"
 #include "cpu/operand/tile.h"
 #include "peftkern/cpu.h"
@@ -97,7 +98,7 @@ class Blocks {
     for (int64_t i = 0; i < g_.rows; ++i) {
       const auto* row = a + i * g_.a_row;
       if (g_.a_col == 1) ask_for_bytes(row + kAhead * g_.a_row, terms * static_cast<int64_t>(sizeof(*row)));
-      F::pack_row(row, g_.a_col, terms, g_.scale ? g_.scale + k : nullptr, packed_a + i * kBaseRow);
+      pack_row(row, g_.a_col, terms, g_.scale ? g_.scale + k : nullptr, packed_a + i * kBaseRow);
     }
   }
 

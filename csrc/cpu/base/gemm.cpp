@@ -5,7 +5,6 @@
 // order. It depends on the inner dimension alone, so a row has the same bits in any batch, with any number of
 // threads.
 #include "cpu/base/blocks.h"
-#include "cpu/base/pack.h"
 #include "cpu/operand/dense.h"
 #include "cpu/operand/quantised.h"
 
@@ -53,10 +52,6 @@ struct Fp32 {
   static constexpr int kTileRows = 6;
   static constexpr TileFunction<float> tiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 #endif
-  template <class T>
-  static void pack_row(const T* from, int64_t step, int64_t n, const float* scale, float* to) {
-    PEFTKERN_LEVEL::pack_row(from, step, n, scale, to);
-  }
   static void complete(const BaseArgs&, int64_t, int, int64_t, int) {}
 };
 

@@ -73,11 +73,6 @@ struct Integers {
   static constexpr TileFunction<uint32_t> tiles[] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 #endif
 
-  // Zeros follow a row's codes (RoundRowsArgs).
-  static void pack_row(const int8_t* from, int64_t, int n, const float*, uint32_t* to) {
-    for (int k = 0; k < n; k += kWordCodes) *reinterpret_cast<vu_any*>(to + k / kWordTerms) = words(from + k);
-  }
-
   static void complete(const BaseArgs& g, int64_t row, int rows, int64_t col, int cols) {
     for (int64_t i = row; i < row + rows; ++i) {
       const vu off = splat_u(kWordOffset * static_cast<uint32_t>(g.row_sum[i]));

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/base/blocks.h"
-#include "cpu/operand/pack_tile.h"
 
 #if defined(__AVX512BF16__)
 
@@ -45,16 +44,6 @@ struct Pairs {
   static constexpr TileFunction<uint32_t> tiles[] = {tile<1>,  tile<2>,  tile<3>,  tile<4>, tile<5>,
                                                      tile<6>,  tile<7>,  tile<8>,  tile<9>, tile<10>,
                                                      tile<11>, tile<12>, tile<13>, tile<14>};
-
-  static void pack_row(const bf16* from, int64_t step, int n, const float*, uint32_t* to) {
-    if (step != 1) {
-      for (int k = 0; k < n; k += 2) to[k / 2] = pair(from + k * step, step, k + 1 < n);
-      return;
-    }
-    for (int k = 0; k < n; k += 32) {
-      _mm512_storeu_si512(to + k / 2, load_bf16(from + k, n - k));
-    }
-  }
   static void complete(const BaseArgs&, int64_t, int, int64_t, int) {}
 };
 

@@ -122,6 +122,8 @@ void fill_panel(const BaseProduct& g, const Rounded& rounded, int threads, int64
     base_few(args);
   } else if (g.kind == BaseKind::bf16) {
     base_gemm_bf16(args);
+  } else if (g.kind == BaseKind::amx) {
+    base_gemm_amx(args);
   } else if (g.kind == BaseKind::int8) {
     const int64_t row = r0 - rounded.begin;
     args.a = rounded.codes + row * rounded.ld, args.a_row = rounded.ld, args.a_col = 1, args.scale = nullptr;

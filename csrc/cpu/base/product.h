@@ -14,6 +14,7 @@ enum class BaseKind : int {
   vendor,    // the caller's matrix product, in the output's dtype
   panels,    // base_gemm, fp32 panels of the result
   bf16,      // base_gemm_bf16, likewise
+  amx,       // base_gemm_amx, likewise
   few,       // base_few, likewise
   int8,      // base_gemm_int8 of rows that are rounded to codes, likewise
   identity,  // no product: B is the identity matrix

@@ -58,7 +58,7 @@ void first_product(const PairRowsTask& a, const ConstMatrix& in, int64_t rows, c
   for (int64_t k = 0; k < a.C; k += kPairTerms) {
     const int64_t terms = smaller(kPairTerms, a.C - k);
     for (int64_t i = 0; i < rows; ++i)
-      Pairs::pack_row(from + i * in.row + k, 1, static_cast<int>(terms), nullptr, room.in + i * kBaseRow);
+      pack_row(from + i * in.row + k, 1, terms, nullptr, room.in + i * kBaseRow);
     const uint32_t* b = a.first + k / kPairTerms * tiles * kTile;
     for (int64_t c = 0; c < a.R; c += kPairCols, b += kTile)
       multiply(rows, smaller(kPairCols, a.R - c), terms, room.in, b, v + c, a.R, k == 0);

@@ -7,6 +7,10 @@
 #ifdef PEFTKERN_X86_LEVELS
 #include <cpuid.h>
 #endif
+#ifdef PEFTKERN_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace peftkern::cpu {
 namespace {
@@ -20,8 +24,9 @@ unsigned detect() {
   if (__get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547u && d == 0x49656e69u && c == 0x6c65746eu)
     found |= kIntel;
   // AVX-512 as a whole (and that the operating system saves its registers) is the level's question.
+  const unsigned tiles = 1u << 24, products = 1u << 22;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    if (d & (1u << 22)) found |= kAmxBf16;
+    if ((~d & (tiles | products)) == 0) found |= kAmxBf16;
     if (c & (1u << 11)) found |= kAvx512Vnni;
   }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
@@ -70,6 +75,28 @@ bool base_gemm_bf16_usable() {
 #endif
 }
 
+bool base_gemm_amx_usable() {
+#ifdef PEFTKERN_HAVE_AMX
+  if (!base_gemm_bf16_usable() || (features() & kAmxBf16) == 0) return false;
+  // Linux saves the registers of a process that has asked for them: ARCH_REQ_XCOMP_PERM, of XTILEDATA.
+  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+#ifdef PEFTKERN_HAVE_AMX
+namespace avx512_amx {
+void base_gemm_amx(const BaseArgs&);
+}  // namespace avx512_amx
+void base_gemm_amx(const BaseArgs& args) {
+  avx512_amx::base_gemm_amx(args);
+}
+#else
+void base_gemm_amx(const BaseArgs&) {}
+#endif
+
 #ifdef PEFTKERN_HAVE_AVX512BF16
 namespace avx512_bf16 {
 void base_gemm_bf16(const BaseArgs&);
@@ -89,6 +116,7 @@ void fma_peak_bf16(const PeakArgs&) {}
 }  // namespace peftkern::cpu
 
 PEFTKERN_DISPATCH(base_gemm, BaseArgs)
+PEFTKERN_DISPATCH(base_gemm_amx_stated, BaseArgs)
 PEFTKERN_DISPATCH(base_few, BaseArgs)
 PEFTKERN_DISPATCH(fma_peak, PeakArgs)
 PEFTKERN_DISPATCH(round_rows, RoundRowsArgs)

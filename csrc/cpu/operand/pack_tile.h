@@ -1,5 +1,5 @@
-// Tiles of a dense W, packed in the order in which products of many rows read them: as fp32, or, with
-// AVX512-BF16, as pairs of bf16 terms.
+// Tiles of a dense W, packed in the order in which products of many rows read them: as fp32, or as
+// pairs of bf16 terms.
 #pragma once
 
 #include <type_traits>
@@ -83,12 +83,12 @@ static void pack_tile(const T* from, int64_t col, int64_t step, int cols, int de
       to[k * kTileCols + c] = c < cols ? widen_scalar(from[c * col + k * step]) : 0.0f;
 }
 
-#if defined(__AVX512BF16__)
 PEFTKERN_INLINE uint32_t pair(const bf16* p, int64_t step, bool whole) {
   const uint32_t low = p[0].bits;
   return whole ? low | static_cast<uint32_t>(p[step].bits) << 16 : low;
 }
 
+#if defined(__AVX512BF16__)
 // n bf16 values in a vector of 32, the rest zero.
 PEFTKERN_INLINE __m512i load_bf16(const bf16* p, int n) {
   const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
@@ -109,9 +109,11 @@ PEFTKERN_INLINE void pack_pair_square(const bf16* from, int64_t col, int cols, i
   for (int i = 0; i < W; ++i)
     if (WHOLE || 2 * i < n) _mm512_storeu_si512(to + i * kTileCols, _mm512_castps_si512(r[i]));
 }
+#endif
 
 // Pairs of terms that are adjacent along k: to[k / 2][c]; what is missing is zero.
 static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int n, uint32_t* to) {
+#if defined(__AVX512BF16__)
   if (col == 1) {
     alignas(64) uint16_t low[32], high[32];
     for (int i = 0; i < 32; ++i) {
@@ -138,10 +140,10 @@ static void pack_tile(const bf16* from, int64_t col, int64_t step, int cols, int
     }
     return;
   }
+#endif
   for (int k = 0; k < n; k += 2)
     for (int c = 0; c < kTileCols; ++c)
       to[k / 2 * kTileCols + c] = c < cols ? pair(from + c * col + k * step, step, k + 1 < n) : 0;
 }
-#endif
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

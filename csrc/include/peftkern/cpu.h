@@ -215,6 +215,12 @@ void base_gemm(const BaseArgs& args);
 // build have it, at the level in use.
 bool base_gemm_bf16_usable();
 void base_gemm_bf16(const BaseArgs& args);
+// The same by AMX's tiles, where base_gemm_amx_usable: it also asks the operating system, once, for the
+// permission to use their registers.
+bool base_gemm_amx_usable();
+void base_gemm_amx(const BaseArgs& args);
+// The same bits on any CPU, slowly: what tests hold the tiles to.
+void base_gemm_amx_stated(const BaseArgs& args);
 // The product of codes: a as round_rows has made it, whatever dtype says, and a quantised weight of kind
 // int8, whose scales do not count. inner <= kBaseInt8Terms.
 void base_gemm_int8(const BaseArgs& args);

@@ -41,11 +41,12 @@ def model() -> tuple[str, int, int]:
 
 
 def facts(isa: str) -> tuple[Level, frozenset[str]]:
-    """(level, features that decide which product is fast) with ``isa`` in use; ``bf16_kernel``: there is ours for bf16."""
+    """(level, features that decide which product is fast) with ``isa`` in use; ``bf16_kernel``, ``amx_kernel``: there is ours."""
     before = _C.isa()
     _C.set_isa(isa)
     try:
-        return level(), frozenset(_C.features()) | ({"bf16_kernel"} if _C.base_gemm_bf16_usable() else set())
+        ours = {"bf16_kernel": _C.base_gemm_bf16_usable(), "amx_kernel": _C.base_gemm_amx_usable()}
+        return level(), frozenset(_C.features()) | {kernel for kernel, usable in ours.items() if usable}
     finally:
         _C.set_isa(before)
 

@@ -6,7 +6,9 @@ Where R is small the product is not formed: it has rank R^2 at most, with factor
 
     A[i R + j] = w1_b[i] * w2_b[j],    B[:, i R + j] = w1_a[:, i] * w2_a[:, j]
 
-Beyond, it is added to the weight, in one product with x where the library has a second one.
+Beyond, it is added to the weight, in one product with x where the library has a second one. Which form a layer has follows
+from its sizes alone and not from a table of this CPU: it decides what is saved for backward and whether adapters in half
+precision are taken, and that must not differ from one machine to the next.
 
 In training m (N) drops rows of it by ``rank_dropout`` and divides by the mean of what is left, and a coin on the CPU, by
 ``module_dropout``, leaves an adapter out.
@@ -27,7 +29,7 @@ from ..linear import Branch, Linear, run
 from ..look import Look
 from ..registry import Held, Method, register
 
-# R^2 (N + K) / (N K) up to which the branch is faster than a weight that is made anew: measured once, on a CPU.
+# R^2 (N + K) / (N K) up to which the product is a branch: that work, a row of x, to that of the frozen product.
 _CROSSOVER = 0.6
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 

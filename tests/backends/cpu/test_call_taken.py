@@ -185,7 +185,7 @@ def test_a_plan_holds_for_one_instruction_set(calls):
 
 def test_kinds_that_cannot_compute_a_product_are_refused(calls):
     t = calls.arguments()
-    for kind in ("identity", "given", "", "bf16"):
+    for kind in ("identity", "given", "", "bf16", "amx"):
         with pytest.raises(ValueError, match="cannot be computed"):
             calls.learn(t, kind)
     with pytest.raises(ValueError, match="few"):
