@@ -6,6 +6,8 @@
 
 namespace peftkern::cpu {
 
+// Floats from a row of sums to the next, of a panel of columns that a thread sums alone.
+constexpr int64_t kSumLd = 272;
 // Rows are summed in `segments` equal parts, each into its own part of scratch (segment_floats apart), then
 // combined.
 struct LoraReduceTask : LoraReduceArgs {

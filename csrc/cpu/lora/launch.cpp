@@ -27,7 +27,9 @@ void lora_reduce(const LoraReduceArgs& args) {
     task.ld = padded(args.C) + kPadColumns;
     task.segment_floats = ((args.v != nullptr ? args.R : 0) + (args.colsum != nullptr ? 1 : 0)) * task.ld;
     task.segments = part_count(args.M, kSegmentRows, task.segment_floats);
-    task.scratch = scratch.take(task.segments * task.segment_floats);
+    // As many parts, or of a panel of columns two for each thread (reduce.cpp).
+    const int64_t panels = 2 * args.threads * (task.segment_floats / task.ld) * kSumLd;
+    task.scratch = scratch.take(std::max(task.segments * task.segment_floats, panels));
   }
   lora_reduce_run(task);
 }
