@@ -33,7 +33,7 @@ struct PlanKey {
 
 struct Plan {
   cpu::BaseKind kind;
-  bool pairs;         // whether a branch is computed by products of bf16
+  bool pairs;        // whether a branch is computed by products of bf16
   cpu::Level level;  // the instruction set it was chosen for
 };
 

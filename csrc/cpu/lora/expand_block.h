@@ -122,9 +122,9 @@ static void expand_block(const LoraExpandArgs& a, const TP* p, int64_t i0, int64
         if (a.R == 0) {
           finish_row_base<TO, TS>(src, vectors, n, out);
         } else {
-          const float* made = a.delta != nullptr ? a.delta + (i + m) * a.ldd + column : delta + (back + m) * kStep;
-          finish<TO, TS>(made, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr,
-                         src, vectors, n, out);
+          const float* made =
+              a.delta != nullptr ? a.delta + (i + m) * a.ldd + column : delta + (back + m) * kStep;
+          finish<TO, TS>(made, a.alpha, drop ? bits + m * kBitsRow + c / 8 : nullptr, src, vectors, n, out);
         }
       }
     }

@@ -129,17 +129,17 @@ void grad_x(const Backward& b) {
   const Update update(g, b.du, g.A, g.K, 1.0f, nullptr, b.p_d, b.scratch);
   const BaseProduct base{g.kind,    g.M,  g.K,      g.N,       g.dy,       g.weight,
                          out_scale, g.dx, g.vendor, g.threads, g.quantised};
-  base_product(
-      base, b.scratch, [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
-        const int64_t rows = r1 - r0, cols = c1 - c0;
-        if (g.dp_b != nullptr)
-          dot_columns(block, from(g.x, r0, c0), rows, cols, g.dp_b + c0, true, g.threads);
-        const Dropout dropout{g.dropout.seed, g.dropout.threshold, r0, c0};
-        update.add({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, nullptr, 0, nullptr, 0, g.kept_scale,
-                    dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
-                    worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)},
-                   r0, c0);
-      });
+  base_product(base, b.scratch,
+               [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
+                 const int64_t rows = r1 - r0, cols = c1 - c0;
+                 if (g.dp_b != nullptr)
+                   dot_columns(block, from(g.x, r0, c0), rows, cols, g.dp_b + c0, true, g.threads);
+                 const Dropout dropout{g.dropout.seed, g.dropout.threshold, r0, c0};
+                 update.add({from(g.dx, r0, c0), block, nullptr, rows, cols, g.R, nullptr, 0, nullptr, 0,
+                             g.kept_scale, dropout, in_scale != nullptr ? in_scale + c0 : nullptr, nullptr,
+                             worth_threads(rows * cols * std::max<int64_t>(g.R, 1), g.threads)},
+                            r0, c0);
+               });
 }
 
 // u = (drop(x) * p_d) A^T
