@@ -4,7 +4,7 @@
 #include "cpu/base/pairs.h"
 #include "cpu/bottleneck/functions.h"
 #include "cpu/bottleneck/pairs.h"
-#include "cpu/common/drop_rows.h"
+#include "cpu/lora/drop_rows.h"
 #include "cpu/operand/dense.h"
 
 #if defined(__AVX512BF16__)

@@ -2,7 +2,7 @@
 // kPairTerms, in their order, whoever computes a column.
 #include "cpu/base/pairs.h"
 #include "cpu/bottleneck/pairs.h"
-#include "cpu/common/drop_rows.h"
+#include "cpu/lora/drop_rows.h"
 #include "cpu/operand/dense.h"
 
 #if defined(__AVX512BF16__)
