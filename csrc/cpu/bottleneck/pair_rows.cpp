@@ -2,9 +2,9 @@
 // few rows through both products and what lies between and after them, in its own cache. A row's bits depend
 // on sizes alone.
 #include "cpu/base/pairs.h"
-#include "cpu/common/drop_rows.h"
 #include "cpu/bottleneck/functions.h"
 #include "cpu/bottleneck/pairs.h"
+#include "cpu/lora/drop_rows.h"
 #include "cpu/operand/dense.h"
 
 #if defined(__AVX512BF16__)

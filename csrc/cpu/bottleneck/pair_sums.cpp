@@ -1,8 +1,8 @@
 // Sums over rows of a bottleneck by products of bf16: pairs.h says what. Rows are added up in chains of
 // kPairTerms, in their order, whoever computes a column.
 #include "cpu/base/pairs.h"
-#include "cpu/common/drop_rows.h"
 #include "cpu/bottleneck/pairs.h"
+#include "cpu/lora/drop_rows.h"
 #include "cpu/operand/dense.h"
 
 #if defined(__AVX512BF16__)

@@ -64,7 +64,9 @@ def test_accuracy(base):
     small = dict(max_M=40, max_KN=120) if base == "vendor" else dict(max_M=400, max_KN=600)
     for seed in range(24):
         problem = random_problem(7300 + seed, BF16, BF16, max_R=300, **small)
-        assert_accurate(replace(problem, options=tuple(o for o in problem.options if o not in BRANCH_SCALES)))
+        # The vendor rounds a scaled x, and its product before it is scaled, whatever the branch is: not judged here.
+        left_out = BRANCH_SCALES if base == "bf16" else (*BRANCH_SCALES, "base_in_scale", "base_out_scale")
+        assert_accurate(replace(problem, options=tuple(o for o in problem.options if o not in left_out)))
     for M, K, N, R in ((1, 1, 1, 1), (15, 31, 65, 33), (0, 5, 7, 3), (4, 5, 0, 3), (4, 0, 7, 3), (4, 5, 7, 0)):
         for p in (0.0, 0.25):
             assert_accurate(LoRALinearProblem(5, M, K, N, R, BF16, BF16, 1.5, p, ("bias",)))
@@ -78,7 +80,7 @@ def test_accuracy(base):
 def test_dropout_of_more_than_one_part():
     """Parts of x, by rows for u and by columns for the gradient of A: of p = 1/2, twice what the kept elements give."""
     x, weight, A, B, bias, dy = layer(4300, 2100, 8, 5)
-    keep = peftkern.dropout_mask(torch.tensor([7]), 4300, 2100, 0.5)
+    keep = peftkern.dropout_mask(4300, 2100, 0.5, 7)
     dropped = passes(x, weight, A, B, bias, dy, p=0.5, needed=("A", "B"))
     kept = passes(torch.where(keep, 2 * x, 0.0), weight, A, B, bias, dy, needed=("A", "B"))
     assert torch.equal(dropped[2], kept[2]) and torch.equal(dropped[3], kept[3])
@@ -110,7 +112,9 @@ def test_bits_are_those_of_sizes_alone(p, base):
 
 def test_chosen_where_it_is_fast():
     on = Cpu("avx512", frozenset({"x86", "avx512_bf16", "bf16_kernel"}), least={BRANCH_RANKS: 16})
-    large = Problem("lora_linear_fwd", "cpu", "AVX512", BF16, BF16, 2048, 1024, 1024, 64, frozenset({"bias", "p_b", "g_b"}))
+    large = Problem(
+        "lora_linear_fwd", "cpu", "AVX512", BF16, BF16, 2048, 1024, 1024, 64, frozenset({"bias", "p_b", "g_b"})
+    )
     assert branch_in_bf16(large, on, Settings())
     for other in (
         replace(large, R=15), replace(large, adapter_dtype=F32), replace(large, dtype=F32, adapter_dtype=F32),

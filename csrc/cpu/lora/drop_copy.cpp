@@ -1,6 +1,6 @@
 // A matrix of bf16 as dropout leaves it, for products that read it as it is.
-#include "cpu/common/drop_rows.h"
 #include "cpu/common/thread.h"
+#include "cpu/lora/drop_rows.h"
 #include "peftkern/cpu.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
