@@ -70,4 +70,4 @@ class W8a8(Int8):
 def _rounded(t: Tensor) -> Tensor:
     """t (M, C) with each row in whole steps of its largest magnitude / 127."""
     most = t.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST) if t.numel() else t.new_ones(t.shape[0], 1)
-    return (t * (127.0 / most)).round() * (most / 127.0)
+    return (t * (most.reciprocal() * 127.0)).round() * (most / 127.0)

@@ -56,7 +56,7 @@ void round_row(const RoundRowsArgs& g, int64_t i) {
   std::memcpy(&most, &bits, 4);
   const bool finite = bits < kInfinity;
   most = most < kLeast ? kLeast : most;
-  const vf factor = splat(finite ? kLevels / most : 0.0f);
+  const vf factor = splat(finite ? 1.0f / most * kLevels : 0.0f);
   alignas(64) float run[kRun];
   vu sum{};
   int8_t* to = g.codes + i * g.ld;

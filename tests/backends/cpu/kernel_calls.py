@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends.cpu import native
+from peftkern.backends.cpu import call, native
 from peftkern.backends.cpu.call import vendor_product
 from peftkern.backends.cpu.native import _C
 from peftkern.backends.marshal import CODES
+from peftkern.bases.base import Base
 
 _PAD = 16
 # Below this many multiply-adds, waking a second thread costs more than it saves.
@@ -185,3 +186,21 @@ def base_product(
                 plan.scratch, many,
             )  # fmt: skip
             epilogue(r0, r1, c0, c1, panel[: r1 - r0, : c1 - c0])
+
+
+def forward(x: Tensor, base: Base, N: int, kind: str) -> Tensor:
+    """Base(x) by a kind of product."""
+    A, B = torch.zeros(1, x.shape[1]), torch.zeros(N, 1)
+    args = (object(), 2, x, base.kind, call.weight_of(base.tensors), A, B, None, 1.0, 0.0, None, None, True, False)
+    assert call.learn_forward(*args, kind)
+    return call.forward(*args)[0]
+
+
+def backward(dy: Tensor, base: Base, K: int, kind: str) -> Tensor:
+    """The gradient of Base(x) for dy."""
+    A, B = torch.zeros(1, K), torch.zeros(dy.shape[1], 1)
+    u, x = torch.zeros(dy.shape[0], 1), dy.new_zeros(dy.shape[0], K)
+    weight = call.weight_of(base.tensors)
+    args = (object(), 2, dy, x, u, None, base.kind, weight, A, B, 1.0, 0.0, None, None, 1, K, 1, A.dtype)
+    assert call.learn_backward(*args, kind)
+    return call.backward(*args)[0]

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_calls import backward, forward
 from torch import Tensor
 
 from peftkern import lora_linear, multi_lora_linear, settings
@@ -32,24 +33,6 @@ def fitting(name: str, K: int) -> int:
     """K rounded up to what the kind takes."""
     of = QUANTISED[name][1]
     return -(-K // of) * of
-
-
-def forward(x: Tensor, base: Base, N: int, kind: str) -> Tensor:
-    """Base(x) by a kind of product."""
-    A, B = torch.zeros(1, x.shape[1]), torch.zeros(N, 1)
-    args = (object(), 2, x, base.kind, call.weight_of(base.tensors), A, B, None, 1.0, 0.0, None, None, True, False)
-    assert call.learn_forward(*args, kind)
-    return call.forward(*args)[0]
-
-
-def backward(dy: Tensor, base: Base, K: int, kind: str) -> Tensor:
-    """The gradient of Base(x) for dy."""
-    A, B = torch.zeros(1, K), torch.zeros(dy.shape[1], 1)
-    u, x = torch.zeros(dy.shape[0], 1), dy.new_zeros(dy.shape[0], K)
-    weight = call.weight_of(base.tensors)
-    args = (object(), 2, dy, x, u, None, base.kind, weight, A, B, 1.0, 0.0, None, None, 1, K, 1, A.dtype)
-    assert call.learn_backward(*args, kind)
-    return call.backward(*args)[0]
 
 
 @pytest.mark.parametrize("name", QUANTISED)

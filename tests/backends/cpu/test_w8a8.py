@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import backward, forward
 from torch import Tensor
 
 from peftkern import lora_linear, multi_lora_linear, quantize, settings
@@ -11,8 +12,6 @@ from peftkern.autograd.lora_linear import lora_linear_with
 from peftkern.autograd.row_norm import row_norm
 from peftkern.backends.cpu import call
 from peftkern.bases.base import Base, kind_of, operands
-
-from .test_quantised import backward, forward
 
 pytestmark = pytest.mark.skipif(call.unavailable is not None, reason=f"no native calls: {call.unavailable}")
 
@@ -29,7 +28,7 @@ def weight(N: int, K: int, dtype: torch.dtype = torch.float32) -> Base:
 def rounded(t: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of t's rows, in fp32."""
     most = t.abs().amax(dim=1, keepdim=True)
-    return (t * (127.0 / most)).round().long(), most / 127.0
+    return (t * (most.reciprocal() * 127.0)).round().long(), most / 127.0
 
 
 def product(t: Tensor, base: Base) -> Tensor:
