@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..autograd.lora_linear import lora_linear
 from ..autograd.row_norm import row_norm
+from ..autograd.shapes import uncast
 from ..bases.base import Base
-from ..checks import accumulate_dtype, check_number
+from ..checks import FLOATING, accumulate_dtype, check_number
 from ..methods import quantised
 from ..methods.low_rank.dora import dora_linear
 from ..ops.dropout_mask import check_p
+from .codes import Codes, frozen
 from .flat_parameter import trains
 from .plain_linear import linear_reason, tensor_reason
 
@@ -93,9 +96,7 @@ class LoRALinear(nn.Module):
         no plain dense tensor (quantised, DTensor) or no parameter of its own (inside FSDP).
         """
         if isinstance(linear, Base) or (isinstance(linear, nn.Module) and quantised.reader_of(linear) is not None):
-            from .on_codes import LoRALinearOnCodes, layer_of  # which builds on this class
-
-            cls, linear = LoRALinearOnCodes, layer_of(linear)
+            cls, linear = LoRALinearOnCodes, Codes(linear) if isinstance(linear, Base) else linear
             reason = quantised.reason(linear)
         elif isinstance(linear, nn.Linear):
             reason = linear_reason(linear)
@@ -317,6 +318,74 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_dora={self.use_dora}, "
             f"merged={self.merged}"
         )
+
+
+class LoRALinearOnCodes(LoRALinear):
+    """What ``LoRALinear.from_linear`` makes of a quantised layer, which it holds as ``base_layer`` and reads at each call.
+
+    Keys of the state dict are the layer's own. ``merge`` is refused.
+    """
+
+    def _build(self, *args) -> None:
+        super()._build(*args)
+        self.register_state_dict_post_hook(_own_keys)
+        self.register_load_state_dict_pre_hook(_layers_keys)
+
+    @staticmethod
+    def _lora_dtypes(base: nn.Module) -> list[torch.dtype]:
+        return list(FLOATING[:3])
+
+    def _hold(self, base: nn.Module, train_bias: bool) -> torch.device:
+        self.base_layer = base.requires_grad_(False)
+        if isinstance(base.bias, nn.Parameter):
+            base.bias.requires_grad_(train_bias)
+        elif train_bias:
+            raise TypeError("train_bias: the bias of this layer is no parameter")
+        return frozen(self.base_layer).weight.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The library's, in its class: of HQQ the codes."""
+        return self.base_layer.weight if hasattr(self.base_layer, "weight") else self.base_layer.W_q
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's."""
+        return self.base_layer.bias
+
+    def _reset_magnitude(self) -> None:
+        if self.use_dora:
+            with torch.no_grad():
+                self.lora_magnitude.copy_(
+                    row_norm(frozen(self.base_layer).weight, self.lora_A, self.lora_B, self.scaling)
+                )
+
+    def merge(self) -> NoReturn:
+        """RuntimeError: the sum would have to be rounded to codes anew, and unmerged another time."""
+        raise RuntimeError(
+            "merge: the weight is in codes, and its sum with the branch would be rounded to codes anew: dequantise the "
+            "layer before, or keep the branch"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        weight, bias, uncasts = frozen(self.base_layer)
+        if not isinstance(self.bias, nn.Parameter):  # HQQ has computed it from one
+            bias = None if bias is None else bias.detach()
+        if uncasts:  # as the library's layer, which has the dtype of x under autocast too
+            with uncast(x):
+                return self._adapted(x, weight, bias, self.lora_magnitude)
+        return self._adapted(x, weight, bias, self.lora_magnitude)
+
+
+def _own_keys(module: LoRALinearOnCodes, state: dict, prefix: str, local_metadata: dict) -> None:
+    for key in [key for key in state if key.startswith(prefix + "base_layer.")]:
+        state[prefix + key.removeprefix(prefix + "base_layer.")] = state.pop(key)
+
+
+def _layers_keys(module: LoRALinearOnCodes, state: dict, prefix: str, *args) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + "lora_")]:
+        state[prefix + "base_layer." + key.removeprefix(prefix)] = state.pop(key)
 
 
 def _rounded(weight: Tensor, delta: Tensor, factor: Tensor | None) -> Tensor:

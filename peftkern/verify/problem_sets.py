@@ -6,6 +6,7 @@
     rotate:DTYPE:SEED[:tall]     block_rotate; ``tall``: 20,000 rows
     bottleneck:DTYPE:SEED[:tall] bottleneck_adapter; ``tall``: 20,000 rows
 
+The first three may end in ``:codes``, too: of a weight in codes, its kind by the seed.
 KIND: ``segment`` (10,000 rows, all with one adapter), ``rows`` (65,600 rows), ``base`` (no row has an adapter), ``wide``
 (a rank of 512 beside a rank of 1).
 """
@@ -20,14 +21,15 @@ import torch
 
 from peftkern.problem import DTYPES
 
-# Every SPECIAL_EVERY-th problem of a dtype is of one of the kinds, in turn.
+# Every SPECIAL_EVERY-th problem of a dtype is of one of the kinds, in turn; half way between them one is of a weight in codes.
 SPECIAL_EVERY = 12
 
 
 @dataclass(frozen=True)
 class ProblemSet:
     """Problems of one op. ``kinds``: the special ones; ``heavy``: those beyond an interpreted back end, whose
-    ``limits`` (arguments of the random problem) hold for all others; ``special``: what the kinds are, in words."""
+    ``limits`` (arguments of the random problem) hold for all others; ``special``: what the kinds are, in words.
+    ``codes``: whether its weight may be in codes."""
 
     op: str
     prefix: str
@@ -35,11 +37,17 @@ class ProblemSet:
     heavy: frozenset[str]
     limits: dict[str, int]
     special: str
+    codes: bool = False
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """How a name may end."""
+        return (*self.kinds, *["codes"] * self.codes)
 
     @property
     def form(self) -> str:
         """How names are written."""
-        return " or ".join(f"{self.prefix}DTYPE:SEED{end}" for end in ("", *(f":{kind}" for kind in self.kinds)))
+        return " or ".join(f"{self.prefix}DTYPE:SEED{end}" for end in ("", *(f":{kind}" for kind in self.ends)))
 
     def names(self, count: int, dtypes: Sequence[str], seed: int, *, special: bool) -> list[str]:
         """Names of ``count`` problems, dtypes in turn, with or without those of the kinds."""
@@ -47,6 +55,8 @@ class ProblemSet:
         for i in range(count):
             turn, last = divmod(i // len(dtypes), SPECIAL_EVERY)
             kind = f":{self.kinds[turn % len(self.kinds)]}" if special and last == SPECIAL_EVERY - 1 else ""
+            if special and self.codes and last == SPECIAL_EVERY // 2 - 1:
+                kind = ":codes"
             found.append(f"{self.prefix}{dtypes[i % len(dtypes)]}:{seed + i}{kind}")
         return found
 
@@ -54,7 +64,7 @@ class ProblemSet:
         """(dtype, seed, kind or empty) of a name; ValueError if it is none."""
         parts = name.removeprefix(self.prefix).split(":") if name.startswith(self.prefix) else []
         good = len(parts) in (2, 3) and parts[0] in DTYPES and parts[1].isascii() and parts[1].isdigit()
-        if not good or parts[2:] not in ([], *([kind] for kind in self.kinds)):
+        if not good or parts[2:] not in ([], *([kind] for kind in self.ends)):
             raise ValueError(f"{name!r} is not {self.form}")
         return DTYPES[parts[0]], int(parts[1]), parts[2] if parts[2:] else ""
 
@@ -68,7 +78,17 @@ class ProblemSet:
         dtype, seed, kind = self.parse(name)
         if kind in self.heavy and limits:
             raise ValueError(f"{name!r}: no {kind} problem is within the limits of an interpreted back end")
-        return _MAKE[self.op](dtype, seed, kind, limits)
+        problem = _MAKE[self.op](dtype, seed, kind, limits)
+        return _in_codes(problem, seed) if kind == "codes" else problem
+
+
+def _in_codes(problem, seed: int):
+    # With a base, and a K that its kind has.
+    from peftkern.testing.bases import QUANTISED
+
+    base, (_, step) = list(QUANTISED.items())[seed % len(QUANTISED)]
+    branch = {"branch": False} if hasattr(problem, "branch") else {}
+    return dataclasses.replace(problem, base=base, K=-(-problem.K // step) * step, **branch)
 
 
 def _single(dtype: torch.dtype, seed: int, kind: str, limits: dict):
@@ -127,14 +147,15 @@ SETS = {
     for s in (
         ProblemSet(
             "lora_linear", "", ("large",), frozenset({"large"}), dict(max_M=96, max_KN=160, max_R=40),
-            "with M K N above 2^31",
+            "with M K N above 2^31 or a weight in codes", codes=True,
         ),
         ProblemSet(
             "multi_lora_linear", "multi:", ("segment", "rows", "base", "wide"), frozenset({"segment", "rows", "wide"}),
-            dict(max_M=96, max_KN=160, max_R=40, max_adapters=5, bottlenecks=False), "of special kinds",
+            dict(max_M=96, max_KN=160, max_R=40, max_adapters=5, bottlenecks=False), "of special kinds", codes=True,
         ),
         ProblemSet(
-            "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40), "where W and the branch cancel",
+            "lora_row_norm", "norm:", ("cancel",), frozenset(), dict(max_KN=160, max_R=40),
+            "where W and the branch cancel or of a weight in codes", codes=True,
         ),
         ProblemSet(
             "block_rotate", "rotate:", ("tall",), frozenset({"tall"}), dict(max_M=96, max_KN=160, max_R=40),

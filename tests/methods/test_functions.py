@@ -191,7 +191,7 @@ FORMS = {
 DROPS = [name for name in FORMS if "dropout_p" in inspect.signature(METHODS[name].function).parameters]
 
 
-def _function(name):
+def function_of(name):
     return partial(METHODS[name].function, **OPTIONS.get(name, {}))
 
 
@@ -205,7 +205,7 @@ def _tensors(shapes, dtype):
     return made
 
 
-def _case(name, dtype=torch.float64):
+def case_of(name, dtype=torch.float64):
     equation, shapes = FORMS[name]
     x, b = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((M, K), (N,)))
     return equation, x, torch.randn(N, K, dtype=dtype), b, _tensors(shapes, dtype)
@@ -220,8 +220,8 @@ def test_every_function_has_a_form():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_equation_and_gradients(name):
-    equation, x, W, b, tensors = _case(name)
-    function = _function(name)
+    equation, x, W, b, tensors = case_of(name)
+    function = function_of(name)
 
     def ours(x, b, *tensors):
         return function(x, W, *tensors, bias=b)
@@ -236,8 +236,8 @@ def test_equation_and_gradients(name):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_gradcheck(name, monkeypatch):
-    _, x, W, b, tensors = _case(name)
-    function = _function(name)
+    _, x, W, b, tensors = case_of(name)
+    function = function_of(name)
     if name == "DoRA":  # whose norm is a constant of the graph: it must not move with the weights
         norm = dora.row_norm(W, *tensors[:2])
         monkeypatch.setattr(dora, "row_norm", lambda *args: norm)
@@ -250,9 +250,9 @@ def test_gradcheck(name, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMS)
 def test_other_dtypes(name, dtype):
-    equation, x, W, b, tensors = _case(name, dtype)
+    equation, x, W, b, tensors = case_of(name, dtype)
     exact = [t.detach().double() if t.is_floating_point() else t for t in (x, W, b, *tensors)]
-    y = _function(name)(x, W, *tensors, bias=b)
+    y = function_of(name)(x, W, *tensors, bias=b)
     assert y.dtype == dtype
     expected, stock = equation(*exact), equation(x, W, b, *tensors)
     error, allowed = ((t.double() - expected).norm().item() for t in (y, stock))
@@ -263,9 +263,9 @@ def test_other_dtypes(name, dtype):
 
 @pytest.mark.parametrize("name", DROPS)
 def test_dropout_by_its_mask(name):
-    equation, x, W, b, tensors = _case(name)
+    equation, x, W, b, tensors = case_of(name)
     keep = peftkern.dropout_mask(M, K, 0.4, 5)
-    y = _function(name)(x, W, *tensors, bias=b, dropout_p=0.4, training=True, seed=5)
+    y = function_of(name)(x, W, *tensors, bias=b, dropout_p=0.4, training=True, seed=5)
     dropped = x * keep / 0.6
     if name == "DoRA":
         A, B, m = tensors
@@ -282,18 +282,20 @@ def test_dropout_by_its_mask(name):
     dy = torch.randn_like(y)
     for got, want in zip(*(torch.autograd.grad(t, inputs, dy) for t in (y, expected)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    assert torch.equal(_function(name)(x, W, *tensors, bias=b, dropout_p=0.4), _function(name)(x, W, *tensors, bias=b))
+    assert torch.equal(
+        function_of(name)(x, W, *tensors, bias=b, dropout_p=0.4), function_of(name)(x, W, *tensors, bias=b)
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_bad_input_is_named(name):
-    _, x, W, b, tensors = _case(name)
+    _, x, W, b, tensors = case_of(name)
     with pytest.raises(ValueError, match="x has shape"):
-        _function(name)(x[:, :-1], W, *tensors, bias=b)
+        function_of(name)(x[:, :-1], W, *tensors, bias=b)
     with pytest.raises(ValueError, match="bias"):
-        _function(name)(x, W, *tensors, bias=b[:-1])
+        function_of(name)(x, W, *tensors, bias=b[:-1])
     with pytest.raises(ValueError, match="weight requires grad"):
-        _function(name)(x, W.clone().requires_grad_(), *tensors, bias=b)
+        function_of(name)(x, W.clone().requires_grad_(), *tensors, bias=b)
 
 
 def _parts(name, tensors):
@@ -310,33 +312,33 @@ FREE = {"MiSS": (0, 1), "HRA": (1,)}
 
 @pytest.mark.parametrize("name", FORMS)
 def test_nothing_is_broadcast(name):
-    _, x, W, b, tensors = _case(name, torch.float32)
+    _, x, W, b, tensors = case_of(name, torch.float32)
     parts = _parts(name, tensors)
     for part, t in parts.items():
         rows = [t.narrow(d, 0, 1) for d in range(t.dim()) if t.shape[d] > 1 and d not in FREE.get(name, ())]
         for wrong in (t[None], *rows):
             given = [wrong if each is t else each for each in tensors]
             with pytest.raises(ValueError, match="|".join(map(re.escape, parts))):
-                _function(name)(x, W, *given, bias=b)
+                function_of(name)(x, W, *given, bias=b)
         with pytest.raises(TypeError, match=re.escape(part)):
-            _function(name)(x, W, *(each.bool() if each is t else each for each in tensors), bias=b)
+            function_of(name)(x, W, *(each.bool() if each is t else each for each in tensors), bias=b)
     with pytest.raises(ValueError, match="bias has shape"):
-        _function(name)(x, W, *tensors, bias=b[:1])
+        function_of(name)(x, W, *tensors, bias=b[:1])
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if any(isinstance(s[0], tuple) for s in FORMS[name][1])])
 def test_numbers_out_of_range(name):
-    _, x, W, b, tensors = _case(name, torch.float32)
+    _, x, W, b, tensors = case_of(name, torch.float32)
     for part, t in _parts(name, tensors).items():
         for wrong in () if t.is_floating_point() else (t + 40, t - 30):
             with pytest.raises(ValueError, match=f"{part} has numbers from"):
-                _function(name)(x, W, *(wrong if each is t else each for each in tensors), bias=b)
+                function_of(name)(x, W, *(wrong if each is t else each for each in tensors), bias=b)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_second_derivatives_raise(name):
-    _, x, W, b, tensors = _case(name)
-    y = _function(name)(x, W, *tensors, bias=b)
+    _, x, W, b, tensors = case_of(name)
+    y = function_of(name)(x, W, *tensors, bias=b)
     inputs = [t for t in (x, *tensors) if t.requires_grad]
     # Of a gradient of the output that requires none, too.
     for loss in (y.sum(), y.square().sum()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bitsandbytes
 import peft
 import pytest
 import torch
 from peft import LoraConfig
+from peft.utils import loftq_utils
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +19,10 @@ LAYERS = 14
 
 
 def llama(library: str) -> nn.Module:
-    """The base model, the same at each call. Rows are whole blocks: of others bitsandbytes multiplies another weight on CPUs."""
+    """The base model, the same at each call; as it was before any library with "dense".
+
+    Rows are whole blocks: of others bitsandbytes multiplies another weight on CPUs.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -31,7 +36,7 @@ def llama(library: str) -> nn.Module:
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
+                if isinstance(linear, nn.Linear) and library != "dense":
                     setattr(part, name, LIBRARIES[library](linear))
     return model
 
@@ -84,3 +89,27 @@ def test_checkpointing_and_inputs_that_train(library):
     assert len(peftkern.accelerate(ours).accelerated) == LAYERS
     assert losses(ours, 3) == pytest.approx(losses(stock, 3), rel=2e-5)
     assert peftkern.status(ours).fused == 2 * 3 * LAYERS
+
+
+def test_loftq(tmp_path, monkeypatch):
+    # PEFT moves the weight to a GPU before it decomposes what quantising has left: here it is the same on the CPU.
+    def begun(qweight, weight, num_bits, reduced_rank):
+        residual = weight.float() - bitsandbytes.functional.dequantize_4bit(qweight.data, qweight.quant_state)
+        found = loftq_utils._low_rank_decomposition(residual, reduced_rank=reduced_rank)
+        return found["R"], found["L"]
+
+    monkeypatch.setattr(loftq_utils, "_loftq_init_new", begun)
+    dense, ids = llama("dense"), torch.arange(12)[None]
+    dense.save_pretrained(tmp_path)
+    models = ours, stock = [peft_llama("nf4", lora_alpha=4).train() for _ in range(2)]
+    for model in models:
+        peft.replace_lora_weights_loftq(model, str(tmp_path / "model.safetensors"))
+    with torch.no_grad():
+        exact, (near, plain) = (
+            dense(input_ids=ids).logits,
+            (m(input_ids=ids).logits for m in (stock, llama("nf4").train())),
+        )
+    assert (near - exact).norm() < 0.95 * (plain - exact).norm()
+    assert len(peftkern.accelerate(ours).accelerated) == LAYERS
+    assert losses(ours, 20) == pytest.approx(losses(stock, 20), rel=2e-5)
+    assert peftkern.status(ours).fused == 20 * LAYERS
