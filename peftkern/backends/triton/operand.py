@@ -133,7 +133,7 @@ def _quantised(N: int, K: int, **given):
         along = along | row
     whole = row % run == 0
     of |= dict(
-        scales=of["scales"].contiguous(), WHOLE=whole, LONG=of["HALF"] % row == 0, pitch=row // run * of["RUN_BYTES"] if whole else 0,
-        SPAN=min(along & -along, _WIDEST),
+        scales=of["scales"].contiguous(), WHOLE=whole, LONG=of["HALF"] % row == 0,
+        pitch=row // run * of["RUN_BYTES"] if whole else 0, SPAN=min(along & -along, _WIDEST),
     )  # fmt: skip
     return Quantised(Codes(**{k: tl.constexpr(v) if k.isupper() else v for k, v in of.items()}), (N, K))
