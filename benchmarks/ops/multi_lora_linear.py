@@ -199,12 +199,12 @@ OURS = {
 
 def _over_codes() -> list[Provider]:
     # Of a base in 4 bits: its product alone, and with adapters.
-    builds = {OWN_BASE: _own_base, "peftkern": _list, "peftkern_bank": _bank}
+    dense = [Provider(OWN_BASE, "own base", _own_base), OURS["peftkern"][0], OURS["peftkern_bank"][0]]
     return [
         Provider(
-            f"{name}_nf4", f"{name.replace('_', ' ')}, NF4", lambda case, data, build=build: build(case, data.over("nf4")),
+            f"{p.name}_nf4", f"{p.title}, NF4", lambda case, data, build=p.build: build(case, data.over("nf4")),
             _no_extension, passes=FORWARD, gated=True,
-        ) for name, build in builds.items()
+        ) for p in dense
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from .model import Model
 from .subject import Pair, accelerated, randomised
 
 TIMED = ("NF4",)
-ROWS, HIDDEN = 512, 768
+ROWS, HIDDEN = 512, 576
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
