@@ -70,16 +70,21 @@ bool base_gemm_bf16_usable() {
 #ifdef PEFTKERN_HAVE_AVX512BF16
 namespace avx512_bf16 {
 void base_gemm_bf16(const BaseArgs&);
+void base_few_bf16(const BaseArgs&);
 void fma_peak(const PeakArgs&);
 }  // namespace avx512_bf16
 void base_gemm_bf16(const BaseArgs& args) {
   avx512_bf16::base_gemm_bf16(args);
+}
+void base_few_bf16(const BaseArgs& args) {
+  avx512_bf16::base_few_bf16(args);
 }
 void fma_peak_bf16(const PeakArgs& args) {
   avx512_bf16::fma_peak(args);
 }
 #else
 void base_gemm_bf16(const BaseArgs&) {}
+void base_few_bf16(const BaseArgs&) {}
 void fma_peak_bf16(const PeakArgs&) {}
 #endif
 

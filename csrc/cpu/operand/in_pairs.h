@@ -9,6 +9,15 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
+#if defined(__AVX512BF16__)
+typedef uint16_t vs __attribute__((vector_size(64), may_alias));
+
+// Rounded to nearest even, numbers below the normal range to zero.
+PEFTKERN_INLINE __m512i to_bf16(vf first, vf second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+
 template <bool UPPER>
 struct Nibbles {
   static constexpr bool kEvenOdd = true;
@@ -21,6 +30,24 @@ struct Nibbles {
     even = Values16::look_up(form.table, UPPER ? q >> 4 : q);
     odd = Values16::look_up(form.table, UPPER ? q : q >> 4);
   }
+
+#if defined(__AVX512BF16__)
+  // What the codes of a group stand for, rounded to bf16, twice over: the 5th bit of a code's lane is of no
+  // account.
+  template <class F>
+  PEFTKERN_INLINE __m512i group(const Nibbles& form, const F& f) {
+    const vf values = apply(f, form.table.all);
+    return to_bf16(values, values);
+  }
+  // kPair codes: element 8 i + j is that of term 4 j + i.
+  PEFTKERN_INLINE __m512i in_bf16(const uint8_t* p, __m512i table) {
+    vs shift{};
+    for (int i = 0; i < 32; ++i) shift[i] = static_cast<uint16_t>(UPPER ? (i / 8 * 4) ^ 4 : i / 8 * 4);
+    const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, reinterpret_cast<__m512i>(shift)), table);
+  }
+  static constexpr int place(int element) { return element % 8 * 4 + element / 8; }
+#endif
 };
 
 template <Quantised::Code CODE>
@@ -32,6 +59,19 @@ struct Bytes {
   PEFTKERN_INLINE void pair(const Bytes&, const uint8_t* p, vf& first, vf& second) {
     first = values8<CODE>(p), second = values8<CODE>(p + W);
   }
+
+#if defined(__AVX512BF16__)
+  template <class F>
+  PEFTKERN_INLINE F group(const Bytes&, const F& f) {
+    return f;
+  }
+  // kPair codes in their order.
+  template <class F>
+  PEFTKERN_INLINE __m512i in_bf16(const uint8_t* p, const F& f) {
+    return to_bf16(apply(f, values8<CODE>(p)), apply(f, values8<CODE>(p + W)));
+  }
+  static constexpr int place(int element) { return element; }
+#endif
 };
 
 // Whether rows and groups of W are whole pairs, of codes that have such a form.
