@@ -96,20 +96,26 @@ PEFTKERN_INLINE void with_pairs(const Quantised& w, const Use& use) {
   use(Bytes<Code::e4m3>(w), Numbers(w));
 }
 
+// Where term k of every row lies, in groups: the same for all rows, and divisions take as long as a dozen
+// vectors.
+struct Along {
+  int64_t k, groups, group, left;
+  Along(const Quantised& w, int64_t term)
+      : k(term), groups(w.K / w.group), group(term / w.group), left(w.group - term % w.group) {}
+};
+
 // A place in W, and the scale that holds from there on.
 template <class Form>
 struct Place {
   const uint8_t* codes;
   int64_t group, left;
-  Place(const Quantised& w, int64_t n, int64_t k)
-      : codes(w.codes + Form::bytes(n * w.row + k)),
-        group(n * (w.K / w.group) + k / w.group),
-        left(w.group - k % w.group) {}
+  Place(const Quantised& w, int64_t n, const Along& at)
+      : codes(w.codes + Form::bytes(n * w.row + at.k)), group(n * at.groups + at.group), left(at.left) {}
 };
 
 // to[i] = W[n, k + i] in the order of pairs, for `count` terms, whole pairs.
 template <class Form, class Groups>
-void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t k,
+void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
                   int64_t count, float* to) {
   Place<Form> at(w, n, k);
   for (; count > 0; at.left = w.group) {
