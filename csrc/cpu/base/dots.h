@@ -27,6 +27,14 @@ constexpr int kDotRows = 4, kDotCols = 3;  // 12 accumulators + 3 + 1 of 16 regi
 
 typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 
+// Every lane and the one DISTANCE from it. (In a loop over distances GCC makes the order at run time.)
+template <int DISTANCE>
+PEFTKERN_INLINE vf add_apart(vf x) {
+  vi other{};
+  for (int i = 0; i < W; ++i) other[i] = (i ^ DISTANCE) % W;
+  return x + __builtin_shuffle(x, other);
+}
+
 // The sums of the lanes of four vectors.
 PEFTKERN_INLINE v4 sum_lanes(vf a, vf b, vf c, vf d) {
   vi low{}, high{}, left{}, right{};
@@ -39,12 +47,8 @@ PEFTKERN_INLINE v4 sum_lanes(vf a, vf b, vf c, vf d) {
   const vf ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
   const vf cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
   vf x = __builtin_shuffle(ab, cd, left) + __builtin_shuffle(ab, cd, right);
-#pragma GCC unroll 2
-  for (int half = W / 2; half >= 4; half /= 2) {
-    vi other{};
-    for (int i = 0; i < W; ++i) other[i] = i ^ half;
-    x += __builtin_shuffle(x, other);
-  }
+  if (W > 8) x = add_apart<8>(x);
+  if (W > 4) x = add_apart<4>(x);
   v4 sums{};
   for (int i = 0; i < 4; ++i) sums[i] = x[i];
   return sums;

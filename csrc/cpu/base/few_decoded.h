@@ -28,8 +28,8 @@ constexpr int kPairCols = 2;
 // out[i, j] (+)= a_i . w_j over `terms` terms from k on, of `cols` columns from n on; the bits are those of
 // dots on what decode_pairs has made.
 template <int ROWS, class Form, class Groups>
-void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t cols, int64_t k,
-               int64_t terms, const float* a, int64_t lda, float* out, int64_t ld) {
+void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t cols,
+               const Along& k, int64_t terms, const float* a, int64_t lda, float* out, int64_t ld) {
   const uint8_t* p[kPairCols];
   int64_t group[kPairCols], left = 0;
   for (int j = 0; j < kPairCols; ++j) {  // the last stands in for those that are not there
@@ -67,13 +67,14 @@ void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64
     const v4 sums = sum_lanes(acc[i][0], acc[i][1], kPairCols > 2 ? acc[i][2 % kPairCols] : zero(),
                               kPairCols > 2 ? acc[i][3 % kPairCols] : zero());
     float* to = out + i * ld;
-    for (int j = 0; j < cols; ++j) to[j] = k == 0 ? sums[j] : to[j] + sums[j];
+    for (int j = 0; j < cols; ++j) to[j] = k.k == 0 ? sums[j] : to[j] + sums[j];
   }
 }
 
 template <class Form, class Groups>
 void pair_dots(int64_t rows, const Form& form, const Groups& groups, const Quantised& w, int64_t n,
-               int64_t cols, int64_t k, int64_t terms, const float* a, int64_t lda, float* out, int64_t ld) {
+               int64_t cols, const Along& k, int64_t terms, const float* a, int64_t lda, float* out,
+               int64_t ld) {
   switch (rows) {
     case 1:
       return pair_dots<1>(form, groups, w, n, cols, k, terms, a, lda, out, ld);
@@ -100,6 +101,7 @@ void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int
   const int64_t early = (kCodesAhead + g.inner - 1) / g.inner;
   for (int64_t k = 0; k < g.inner; k += kDecodedTerms) {
     const int64_t terms = smaller(kDecodedTerms, g.inner - k), block = k / depth * depth;
+    const Along along(w, k);
     int64_t lda;
     const auto rows_of_a = [&](int64_t row) {
       return g.scratch + dot_place<Decoded<T>>(g.rows, g.inner, row, block, &lda) + (k - block);
@@ -108,7 +110,7 @@ void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int
       const float* a = rows_of_a(0);
       with_pairs(w, [&](const auto& form, const auto& groups) {
         for (int64_t j = 0; j < cols; j += kPairCols)
-          pair_dots(g.rows, form, groups, w, n + j, smaller(kPairCols, cols - j), k, terms, a, lda,
+          pair_dots(g.rows, form, groups, w, n + j, smaller(kPairCols, cols - j), along, terms, a, lda,
                     g.out + begin + j, g.ld);
       });
       continue;
@@ -116,7 +118,7 @@ void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int
     for (int64_t c = 0; c < cols; ++c) ask_for_codes(w, smaller(n + c + early, w.N - 1), k, terms);
     if (of.pairs())
       with_pairs(w, [&](const auto& form, const auto& groups) {
-        for (int64_t c = 0; c < cols; ++c) decode_pairs(form, groups, w, n + c, k, terms, room + c * kLd);
+        for (int64_t c = 0; c < cols; ++c) decode_pairs(form, groups, w, n + c, along, terms, room + c * kLd);
       });
     else
       for (int64_t c = 0; c < cols; ++c) decode(w, n + c, k, terms, room + c * kLd);

@@ -96,7 +96,7 @@ void finish_up(const BottleneckBackward& g, const float* c, bool ones, float alp
 }
 
 void bottleneck_forward(const BottleneckForward& g) {
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
   if (by_pairs(g)) return bottleneck_forward_pairs(g);
 #endif
   KeptScratch scratch;
@@ -125,7 +125,7 @@ void bottleneck_forward(const BottleneckForward& g) {
 }
 
 void bottleneck_backward(const BottleneckBackward& g) {
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
   if (by_pairs(g)) return bottleneck_backward_pairs(g);
 #endif
   KeptScratch scratch;

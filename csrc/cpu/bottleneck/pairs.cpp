@@ -6,7 +6,7 @@
 
 #include "cpu/bottleneck/passes.h"
 
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
 
 namespace peftkern::cpu {
 namespace {

@@ -79,7 +79,7 @@ struct PairSumsTask {
   int threads;
 };
 
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
 namespace avx512_bf16 {
 void pair_pack(const PairPackTask& task);
 void pair_rows(const PairRowsTask& task);

@@ -7,7 +7,7 @@
 #ifdef PEFTKERN_X86_LEVELS
 #include <cpuid.h>
 #endif
-#ifdef PEFTKERN_HAVE_AMX
+#ifdef PEFTKERN_HAVE_AVX512_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -68,7 +68,7 @@ const CpuModel& cpu_model() {
 }
 
 bool base_gemm_bf16_usable() {
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
   return level() == Level::avx512 && (features() & kAvx512Bf16) != 0;
 #else
   return false;
@@ -76,7 +76,7 @@ bool base_gemm_bf16_usable() {
 }
 
 bool base_gemm_amx_usable() {
-#ifdef PEFTKERN_HAVE_AMX
+#ifdef PEFTKERN_HAVE_AVX512_AMX
   if (!base_gemm_bf16_usable() || (features() & kAmxBf16) == 0) return false;
   // Linux saves the registers of a process that has asked for them: ARCH_REQ_XCOMP_PERM, of XTILEDATA.
   static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -86,7 +86,7 @@ bool base_gemm_amx_usable() {
 #endif
 }
 
-#ifdef PEFTKERN_HAVE_AMX
+#ifdef PEFTKERN_HAVE_AVX512_AMX
 namespace avx512_amx {
 void base_gemm_amx(const BaseArgs&);
 }  // namespace avx512_amx
@@ -97,19 +97,24 @@ void base_gemm_amx(const BaseArgs& args) {
 void base_gemm_amx(const BaseArgs&) {}
 #endif
 
-#ifdef PEFTKERN_HAVE_AVX512BF16
+#ifdef PEFTKERN_HAVE_AVX512_BF16
 namespace avx512_bf16 {
 void base_gemm_bf16(const BaseArgs&);
+void base_few_bf16(const BaseArgs&);
 void fma_peak(const PeakArgs&);
 }  // namespace avx512_bf16
 void base_gemm_bf16(const BaseArgs& args) {
   avx512_bf16::base_gemm_bf16(args);
+}
+void base_few_bf16(const BaseArgs& args) {
+  avx512_bf16::base_few_bf16(args);
 }
 void fma_peak_bf16(const PeakArgs& args) {
   avx512_bf16::fma_peak(args);
 }
 #else
 void base_gemm_bf16(const BaseArgs&) {}
+void base_few_bf16(const BaseArgs&) {}
 void fma_peak_bf16(const PeakArgs&) {}
 #endif
 
@@ -123,13 +128,13 @@ PEFTKERN_DISPATCH(round_rows, RoundRowsArgs)
 PEFTKERN_DISPATCH_LOCAL(base_gemm_int8_run, BaseArgs)
 
 namespace peftkern::cpu {
-#ifdef PEFTKERN_HAVE_AVX512VNNI
+#ifdef PEFTKERN_HAVE_AVX512_VNNI
 namespace avx512_vnni {
 void base_gemm_int8_run(const BaseArgs&);
 }
 #endif
 void base_gemm_int8(const BaseArgs& args) {
-#ifdef PEFTKERN_HAVE_AVX512VNNI
+#ifdef PEFTKERN_HAVE_AVX512_VNNI
   if (level() == Level::avx512 && (features() & kAvx512Vnni) != 0)
     return avx512_vnni::base_gemm_int8_run(args);
 #endif

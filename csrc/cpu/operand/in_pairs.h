@@ -9,6 +9,15 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
+#if defined(__AVX512BF16__)
+typedef uint16_t vs __attribute__((vector_size(64), may_alias));
+
+// Rounded to nearest even, numbers below the normal range to zero.
+PEFTKERN_INLINE __m512i to_bf16(vf first, vf second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+
 template <bool UPPER>
 struct Nibbles {
   static constexpr bool kEvenOdd = true;
@@ -21,6 +30,24 @@ struct Nibbles {
     even = Values16::look_up(form.table, UPPER ? q >> 4 : q);
     odd = Values16::look_up(form.table, UPPER ? q : q >> 4);
   }
+
+#if defined(__AVX512BF16__)
+  // What the codes of a group stand for, rounded to bf16, twice over: the 5th bit of a code's lane is of no
+  // account.
+  template <class F>
+  PEFTKERN_INLINE __m512i group(const Nibbles& form, const F& f) {
+    const vf values = apply(f, form.table.all);
+    return to_bf16(values, values);
+  }
+  // kPair codes: element 8 i + j is that of term 4 j + i.
+  PEFTKERN_INLINE __m512i in_bf16(const uint8_t* p, __m512i table) {
+    vs shift{};
+    for (int i = 0; i < 32; ++i) shift[i] = static_cast<uint16_t>(UPPER ? (i / 8 * 4) ^ 4 : i / 8 * 4);
+    const __m512i q = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, reinterpret_cast<__m512i>(shift)), table);
+  }
+  static constexpr int place(int element) { return element % 8 * 4 + element / 8; }
+#endif
 };
 
 template <Quantised::Code CODE>
@@ -32,6 +59,19 @@ struct Bytes {
   PEFTKERN_INLINE void pair(const Bytes&, const uint8_t* p, vf& first, vf& second) {
     first = values8<CODE>(p), second = values8<CODE>(p + W);
   }
+
+#if defined(__AVX512BF16__)
+  template <class F>
+  PEFTKERN_INLINE F group(const Bytes&, const F& f) {
+    return f;
+  }
+  // kPair codes in their order.
+  template <class F>
+  PEFTKERN_INLINE __m512i in_bf16(const uint8_t* p, const F& f) {
+    return to_bf16(apply(f, values8<CODE>(p)), apply(f, values8<CODE>(p + W)));
+  }
+  static constexpr int place(int element) { return element; }
+#endif
 };
 
 // Whether rows and groups of W are whole pairs, of codes that have such a form.
@@ -56,20 +96,26 @@ PEFTKERN_INLINE void with_pairs(const Quantised& w, const Use& use) {
   use(Bytes<Code::e4m3>(w), Numbers(w));
 }
 
+// Where term k of every row lies, in groups: the same for all rows, and divisions take as long as a dozen
+// vectors.
+struct Along {
+  int64_t k, groups, group, left;
+  Along(const Quantised& w, int64_t term)
+      : k(term), groups(w.K / w.group), group(term / w.group), left(w.group - term % w.group) {}
+};
+
 // A place in W, and the scale that holds from there on.
 template <class Form>
 struct Place {
   const uint8_t* codes;
   int64_t group, left;
-  Place(const Quantised& w, int64_t n, int64_t k)
-      : codes(w.codes + Form::bytes(n * w.row + k)),
-        group(n * (w.K / w.group) + k / w.group),
-        left(w.group - k % w.group) {}
+  Place(const Quantised& w, int64_t n, const Along& at)
+      : codes(w.codes + Form::bytes(n * w.row + at.k)), group(n * at.groups + at.group), left(at.left) {}
 };
 
 // to[i] = W[n, k + i] in the order of pairs, for `count` terms, whole pairs.
 template <class Form, class Groups>
-void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t k,
+void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
                   int64_t count, float* to) {
   Place<Form> at(w, n, k);
   for (; count > 0; at.left = w.group) {

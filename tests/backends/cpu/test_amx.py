@@ -148,14 +148,11 @@ def test_nothing_around_the_output_is_touched(level, guarded):
         assert torch.equal(out.check(), product(a, b))
 
 
-def test_levels_agree():
+def test_levels_agree(level):
     a, b = operands(50, 290, 75)
-    results = []
-    for name in ("plain", "avx2", "avx512"):
-        if native._C.set_isa(name):
-            results.append(product(a, b))
-    native._C.set_isa("auto")
-    assert results and all(torch.equal(result, results[0]) for result in results)
+    here = product(a, b)
+    native._C.set_isa("plain")
+    assert torch.equal(here, product(a, b))
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,27 @@
+// The base product of few rows of bf16 by a quantised W on CPUs with AVX512-BF16: codes become vectors of
+// bf16, those of 4 bits by look-up in a table of what the codes of their group stand for, and are multiplied
+// in pairs of terms.
+//
+// As with other products of pairs, elements of W are rounded to bf16, and numbers below its normal range
+// count as zero. A row's bits depend on the inner dimension alone.
+#include "cpu/base/dots_bf16.h"
+#include "cpu/base/strips_bf16.h"
+
+#if defined(__AVX512BF16__)
+
+namespace peftkern::cpu::PEFTKERN_LEVEL {
+
+void base_few_bf16(const BaseArgs& g) {
+  with_pairs(*g.quantised, [&](const auto& form, const auto& groups) {
+    parallel(g.threads, [&] {
+      if (g.w_in == 1)
+        pair_dot_products(g, form, groups);
+      else
+        add_pair_strips(g, form, groups);
+    });
+  });
+}
+
+}  // namespace peftkern::cpu::PEFTKERN_LEVEL
+
+#endif
