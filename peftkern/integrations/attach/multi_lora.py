@@ -46,11 +46,12 @@ def attach_adapters(
 
     A layer computes the equation of ``multi_lora_linear`` with the coefficients of the adapter of the sequence that x
     belongs to. Covered are LoRA and rsLoRA (``rank_pattern``, ``alpha_pattern``, ``lora_bias``), DoRA, AdaLoRA, VeRA and
-    (IA)^3, on ``torch.nn.Linear``, transformers' ``Conv1D`` and the layers that bitsandbytes, torchao, quanto and HQQ have
-    quantised (read anew at each call; other kinds are refused with the reason), and on CPU LoRA on the weights of transformers' experts
-    (``target_parameters``), where each token takes its own adapter; the adapters may differ in method, in ranks and in the
-    layers that they change. A setting that could mean another function is refused by name, whatever else a config notes
-    is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``) must be the model's own.
+    (IA)^3, on ``torch.nn.Linear``, transformers' ``Conv1D`` and the layers that bitsandbytes, torchao, quanto and HQQ
+    have quantised (read anew at each call; other kinds are refused with the reason), and on CPU LoRA on the weights of
+    transformers' experts (``target_parameters``), where each token takes its own adapter; the adapters may differ in
+    method, in ranks and in the layers that they change. A setting that could mean another function is refused by name,
+    whatever else a config notes is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``)
+    must be the model's own.
 
     What is computed from the layer's own weight and bias (DoRA's scale m / norm, the scaled bias of (IA)^3, the sum of the
     layer's bias and ``lora_bias``) is computed once, when the adapter is added: after a change of the model's weights,
