@@ -25,7 +25,8 @@ _TINY = 1e-38
 def quantize(
     weight: Tensor, kind: str, *, block_size: int | None = None, nested: bool = False, compute: str | None = None
 ) -> Base:
-    """A base that holds a weight (N, K) in 4 or 8 bits: ``lora_linear`` and ``multi_lora_linear`` take it as their weight.
+    """A base that holds a weight (N, K) in 4 or 8 bits: ``lora_linear``, ``multi_lora_linear``,
+    ``LoRALinear.from_linear`` and every functional form that does not read the elements of W take it as their weight.
 
     ======  ===========================================================  ==============================================
     kind    codes                                                        scales

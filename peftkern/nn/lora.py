@@ -88,12 +88,13 @@ class LoRALinear(nn.Module):
         """A layer that shares ``linear``'s weight and bias (no copy) and freezes them; other arguments as above.
 
         ``linear`` is an ``nn.Linear``, a layer that bitsandbytes, torchao, quanto or HQQ has quantised, which is read anew at
-        each call, or a base without a bias (``peftkern.quantize``). Of what is quantised the state dict keeps the keys,
+        each call, or a base (``peftkern.quantize``), without a bias. Of what is quantised the state dict keeps the keys,
         ``lora_dtype`` may be any of fp32, bf16 and fp16, and ``merge`` raises.
 
-        Raises TypeError, with the reason, for a ``linear`` that may compute something else than x W^T + bias: a subclass,
-        a replaced forward, hooks, parametrizations (weight norm, pruning), further parameters or buffers, a weight that is
-        no plain dense tensor (quantised, DTensor) or no parameter of its own (inside FSDP).
+        Raises ValueError for a base without a shape, and TypeError, with the reason, for a ``linear`` that may compute
+        something else than x W^T + bias: a subclass, a replaced forward, hooks, parametrizations (weight norm, pruning),
+        further parameters or buffers, a weight that is no plain dense tensor (of other quantisers, DTensor) or no parameter of
+        its own (inside FSDP).
         """
         if isinstance(linear, Base) or (isinstance(linear, nn.Module) and quantised.reader_of(linear) is not None):
             cls, linear = LoRALinearOnCodes, Codes(linear) if isinstance(linear, Base) else linear

@@ -46,10 +46,12 @@ def attach_adapters(
 
     A layer computes the equation of ``multi_lora_linear`` with the coefficients of the adapter of the sequence that x
     belongs to. Covered are LoRA and rsLoRA (``rank_pattern``, ``alpha_pattern``, ``lora_bias``), DoRA, AdaLoRA, VeRA and
-    (IA)^3, on ``torch.nn.Linear`` and transformers' ``Conv1D``, and on CPU LoRA on the weights of transformers' experts
-    (``target_parameters``), where each token takes its own adapter; the adapters may differ in method, in ranks and in the
-    layers that they change. A setting that could mean another function is refused by name, whatever else a config notes
-    is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``) must be the model's own.
+    (IA)^3, on ``torch.nn.Linear``, transformers' ``Conv1D`` and the layers that bitsandbytes, torchao, quanto and HQQ
+    have quantised (read anew at each call; other kinds are refused with the reason), and on CPU LoRA on the weights of
+    transformers' experts (``target_parameters``), where each token takes its own adapter; the adapters may differ in
+    method, in ranks and in the layers that they change. A setting that could mean another function is refused by name,
+    whatever else a config notes is ignored, as PEFT ignores it. Modules that an adapter saves whole (``modules_to_save``)
+    must be the model's own.
 
     What is computed from the layer's own weight and bias (DoRA's scale m / norm, the scaled bias of (IA)^3, the sum of the
     layer's bias and ``lora_bias``) is computed once, when the adapter is added: after a change of the model's weights,
@@ -70,7 +72,7 @@ def attach_adapters(
         max_adapters: how many there may be at a time (default: 256, or twice as many as are given).
         max_rank: the largest rank that may be added (default: 64, or the largest that is given).
         dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are
-            stored in it, else fp32).
+            stored in it, else fp32; fp32 where the layer's weight is in codes).
         outside: what a call outside of ``use`` does: "base" runs the base model, "error" raises RuntimeError, so that no
             request of a server is answered without its adapter by accident.
 
