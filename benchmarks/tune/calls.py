@@ -20,6 +20,7 @@ from peftkern.ops.sgmv import Add
 from peftkern.problem import DTYPES, TritonWay
 from peftkern.settings import current
 from peftkern.testing import arguments as given
+from peftkern.testing.bases import drawn
 
 from .plan import COMPOSITION, DROPOUT_P, Candidate, Job
 
@@ -55,7 +56,7 @@ def make_inputs(job: Job, count: int, device: str) -> Inputs:
     def one() -> tuple:
         if job.op == "sgmv_add":
             return Add(normal(M, N), *_many(normal, small, M, N, K, R))
-        weight = normal(N, K, scale=K**-0.5)
+        weight = drawn(job.base, N, K, 0, device) if job.base else normal(N, K, scale=K**-0.5)
         if job.op == "lora_linear_fwd":
             return given.forward(normal(M, K), weight, A, B, **numbers)
         if job.op == "lora_linear_bwd":

@@ -20,11 +20,15 @@ OPS = {
     "lora_linear": ("lora_linear_fwd", "lora_linear_bwd"),
     "multi_lora_linear": ("sgmv_add", "multi_lora_linear_fwd"),
     "lora_row_norm": ("lora_row_norm",),
+    "quantised": ("lora_linear_fwd", "lora_linear_bwd"),
 }
 # (N, K): square, up and down of an 8B model's MLP, and its narrow keys and values.
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 TRAINING_ROWS = (8192, 2048, 512, 128)
 DECODE_ROWS = (64, 32, 8, 2)
+# Where decoding a weight in codes tile by tile gives way to panels of it, and the kinds that are in use.
+CODED_ROWS = (64, 128, 32, 256, 16)
+CODED = ("nf4", "int8")
 # Beside the kernel's own configuration, where products are large enough to care: for the chips with the most shared
 # memory, and for all others.
 CONFIGS = {
@@ -39,7 +43,7 @@ CONFIG_ROWS = 2048
 
 @dataclass(frozen=True)
 class Job:
-    """One problem. ``dtype`` and ``adapter_dtype`` are short words."""
+    """One problem. ``dtype`` and ``adapter_dtype`` are short words; ``base``: the kind of a weight in codes, else empty."""
 
     op: str
     dtype: str
@@ -49,12 +53,14 @@ class Job:
     N: int
     K: int
     R: int
+    base: str = ""
 
     def problem(self, arch: int) -> Problem:
         """As dispatch sees it."""
         flags = {"dropout"} if self.dropout else set()
         flags |= {"need_x", "need_A", "need_B"} if self.op == "lora_linear_bwd" else set()
         flags |= {"base"} if self.op == "multi_lora_linear_fwd" else set()
+        flags |= {self.base} - {""}
         sizes = self.M, self.N, self.K, self.R
         return Problem(
             self.op, "cuda", f"sm_{arch}", DTYPES[self.dtype], DTYPES[self.adapter_dtype], *sizes, frozenset(flags)
@@ -70,11 +76,13 @@ class Job:
             adapters = min(self.M, 64) * self.R * (self.N + self.K) * DTYPES[self.adapter_dtype].itemsize
             base = 0 if self.op == "sgmv_add" else size * self.N * self.K
             return base + adapters + size * self.M * (self.N + self.K)
-        return size * (self.N * self.K + self.M * (self.K if self.op == "lora_linear_fwd" else self.N + self.K))
+        weight = {"": size, "nf4": 0.5, "int8": 1}[self.base] * self.N * self.K
+        return int(weight) + size * self.M * (self.K if self.op == "lora_linear_fwd" else self.N + self.K)
 
     def __str__(self) -> str:
         drop = " dropout" if self.dropout else ""
-        return f"{self.op} {self.dtype}/{self.adapter_dtype} {self.M}x{self.N}x{self.K} R={self.R}{drop}"
+        base = f" {self.base}" if self.base else ""
+        return f"{self.op} {self.dtype}/{self.adapter_dtype} {self.M}x{self.N}x{self.K} R={self.R}{drop}{base}"
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,26 @@ def _row_norm(dtype: str, R: int) -> Iterator[Job]:
             yield Job("lora_row_norm", dtype, adapter, False, 0, N, K, R)
 
 
+def _quantised(dtype: str, R: int) -> Iterator[Job]:
+    for M in CODED_ROWS:
+        for base in CODED:
+            for N, K in SHAPES:
+                for op in OPS["quantised"]:
+                    yield Job(op, dtype, "fp32", False, M, N, K, R, base)
+
+
 def jobs(op: str, *, dtypes=("bf16", "fp16"), ranks=(16, 64, 8, 32)) -> list[Job]:
     """All problems of an op, what matters most first: whoever stops early has measured that."""
-    make = {"lora_linear": _lora_linear, "multi_lora_linear": _many, "lora_row_norm": _row_norm}[op]
+    make = {
+        "lora_linear": _lora_linear, "multi_lora_linear": _many, "lora_row_norm": _row_norm, "quantised": _quantised,
+    }[op]  # fmt: skip
     return [job for R in ranks for dtype in dtypes for job in make(dtype, R)]
 
 
 def candidates(job: Job, arch: int) -> list[Candidate]:
     """What is measured, the default first. Whether a kernel runs here shows when it is tried."""
+    if job.base:
+        return [Candidate("fused", "fused"), Candidate("epilogue", "epilogue")]
     if job.op not in OPS["lora_linear"]:
         return [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]

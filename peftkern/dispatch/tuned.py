@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..bases.base import KINDS
 from ..problem import Problem, short
 from ..settings import CANDIDATES, Settings
 from .table_files import read_all, slug
@@ -23,7 +24,7 @@ _OPTIONS = frozenset({"base", "bias", "dropout", "need_x", "need_A", "need_B", "
 
 
 class Key(NamedTuple):
-    """What must agree exactly."""
+    """What must agree exactly. ``base``: the kind of a weight in codes, empty for others."""
 
     op: str
     dtype: str
@@ -32,6 +33,7 @@ class Key(NamedTuple):
     N: int
     K: int
     R: int
+    base: str = ""
 
 
 class Entry(NamedTuple):
@@ -62,7 +64,7 @@ def parse(data: dict, name: str) -> dict[Key, dict[int, Entry]]:
     for row in data["rows"]:
         if row["choice"] not in CANDIDATES:
             raise ValueError(f"{name}: no candidate {row['choice']!r}")
-        key = Key(*(row[field] for field in Key._fields))
+        key = Key(*(row[field] for field in Key._fields[:-1]), row.get("base", ""))
         near = found.setdefault(key, {})
         if bucket(row["M"]) in near:
             raise ValueError(f"{name}: two rows for {key} near M={bucket(row['M'])}")
@@ -83,10 +85,11 @@ def _device_name(index: int) -> str:
 
 def lookup(rows: dict[Key, dict[int, Entry]], problem: Problem) -> Entry | None:
     """The entry of the same sizes and dtypes whose number of rows is nearest, at most a factor of two away."""
-    if not problem.flags <= _OPTIONS:
+    base = next(iter(problem.flags & KINDS.keys()), "")
+    if not problem.flags - {base} <= _OPTIONS:
         return None
     dtype, adapter = short(problem.dtype), short(problem.adapter_dtype)
-    key = Key(problem.op, dtype, adapter, "dropout" in problem.flags, problem.N, problem.K, problem.R)
+    key = Key(problem.op, dtype, adapter, "dropout" in problem.flags, problem.N, problem.K, problem.R, base)
     here, near = bucket(problem.M), rows.get(key, {})
     if here == 0 or not near:
         return near.get(0)

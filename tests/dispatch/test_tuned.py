@@ -76,6 +76,13 @@ def test_the_nearest_row_decides(packaged):
     assert [choice(problem(m), now) for m in (0, 1, 128, 40_000)] == [None] * 4
 
 
+def test_weights_in_codes_have_rows_of_their_own(packaged):
+    """Of their kind; where none is near there is no choice, whatever was measured of a dense weight."""
+    now = packaged([row(64, "epilogue"), row(64, "fused", base="nf4")])
+    kinds = {kind: choice(problem(64, flags=("dropout", kind)), now) for kind in ("nf4", "fp4", "identity")}
+    assert kinds == {"nf4": "fused", "fp4": None, "identity": None} and choice(problem(64), now) == "epilogue"
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -96,6 +96,26 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
     _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
 
 
+# Of each kind one, with the most to read.
+CODED = ("nf4 nested", "fp4", "int8", "int4", "hqq4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0")
+
+
+@pytest.mark.parametrize("M", [40, 200], ids=["decoded", "panels"])
+@pytest.mark.parametrize("name", CODED)
+def test_weights_in_codes(name, M, record_property):
+    (target,) = verify.targets(["triton"], None, "lora_linear", "cuda")
+    if target.reason():
+        pytest.skip(target.reason())
+    problem = LoRALinearProblem(
+        seed=M, M=M, K=320, N=264, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, scaling=2.0, dropout_p=0.1,
+        options=("bias",), base=name,
+    )  # fmt: skip
+    with target.active():
+        results = check(problem, "cuda")
+    head = dict(backend="triton", problem=f"{name} {M}x320x264", dtype="bf16", adapters="fp32")
+    _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
+
+
 def test_the_cuda_kernels_take_what_users_train():
     """Otherwise the tests of them would test another back end."""
     (target,) = verify.targets(["cuda"], None, "lora_linear", "cuda")

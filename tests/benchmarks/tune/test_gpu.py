@@ -14,7 +14,7 @@ import torch
 from peftkern.benchmarks.tune import calls as tune_calls
 from peftkern.benchmarks.tune import gpu as tune
 from peftkern.benchmarks.tune import main as command
-from peftkern.benchmarks.tune.plan import COMPOSITION, OPS, Job, candidates, copies, fastest, jobs
+from peftkern.benchmarks.tune.plan import CODED, COMPOSITION, OPS, Job, candidates, copies, fastest, jobs
 from peftkern.dispatch import tuned
 from peftkern.kernels import configs
 from peftkern.settings import Settings
@@ -29,6 +29,7 @@ SMALL = [
 ] + [Job("sgmv_add", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]
 SMALL += [Job("multi_lora_linear_fwd", "bf16", adapter, False, 6, 24, 40, 4) for adapter in ("fp32", "bf16")]
 SMALL += [Job("lora_row_norm", "bf16", adapter, False, 0, 24, 40, 4) for adapter in ("fp32", "bf16")]  # fmt: skip
+SMALL += [Job(op, "bf16", "fp32", False, 6, 24, 40, 4, base) for op in OPS["quantised"] for base in CODED]
 
 
 def test_what_users_run_comes_first():
@@ -60,12 +61,14 @@ def test_candidates(arch):
         assert len(set(labels)) == len(labels) and all(c.label.split()[0] == c.name for c in found)
         assert {c.name for c in found if c.eligible} <= set(tuned.CANDIDATES)
         assert set(configs.BASES) <= set(tuned.CANDIDATES)
-        assert (COMPOSITION in labels) == (job.op in OPS["lora_linear"])
+        assert (COMPOSITION in labels) == (job.op in OPS["lora_linear"] and not job.base)
         for c in found:
             assert c.config is None or c.config.invalid(2, arch) is None
         # A cast of fp32 adapters, or a branch dropped in half precision, is not exact enough to be chosen.
         exact = job.adapter_dtype == "fp32" or (job.dropout and job.op == "lora_linear_bwd")
         assert ("addmm" in labels) == (not exact and job.op in OPS["lora_linear"])
+        if job.base:
+            assert labels == ["fused", "epilogue"]
     assert candidates(USERS, arch)[0].name == "epilogue"
     assert sum(c.config is not None for c in candidates(USERS, arch)) == 2
 
@@ -159,7 +162,7 @@ def test_calls(job, monkeypatch):
         assert torch.equal(results["triton"], results["cuda"])
     if job.op == "multi_lora_linear_fwd":
         assert torch.equal(results["triton"][0], results["cuda"][0]) and results["cuda"][0].shape == (job.M, job.N)
-    if job.op not in OPS["lora_linear"] or job.dropout:
+    if job.op not in OPS["lora_linear"] or job.dropout or job.base:
         return
     got = results.pop(COMPOSITION)
     expected = next(iter(results.values()))
