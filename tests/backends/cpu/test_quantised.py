@@ -49,6 +49,30 @@ def test_each_element(level, name, kind, N, K):
     assert torch.equal(torch.cat([backward(dy, base, K, kind) for dy in torch.eye(N).split(50)]), W)
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("N, K", [(37, 64), (9, 1152)])  # K is whole groups: few rows are read in pairs of terms
+def test_each_element_in_bf16(level, name, N, K):
+    base, W = base_and_weight(name, N + N * K % 2 * name.startswith("hqq4"), K)
+    x, dy = torch.eye(K, dtype=torch.bfloat16), torch.eye(len(W), dtype=torch.bfloat16)
+    for rows in (5, 50):  # straight from codes, and decoded before
+        assert torch.equal(torch.cat([forward(part, base, len(W), "few") for part in x.split(rows)]), W.t().bfloat16())
+        assert torch.equal(torch.cat([backward(part, base, K, "few") for part in dy.split(rows)]), W.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int4", "int8", "mxfp4", "fp8"])
+@pytest.mark.parametrize("N, K", [(75, 2304), (301, 1024)])  # an odd last row; parts of a chain of terms
+def test_few_rows_of_bf16(level, name, N, K):
+    base, W = base_and_weight(name, N, K)
+    x, dy = torch.randn(23, K).bfloat16(), torch.randn(23, N).bfloat16()
+    for way, a, size, w in ((forward, x, N, W.t()), (backward, dy, K, W)):
+        whole, exact = way(a, base, size, "few"), a.double() @ w.double()
+        for rows in (1, 2, 3, 5, 6, 11):
+            assert torch.equal(way(a[:rows], base, size, "few"), whole[:rows])
+            assert torch.equal(way(a[:rows].t().contiguous().t(), base, size, "few"), whole[:rows])
+        eager = (a.float() @ w.bfloat16().float()).bfloat16()
+        assert (whole - exact).norm() <= 1.1 * (eager - exact).norm()
+
+
 def test_all_codes_of_8_bits(level):
     codes = torch.arange(256, dtype=torch.uint8)[None]
     for base in (
