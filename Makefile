@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/python -m peftkern demo --png demo.png
 
 test: lint $(VENV)/.package-cuda adapters-env quantised-env
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --durations 10 $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10 $(TESTS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check -q .

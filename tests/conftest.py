@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 
@@ -35,9 +36,18 @@ def pytest_runtest_setup():
             os.environ[name] = value
 
 
-def pytest_collection_modifyitems(items):
-    """Long tests first, so that workers finish together; xdist takes its groups of tests before all others."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Long tests first, each for itself; then file by file, the largest first, so that workers finish together.
+
+    Under pytest-xdist, which reads its marks after this, one worker takes a file: fixtures are made once.
+    """
+    if config.getoption("loadgroup", False):
+        for item in items:
+            if not any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "xdist_group")):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    sizes = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, -sizes[item.path]))
 
 
 @pytest.fixture(autouse=True)
