@@ -36,15 +36,16 @@ def pytest_runtest_setup():
             os.environ[name] = value
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     """Long tests first, each for itself; then file by file, the largest first, so that workers finish together.
 
-    Under pytest-xdist one worker takes a file: its fixtures are made once, and little is said between the processes.
+    Under pytest-xdist, which reads its marks after this, one worker takes a file: fixtures are made once.
     """
-    apart = {item for item in items if any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "xdist_group"))}
-    for item in items:
-        if item not in apart:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if config.getoption("loadgroup", False):
+        for item in items:
+            if not any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "xdist_group")):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     sizes = collections.Counter(item.path for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, -sizes[item.path]))
 
