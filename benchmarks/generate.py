@@ -124,7 +124,9 @@ def wrong(theirs, ours, batch: Batch) -> str | None:
         return None if torch.equal(batch.mixed(ours), batch.alone(theirs)) else "DIFFERS from each prompt alone"
     exact = copy.deepcopy(theirs).float()
     mine, right = batch.error(ours, exact), batch.error(theirs, exact)
-    return None if mine <= ERROR * right else f"DIFFERS from fp32: relative error of logits {mine:.1e}, PEFT's {right:.1e}"
+    return (
+        None if mine <= ERROR * right else f"DIFFERS from fp32: relative error of logits {mine:.1e}, PEFT's {right:.1e}"
+    )
 
 
 def measure(theirs, ours, batch: Batch, repeats: int, progress: Progress) -> dict[str, list[float]]:

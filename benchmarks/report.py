@@ -123,7 +123,13 @@ def _rates(headers: Sequence[dict]) -> list[str]:
 
 def _packages(headers: list[dict]) -> list[str]:
     # torch, and the libraries that something is compared with.
-    words = {"torch": "torch", "peft": "PEFT", "adapters": "adapters", "pyreft": "pyreft", "bitsandbytes": "bitsandbytes"}
+    words = {
+        "torch": "torch",
+        "peft": "PEFT",
+        "adapters": "adapters",
+        "pyreft": "pyreft",
+        "bitsandbytes": "bitsandbytes",
+    }
     found = [(name, h["versions"].get(name)) for name in words for h in headers]
     return [f"{words[name]} {version}" for name, version in dict.fromkeys(found) if version or name == "peft"]
 

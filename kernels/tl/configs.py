@@ -99,7 +99,7 @@ def decoding(M: int, R: int, itemsize: int, arch: int, batch_invariant: bool) ->
     few = M <= 16 and not batch_invariant
     if itemsize == 4:
         return LaunchConfig(16 if few else 64, 32, 32, rank_block(R, 16), warps=4, stages=3)
-    if not few and (0 < arch < 90 or arch >= 120):  # without wgmma x is held in registers too
+    if not few and (0 < arch < 90 or arch >= 100):  # without wgmma x is held in registers too
         return LaunchConfig(64, 32, 64, rank_block(R, 32), warps=4, stages=4)
     return LaunchConfig(16 if few else 64, 32, 128, rank_block(R, 32), warps=4, stages=3)
 

@@ -6,7 +6,7 @@
 - ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It
   takes the place of ``panels`` there, unless the input has a scale.
 - ``amx``: ours for bf16 by AMX's tiles (csrc/cpu/base/gemm_amx.cpp), likewise; only where a table says that it is fastest.
-- ``few``: ours for few rows (csrc/cpu/base/few.cpp), one pass over W.
+- ``few``: ours for few rows (csrc/cpu/base/few/few.cpp), one pass over W.
 - ``int8``: of a base of kind w8a8 alone, whose rows are rounded (csrc/cpu/base/gemm_int8.cpp): sums of integers, which are
   exact, for any number of rows.
 

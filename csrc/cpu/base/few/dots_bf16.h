@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "cpu/base/dots.h"
+#include "cpu/base/few/dots.h"
 #include "cpu/base/pairs.h"
 #include "cpu/operand/in_pairs.h"
 
@@ -175,8 +175,8 @@ void pair_dot_products(const BaseArgs& g, const Form& form, const Groups& groups
     for (int64_t k = 0; k < g.inner; k += kPairChain) {
       const int64_t terms = smaller(kPairChain, g.inner - k);
       bf16* to = packed + k * g.rows + i * terms;
-      Pairs::pack_row(static_cast<const bf16*>(g.a) + i * g.a_row + k * g.a_col, g.a_col,
-                      static_cast<int>(terms), nullptr, reinterpret_cast<uint32_t*>(to));
+      pack_row(static_cast<const bf16*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, static_cast<int>(terms),
+               nullptr, reinterpret_cast<uint32_t*>(to));
       for (int64_t c = 0; c < terms; c += kPair)
         _mm512_storeu_si512(to + c,
                             _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(place), load_pairs(to + c)));

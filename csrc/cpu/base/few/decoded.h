@@ -2,8 +2,8 @@
 // is.
 #pragma once
 
-#include "cpu/base/dots.h"
-#include "cpu/base/strips.h"
+#include "cpu/base/few/dots.h"
+#include "cpu/base/few/strips.h"
 #include "cpu/operand/dense.h"
 #include "cpu/operand/in_pairs.h"
 #include "cpu/operand/quantised.h"

@@ -1,6 +1,6 @@
 // The base product for few rows: one pass over W, widened in registers. a is first turned to fp32 scratch.
 // Neither way depends on the number of threads, nor does a row on other rows.
-#include "cpu/base/few_decoded.h"
+#include "cpu/base/few/decoded.h"
 #include "cpu/common/thread.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/base/pairs.h"
-#include "cpu/base/strips.h"
+#include "cpu/base/few/strips.h"
 #include "cpu/operand/dense.h"
 #include "cpu/operand/in_pairs.h"
 
@@ -88,8 +88,8 @@ void add_pair_strips(const BaseArgs& g, const Form& form, const Groups& groups) 
   const int64_t lda = (g.inner + kPair - 1) / kPair * W;
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < g.rows; ++i)
-    Pairs::pack_row(static_cast<const bf16*>(g.a) + i * g.a_row, g.a_col, static_cast<int>(g.inner), nullptr,
-                    a + i * lda);
+    pack_row(static_cast<const bf16*>(g.a) + i * g.a_row, g.a_col, static_cast<int>(g.inner), nullptr,
+             a + i * lda);
   alignas(64) float sums[kStripFloats];
   alignas(64) uint32_t room[kStripPairs * kStripLd];
   const int64_t width = strip_width<Dense<float>>(g), ahead = (kStripAhead + width - 1) / width;
