@@ -89,7 +89,8 @@ bool read_bytes(const Tensors& t, Quantised& q, uint8_t kind) {
     return false;
   q.order = Order::bytes, q.row = q.N > 1 ? c.strides[0] : q.K, q.group = q.K, q.groups = 1;
   const View& s = t.of[1];
-  if (s.elements() == q.N) return true;
+  // A row of squares may have as many as W has rows.
+  if (s.elements() == q.N && (q.code == Code::int8 || s.dims == 1)) return true;
   if (q.code == Code::int8) return false;
   q.rows = q.N;
   if (s.elements() == 1) return true;
