@@ -29,8 +29,8 @@ cd "$WORK/run"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 [ $# -gt 0 ] || set -- tests/backends/cpu/test_branch.py tests/backends/cpu/test_multi_lora_linear.py tests/backends/cpu/test_values.py \
-  tests/backends/cpu/test_base.py tests/backends/cpu/test_call.py tests/backends/cpu/test_call_taken.py \
-  tests/backends/cpu/test_lora_row_norm.py tests/backends/cpu/rotate tests/backends/cpu/test_quantised.py \
+  tests/backends/cpu/base tests/backends/cpu/test_call.py tests/backends/cpu/test_call_taken.py \
+  tests/backends/cpu/test_lora_row_norm.py tests/backends/cpu/rotate \
   tests/backends/cpu/test_bottleneck_adapter.py
 export PYTHONMALLOC=malloc OMP_NUM_THREADS=2
 "$PYTHON" -c 'import torch, peftkern._C as c, os; print("sanitized:", c.__file__, "best level:", c.isa())'
