@@ -54,10 +54,13 @@ def levels(look: Look) -> list[Look]:
     return found
 
 
+DISABLED = "its adapters are disabled"
+
+
 def check_state(look: Look) -> None:
     """Refuse a layer whose adapters do not act, or are in the weight already."""
     if look.value("_disable_adapters", False):
-        raise NotCovered("its adapters are disabled")
+        raise NotCovered(DISABLED)
     if look.value("merged_adapters"):
         raise NotCovered("its adapters are merged into the base weight")
 

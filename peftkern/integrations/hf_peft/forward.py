@@ -22,6 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ...methods.look import read
 from ...methods.registry import Plan, layers
+from ...methods.tuner import DISABLED
 from ...methods.unchanged import EMPTY, at, items, same
 from ...settings import current
 from ..process import PROCESS
@@ -135,9 +136,10 @@ def _fused_forward(stock):
     def forward(self, x, *args, **kwargs):
         calls = None if is_dynamo_compiling() else self.__dict__.get(CALLS)
         if calls is not None:
-            if calls.least and "adapter_names" not in kwargs and _too_small(calls, x):
+            disabled = self._disable_adapters and not trained_mixed
+            if (disabled or (calls.least and _too_small(calls, x))) and "adapter_names" not in kwargs:
                 calls.stock += 1
-                calls.reason = TOO_SMALL
+                calls.reason = DISABLED if disabled else TOO_SMALL
                 return stock(self, x, *args, **kwargs)
             kept = calls.kept
             if kept is not None and not args:

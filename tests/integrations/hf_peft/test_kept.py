@@ -17,6 +17,7 @@ from peftkern.integrations import hf_peft
 from peftkern.integrations.hf_peft import forward as hf_peft_forward
 from peftkern.integrations.hf_peft import kept as hf_peft_kept
 from peftkern.methods import unchanged
+from peftkern.methods.quantised import COMPUTE
 
 pytestmark = pytest.mark.skipif(unchanged.Unchanged is None, reason="the native code is not built: no plan is kept")
 
@@ -95,6 +96,7 @@ CHANGES = {
     **{f"class forward of {cls.__name__}": _patched(cls, "forward", nothing) for cls in (nn.Linear, nn.Dropout, _conv1d())},
     **{f"dtype of {part}": _other_dtype(part, "weight", torch.Tensor.double) for part in ("base", "A", "B")},
     "dtype of the bias": _other_dtype("base", "bias", torch.Tensor.double),
+    "compute": _after(lambda m: setattr(m, COMPUTE, "int8")),
     "base trains": _after(lambda m: m.base_layer.weight.requires_grad_()),
     "no bias any more": _after(lambda m: setattr(m.base_layer, "bias", None)),
     "bias of A": _after(lambda m: setattr(m.lora_A["default"], "bias", nn.Parameter(torch.ones(4)))),
@@ -383,3 +385,16 @@ def test_frames_of_a_call(zoo):
     assert frames[:2] == ["_wrapped_call_impl", "_call_impl"]
     own = frames[2 : frames.index("lora_linear_with")]
     assert own[:5] == ["forward", "is_dynamo_compiling", "plan", "run", "alone"] and len(own) <= 6
+
+
+def test_disabled_adapters_cost_no_look(zoo, monkeypatch):
+    """What a reference model of a preference loss does at each step: the layer is not looked at, and the call is counted."""
+    model, layer = zoo.layer()
+    peftkern.accelerate(model)
+    x = torch.randn(5, 24)
+    layer(x)
+    monkeypatch.setattr(hf_peft_forward, "look_at_call", None)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    status = peftkern.status(model)
+    assert (status.fused, status.stock) == (1, 1) and "disabled" in layer.__dict__[CALLS].reason
