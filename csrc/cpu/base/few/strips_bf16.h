@@ -3,8 +3,8 @@
 // that base_gemm_bf16 gives it.
 #pragma once
 
-#include "cpu/base/pairs.h"
 #include "cpu/base/few/strips.h"
+#include "cpu/base/pairs.h"
 #include "cpu/operand/dense.h"
 #include "cpu/operand/in_pairs.h"
 
