@@ -52,7 +52,7 @@ def passes(x, weight, A, B, bias, dy, p=0.0, needed=("x", "A", "B", "bias")):
     leaves = dict(x=x, A=A, B=B, bias=bias)
     leaves = {name: t.detach().requires_grad_(name in needed) for name, t in leaves.items()}
     y = peftkern.lora_linear(
-        leaves["x"], weight, leaves["A"], leaves["B"], bias=leaves["bias"], scaling=0.5, dropout_p=p,
+        leaves["x"], weight, leaves["A"], leaves["B"], bias=leaves["bias"], scaling=0.5, dropout_p=p, training=p > 0,
         seed=torch.tensor([7]) if p else None,
     )  # fmt: skip
     grads = iter(torch.autograd.grad(y, [leaves[name] for name in needed], dy))
