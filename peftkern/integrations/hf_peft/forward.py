@@ -136,7 +136,7 @@ def _fused_forward(stock):
     def forward(self, x, *args, **kwargs):
         calls = None if is_dynamo_compiling() else self.__dict__.get(CALLS)
         if calls is not None:
-            disabled = self._disable_adapters and not trained_mixed
+            disabled = self.__dict__.get("_disable_adapters") and not trained_mixed
             if (disabled or (calls.least and _too_small(calls, x))) and "adapter_names" not in kwargs:
                 calls.stock += 1
                 calls.reason = DISABLED if disabled else TOO_SMALL
