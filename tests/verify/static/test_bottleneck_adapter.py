@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 from peftkern.verify.static import records
 from peftkern.verify.static.launches import bottleneck_adapter as launches
-from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
+from peftkern.verify.static.triton import ARCHS, key, unavailable
 
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -20,14 +20,8 @@ CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in lau
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_code_and_recorded_bounds(case):
-    bounds, unknown = records.read(launches.BOUNDS), 0
-    for r in launches.reports(case):
-        assert not [p for check in launches.CHECKS for p in check(r)], r.key
-        assert not records.broken(r.row, bounds.get(r.key, {})), r.key
-        unknown += VERSION not in bounds[r.key]
-    if unknown:
-        pytest.skip(f"registers differ between versions of Triton, and none were recorded with {VERSION}")
+def test_code_and_recorded_bounds(case, within_bounds):
+    within_bounds(launches, case)
 
 
 def test_many_rows_are_one_kernel_and_few_are_three():
