@@ -52,13 +52,15 @@ class Layer:
 
     Attributes:
         what: tells it from other layers of its kind. shapes: (M, K, N). passes: of the frozen layer. drops: whether
-            adapters of such a layer may drop. shared: whether two layers may hold one frozen weight.
+            adapters of such a layer may drop. shared: whether two layers may hold one frozen weight. compute: as
+            ``peftkern.accelerate`` takes it.
     """
 
     what = ""
     shapes: tuple[tuple[int, int, int], ...] = ((2048, 4096, 4096), (1280, 1536, 2304))
     passes = PASSES
     drops = shared = True
+    compute: str | None = None
 
     def data(self, case: Case, copies: int) -> Data:
         """Random tensors of a case."""

@@ -23,7 +23,7 @@ from .subjects import llama, model, quantised, stream
 from .subjects.layer import LayerSubject
 from .subjects.subject import Pair, Subject
 
-LIBRARY, OURS, DENSE = "library", "peftkern", "peftkern_dense"
+LIBRARY, OURS = "library", "peftkern"
 FLOOR_FIELDS = ("floor_ratio", "floor_by", "floor_over", "flops_bound_fraction", "bytes_bound_fraction")
 
 
@@ -63,18 +63,22 @@ def _bench(subject: Subject) -> Bench:
             OURS, OURS, lambda case, data: _step(_pairs(subject, case, data), 1, data), subject.missing, gated=True
         ),
     )
-    dense = getattr(subject, "dense", None)
-    if dense is not None:
-        providers += (
-            Provider(
-                DENSE, "peftkern, dense", lambda case, data: _step(_pairs(dense, case, data), 1, data), dense.missing
-            ),
-        )
+    others = {f"{OURS}_{end}": other for end, other in getattr(subject, "others", {}).items()}
+    providers += tuple(_other(*item) for item in others.items())
     return Bench(
         subject.name, {p.name: p for p in providers}, dict.fromkeys(PRESET_DTYPES, subject.entries()), layer.data,
-        lambda case, preset: [LIBRARY, OURS, *[DENSE] * (dense is not None)], functools.partial(_gate, subject), layer.floor,
-        copies, finish=functools.partial(_finish, subject),
+        lambda case, preset: [LIBRARY, OURS, *others], functools.partial(_gate, subject), layer.floor, copies,
+        check=functools.partial(_check, others), finish=functools.partial(_finish, subject),
     )  # fmt: skip
+
+
+def _other(name: str, subject: Subject) -> Provider:
+    title = name.replace("_", ", ")
+    return Provider(name, title, lambda case, data: _step(_pairs(subject, case, data), 1, data), subject.missing)
+
+
+def _check(others: dict[str, Subject], provider: Provider, case: Case) -> str | None:
+    return _gate(others[provider.name], case) if provider.name in others else None
 
 
 def _base(subject: Subject, data: Data) -> Step:
@@ -106,7 +110,7 @@ def _gate(subject: Subject, case: Case) -> str | None:
     call, trained = pairs[0].exact()
     y = call(*wide.args[0])
     gradients = torch.autograd.grad(y, [*wide.leaves(0), *trained], wide.dy[0])
-    return peer_check.wrong(_step(pairs, 1, data), [y.detach(), *gradients])
+    return peer_check.wrong(_step(pairs, 1, data), [y.detach(), *gradients], getattr(subject, "bounds", None))
 
 
 def _finish(subject: Subject, rows: list[dict]) -> list[dict]:

@@ -10,7 +10,7 @@ Without dropout its output and gradients are held against fp64. Dropout masks di
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +23,20 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NOISE = (0.6, 1.6)
 
 
-def wrong(step: Step, exact: Sequence[Tensor]) -> str | None:
+def wrong(step: Step, exact: Sequence[Tensor], bounds: Mapping[str, tuple[float, float]] | None = None) -> str | None:
     """What is wrong with a step without dropout, or None. ``exact``: y, then a gradient for each of its leaves (none are
-    looked at if it has no graph)."""
+    looked at if it has no graph). ``bounds``: by "y", "dx", "dA" or "dB", the least and the largest relative error of
+    what is not held to the dtype's tolerance."""
     y = step.forward(0)
     grads = torch.autograd.grad(y, step.leaves[0], step.dy[0]) if y.requires_grad else ()
     tolerance = TOLERANCE[y.dtype]
     names = itertools.chain(("y", "dx", "dA", "dB"), (f"gradient {k}" for k in itertools.count(4)))
     for name, mine, right in zip(names, (y.detach(), *grads), exact):
         error = ((mine.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
-        if not error <= tolerance:
-            return f"computes something else ({name}: relative error {error:.1e}, at most {tolerance:.0e})"
+        least, most = (bounds or {}).get(name, (0.0, tolerance))
+        if not least <= error <= most:
+            limits = f"at most {most:.0e}" if not least else f"from {least:.1e} to {most:.1e}"
+            return f"computes something else ({name}: relative error {error:.1e}, {limits})"
     return None
 
 

@@ -66,7 +66,7 @@ class LayerSubject(NamedTuple):
         randomised(stock, 0.1)
         if case.dropout:
             _set_dropout(stock, case.dropout)
-        ours, (name,) = accelerated(stock, shares=self.layer.shared)
+        ours, (name,) = accelerated(stock, shares=self.layer.shared, compute=self.layer.compute)
 
         def exact():
             model = self.layer.exact(stock)

@@ -1,6 +1,7 @@
 """LoRA over a weight in 4 or 8 bits: HF PEFT on a layer of bitsandbytes, and an accelerated copy of it.
 
-Beside both: the frozen dense layer, and LoRA of ours over that. The library computes in the dtype of x.
+Beside both: the frozen dense layer, and LoRA of ours over that. The library computes in the dtype of x. W8A8 is int8 whose
+products are of integers in ours alone: beside it stands ours over int8 too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from .layer import LayerSubject
 from .subject import installed
 
 LIBRARY = "bitsandbytes"
-KINDS = {"NF4": "nf4", "NF4, nested": "nf4", "FP4": "fp4", "int8": "int8"}
+KINDS = {"NF4": "nf4", "NF4, nested": "nf4", "FP4": "fp4", "int8": "int8", "W8A8": "int8"}
+# Relative errors of y and dx where what meets the weight is rounded to 8 bits (peftkern/bases/int8.py): less is another product.
+ROUNDED = (0.003, 0.011)
 ROWS, SIZES = (1, 4, 16, 512, 2048), ((4096, 4096), (2304, 2816))
 
 
@@ -66,7 +69,7 @@ class Codes(Layer):
     drops = shared = False
 
     def __init__(self, form: str):
-        self.form = form
+        self.form, self.compute = form, "int8" if form == "W8A8" else None
 
     def adapted(self, *weights: Tensor) -> nn.Module:
         return in_codes(self.frozen(*weights), self.form)
@@ -76,10 +79,22 @@ class Codes(Layer):
 
 
 class QuantisedSubject(LayerSubject):
-    """LoRA's layer over a kind of codes, and ``dense``: over the layer itself."""
+    """LoRA's layer over a kind of codes.
+
+    ``others``: what of ours is timed too, by the end of the provider's name. ``bounds``: of results that do not equal the
+    library's to rounding (peers/check.py).
+    """
 
     beside = LIBRARY
-    dense = LayerSubject(METHODS["LoRA"], Layer())
+
+    @property
+    def others(self) -> dict[str, LayerSubject]:
+        weight_only = {"int8": QuantisedSubject(METHODS["LoRA"], Codes("int8"))} if self.layer.compute else {}
+        return weight_only | {"dense": LayerSubject(METHODS["LoRA"], Layer())}
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        return dict.fromkeys(("y", "dx"), ROUNDED) if self.layer.compute else {}
 
     @property
     def name(self) -> str:

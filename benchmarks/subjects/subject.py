@@ -81,14 +81,15 @@ def randomised(stock: nn.Module, std: float) -> nn.Module:
     return stock
 
 
-def accelerated(stock: nn.Module, *, shares: bool = True) -> tuple[nn.Module, list[str]]:
+def accelerated(stock: nn.Module, *, shares: bool = True, compute: str | None = None) -> tuple[nn.Module, list[str]]:
     """An accelerated copy, and the names of what is. What is frozen is one tensor for both: that of many experts is large.
 
-    ``shares=False``: a copy of what is frozen too. Raises RuntimeError if something that could be accelerated is not.
+    ``shares=False``: a copy of what is frozen too. ``compute``: as ``peftkern.accelerate`` takes it. Raises RuntimeError if
+    something that could be accelerated is not.
     """
     frozen = [p for p in stock.parameters() if not p.requires_grad] if shares else []
     ours = copy.deepcopy(stock, {id(p): p for p in frozen})
-    report = peftkern.accelerate(ours)
+    report = peftkern.accelerate(ours, compute=compute)
     if report.skipped or not report.accelerated:
         raise RuntimeError(f"not accelerated: {dict(report.skipped)}")
     return ours, list(report.accelerated)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_what_is_timed_computes_what_the_library_does(name):
             assert bench.gate(case) is None, case
 
 
-@pytest.mark.parametrize("name", ["LoRA over int8", *LLAMAS])
+@pytest.mark.parametrize("name", ["LoRA over int8", "LoRA over W8A8", *LLAMAS])
 def test_other_adapters_are_not_timed(name, monkeypatch):
     def other(stock, **options):
         ours, names = accelerated(stock, **options)
@@ -39,6 +41,26 @@ def test_other_adapters_are_not_timed(name, monkeypatch):
     for bench, choice in methods.benches([name], Choice(shapes=[(512, 768, 768)])):
         for case in bench.cases("quick", "cpu", choice):
             assert bench.gate(case).startswith("computes something else")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_products_of_integers_err_as_much_as_they_say(dtype, monkeypatch):
+    ((bench, choice),) = methods.benches(["LoRA over W8A8"], Choice(dtypes=[dtype], shapes=[(512, 768, 768)]))
+    (case,) = bench.cases("quick", "cpu", choice)
+    others = {"peftkern_int8", "peftkern_dense"}
+    assert others < set(bench.plan(case, "quick")) and others < bench.providers.keys()
+    assert all(bench.check(provider, case) is None for provider in bench.providers.values())
+    # Products with the weight in 8 bits alone err less, so they are not timed in their place.
+    weight_only = functools.partial(layer.accelerated, compute=None)
+    monkeypatch.setattr(layer, "accelerated", lambda *args, compute, **options: weight_only(*args, **options))
+    assert re.fullmatch(r"computes something else \(y: relative error .*, from 3.0e-03 to 1.1e-02\)", bench.gate(case))
+
+
+def test_nothing_else_may_err_more():
+    for form in quantised.KINDS:
+        (subject,) = quantised.subjects(form)
+        assert set(subject.bounds) == ({"y", "dx"} if form == "W8A8" else set())
+        assert all(not getattr(other, "bounds", None) for other in subject.others.values())
 
 
 def test_a_whole_model(tmp_path):
