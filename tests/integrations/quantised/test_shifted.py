@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from optimum.quanto import MaxOptimizer, WeightQBitsTensor, qint2, qint4
+from optimum.quanto.tensor.weights.marlin import MarlinF8QBytesTensor
 from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
 from torch import nn
 from torchao.quantization import Int4Tensor
@@ -202,7 +203,13 @@ def deep():
     return Int4Tensor(*(t[None] for t in parts), [1, 1, 32], torch.Size((1, N, 96)))
 
 
+def marlin():
+    # quanto makes them on GPUs; the class is what is refused.
+    return torch.zeros(N, 96).as_subclass(MarlinF8QBytesTensor)
+
+
 REFUSED = {
+    "Marlin": (marlin, "repacked this weight in qfloat8 for its Marlin kernel"),
     "2 bits": (lambda: qint4_weight(qtype=qint2), r"is qint2 of shape \(48, 96\) along axis 0"),
     "columns": (lambda: qint4_weight(axis=-1, group=None), r"is qint4 of shape \(48, 96\) along axis -1"),
     "an odd number of groups": (odd, "has 15 groups, so that half of the last row of codes is empty"),
