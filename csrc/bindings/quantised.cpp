@@ -98,12 +98,13 @@ bool read_bytes(const Tensors& t, Quantised& q, uint8_t kind) {
   return s.dims == 2 && s.shape[0] == ceil_div(q.N, kSquare) && s.shape[1] == q.groups;
 }
 
-// int4: codes (N, K / 2), scales and zeros (N, K / group).
+// int4: codes (N, K / 2), signed or not, scales and zeros (N, K / group).
 bool read_int4(const Tensors& t, Quantised& q) {
   Number zeros;
-  if (t.count != 3 || !t.bytes(0, q.N * q.K / 2) || q.K % 2 != 0 || t.of[1].dims != 2 ||
-      t.of[1].shape[0] != q.N || !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number ||
-      t.of[2].elements() != t.of[1].elements())
+  q.code = t.of[0].kind == tensors::kInt ? Code::int4 : Code::uint4;
+  if (t.count != 3 || !t.bytes(0, q.N * q.K / 2, q.code == Code::int4 ? tensors::kInt : kUint) ||
+      q.K % 2 != 0 || t.of[1].dims != 2 || t.of[1].shape[0] != q.N || !t.numbers(1, q.number) ||
+      !t.numbers(2, zeros) || zeros != q.number || t.of[2].elements() != t.of[1].elements())
     return false;
   q.groups = t.of[1].shape[1];
   if (q.groups < 1 || q.K % q.groups != 0) return false;
@@ -111,9 +112,9 @@ bool read_int4(const Tensors& t, Quantised& q) {
   return true;
 }
 
-// hqq4: codes of the first half of W in the upper bits, of the second in the lower; scales and zeros by
-// group.
-bool read_hqq4(const Tensors& t, Quantised& q) {
+// hqq4, quanto4: codes of the two halves of W in the upper and the lower bits, or the other way round; scales
+// and zeros by group.
+bool read_halves(const Tensors& t, Quantised& q) {
   Number zeros;
   const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
   if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || groups < 1 || codes % groups != 0 ||
@@ -162,9 +163,13 @@ bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quan
     q.code = kind == kE4m3 ? Code::e4m3 : kind == kE5m2 ? Code::e5m2 : Code::int8;
     return is("int8") == (q.code == Code::int8) && read_bytes(t, q, is("int8") ? tensors::kInt : kind);
   }
-  if (is("int4") || is("hqq4")) {
-    q.code = Code::uint4, q.order = is("int4") ? Order::lower_first : Order::halves_upper;
-    return is("int4") ? read_int4(t, q) : read_hqq4(t, q);
+  if (is("int4")) {
+    q.order = Order::lower_first;
+    return read_int4(t, q);
+  }
+  if (is("hqq4") || is("quanto4")) {
+    q.code = Code::uint4, q.order = is("hqq4") ? Order::halves_upper : Order::halves_lower;
+    return read_halves(t, q);
   }
   if (is("mxfp4")) {
     q.code = Code::e2m1, q.order = Order::lower_first;

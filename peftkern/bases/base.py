@@ -17,7 +17,7 @@ from .dense import Dense
 from .fp8 import Fp8
 from .gguf import Q4, Q8
 from .identity import Identity
-from .int4 import Hqq4, Int4
+from .int4 import Halves4, Int4
 from .int8 import Int8, W8a8
 from .library import held
 from .mxfp4 import Mxfp4
@@ -43,7 +43,8 @@ class Kind(Protocol):
 
 
 _ALL = (
-    Dense(), Identity(), Codebook("nf4", NF4), Codebook("fp4", FP4), Int8(), W8a8(), Int4(), Hqq4(), Fp8(), Mxfp4(), Q4(), Q8(),
+    Dense(), Identity(), Codebook("nf4", NF4), Codebook("fp4", FP4), Int8(), W8a8(), Int4(), Halves4("hqq4", True),
+    Halves4("quanto4", False), Fp8(), Mxfp4(), Q4(), Q8(),
 )  # fmt: skip
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 # Those in codes of 4 or 8 bits.

@@ -2,10 +2,13 @@
 
     bitsandbytes     Params4bit, Linear4bit          nf4, fp4     Int8Params, Linear8bitLt     int8, scale = SCB / 127
     torchao          Int8Tensor                      int8         Float8Tensor                 fp8
+                     Int4Tensor                      int4
     optimum.quanto   weights in qint8                int8         weights in qfloat8           fp8
+                     weights in qint4                quanto4
     hqq              HQQLinear in 4 bits, axis=1     hqq4
 
-Only scales that a kind has in another form are copied: N numbers, or none.
+Only scales that a kind has in another form are copied: a number for each row, two for each group of a weight with shifts
+(affine.py), or none.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .affine import quanto_qint4, torchao_int4
 from .fp8 import BLOCK
+from .once import once
 
 Held = tuple[str, tuple[Tensor, ...], tuple[int, int]]
 
@@ -56,17 +60,10 @@ def _params4bit(weight: Tensor) -> Held:
     return state.quant_type, (codes, *scales), tuple(state.shape)
 
 
-_over_127: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
+@once
 def over_127(scale: Tensor) -> Tensor:
     """Scales of int8 as bitsandbytes holds them, of codes 127; made once for as long as they stay as they are."""
-    if torch.compiler.is_compiling() or scale.is_inference():
-        return scale / 127.0
-    now, found = (scale._version, scale.data_ptr()), _over_127.get(scale)
-    if found is None or found[0] != now:
-        found = _over_127[scale] = now, scale / 127.0
-    return found[1]
+    return scale / 127.0
 
 
 def _int8(codes: Tensor, scale: Tensor | None) -> Held:
@@ -149,19 +146,25 @@ _READERS: dict[tuple[str, str], Callable[..., Held]] = {
     ("bitsandbytes", "Linear8bitLt"): _linear8bit,
     ("torchao", "Int8Tensor"): _torchao_int8,
     ("torchao", "Float8Tensor"): _torchao_fp8,
+    ("torchao", "Int4Tensor"): torchao_int4,
     ("optimum", "WeightQBytesTensor"): _quanto,
+    ("optimum", "WeightQBitsTensor"): quanto_qint4,
     ("hqq", "HQQLinear"): _hqq,
 }
 _NO_KIND = "is none of the kinds that peftkern/bases has: "
+_REPACKED = (
+    "quanto has repacked this weight for a kernel of its own, in a layout that depends on the device: "
+    "weight.weight_qbits_tensor() is the same weight as a kind reads it"
+)
 _REFUSED = {
-    ("torchao", "NF4Tensor"): f"torchao's NF4Tensor {_NO_KIND}its nested scales are int8",
-    (
-        "torchao",
-        "Int4Tensor",
-    ): f"torchao's Int4Tensor {_NO_KIND}its codes are signed and its zeros are added to the weight",
-    (
-        "torchao",
-        "TorchAOBaseTensor",
-    ): f"this tensor of torchao {_NO_KIND}of torchao they are Int8Tensor and Float8Tensor",
-    ("optimum", "QTensor"): f"this tensor of quanto {_NO_KIND}of quanto they are weights in qint8 and qfloat8",
-}
+    ("torchao", "NF4Tensor"): f"torchao's NF4Tensor {_NO_KIND}its 16 values are rounded to four decimals and then to "
+    "the weight's dtype, those of kind nf4 are not, and its nested scales are int8",
+    ("torchao", "TorchAOBaseTensor"): f"this tensor of torchao {_NO_KIND}of torchao they are Int8Tensor, Float8Tensor and "
+    "Int4Tensor",
+    ("optimum", "AWQWeightQBitsTensor"): _REPACKED,
+    ("optimum", "TinyGemmWeightQBitsTensor"): _REPACKED,
+    ("optimum", "MarlinInt4WeightQBitsTensor"): _REPACKED,
+    ("optimum", "MarlinF8QBytesTensor"): "quanto has repacked this weight in qfloat8 for its Marlin kernel, in a layout of "
+    "no kind",
+    ("optimum", "QTensor"): f"this tensor of quanto {_NO_KIND}of quanto they are weights in qint8, qfloat8 and qint4",
+}  # fmt: skip

@@ -29,11 +29,14 @@ def _codebook(kind: str, N: int, K: int, g: torch.Generator, block: int, nested:
     return Base(kind, (codes, absmax, code2, _scales(g, -(-absmax.numel() // 256)), torch.tensor(0.1)))
 
 
-def _grouped(kind: str, N: int, K: int, g: torch.Generator, group: int, dtype: torch.dtype) -> Base:
+def _grouped(
+    kind: str, N: int, K: int, g: torch.Generator, group: int, dtype: torch.dtype, signed: bool = False
+) -> Base:
     G = K // group if K % group == 0 else 1
     groups = (N, G) if kind == "int4" else (N * G, 1)
-    zero = torch.rand(groups, generator=g) * 15
+    zero = torch.rand(groups, generator=g) * 15 - 8 * signed
     codes = _codes(g, N, K // 2) if kind == "int4" else _codes(g, N * K // 2, 1)
+    codes = codes.view(torch.int8) if signed else codes
     return Base(kind, (codes, _scales(g, *groups).to(dtype), zero.to(dtype)))
 
 
@@ -68,8 +71,10 @@ QUANTISED: dict[str, tuple[Callable[[int, int, torch.Generator], Base], int]] = 
     "int8 bf16": (lambda N, K, g: _int8(N, K, g, torch.bfloat16), 1),
     "int4": (lambda N, K, g: _grouped("int4", N, K, g, 32, torch.float32), 2),
     "int4 bf16": (lambda N, K, g: _grouped("int4", N, K, g, 64, torch.bfloat16), 2),
+    "int4 signed": (lambda N, K, g: _grouped("int4", N, K, g, 32, torch.float32, True), 2),
     "hqq4": (lambda N, K, g: _grouped("hqq4", N, K, g, 64, torch.float32), 2),
     "hqq4 fp16": (lambda N, K, g: _grouped("hqq4", N, K, g, 32, torch.float16), 2),
+    "quanto4": (lambda N, K, g: _grouped("quanto4", N, K, g, 32, torch.float32), 2),
     "fp8": (lambda N, K, g: _fp8(N, K, g, torch.float8_e4m3fn, "tensor"), 1),
     "fp8 e5m2 by rows": (lambda N, K, g: _fp8(N, K, g, torch.float8_e5m2, "row"), 1),
     "fp8 by blocks": (lambda N, K, g: _fp8(N, K, g, torch.float8_e4m3fn, "block"), 1),
@@ -80,7 +85,10 @@ QUANTISED: dict[str, tuple[Callable[[int, int, torch.Generator], Base], int]] = 
 
 
 def random_base(name: str, N: int, K: int, generator: torch.Generator) -> Base:
-    """A base of one of ``QUANTISED`` with random codes and scales. K is a multiple of what its kind needs; N K even for hqq4."""
+    """A base of one of ``QUANTISED`` with random codes and scales.
+
+    K is a multiple of what its kind needs; N K even for hqq4 and quanto4.
+    """
     return QUANTISED[name][0](N, K, generator)
 
 

@@ -78,14 +78,19 @@ def codebook(value):
 def int4(parts, N, K, n, k):
     codes, scale, zero = (t.tolist() for t in parts)
     group = k // (K // len(scale[0]))
-    return ((high if k % 2 else low)(codes[n][k // 2]) - zero[n][group]) * scale[n][group]
+    q = (high if k % 2 else low)(codes[n][k // 2] % 256)
+    q -= 16 * (parts[0].dtype == torch.int8 and q > 7)
+    return (q - zero[n][group]) * scale[n][group]
 
 
-def hqq4(parts, N, K, n, k):
-    codes, scale, zero = (t.flatten().tolist() for t in parts)
-    i, half = n * K + k, N * K // 2
-    group = i // (N * K // len(scale))
-    return ((high(codes[i]) if i < half else low(codes[i - half])) - zero[group]) * scale[group]
+def halves(first, second):
+    def element(parts, N, K, n, k):
+        codes, scale, zero = (t.flatten().tolist() for t in parts)
+        i, half = n * K + k, N * K // 2
+        group = i // (N * K // len(scale))
+        return ((first(codes[i]) if i < half else second(codes[i - half])) - zero[group]) * scale[group]
+
+    return element
 
 
 def fp8(parts, N, K, n, k):
@@ -115,7 +120,8 @@ ELEMENTS = {
     "fp4": codebook(lambda q: signed(FP4, q)),
     "int8": lambda parts, N, K, n, k: parts[0][n, k].item() * parts[1][n].item(),
     "int4": int4,
-    "hqq4": hqq4,
+    "hqq4": halves(high, low),
+    "quanto4": halves(low, high),
     "fp8": fp8,
     "mxfp4": mxfp4,
     "q4_0": gguf(18, lambda codes, i: (codes[i] & 15 if i < 16 else codes[i - 16] >> 4) - 8),

@@ -75,6 +75,8 @@ REFUSED = {
     ),
     "hqq4, groups": ("hqq4 fp16", 1, first(7), "hqq4 scale has 7 elements, expected a divisor of N K = 576"),
     "hqq4, zeros": ("hqq4 fp16", 2, first(6), "hqq4 zero has 6 elements, expected that of scale = 18"),
+    "quanto4 of int8": ("quanto4", 0, viewed(torch.int8), "quanto4 codes has dtype int8, expected uint8"),
+    "quanto4, groups": ("quanto4", 1, first(7), "quanto4 scale has 7 elements, expected a divisor of N K = 576"),
     "fp8 as bytes": ("fp8", 0, viewed(torch.uint8), "fp8 codes has dtype uint8, expected float8_e4m3fn, float8_e5m2"),
     "fp8 of other blocks": (
         "fp8",
@@ -110,7 +112,7 @@ def test_another_number_of_tensors():
         lora_linear(torch.randn(2, 96), Base(kind, tensors[:1]), torch.randn(3, 96), torch.randn(6, 3))
 
 
-@pytest.mark.parametrize("name, K", [("int4", 7), ("mxfp4", 40), ("q4_0", 40), ("hqq4", 7)])
+@pytest.mark.parametrize("name, K", [("int4", 7), ("mxfp4", 40), ("q4_0", 40), ("hqq4", 7), ("quanto4", 7)])
 def test_sizes_that_a_kind_has_not(name, K):
     kind, tensors, _ = made(name)
     with pytest.raises(ValueError, match=rf"in_features that 32 divides, got K = {K}|an even number of .*K = {K}"):

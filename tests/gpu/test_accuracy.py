@@ -97,7 +97,9 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
 
 
 # Of each kind one, with the most to read.
-CODED = ("nf4 nested", "fp4", "int8", "int4", "hqq4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0")
+CODED = (
+    "nf4 nested", "fp4", "int8", "int4", "int4 signed", "hqq4", "quanto4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("M", [40, 200], ids=["decoded", "panels"])

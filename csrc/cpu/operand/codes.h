@@ -44,6 +44,8 @@ constexpr float kFp4[16] = {0.0f,
 constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                              -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 constexpr float kUint4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Two's complement.
+constexpr float kInt4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 constexpr float kMinus8[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 PEFTKERN_INLINE const float* values_of(Quantised::Code code) {
@@ -54,6 +56,8 @@ PEFTKERN_INLINE const float* values_of(Quantised::Code code) {
       return kE2m1;
     case Quantised::Code::uint4:
       return kUint4;
+    case Quantised::Code::int4:
+      return kInt4;
     case Quantised::Code::minus8:
       return kMinus8;
     default:

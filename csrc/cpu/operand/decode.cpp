@@ -109,13 +109,15 @@ void decode(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) 
                     PEFTKERN_INLINED { pairs<false>(w.codes, p, some, values, table, f, out); });
       return;
     case Order::halves_upper:
-      by_groups(w, span, to,
-                [&](int64_t p, int64_t, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
-                  const int64_t half = w.N * w.row / 2, upper = p < half ? smaller(half - p, some) : 0;
-                  if (upper > 0) singles(w.codes + p, 4, upper, values, table, f, out);
-                  if (upper < some)
-                    singles(w.codes + p + upper - half, 0, some - upper, values, table, f, out + upper);
-                });
+    case Order::halves_lower:
+      by_groups(
+          w, span, to, [&](int64_t p, int64_t, int64_t some, const auto& f, float* out) PEFTKERN_INLINED {
+            const int shift = w.order == Order::halves_upper ? 4 : 0;
+            const int64_t half = w.N * w.row / 2, first = p < half ? smaller(half - p, some) : 0;
+            if (first > 0) singles(w.codes + p, shift, first, values, table, f, out);
+            if (first < some)
+              singles(w.codes + p + first - half, 4 - shift, some - first, values, table, f, out + first);
+          });
       return;
     case Order::blocks_lower:
       by_groups(w, span, to,

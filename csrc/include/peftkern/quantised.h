@@ -10,11 +10,11 @@ namespace peftkern {
 
 struct Quantised {
   // What a code stands for.
-  enum class Code : int { nf4, fp4, e2m1, uint4, minus8, int8, e4m3, e5m2 };
+  enum class Code : int { nf4, fp4, e2m1, uint4, int4, minus8, int8, e4m3, e5m2 };
   // Where the code at position p = n * row + k lies. Of 4 bits: two neighbours in a byte; or p and p + half,
   // where half are all of W (`halves`) or 16 of a block of 32 (`blocks`), the first of which is in the upper
   // or the lower bits, as said.
-  enum class Order : int { upper_first, lower_first, halves_upper, blocks_lower, bytes };
+  enum class Order : int { upper_first, lower_first, halves_upper, halves_lower, blocks_lower, bytes };
   // Of a scale, and of a zero. `nested`: a code of 8 bits for one. e8m0: a power of two.
   enum class Number : int { f32, bf16, f16, e8m0, nested };
 

@@ -26,7 +26,9 @@ def _table(kind: str, device: torch.device) -> Tensor:
     if kind in ("e4m3", "e5m2", "e8m0"):
         dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e8m0": torch.float8_e8m0fnu}[kind]
         return torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device)
-    values = {"nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "q4_0": tuple(range(-8, 8))}[kind]
+    values = {"nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "q4_0": tuple(range(-8, 8)), "int4": (*range(8), *range(-8, 0))}[
+        kind
+    ]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -67,7 +69,8 @@ def _int4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     groups = scale.shape[1]
     return dict(
         _PAIRS,
-        codes=codes.contiguous(),
+        codes=codes.contiguous().view(torch.uint8),
+        lookup=_table(kind, codes.device) if codes.dtype == torch.int8 else None,
         scales=scale,
         zeros=zero.contiguous(),
         ROWS=1,
@@ -76,11 +79,11 @@ def _int4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     )
 
 
-def _hqq4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
+def _halves4(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
     # One run holds all of W.
     (codes, scale, zero), half = tensors, N * K // 2
     return dict(
-        RUN=2 * half, RUN_BYTES=half, HALF=half, UPPER=True, codes=codes, scales=scale, zeros=zero, FLAT=True,
+        RUN=2 * half, RUN_BYTES=half, HALF=half, UPPER=kind == "hqq4", codes=codes, scales=scale, zeros=zero, FLAT=True,
         GROUP=2 * half // scale.numel(),
     )  # fmt: skip
 
@@ -104,8 +107,8 @@ def _gguf(kind: str, tensors: Sequence[Tensor], N: int, K: int) -> dict:
 
 
 _LAYOUTS: dict[str, Callable[[str, Sequence[Tensor], int, int], dict]] = {
-    "nf4": _codebook, "fp4": _codebook, "int8": _int8, "int4": _int4, "hqq4": _hqq4, "fp8": _fp8, "mxfp4": _mxfp4, "q4_0": _gguf,
-    "q8_0": _gguf,
+    "nf4": _codebook, "fp4": _codebook, "int8": _int8, "int4": _int4, "hqq4": _halves4, "quanto4": _halves4, "fp8": _fp8,
+    "mxfp4": _mxfp4, "q4_0": _gguf, "q8_0": _gguf,
 }  # fmt: skip
 QUANTISED = frozenset(_LAYOUTS)
 KINDS = ("dense", "identity", *_LAYOUTS)

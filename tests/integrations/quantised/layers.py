@@ -8,7 +8,7 @@ import warnings
 import torch
 from bitsandbytes import nn as bnb
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from optimum.quanto import freeze, qint8
+from optimum.quanto import freeze, qint4, qint8
 from optimum.quanto import quantize as quanto
 from peft import get_peft_model
 from torch import nn
@@ -43,10 +43,10 @@ def torchao(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-def quanto_linear(linear: nn.Linear) -> nn.Module:
+def quanto_linear(linear: nn.Linear, weights=qint8) -> nn.Module:
     """quanto's ``QLinear``, frozen."""
     model = nn.Sequential(linear)
-    quanto(model, weights=qint8)
+    quanto(model, weights=weights)
     freeze(model)
     return model[0]
 
@@ -64,6 +64,7 @@ LIBRARIES = {
     "int8": eight_bits,
     "torchao int8": torchao,
     "quanto qint8": quanto_linear,
+    "quanto qint4": lambda linear: quanto_linear(linear, qint4),
     "hqq": hqq,
 }
 

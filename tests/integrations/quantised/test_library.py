@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes import nn as bnb
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from optimum.quanto import freeze, qfloat8_e5m2, qint4, qint8
+from optimum.quanto import freeze, qfloat8_e5m2, qint2, qint4, qint8
 from optimum.quanto import quantize as quanto
 from torch import nn
 from torch.nn import functional as F
@@ -67,13 +67,14 @@ LAYERS = {
     "torchao fp8": (lambda: torchao(ao.Float8WeightOnlyConfig()), "weight", "fp8"),
     "quanto qint8": (lambda: quanto_layer(qint8), "weight", "int8"),
     "quanto qfloat8": (lambda: quanto_layer(qfloat8_e5m2), "weight", "fp8"),
+    "quanto qint4": (lambda: quanto_layer(qint4), "weight", "quanto4"),
     "hqq": (hqq, None, "hqq4"),
     "hqq bf16": (lambda: hqq(dtype=torch.bfloat16), None, "hqq4"),
 }
 
 
 def storage(t):
-    for name in ("qdata", "_data", "W_q"):
+    for name in ("qdata", "_data", "_data", "W_q"):
         t = getattr(t, name, t)
     return t.untyped_storage().data_ptr()
 
@@ -136,8 +137,8 @@ def packed_for_inference():
 
 REFUSED = {
     "dynamic int8": (lambda: torchao(ao.Int8DynamicActivationInt8WeightConfig()).weight, "gives no gradient through the layer"),
-    "torchao int4": (lambda: torchao(ao.IntxWeightOnlyConfig(torch.int4)).weight, "this tensor of torchao is none of the kinds"),
-    "quanto qint4": (lambda: quanto_layer(qint4).weight, "this tensor of quanto is none of the kinds"),
+    "torchao intx": (lambda: torchao(ao.IntxWeightOnlyConfig(torch.int4)).weight, "this tensor of torchao is none of the kinds"),
+    "quanto qint2": (lambda: quanto_layer(qint2).weight, "is qint2 of shape"),
     "hqq in 8 bits": (lambda: hqq(bits=8), "has 8 bits along axis 1"),
     "hqq along axis 0": (lambda: hqq(axis=0), "has 4 bits along axis 0"),
     "packed": (packed_for_inference, "has repacked this Params4bit for inference"),

@@ -41,7 +41,7 @@ def fitting(name: str, K: int) -> int:
 def test_each_element(level, name, kind, N, K):
     # The rows of an identity pick columns of W: every sum has one term, so bits are those of the definition.
     K = fitting(name, K)
-    N += N * K % 2 * name.startswith("hqq4")
+    N += N * K % 2 * name.startswith(("hqq4", "quanto4"))
     base, W = base_and_weight(name, N, K)
     assert torch.equal(
         torch.cat([forward(x, base, N, kind) for x in torch.eye(K).split(5 if kind == "few" else 50)]), W.t()
@@ -52,7 +52,7 @@ def test_each_element(level, name, kind, N, K):
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("N, K", [(37, 64), (9, 1152)])  # K is whole groups: few rows are read in pairs of terms
 def test_each_element_in_bf16(level, name, N, K):
-    base, W = base_and_weight(name, N + N * K % 2 * name.startswith("hqq4"), K)
+    base, W = base_and_weight(name, N + N * K % 2 * name.startswith(("hqq4", "quanto4")), K)
     x, dy = torch.eye(K, dtype=torch.bfloat16), torch.eye(len(W), dtype=torch.bfloat16)
     for rows in (5, 50):  # straight from codes, and decoded before
         assert torch.equal(torch.cat([forward(part, base, len(W), "few") for part in x.split(rows)]), W.t().bfloat16())
@@ -97,7 +97,7 @@ def test_accuracy_of_random_problems(level, monkeypatch, name, kind):
     monkeypatch.setenv("PEFTKERN_BACKEND", "cpu")
     for seed, dtype in enumerate(DTYPES):
         problem = random_problem(6000 + seed, dtype, max_M=64 if kind == "few" else 200, max_KN=400, max_R=20)
-        N = problem.N + problem.N % 2 * name.startswith("hqq4")
+        N = problem.N + problem.N % 2 * name.startswith(("hqq4", "quanto4"))
         K = -(-problem.K // 64) * 64 if seed % 2 else fitting(name, problem.K)
         problem = dataclasses.replace(problem, base=name, N=N, K=K, zero_weight=False)
         with settings.using(cpu_kind=kind):

@@ -18,7 +18,7 @@ from peftkern.testing.problems import LoRALinearProblem
 F16, F32 = torch.float16, torch.float32
 READ = [name for name in QUANTISED if name.split()[0] in KINDS]
 # A kind of each way to hold codes and scales.
-WAYS = ("nf4", "fp4 nested", "int8", "int4", "hqq4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0")
+WAYS = ("nf4", "fp4 nested", "int8", "int4", "int4 signed", "hqq4", "quanto4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0")
 
 
 def sizes(name: str, N: int, K: int) -> tuple[int, int]:
