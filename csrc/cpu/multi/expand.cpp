@@ -41,7 +41,7 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
     std::memcpy(to, a.v + s.rows[i] * a.ld, sizeof(float) * s.R);
     for (int64_t r = 0; s.row_scale != nullptr && r < s.R; ++r) to[r] *= s.row_scale[r];
   }
-  if (s.R > 0 && u.i1 - u.i0 <= kFewRows && s.p.col == 1) {
+  if (s.R > 0 && u.i1 - u.i0 <= kFewRows && streams(s)) {
     switch (s.p.dtype) {
       case DType::f32:
         return few_rows<TO, TS, float>(a, u, v);

@@ -4,6 +4,8 @@
 // dot and combine (micro.h), in their order.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/multi/panel.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
@@ -120,23 +122,126 @@ static void stream_sums(const float* v, int64_t ldv, const MultiSegment& s, int6
   }
 }
 
+// --- panels whose ranks are adjacent, as B of a list of adapters, (N, R): turned in registers ---
+
+// t[r] = ranks [0, depth) of W columns from p on, the first `cols` of them, a column every `ldp` elements.
+template <bool WHOLE, class T>
+PEFTKERN_INLINE void turned(const T* p, int64_t ldp, int cols, int depth, vf* t) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    t[i] = WHOLE ? load(p + i * ldp) : i < cols ? load_n(p + i * ldp, depth) : zero();
+  transpose(t);
+}
+
+// The same for a whole square of bf16, as words of two ranks: half the vectors. Each holds columns 2i and
+// 2i + 1; with a vector less in each half, log2(W) rounds leave word w of all columns in vector w.
+PEFTKERN_INLINE void turned_pairs(const bf16* p, int64_t ldp, vf* t) {
+  constexpr int H = W / 2;
+  vi low{}, high{};
+  for (int i = 0; i < W; ++i) {
+    low[i] = (i & 1) * W + i / 2;
+    high[i] = low[i] + H;
+  }
+  vf r[H];
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) {
+    std::memcpy(&r[i], p + 2 * i * ldp, 2 * W);
+    std::memcpy(reinterpret_cast<char*>(&r[i]) + 2 * W, p + (2 * i + 1) * ldp, 2 * W);
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    vf next[H];
+#pragma GCC unroll 4
+    for (int i = 0; i < H / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(r[i], r[i + H / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(r[i], r[i + H / 2], high);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < H; ++i) r[i] = next[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) {
+    const vu u = reinterpret_cast<const vu&>(r[i]), even = u << 16, odd = u & 0xffff0000u;
+    t[2 * i] = reinterpret_cast<const vf&>(even), t[2 * i + 1] = reinterpret_cast<const vf&>(odd);
+  }
+}
+
+// Bytes between what is turned and what is asked for.
+constexpr int64_t kTurnAhead = 4096;
+
+// As stream_sums, of a panel whose ranks are adjacent.
+template <int ROWS, class T>
+static void turned_sums(const float* v, int64_t ldv, const MultiSegment& s, int64_t c0, int64_t cols,
+                        float* sum) {
+  const int64_t ldp = s.p.col;
+  const T* p = static_cast<const T*>(s.p.data) + c0 * ldp;
+  for (int64_t c = 0; c < cols; c += W, p += W * ldp) {
+    const int n = static_cast<int>(min64(W, cols - c));
+    for (int64_t b = 0; b < W * s.R * static_cast<int64_t>(sizeof(T)); b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kTurnAhead + b, 0, 3);
+    vf total[ROWS];
+    for (int64_t start = 0; start < s.R; start += kCombineChain) {
+      const int64_t end = min64(s.R, start + kCombineChain);
+      vf acc[ROWS];
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) acc[m] = zero();
+      for (int64_t r = start; r < end; r += W) {
+        const int depth = static_cast<int>(min64(W, end - r));
+        const auto add = [&](int k, vf t) {
+#pragma GCC unroll 8
+          for (int m = 0; m < ROWS; ++m) acc[m] = fma(splat(v[m * ldv + r + k]), t, acc[m]);
+        };
+        vf t[W];
+        if (n == W && depth == W) {
+          if constexpr (std::is_same<T, bf16>::value) {
+            turned_pairs(p + r, ldp, t);
+          } else {
+            turned<true>(p + r, ldp, W, W, t);
+          }
+#pragma GCC unroll 16
+          for (int k = 0; k < W; ++k) add(k, t[k]);
+        } else {
+          turned<false>(p + r, ldp, n, depth, t);
+          for (int k = 0; k < depth; ++k) add(k, t[k]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) total[m] = start == 0 ? acc[m] : total[m] + acc[m];
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) store(sum + m * kStreamColsMost + c, total[m]);
+  }
+}
+
+// Whether the sums of few rows can be made as the panel lies.
+PEFTKERN_INLINE bool streams(const MultiSegment& s) {
+  return s.p.col == 1 || s.p.row == 1;
+}
+
+template <int ROWS, class T>
+static void few_sums(const float* v, int64_t ldv, const MultiSegment& s, int64_t c0, int64_t cols, float* sum,
+                     float* chain) {
+  if (s.p.col == 1) return stream_sums<ROWS, T>(v, ldv, s, c0, cols, sum, chain);
+  turned_sums<ROWS, T>(v, ldv, s, c0, cols, sum);
+}
+
 template <class T>
 static void stream_sums(const float* v, int64_t rows, const MultiSegment& s, int64_t c0, int64_t cols,
                         float* sum, float* chain) {
   static_assert(kFewRows == 6);
   switch (rows) {
     case 1:
-      return stream_sums<1, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<1, T>(v, s.R, s, c0, cols, sum, chain);
     case 2:
-      return stream_sums<2, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<2, T>(v, s.R, s, c0, cols, sum, chain);
     case 3:
-      return stream_sums<3, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<3, T>(v, s.R, s, c0, cols, sum, chain);
     case 4:
-      return stream_sums<4, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<4, T>(v, s.R, s, c0, cols, sum, chain);
     case 5:
-      return stream_sums<5, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<5, T>(v, s.R, s, c0, cols, sum, chain);
     case 6:
-      return stream_sums<6, T>(v, s.R, s, c0, cols, sum, chain);
+      return few_sums<6, T>(v, s.R, s, c0, cols, sum, chain);
   }
 }
 
