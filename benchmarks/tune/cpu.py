@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load, started = os.getloadavg()[0], time.perf_counter()
     if load > 0.5:
         print(f"this machine is busy (load {load:.1f}): the table will be poor", file=sys.stderr)
-    file = args.json or Path(OWN_TABLES) / cpu_table.file_name(cpu)
+    file = args.json or Path(OWN_TABLES) / cpu_table.file_name(cpu, level.isa)
     work = products.planned(args.dtype) if "products" in args.only else []
     data, parts = kept(file, cpu, level)
 

@@ -1,6 +1,6 @@
 """What was measured on a CPU model: which kind of base product takes the least time. The choice itself: cpu_base.
 
-A table is a file ``cpu-VENDOR-FAMILY-MODEL.json`` of the package, or of the user, written by ``peftkern tune --cpu``. It
+A table is a file ``cpu-VENDOR-FAMILY-MODEL-ISA.json`` of the package, or of the user, written by ``peftkern tune --cpu``. It
 speaks for the models that it names and for the instruction sets it was measured at.
 
 - ``rows``: microseconds for one dtype, pass, D and C, over numbers of rows M: those of a native pass of lora_linear, rank 16,
@@ -131,9 +131,9 @@ def nearest(table: Table, p: Product) -> Near | None:
     return None
 
 
-def file_name(cpu: CpuModel) -> str:
-    """``cpu-authenticamd-25-1.json``."""
-    return f"cpu-{slug(cpu.vendor)}-{cpu.family}-{cpu.model}.json"
+def file_name(cpu: CpuModel, isa: str) -> str:
+    """``cpu-authenticamd-25-1-avx2.json``; ``isa``: ours, since virtual machines of one model differ in what they offer."""
+    return f"cpu-{slug(cpu.vendor)}-{cpu.family}-{cpu.model}-{isa}.json"
 
 
 def of_model(cpu: CpuModel, folders: Sequence[str], level: Level | None = None) -> Table | None:

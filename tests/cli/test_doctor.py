@@ -119,12 +119,14 @@ def test_the_base_product_of_a_call_is_explained(capsys, tmp_path):
     row = {"dtype": "fp32", "pass": "forward", "D": 48, "C": 64, "M": [8], "us": {"vendor": [9.0], "panels": [5.0]}}
     cpu = {"vendor": model.vendor, "family": model.family, "models": [model.model] * 2}
     meta = {"cpu": cpu, "level": native.level()._asdict(), "threads": 1, "date": "2026-12-01"}
-    (tmp_path / cpu_table.file_name(model)).write_text(json.dumps({"schema": 1, "meta": meta, "rows": [row]}))
+    (tmp_path / cpu_table.file_name(model, native.level().isa)).write_text(
+        json.dumps({"schema": 1, "meta": meta, "rows": [row]})
+    )
     size = ("--op", "lora_linear", "--M", "10", "--K", "64", "--N", "48")
     with using(tables=(str(tmp_path),)):
         forward, *backward = run(capsys, *size)
         assert forward["base_product"] == "peftkern, fp32 panels" and "10 x 64" in forward["blocks"]
-        assert cpu_table.file_name(model) in forward["why"] and "D=48 C=64 M=8" in forward["why"]
+        assert cpu_table.file_name(model, native.level().isa) in forward["why"] and "D=48 C=64 M=8" in forward["why"]
         assert doctor.main([*size, "--dropout"]) == 0
         assert "base product peftkern, fp32 panels, 10 x 64" in capsys.readouterr().out
     assert any(each.get("base_product") == "torch's product" for each in backward)

@@ -124,11 +124,11 @@ def test_a_table_holds_for_the_models_it_names(tmp_path):
         return table and Path(table.name).name
 
     assert found(*MILAN) is None
-    wide = "cpu-authenticamd-25-0-15.json"
+    wide = "cpu-authenticamd-25-0-15-avx2.json"
     (tmp_path / wide).write_text(json.dumps(content(models=(0, 15))))
     assert found(*MILAN) == found("AuthenticAMD", 25, 15) == wide
-    (tmp_path / cpu_table.file_name(MILAN)).write_text(json.dumps(content()))
-    assert found(*MILAN) == "cpu-authenticamd-25-1.json" and found("AuthenticAMD", 25, 2) == wide
+    (tmp_path / cpu_table.file_name(MILAN, "avx2")).write_text(json.dumps(content()))
+    assert found(*MILAN) == "cpu-authenticamd-25-1-avx2.json" and found("AuthenticAMD", 25, 2) == wide
     others = (
         ("AuthenticAMD", 25, 16),
         ("AuthenticAMD", 2, 1),
@@ -158,7 +158,9 @@ def packaged(tmp_path):
         cpu, folder = model(), tmp_path / str(len(list(tmp_path.iterdir())))
         named = dict(vendor=cpu.vendor, family=cpu.family, models=(cpu.model, cpu.model), level=native.level())
         folder.mkdir()
-        (folder / cpu_table.file_name(cpu)).write_text(json.dumps(content(*rows, **(named | changes))))
+        (folder / cpu_table.file_name(cpu, native.level().isa)).write_text(
+            json.dumps(content(*rows, **(named | changes)))
+        )
         return (str(folder),)
 
     return write
@@ -208,7 +210,7 @@ def test_doctor_names_the_cpu_and_its_table(packaged, tmp_path):
     with using(tables=packaged(row([64, 256], [100, 100], [50, 200]))):
         text = doctor.text(doctor.report())
         assert "{}, family {}, model {}".format(*model()) in text
-        assert f"{cpu_table.file_name(model())}, measured 2026-12-01 with 2 threads" in text
+        assert f"{cpu_table.file_name(model(), native.level().isa)}, measured 2026-12-01 with 2 threads" in text
         assert doctor.base_products()["float32"] == {
             "forward": "up to 31 rows torch's product; up to 128 rows peftkern, fp32 panels; else torch's product",
             "input gradient": "torch's product",
@@ -238,8 +240,9 @@ def test_packaged_tables():
         cpu = data["meta"]["cpu"]
         first, last = cpu["models"]
         numbers = f"{first}" if first == last else f"{first}-{last}"
-        assert file.stem == f"cpu-{slug(cpu['vendor'])}-{cpu['family']}-{numbers}"
-        found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), (TABLES,))
+        assert file.stem == f"cpu-{slug(cpu['vendor'])}-{cpu['family']}-{numbers}-{data['meta']['level']['isa']}"
+        level = cpu_table.Level(**data["meta"]["level"])
+        found = cpu_table.of_model(cpu_table.CpuModel(cpu["vendor"], cpu["family"], last), (TABLES,), level)
         assert found.name == file.name and found.rows
 
 

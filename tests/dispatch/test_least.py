@@ -21,7 +21,7 @@ def write(folder: Path, least: dict, cpu=("AuthenticAMD", 1, 1), level=None) -> 
     vendor, family, model = cpu
     meta = {"cpu": {"vendor": vendor, "family": family, "models": [model, model]}, "threads": 2, "date": ""}
     meta["level"] = (level or cpu_table.Level("avx2", "AVX2", True))._asdict()
-    file = folder / cpu_table.file_name(cpu_table.CpuModel(*cpu))
+    file = folder / cpu_table.file_name(cpu_table.CpuModel(*cpu), meta["level"]["isa"])
     file.write_text(json.dumps({"schema": 1, "meta": meta, "least": least, "rows": []}))
     return str(folder)
 
@@ -43,10 +43,12 @@ def test_this_cpus_own_table_counts_first(tmp_path):
     assert [least_work(n, Settings(tables=(package,))) for n in "xy"] == [3, 1]
     own = write(tmp_path / "own", {"x": 4}, native.model(), native.level())
     assert [least_work(n, Settings(tables=(own, package))) for n in "xy"] == [4, 1]
-    # Measured at other instruction sets, it does not speak for these: the package's does.
-    write(tmp_path / "own", {"x": 5}, native.model(), native.level()._replace(isa="other"))
-    now = Settings(tables=(own + "/", package))  # another folder by name: what was read is kept
-    assert least_work("x", now) == 3
+    # Measured at other instruction sets, a table does not speak for these, alone or beside one that does.
+    other = native.level()._replace(isa="other")
+    for folder, expected in ((tmp_path / "alone", 3), (tmp_path / "own", 4)):
+        folder = write(folder, {"x": 5}, native.model(), other)
+        now = Settings(tables=(folder + "/", package))  # another folder by name: what was read is kept
+        assert least_work("x", now) == expected
 
 
 def test_a_users_table_of_another_version_is_passed_over(tmp_path, monkeypatch):

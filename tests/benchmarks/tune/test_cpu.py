@@ -33,7 +33,7 @@ def content(level, **parts):
 def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
     native.use_isa("auto")
     row = {"dtype": "fp32", "pass": "dx", "D": 8, "C": 8, "M": [4], "us": {"vendor": [1.0]}}
-    file = tmp_path / cpu_table.file_name(cpu_table.CpuModel(*native.model()))
+    file = tmp_path / cpu_table.file_name(cpu_table.CpuModel(*native.model()), native.level().isa)
     here = native.level()
     monkeypatch.setattr("peftkern.benchmarks.tune.cpu.TABLES", str(tmp_path / "package"))
     for level, kept in ((here, True), (here._replace(mkl=not here.mkl), False)):
@@ -51,7 +51,7 @@ def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
 
 
 def test_the_default_file_is_the_users_and_begins_with_the_packages(tmp_path, monkeypatch):
-    name = cpu_table.file_name(cpu_table.CpuModel(*native.model()))
+    name = cpu_table.file_name(cpu_table.CpuModel(*native.model()), native.level().isa)
     for variable in ("OWN_TABLES", "TABLES"):
         monkeypatch.setattr(f"peftkern.benchmarks.tune.cpu.{variable}", str(tmp_path / variable))
     monkeypatch.setattr("peftkern.benchmarks.tune.cpu.measure_least", lambda names: {"a": 1})
