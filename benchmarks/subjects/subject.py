@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern
+from peftkern.bases.library import held
 
 from ..core.case import Case
 from ..core.presets import Choice, Entry
@@ -32,9 +33,10 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, calls: tuple[Callable, Callable], models: tuple[nn.Module, nn.Module], exact: Callable) -> Pair:
-        """Of two models, of which everything may be kept."""
-        frozen = [t for model in models for t in (*model.parameters(), *model.buffers())]
-        return cls(calls, tuple(map(trained, models)), frozen, exact)
+        """Of two models, of which everything may be kept, the scales of weights in codes too."""
+        own = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        scales = [t for weight in own if (codes := held(weight)) for t in codes[1]]
+        return cls(calls, tuple(map(trained, models)), own + scales, exact)
 
 
 class Subject(Protocol):

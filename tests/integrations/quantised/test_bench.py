@@ -63,22 +63,22 @@ def test_nothing_else_may_err_more():
         assert all(not getattr(other, "bounds", None) for other in subject.others.values())
 
 
+def timed(tmp_path, *names: str) -> list[dict]:
+    sizes = "--device cpu --shape 64,192,192 --rank 8 --seconds 0.01 --repeats 2 --memory --limit 1000".split()
+    assert command.main(["--methods", *names, *sizes, "--json", str(tmp_path / "r.json")]) == 0
+    return json.loads((tmp_path / "r.json").read_text())["rows"]
+
+
+def test_saved_bytes_leave_codes_and_scales_out(tmp_path):
+    names = [f"LoRA over {form}" for form in quantised.KINDS]
+    rows = {(r["method"], r["provider"]): r["saved_bytes"] for r in timed(tmp_path, *names) if r["pass"] == "fwd_bwd"}
+    x, u = 64 * 192 * 4, 64 * 8 * 4
+    for name in names:
+        assert rows[name, "peftkern"] == rows[name, "peftkern_dense"] == x + u <= rows[name, "library"], name
+
+
 def test_a_whole_model(tmp_path):
-    sizes = [
-        "--device",
-        "cpu",
-        "--shape",
-        "64,192,192",
-        "--rank",
-        "8",
-        "--seconds",
-        "0.01",
-        "--repeats",
-        "2",
-        "--memory",
-    ]
-    assert command.main(["--methods", *LLAMAS, *sizes, "--limit", "1000", "--json", str(tmp_path / "r.json")]) == 0
-    rows = {(r["provider"], r["pass"]): r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    rows = {(r["provider"], r["pass"]): r for r in timed(tmp_path, *LLAMAS)}
     base, theirs, ours = (rows[name, "fwd_bwd"] for name in ("base", "library", "peftkern"))
     assert ours["speed_up"] == pytest.approx(theirs["median_ms"] / ours["median_ms"], rel=1e-3)
     assert (ours["op"], ours["beside"], ours["method"]) == ("lora_linear", "bitsandbytes", LLAMAS[0])
