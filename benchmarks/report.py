@@ -136,7 +136,8 @@ def _packages(headers: list[dict]) -> list[str]:
 
 def _isa(cpu: dict) -> str:
     extra = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in cpu["features"]]
-    return ", ".join([cpu["torch_isa"], *extra[:1]])
+    _, *numbers = cpu.get("model_id") or [""]
+    return ", ".join([*(f"{what} {n}" for what, n in zip(("family", "model"), numbers)), cpu["torch_isa"], *extra[:1]])
 
 
 def render(text: str, results: list[dict]) -> str:

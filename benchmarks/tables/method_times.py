@@ -76,7 +76,9 @@ def machines(results: list[dict]) -> list[list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for result in results:
         header = result["header"]
-        machine = (header["device"], header["cpu"]["torch_isa"], header["threads"], header["versions"]["torch"])
+        cpu = header["cpu"]
+        model = tuple(cpu.get("model_id") or ())
+        machine = (header["device"], model, cpu["torch_isa"], header["threads"], header["versions"]["torch"])
         groups.setdefault(machine, []).append(result)
     return list(groups.values())
 

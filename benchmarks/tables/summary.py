@@ -10,7 +10,12 @@ from peftkern.methods.coverage import back_ends
 from .markdown import table
 
 # Name of a machine by the file that its result is in.
-MACHINES = {"zen3": "EPYC Zen 3, AVX2", "zen4": "EPYC Zen 4, AVX2", "zen5": "EPYC Zen 5, AVX-512"}
+MACHINES = {
+    "zen3": "EPYC Zen 3, AVX2",
+    "zen4": "EPYC Zen 4, AVX2",
+    "zen4-avx512": "EPYC Zen 4, AVX-512",
+    "zen5": "EPYC Zen 5, AVX-512",
+}
 
 
 class Line(NamedTuple):
@@ -40,6 +45,9 @@ LINES = (
     *(Line(f"LoRA over NF4: training step of a layer, {rows} x 4096 x 4096, fp32", "methods_quantised", "zen5", "peftkern",
            {"method": "LoRA over NF4", "pass": "fwd_bwd", "M": rows, "K": 4096, "N": 4096, "dtype": "fp32"}, theirs="library")
       for rows in (16, 512)),
+    Line("LoRA over int8, multiplied in int8: training step of a layer, 512 x 4096 x 4096, fp32", "methods_w8a8", "zen4-avx512",
+         "peftkern", {"method": "LoRA over W8A8", "pass": "fwd_bwd", "M": 512, "K": 4096, "N": 4096, "dtype": "fp32"},
+         theirs="library"),
     *(Line(f"{words}, {rows} x {hidden}, fp32", "methods_residual", "zen5", "peftkern",
            {"method": method, "pass": "fwd_bwd", "M": rows, "K": hidden, "dtype": "fp32"}, theirs="library")
       for words, method, rows, hidden in (

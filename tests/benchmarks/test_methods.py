@@ -91,7 +91,11 @@ def test_results_of_a_machine_are_one_table(result):
     ]  # fmt: skip
     other = json.loads(json.dumps(result))
     other["header"]["device"] = "another one"
-    assert [len(own) for own in method_times.machines([result, other, later])] == [2, 1]
+    # Of the same name, but another CPU model.
+    namesake = json.loads(json.dumps(result))
+    namesake["header"]["cpu"]["model_id"] = ["x", 1, 2]
+    assert [len(own) for own in method_times.machines([result, other, later, namesake])] == [2, 1, 1]
+    assert "(family 1, model 2, " in report.tables("methods", [namesake])
     rows = method_times.newest([later, result])
     # In the registry's order; of a block measured twice the later one, of others what there is.
     assert list(dict.fromkeys(row["method"] for row in rows)) == ["LoRA", "(IA)^3"]

@@ -1,4 +1,4 @@
-"""The committed results: of real machines, a file for each CPU model."""
+"""The committed results: of real machines, a file for each CPU model and what it lets programs use."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def test_a_file_is_of_one_cpu_model_and_named_after_it():
         assert stem.startswith(header["op"]) and model in MACHINES, header["file"]
         # Results from before the model was told have none.
         if header["cpu"].get("model_id"):
-            named.setdefault(model, set()).add(tuple(header["cpu"]["model_id"]))
-    assert named and all(len(models) == 1 for models in named.values()), named
-    assert len({model for models in named.values() for model in models}) == len(named)
+            named.setdefault(model, set()).add((*header["cpu"]["model_id"], header["cpu"]["torch_isa"]))
+    assert named and all(len(machines) == 1 for machines in named.values()), named
+    assert len({found for machines in named.values() for found in machines}) == len(named)
