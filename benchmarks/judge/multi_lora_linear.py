@@ -27,6 +27,7 @@ GATHER_SPEED_UP, GATHER_SPEED_UP_AVX2 = 10.0, 6.0
 PRODUCT_SPEED_UP, PEAK_SHARE = 1.10, 0.70
 PREFILL, DECODING, TRAINING = range(480, 513), (32,), (2048,)  # rows
 LIST, BANK, BRANCH, ADDED, GATHER = OURS, "peftkern_bank", "sgmv", "sgmv_add", "gather_branch"
+LISTED = "sgmv_list"
 # On a GPU.
 BANDWIDTH, AIM, LAUNCHES = 0.70, 0.85, 2
 DECODE = dict(M=64, K=4096, N=4096, R=16, adapters=64, mix="distinct", base_share=0.0, ranks="same")
@@ -86,11 +87,18 @@ def _decode(rows: list[dict], name: str, dtype: str, avx2: bool) -> list[Figure]
     note = "" if ms is None else f"{ms:.3f} ms"
     title = f"{name}: branch over gather + einsum, speed-up at 32 rows, 32 adapters"
     faster = GATHER_SPEED_UP_AVX2 if avx2 else GATHER_SPEED_UP
+    listed, shares = _pick(rows, LISTED, DECODING, 32, "fwd"), []
+    if listed:
+        shares.append(least(
+            f"{name}: branch of a list at 32 rows, 32 adapters: share of copy bandwidth",
+            mean(listed, "bytes_bound_fraction"), BANDWIDTH_SHARE, f"{mean(listed, 'median_ms'):.3f} ms",
+        ))  # fmt: skip
     return [
         least(
             f"{name}: branch at 32 rows, 32 adapters: share of copy bandwidth",
             mean(mine, "bytes_bound_fraction"), BANDWIDTH_SHARE, note,
         ),
+        *shares,
         least(title, speed_up, faster) if dtype == "bf16" else told(title, speed_up),
     ]  # fmt: skip
 

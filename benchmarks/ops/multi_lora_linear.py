@@ -4,10 +4,10 @@ Decoding (up to 256 rows) is a forward pass without gradients, training (more ro
 nn.Linear; peftkern's own base product; a loop over adapters, gather + einsum and grouped_mm in plain PyTorch
 (peers/many.py); shrink and expand over padded adapters (peers/padded.py, Triton); HF PEFT's ``adapter_names``; PolyLoRA, where
 it is installed (peers/polylora.py); peftkern with a list of adapters, which trains, and with an AdapterBank, which serves.
-``sgmv`` (of a bank), ``sgmv_add`` (into an output that is there) and names that end in ``_branch`` are the branch alone,
-without the frozen linear: their ``bytes_bound_fraction`` counts the adapters in use, x and y, and their ``ratio_to_base`` is
-what the branch would add to a linear layer. ``copy`` is the large copy that is the measure of bandwidth. On a GPU, each back
-end is a provider of its own besides (peers/candidates.py).
+``sgmv`` (of a bank), ``sgmv_list`` (of a list, which every call checks anew), ``sgmv_add`` (into an output that is there) and
+names that end in ``_branch`` are the branch alone, without the frozen linear: their ``bytes_bound_fraction`` counts the adapters
+in use, x and y, and their ``ratio_to_base`` is what the branch would add to a linear layer. ``copy`` is the large copy that is
+the measure of bandwidth. On a GPU, each back end is a provider of its own besides (peers/candidates.py).
 """
 
 from __future__ import annotations
@@ -174,6 +174,11 @@ def _sgmv(case: Case, data: MultiData) -> Step:
     return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, bank, ids[i]), grad=False)
 
 
+def _sgmv_list(case: Case, data: MultiData) -> Step:
+    lists = data.lists(case.adapter_dtype)
+    return _step(case, data, lambda x, weight, i: peftkern.sgmv(x, lists[i], data.ids), grad=False)
+
+
 def _sgmv_add(case: Case, data: MultiData) -> Step:
     bank, ids = data.bank(case.adapter_dtype)
     out = [data.x[0].new_zeros((case.M, case.N)) for _ in range(data.copies)]
@@ -236,6 +241,7 @@ PROVIDERS = {
         *(provider for provider, _ in OURS.values()),
         *_over_codes(),
         *_forced(),
+        Provider("sgmv_list", "sgmv, list", _sgmv_list, passes=FORWARD, gated=True, floor=branch_floor),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("gather_branch", "gather + einsum", _peer(Gather, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("grouped_mm_branch", "grouped mm", _peer(Grouped, branch=True), no_grouped_mm, passes=FORWARD,
@@ -260,7 +266,7 @@ def plan(case: Case, preset: str) -> list[str]:
         if case.M > 512:
             return [*names, *(["loop", *grouped] if preset == "full" else []), "peftkern"]
         return [*names, "loop", "gather", *grouped, "peft", "peftkern", "peftkern_bank"]
-    branches = ["sgmv", "gather_branch"]
+    branches = ["sgmv", "sgmv_list", "gather_branch"]
     if preset == "full":
         branches += ["loop_branch", *(f"{g}_branch" for g in grouped)]
     return [*names, "loop", "gather", *grouped, "peft", "polylora", "peftkern", "peftkern_bank", *branches]
@@ -283,7 +289,7 @@ def _takes_grouped(case: Case) -> bool:
 
 
 def gate(case: Case) -> str | None:
-    """Why a result of peftkern's for this kind of case is wrong, or None: list, bank and branch alone, against fp64."""
+    """Why a result of peftkern's for this kind of case is wrong, or None: list, bank, and the branch of both, against fp64."""
     from peftkern.testing.accuracy import check
     from peftkern.testing.multi_problems import MultiLoRALinearProblem
 
@@ -297,7 +303,11 @@ def gate(case: Case) -> str | None:
         base_share=case.base_share, frozen=weights | {"x"} if case.phase == "decode" else frozenset(),
     )  # fmt: skip
     bank = dataclasses.replace(listed, bank=True, dropout_p=(0.0,) * count, frozen=weights | {"x"})
-    for name, problem in {"list": listed, "bank": bank, "sgmv": dataclasses.replace(bank, branch=True)}.items():
+    branches = {
+        "sgmv": dataclasses.replace(bank, branch=True),
+        "sgmv, list": dataclasses.replace(bank, bank=False, branch=True),
+    }
+    for name, problem in {"list": listed, "bank": bank, **branches}.items():
         bad = [f"{row.output} {row.ratio:.2f}x" for row in check(problem, case.device) if not row.ok]
         if bad:
             return f"failed the accuracy check ({name}: {', '.join(bad)} of the error bound)"

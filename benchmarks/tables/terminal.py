@@ -86,7 +86,11 @@ def _branch(rows: list[dict], bench: Bench, title: str) -> Table:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((_block(row), row["adapter_dtype"]), {})[row["provider"]] = row
-    columns = (*HEADS[True], "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "of copy")
+    listed = "sgmv_list" in names and "sgmv" in names
+    columns = (
+        *HEADS[True], "adapt.", *(bench.providers[name].title for name in names), "copy\nGB/s", "of copy",
+        *["list\nof copy"] * listed,
+    )  # fmt: skip
     notes = f"{SPREAD} of copy: share of sgmv's time that copying the adapters in use, x and y explains."
     table = Table(f"{title}: ms", columns, caption=notes)
     for (block, adapter), by in cases.items():
@@ -94,6 +98,7 @@ def _branch(rows: list[dict], bench: Bench, title: str) -> Table:
         table.add(
             *_labels(block), adapter, *("" if n not in by else _milliseconds(by[n], "{:.3f}") for n in names),
             f"{ours['copy_gb_per_s']:.1f}", share([ours], "bytes_bound_fraction"),
+            *[share([by["sgmv_list"]] if "sgmv_list" in by else [], "bytes_bound_fraction")] * listed,
         )  # fmt: skip
     return table
 

@@ -43,6 +43,7 @@ inline int check_threads(int threads) {
 
 // Each adds the functions of one group: base product, rotated blocks, bottlenecks, branch of one adapter,
 // lora_linear as a whole, row norms, many adapters, the check of a call plan, kernels on a GPU.
+void bind_adapter_list(pybind11::module_& m);
 void bind_base(pybind11::module_& m);
 void bind_block_rotate(pybind11::module_& m);
 void bind_bottleneck_adapter(pybind11::module_& m);

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "name"_a, "Choose an instruction set level by name, or auto.");
   if (!tensors::bind(m.ptr())) throw py::error_already_set();
+  bind_adapter_list(m);
   bind_base(m);
   bind_block_rotate(m);
   bind_bottleneck_adapter(m);

@@ -180,13 +180,17 @@ bool device_of(PyObject* object, Device& out) {
   return out.type == kDlCpu || out.type == kDlCuda;
 }
 
-bool read(PyObject* object, View& out, Device where) {
+bool read_layout(PyObject* object, View& out, Device where) {
   DlTensor t;
   if (!view_of(object, t)) return false;
   out = {static_cast<char*>(t.data) + t.byte_offset, t.dims, t.shape, t.strides, t.dtype.code, t.dtype.bits};
   if (t.device.type != where.type || (where.type != kDlCpu && t.device.index != where.index)) return false;
   if (t.dtype.lanes != 1 || (t.dims > 0 && t.strides == nullptr)) return false;
-  if (t.data == nullptr && out.elements() != 0) return false;
+  return t.data != nullptr || out.elements() == 0;
+}
+
+bool read(PyObject* object, View& out, Device where) {
+  if (!read_layout(object, out, where)) return false;
   // Nothing in DLPack says that a view stands for the negative of its memory.
   PyObject* negative = state.is_neg(object, nullptr);
   const bool plain = negative == Py_False;

@@ -35,6 +35,8 @@ constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 // False, without a Python error, for anything but a plain torch.Tensor or Parameter whose memory on that
 // device holds what it means (no subclass, negative view, sparse or zero tensor ...).
 bool read(PyObject* object, View& out, Device where = {});
+// The same of a view that may stand for the negative of its memory: for its sizes, not for its elements.
+bool read_layout(PyObject* object, View& out, Device where = {});
 
 // A matrix (rows, cols): the last dimension and all those before it, if rows are a constant step apart.
 bool read_rows(PyObject* object, ConstMatrix& out, int64_t& rows, int64_t& cols, View& view,

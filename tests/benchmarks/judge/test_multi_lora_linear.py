@@ -53,6 +53,15 @@ def test_decode():
     assert fp32[f"fp32: {speed}"].ok is None and fp32[f"fp32: {speed}"].value == pytest.approx(11)
 
 
+def test_decode_of_a_list_where_it_was_measured():
+    name = "bf16: branch of a list at 32 rows, 32 adapters: share of copy bandwidth"
+    rows = [row("sgmv", 1.0, M=32, adapters=32, mix="distinct", bytes_bound_fraction=0.7)]
+    assert name not in figures(rows)
+    for share in (0.59, 0.61):
+        listed = row("sgmv_list", 1.2, M=32, adapters=32, mix="distinct", bytes_bound_fraction=share)
+        assert figures([*rows, listed])[name].value == share and figures([*rows, listed])[name].ok is (share > 0.6)
+
+
 def test_decode_at_other_sizes():
     name = "bf16, 3072x3072: branch at 32 rows, 32 adapters: share of copy bandwidth"
     rows = [row("sgmv", 1.0, M=32, adapters=32, mix="distinct", K=3072, N=3072, bytes_bound_fraction=0.61)]

@@ -55,7 +55,7 @@ def test_providers_and_passes(result):
         return [r["provider"] for r in result["rows"] if all(r[k] == v for k, v in want.items())]
 
     serving = ["base", "base_own", "copy", "loop", "gather", "grouped_mm", "peft", "peftkern", "peftkern_bank"]
-    decoding = [*serving[:7], "polylora", *serving[7:], "sgmv", "gather_branch"]
+    decoding = [*serving[:7], "polylora", *serving[7:], "sgmv", "sgmv_list", "gather_branch"]
     assert names(**{"M": 24, "adapters": 2}) == decoding
     assert names(**{"M": 300, "adapters": 4, "pass": "fwd"}) == serving
     training = ["base", "base_own", "loop", "grouped_mm", "peftkern"]
@@ -63,8 +63,9 @@ def test_providers_and_passes(result):
     assert {r["phase"] for r in result["rows"] if r["M"] == 24} == {"decode"}
 
 
-def test_the_branch_has_its_own_bound(result):
-    row = next(r for r in result["rows"] if r["provider"] == "sgmv" and r["adapters"] == 4)
+@pytest.mark.parametrize("name", ["sgmv", "sgmv_list"])
+def test_the_branch_has_its_own_bound(result, name):
+    row = next(r for r in result["rows"] if r["provider"] == name and r["adapters"] == 4)
     moved = 4 * (24 * 40 + 24 * 32 + 4 * 8 * 72)
     expected = moved / (row["copy_gb_per_s"] * 1e9) / (row["median_ms"] / 1e3)
     assert row["bytes_bound_fraction"] == pytest.approx(expected, rel=0.05, abs=2e-4)
@@ -131,7 +132,7 @@ def test_every_judged_case_is_measured(preset):
              (4096, 4096, 16, "same", 0.0)]  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         for M, adapters, names in (
-            (32, 32, {"sgmv", "gather_branch", OWN_BASE, COPY}),
+            (32, 32, {"sgmv", "sgmv_list", "gather_branch", OWN_BASE, COPY}),
             (512, 8, {"peftkern", "peftkern_bank", OWN_BASE}),
             (2048, 8, {"peftkern", OWN_BASE}),
         ):
@@ -165,7 +166,7 @@ def test_a_wrong_result_is_not_timed():
     bench = dataclasses.replace(BENCH, gate=lambda case: "failed the accuracy check (list: y 9.00x)")
     settings = Settings(preset="quick", seconds=0.02, bandwidth=1e10, min_repeats=3)
     rows = {r["provider"]: r for r in next(Runner(bench, settings).run([CASE]))}
-    for name in ("peftkern", "peftkern_bank", "sgmv"):
+    for name in ("peftkern", "peftkern_bank", "sgmv", "sgmv_list"):
         assert rows[name]["median_ms"] is None and "failed the accuracy check" in rows[name]["skipped"]
     assert rows["loop"]["median_ms"] > 0
 
@@ -180,8 +181,8 @@ def test_no_two_providers_of_a_round_read_the_same_set(monkeypatch):
         return 0
 
     monkeypatch.setattr(runner, "interleave", spy)
-    bench = dataclasses.replace(BENCH, copies=lambda case, cache: 12)
+    bench = dataclasses.replace(BENCH, copies=lambda case, cache: 16)
     next(Runner(bench, Settings(preset="quick", seconds=0.0, bandwidth=1e10, gate=False)).run([CASE]))
-    assert seen.pop("copies") == 12
-    count = 11 + (BENCH.providers["polylora"].missing() is None)
+    assert seen.pop("copies") == 16
+    count = 12 + (BENCH.providers["polylora"].missing() is None)
     assert len(seen) == count and len(set(seen.values())) == count

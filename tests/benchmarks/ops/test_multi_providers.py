@@ -136,7 +136,7 @@ def test_dropout_acts(name):
 
 
 def test_what_only_serves_has_no_graph_in_training():
-    serving = ["gather", "peft", "peftkern_bank", "sgmv"]
+    serving = ["gather", "peft", "peftkern_bank", "sgmv", "sgmv_list"]
     for name in [*serving, "polylora"] if importlib.util.find_spec("polylora") else serving:
         assert not _build(name, CASE)[1].forward(0).requires_grad
     assert _build("peftkern", CASE)[1].forward(0).requires_grad
