@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = args.json or Path(OWN_TABLES) / cpu_table.file_name(cpu, level.isa)
     work = products.planned(args.dtype) if "products" in args.only else []
     data, parts = kept(file, cpu, level)
+    others = 0
 
     def save() -> None:
         head = meta(
             started, cpu={"vendor": cpu.vendor, "family": cpu.family, "models": [cpu.model, cpu.model]},
-            level=level._asdict(), threads=torch.get_num_threads(), load=round(load, 2), planned=len(work),
+            level=level._asdict(), threads=torch.get_num_threads(), load=round(load, 2), planned=others + len(work),
             measured=len(data["rows"]),
         )  # fmt: skip
         head["parts"] = parts | dict.fromkeys(args.only, head["date"])
@@ -84,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "least" in args.only:
             data["least"] = dict(sorted((data["least"] | measure_least(args.names)).items()))
         if "products" in args.only:
-            data["rows"] = []
+            # Those of other dtypes are kept.
+            data["rows"] = [row for row in data["rows"] if row["dtype"] not in args.dtype]
+            others = len(data["rows"])
         for done, job in enumerate(work):
             spent = time.perf_counter() - started
             if spent > args.seconds:
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 data["rows"].append(products.measure(job))
             save()  # what was done is kept
     save()
-    print(f"{len(data['rows'])} shapes ({len(work)} planned) in {time.perf_counter() - started:.0f} s: {file}")
+    print(f"{len(data['rows'])} shapes ({others + len(work)} planned) in {time.perf_counter() - started:.0f} s: {file}")
     return 0 if data["rows"] or not work else 1
 
 

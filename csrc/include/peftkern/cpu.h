@@ -244,8 +244,8 @@ struct RoundRowsArgs {
 void round_rows(const RoundRowsArgs& args);
 // rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
 void base_few(const BaseArgs& args);
-// What base_few takes of bf16 times a quantised W whose rows and groups are whole pairs of vectors, without a
-// scale, where base_gemm_bf16_usable.
+// What base_few takes of bf16 without a scale, where base_gemm_bf16_usable: times a W with w_in == 1, or a
+// quantised one whose rows and groups are whole pairs of vectors.
 void base_few_bf16(const BaseArgs& args);
 // --- end of base product ---
 

@@ -50,6 +50,19 @@ def test_a_part_is_measured_and_the_rest_is_kept(tmp_path, monkeypatch):
         assert cpu_table.of_model(cpu_table.CpuModel(*native.model()), (str(tmp_path),), here).least == data["least"]
 
 
+def test_rows_of_dtypes_that_are_not_asked_for_are_kept(tmp_path, monkeypatch):
+    native.use_isa("auto")
+    rows = [{"dtype": d, "pass": "dx", "D": 8, "C": 8, "M": [4], "us": {"vendor": [1.0]}} for d in ("fp32", "bf16")]
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content(native.level(), rows=rows)))
+    monkeypatch.setattr("peftkern.benchmarks.tune.cpu.products.SHAPES", ((16, 24),))
+    assert tune.main(["--cpu", "--only", "products", "--dtype", "bf16", "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    found = [(row["dtype"], row["pass"], row["D"], row["C"]) for row in data["rows"]]
+    assert found == [("fp32", "dx", 8, 8), ("bf16", "forward", 16, 24), ("bf16", "dx", 16, 24)]
+    assert data["meta"]["planned"] == data["meta"]["measured"] == 3
+
+
 def test_the_default_file_is_the_users_and_begins_with_the_packages(tmp_path, monkeypatch):
     name = cpu_table.file_name(cpu_table.CpuModel(*native.model()), native.level().isa)
     for variable in ("OWN_TABLES", "TABLES"):

@@ -1,7 +1,8 @@
-// Few rows of bf16 times W^T, W quantised, its codes adjacent along the inner dimension: dot products of
-// pairs of terms, one pass over the codes.
+// Few rows of bf16 times W^T, W adjacent along the inner dimension, bf16 as well or quantised: dot products
+// of pairs of terms, one pass over W.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/base/few/dots.h"
@@ -14,13 +15,17 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 // Terms of a chain, in lanes: a row's bits depend on this alone.
 constexpr int64_t kPairChain = 1024;
-// Columns whose terms of a chain are decoded at once, into L1, and the distance of their rows there.
+// Columns of a thread's part, whose terms of a chain are decoded at once, into L1, and the distance of their
+// rows there.
 constexpr int64_t kPairRun = 8, kPairLd = kPairChain + 32;
 // A tile in registers: 20 accumulators. More rows than one has are worth W in memory.
 constexpr int kPairTileRows = 5, kPairTileCols = 4;
 
 PEFTKERN_INLINE __m512i load_pairs(const bf16* p) {
   return _mm512_loadu_si512(p);
+}
+PEFTKERN_INLINE int64_t whole_pairs(int64_t terms) {
+  return (terms + kPair - 1) / kPair * kPair;
 }
 
 template <int ROWS>
@@ -33,26 +38,36 @@ PEFTKERN_INLINE void add_sums(const vf (&acc)[ROWS][kPairTileCols], int64_t cols
   }
 }
 
-// out[i, j] (+)= a_i . w_j over `terms` terms, of `cols` columns that were decoded.
+// out[i, j] (+)= a_i . w_j over `terms` terms of `cols` columns, rows of w that lie ldw apart; zeros follow a
+// up to whole pairs. `ahead` elements further on in w lies what is read next; 0: it is in cache already.
 template <int ROWS>
-void pair_dots(const bf16* w, const bf16* a, int64_t lda, int64_t terms, int64_t cols, float* out, int64_t ld,
-               bool first) {
+void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t terms, int64_t ahead,
+               int64_t cols, float* out, int64_t ld, bool first) {
+  const bf16* row[kPairTileCols];
+  for (int j = 0; j < kPairTileCols; ++j)  // the last stands in for those that are not there
+    row[j] = w + smaller(j, cols - 1) * ldw;
   vf acc[ROWS][kPairTileCols];
 #pragma GCC unroll 5
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kPairTileCols; ++j) acc[i][j] = zero();
-  for (int64_t t = 0; t < terms; t += kPair) {
+  const auto add = [&](int64_t t, const auto& read) __attribute__((always_inline)) {
     __m512i b[kPairTileCols];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairTileCols; ++j) b[j] = load_pairs(w + j * kPairLd + t);
+    for (int j = 0; j < kPairTileCols; ++j) {
+      b[j] = read(row[j] + t);
+      if (ahead != 0) __builtin_prefetch(row[j] + t + ahead);
+    }
 #pragma GCC unroll 5
     for (int i = 0; i < ROWS; ++i) {
       const __m512i x = load_pairs(a + i * lda + t);
 #pragma GCC unroll 4
       for (int j = 0; j < kPairTileCols; ++j) acc[i][j] = dot_pairs(acc[i][j], x, b[j]);
     }
-  }
+  };
+  int64_t t = 0;
+  for (; t + kPair <= terms; t += kPair) add(t, load_pairs);
+  if (t < terms) add(t, [&](const bf16* p) { return load_bf16(p, static_cast<int>(terms - t)); });
   add_sums(acc, cols, out, ld, first);
 }
 
@@ -108,6 +123,16 @@ PEFTKERN_INLINE void with_rows(int64_t rows, const Use& use) {
   }
 }
 
+// use(first row, their number as a constant) for tiles of about as many rows each
+template <class Use>
+PEFTKERN_INLINE void for_tiles(int64_t rows, const Use& use) {
+  const int64_t tiles = (rows + kPairTileRows - 1) / kPairTileRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t i = rows * t / tiles;
+    with_rows(rows * (t + 1) / tiles - i, [&](auto count) { use(i, count); });
+  }
+}
+
 // to[i] = W[n, k + i] for `count` terms, whole pairs, in the order of in_bf16.
 template <class Form, class Groups>
 void decode_bf16(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
@@ -150,18 +175,46 @@ void dots_of_columns(const BaseArgs& g, const Form& form, const Groups& groups, 
         decode_bf16(form, groups, w, n + c, along, terms, room + c * kPairLd);
         ask_for_bytes(w.codes + Form::bytes((n + c + kPairRun) * w.row + k), Form::bytes(terms));
       }
-      const int64_t tiles = (g.rows + kPairTileRows - 1) / kPairTileRows;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i = g.rows * t / tiles;
-        with_rows(g.rows * (t + 1) / tiles - i, [&](auto rows) {
-          for (int64_t j = 0; j < cols; j += kPairTileCols)
-            pair_dots<rows.value>(room + j * kPairLd, a + i * terms, terms, terms,
-                                  smaller(kPairTileCols, cols - j), out + i * g.ld + j, g.ld, k == 0);
-        });
-      }
+      for_tiles(g.rows, [&](int64_t i, auto rows) {
+        for (int64_t j = 0; j < cols; j += kPairTileCols)
+          pair_dots<rows.value>(room + j * kPairLd, kPairLd, a + i * terms, terms, terms, 0,
+                                smaller(kPairTileCols, cols - j), out + i * g.ld + j, g.ld, k == 0);
+      });
     }
     a += g.rows * terms;
   }
+}
+
+// Those of a W that is not quantised.
+inline void dots_of_columns(const BaseArgs& g, int64_t begin, int64_t cols, const bf16* a) {
+  for (int64_t j = 0; j < cols; j += kPairTileCols) {
+    const bf16 *w = static_cast<const bf16*>(g.w) + (begin + j) * g.w_out, *x = a;
+    for (int64_t k = 0; k < g.inner; k += kPairChain) {
+      const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_pairs(terms);
+      const int64_t next = k + kPairChain < g.inner ? kPairChain : kPairTileCols * g.w_out - k;
+      for_tiles(g.rows, [&](int64_t i, auto rows) {
+        pair_dots<rows.value>(w + k, g.w_out, x + i * lda, lda, terms, i == 0 ? next : 0,
+                              smaller(kPairTileCols, cols - j), g.out + i * g.ld + begin + j, g.ld, k == 0);
+      });
+      x += g.rows * lda;
+    }
+  }
+}
+
+// a in bf16, chain by chain, in each row by row, up to whole pairs; in_order(the terms of a pair). By all
+// threads of a parallel region.
+template <class Order>
+void pack_pairs(const BaseArgs& g, const Order& in_order, bf16* packed) {
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < g.rows; ++i)
+    for (int64_t k = 0; k < g.inner; k += kPairChain) {
+      const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_pairs(terms);
+      bf16* to = packed + k * g.rows + i * lda;
+      std::memset(to + lda - kPair, 0, kPair * sizeof(bf16));
+      pack_row(static_cast<const bf16*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, terms, nullptr,
+               reinterpret_cast<uint32_t*>(to));
+      for (int64_t c = 0; c < lda; c += kPair) _mm512_storeu_si512(to + c, in_order(load_pairs(to + c)));
+    }
 }
 
 // By all threads of a parallel region. K is whole pairs.
@@ -170,20 +223,22 @@ void pair_dot_products(const BaseArgs& g, const Form& form, const Groups& groups
   auto* packed = reinterpret_cast<bf16*>(g.scratch);
   vs place{};
   for (int i = 0; i < kPair; ++i) place[i] = static_cast<uint16_t>(Form::place(i));
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < g.rows; ++i)
-    for (int64_t k = 0; k < g.inner; k += kPairChain) {
-      const int64_t terms = smaller(kPairChain, g.inner - k);
-      bf16* to = packed + k * g.rows + i * terms;
-      pack_row(static_cast<const bf16*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, static_cast<int>(terms),
-               nullptr, reinterpret_cast<uint32_t*>(to));
-      for (int64_t c = 0; c < terms; c += kPair)
-        _mm512_storeu_si512(to + c,
-                            _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(place), load_pairs(to + c)));
-    }
+  pack_pairs(
+      g, [&](__m512i terms) { return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(place), terms); },
+      packed);
 #pragma omp for schedule(guided)
   for (int64_t col = 0; col < g.cols; col += kPairRun)
     dots_of_columns(g, form, groups, col, smaller(kPairRun, g.cols - col), packed);
+}
+
+// Likewise, W not quantised, any K.
+inline void pair_dot_products(const BaseArgs& g) {
+  auto* packed = reinterpret_cast<bf16*>(g.scratch);
+  pack_pairs(g, [](__m512i terms) { return terms; }, packed);
+  // Guided: a thread's parts follow one another, so that what it asks for is what it visits.
+#pragma omp for schedule(guided)
+  for (int64_t col = 0; col < g.cols; col += kPairRun)
+    dots_of_columns(g, col, smaller(kPairRun, g.cols - col), packed);
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -38,8 +38,8 @@ void base_few(const BaseArgs& args) {
     case DType::f32:
       return run_either<float>(args);
     case DType::bf16:
-      if (args.quantised != nullptr && args.scale == nullptr && base_gemm_bf16_usable() &&
-          has_pairs(*args.quantised))
+      if (args.scale == nullptr && base_gemm_bf16_usable() &&
+          (args.quantised != nullptr ? has_pairs(*args.quantised) : args.w_in == 1))
         return base_few_bf16(args);
       return run_either<bf16>(args);
     case DType::f16:

@@ -1,6 +1,6 @@
-// The base product of few rows of bf16 by a quantised W on CPUs with AVX512-BF16: codes become vectors of
-// bf16, those of 4 bits by look-up in a table of what the codes of their group stand for, and are multiplied
-// in pairs of terms.
+// The base product of few rows of bf16 on CPUs with AVX512-BF16, multiplied in pairs of terms. Codes of a
+// quantised W become vectors of bf16, those of 4 bits by look-up in a table of what the codes of their group
+// stand for.
 //
 // As with other products of pairs, elements of W are rounded to bf16, and numbers below its normal range
 // count as zero. A row's bits depend on the inner dimension alone.
@@ -12,6 +12,10 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 void base_few_bf16(const BaseArgs& g) {
+  if (g.quantised == nullptr) {
+    parallel(g.threads, [&] { pair_dot_products(g); });
+    return;
+  }
   with_pairs(*g.quantised, [&](const auto& form, const auto& groups) {
     parallel(g.threads, [&] {
       if (g.w_in == 1)
