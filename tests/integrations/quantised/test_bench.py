@@ -64,7 +64,8 @@ def test_nothing_else_may_err_more():
 
 
 def timed(tmp_path, *names: str) -> list[dict]:
-    sizes = "--device cpu --shape 64,192,192 --rank 8 --seconds 0.01 --repeats 2 --memory --limit 1000".split()
+    sizes = ["--device", "cpu", "--shape", "64,192,192", "--rank", "8", "--memory"]
+    sizes += ["--seconds", "0.01", "--repeats", "2", "--limit", "1000"]
     assert command.main(["--methods", *names, *sizes, "--json", str(tmp_path / "r.json")]) == 0
     return json.loads((tmp_path / "r.json").read_text())["rows"]
 
