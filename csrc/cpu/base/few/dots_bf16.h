@@ -39,10 +39,10 @@ PEFTKERN_INLINE void add_sums(const vf (&acc)[ROWS][kPairTileCols], int64_t cols
 }
 
 // out[i, j] (+)= a_i . w_j over `terms` terms of `cols` columns, rows of w that lie ldw apart; zeros follow a
-// up to whole pairs. `ahead` elements further on in w lies what is read next; 0: it is in cache already.
+// up to whole pairs. Meanwhile so many rows from `next` on are asked for.
 template <int ROWS>
-void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t terms, int64_t ahead,
-               int64_t cols, float* out, int64_t ld, bool first) {
+void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t terms, int64_t cols,
+               const bf16* next, int64_t asked, float* out, int64_t ld, bool first) {
   const bf16* row[kPairTileCols];
   for (int j = 0; j < kPairTileCols; ++j)  // the last stands in for those that are not there
     row[j] = w + smaller(j, cols - 1) * ldw;
@@ -54,10 +54,8 @@ void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t t
   const auto add = [&](int64_t t, const auto& read) __attribute__((always_inline)) {
     __m512i b[kPairTileCols];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairTileCols; ++j) {
-      b[j] = read(row[j] + t);
-      if (ahead != 0) __builtin_prefetch(row[j] + t + ahead);
-    }
+    for (int j = 0; j < kPairTileCols; ++j) b[j] = read(row[j] + t);
+    for (int64_t j = 0; j < asked; ++j) __builtin_prefetch(next + j * ldw + t);
 #pragma GCC unroll 5
     for (int i = 0; i < ROWS; ++i) {
       const __m512i x = load_pairs(a + i * lda + t);
@@ -177,8 +175,9 @@ void dots_of_columns(const BaseArgs& g, const Form& form, const Groups& groups, 
       }
       for_tiles(g.rows, [&](int64_t i, auto rows) {
         for (int64_t j = 0; j < cols; j += kPairTileCols)
-          pair_dots<rows.value>(room + j * kPairLd, kPairLd, a + i * terms, terms, terms, 0,
-                                smaller(kPairTileCols, cols - j), out + i * g.ld + j, g.ld, k == 0);
+          pair_dots<rows.value>(room + j * kPairLd, kPairLd, a + i * terms, terms, terms,
+                                smaller(kPairTileCols, cols - j), nullptr, 0, out + i * g.ld + j, g.ld,
+                                k == 0);
       });
     }
     a += g.rows * terms;
@@ -191,10 +190,12 @@ inline void dots_of_columns(const BaseArgs& g, int64_t begin, int64_t cols, cons
     const bf16 *w = static_cast<const bf16*>(g.w) + (begin + j) * g.w_out, *x = a;
     for (int64_t k = 0; k < g.inner; k += kPairChain) {
       const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_pairs(terms);
-      const int64_t next = k + kPairChain < g.inner ? kPairChain : kPairTileCols * g.w_out - k;
+      // What comes next is asked for little by little, so that no tile has to wait for it.
+      const bf16* next = w + (k + kPairChain < g.inner ? k + kPairChain : kPairTileCols * g.w_out);
       for_tiles(g.rows, [&](int64_t i, auto rows) {
-        pair_dots<rows.value>(w + k, g.w_out, x + i * lda, lda, terms, i == 0 ? next : 0,
-                              smaller(kPairTileCols, cols - j), g.out + i * g.ld + begin + j, g.ld, k == 0);
+        const int64_t ask = kPairTileCols * i / g.rows, end = kPairTileCols * (i + rows.value) / g.rows;
+        pair_dots<rows.value>(w + k, g.w_out, x + i * lda, lda, terms, smaller(kPairTileCols, cols - j),
+                              next + ask * g.w_out, end - ask, g.out + i * g.ld + begin + j, g.ld, k == 0);
       });
       x += g.rows * lda;
     }
