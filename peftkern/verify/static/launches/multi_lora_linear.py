@@ -18,6 +18,7 @@ from peftkern.kernels.multi import multi_lora_linear
 from peftkern.kernels.multi.batch import Adapters, batch
 from peftkern.kernels.multi.route import route
 from peftkern.kernels.multi.tiles import COLUMNS
+from peftkern.kernels.quantised.codes import Quantised
 
 from ..triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
 
@@ -101,14 +102,15 @@ MORE = (
 )
 
 
-def capture(case: Case) -> list[launch.Launch]:
-    """The launches of route, forward, adapter gradients, input gradient and sgmv, none of which runs."""
+def capture(case: Case, weight: Quantised | None = None) -> list[launch.Launch]:
+    """The launches of route, forward, adapter gradients, input gradient and sgmv, none of which runs. ``weight``: in the
+    place of a dense one, of which ``base`` tells nothing."""
 
     def empty(*shape, dtype=case.dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     M, K, N, R, slots = case.M, case.K, case.N, case.R, case.slots
-    x, dy, weight, bias = empty(M, K), empty(M, N), empty(N, K), empty(N)
+    x, dy, bias = empty(M, K), empty(M, N), empty(N)
     if case.bank:
         weights = [empty(1 << 22, dtype=case.adapter_dtype)]
     else:
@@ -116,7 +118,9 @@ def capture(case: Case) -> list[launch.Launch]:
                                                      empty(N, R, dtype=case.adapter_dtype))]  # fmt: skip
     table = empty(slots, COLUMNS.value, dtype=torch.int64)
     scaling, p, seed = empty(slots, dtype=torch.float32), empty(slots, dtype=torch.float64), empty(1, dtype=torch.int64)
-    settings = Settings(case.arch, fixed=configs.fixed(multi_base=case.base))
+    settings = Settings(case.arch)
+    if weight is None:
+        weight, settings = empty(N, K), Settings(case.arch, fixed=configs.fixed(multi_base=case.base))
     with captured() as taken:
         order, starts = route(empty(M, dtype=torch.int64), table, 1023)
         drop = (p, seed) if case.drop else (None, None)

@@ -22,6 +22,7 @@ from peftkern.kernels.lora_row_norm import row_norm
 from peftkern.testing.bases import random_base
 
 from ..triton import ARCHS, Report, captured, fits, report, share, tensors, values
+from . import multi_lora_linear
 from .lora_linear import TILES
 
 BOUNDS = "triton_quantised"
@@ -29,7 +30,8 @@ BOUNDS = "triton_quantised"
 
 @dataclass(frozen=True)
 class Case:
-    """Both passes and the row norm. ``base``: a name of ``peftkern.testing.bases``. M decides between the kernels."""
+    """Both passes and the row norm. ``base``: a name of ``peftkern.testing.bases``. M decides between the kernels. ``many``:
+    of multi_lora_linear, whose rows do not share a branch."""
 
     arch: int
     base: str = "nf4 nested"
@@ -38,9 +40,10 @@ class Case:
     N: int = 4096
     R: int = 16
     dtype: torch.dtype = torch.bfloat16
+    many: bool = False
 
     def __str__(self) -> str:
-        return f"sm_{self.arch}-{self.base.replace(' ', '-')}-{self.M}x{self.K}x{self.N}"
+        return f"sm_{self.arch}-{self.base.replace(' ', '-')}-{self.M}x{self.K}x{self.N}{'-many' * self.many}"
 
 
 def weight(name: str, N: int, K: int):
@@ -57,11 +60,13 @@ def standard_cases(arch: int) -> list[Case]:
 
 
 def more_cases(arch: int) -> list[Case]:
-    """Fewest rows; further ways to hold codes and scales; fp32 activations."""
+    """Fewest rows; many adapters; further ways to hold codes and scales; fp32 activations."""
     ways = ("int4 bf16", "hqq4", "fp8 by blocks", "mxfp4", "q8_0")
     return [
         Case(arch, M=16),
         Case(arch, "int8", M=16),
+        Case(arch, many=True),
+        Case(arch, "int8", M=16, many=True),
         Case(arch, "int8", M=4096),
         *(Case(arch, base) for base in ways),
         *(Case(arch, base, M=4096) for base in ways),
@@ -80,7 +85,13 @@ def capture(case: Case) -> list[launch.Launch]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     M, K, N, R = case.M, case.K, case.N, case.R
-    x, dy, w = empty(M, K), empty(M, N), weight(case.base, N, K)
+    w = weight(case.base, N, K)
+    if case.many:
+        taken = multi_lora_linear.capture(
+            multi_lora_linear.Case(case.arch, M, K, N, R, drop=False, dtype=case.dtype), w
+        )
+        return [item for item in taken if "w.codes" in tensors(item)]
+    x, dy = empty(M, K), empty(M, N)
     A, B, u = (empty(*shape, dtype=torch.float32) for shape in ((R, K), (N, R), (M, R)))
     settings, drop = Settings(case.arch), Dropout(0.1, empty(1, dtype=torch.int64))
     with captured() as taken:
