@@ -128,8 +128,8 @@ def widths(r: Report) -> list[str]:
             expected = 0 if owner == "w" else min(16, share(r, tiles[name], given[name].element_size()))
         if access.bytes < expected:
             found.append(f"{access}, a thread's share is {expected:g} bytes")
-    seen = {access.tensor for access in r.accesses}
-    return found + ([f"accesses of {sorted(seen)} alone"] if seen != given.keys() else [])
+    seen, full = {access.tensor for access in r.accesses}, {name for name, t in given.items() if t.numel()}
+    return found + ([f"accesses of {sorted(seen)} alone"] if seen != full else [])
 
 
 def instructions(r: Report) -> list[str]:
