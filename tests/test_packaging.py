@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("csrc", "kernels", "peftkern", "benchmarks")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = [pytest.mark.slow(20), pytest.mark.xdist_group("packaging")]
 
 FORWARD = """
 import torch, peftkern

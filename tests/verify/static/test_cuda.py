@@ -36,7 +36,7 @@ def bounds() -> dict:
 
 
 @together
-@pytest.mark.slow
+@pytest.mark.slow(45)
 def test_every_kernel_and_launch_is_recorded(audited, bounds):
     missing = {r.key for r in audited if r.key not in bounds} | {r.kernel for r in audited if r.dynamic is None}
     assert not missing, "peftkern verify --static --kernels cuda --record"

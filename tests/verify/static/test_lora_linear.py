@@ -34,7 +34,7 @@ def parametrize(cases, slow=()):
     """Cases of one architecture share compiled kernels, so one worker takes them all."""
     groups = {arch: pytest.mark.xdist_group(f"aot-sm_{arch}") for arch in (*ARCHS, 120)}
     marked = [pytest.param(c, marks=groups[c.arch]) for c in cases]
-    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow]) for c in slow]
+    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow(3)]) for c in slow]
     return pytest.mark.parametrize("case", marked, ids=str)
 
 

@@ -21,7 +21,7 @@ GROUPS = {arch: pytest.mark.xdist_group(f"aot-quantised-sm_{arch}") for arch in 
 CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
 # Of the others, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes.
 MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
-CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in MORE]
+CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in MORE]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
