@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import random
 
@@ -36,18 +37,30 @@ def pytest_runtest_setup():
             os.environ[name] = value
 
 
+def _unit(item) -> str:
+    """What one worker runs at a stretch: a group, a test that is slow (or wants a GPU) for itself, of others a file."""
+    if group := item.get_closest_marker("xdist_group"):
+        return group.args[0]
+    alone = any(item.get_closest_marker(mark) for mark in ("slow", "gpu"))
+    return item.nodeid if alone else item.nodeid.partition("::")[0]
+
+
+def _weight(items: list) -> tuple[float, int]:
+    """Seconds that their marks say, and number of tests."""
+    return sum(mark.args[0] for item in items if (mark := item.get_closest_marker("slow"))), len(items)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Long tests first, each for itself; then file by file, the largest first, so that workers finish together.
-
-    Under pytest-xdist, which reads its marks after this, one worker takes a file: fixtures are made once.
-    """
-    if config.getoption("loadgroup", False):
-        for item in items:
-            if not any(item.get_closest_marker(mark) for mark in ("slow", "gpu", "xdist_group")):
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    sizes = collections.Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, -sizes[item.path]))
+    """The longest first, so that workers finish together. Under pytest-xdist, which reads its marks after this, one worker
+    takes a file: fixtures are made once."""
+    units = collections.defaultdict(list)
+    for item in items:
+        name = _unit(item)
+        units[name].append(item)
+        if config.getoption("loadgroup", False) and name != item.nodeid and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(name))
+    items[:] = itertools.chain.from_iterable(sorted(units.values(), key=_weight, reverse=True))
 
 
 @pytest.fixture(autouse=True)

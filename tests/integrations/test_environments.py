@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = {"adapters": 70, "quantised": 95}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["adapters", "quantised"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow(s)) for name, s in SECONDS.items()])
 def test_in_its_environment(name):
     python = ROOT / f".venv-{name}/bin/python"
     if not python.exists():

@@ -20,7 +20,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_serve_many_adapters():
     output = run("examples/serve_many_adapters.py", "--steps", "120", "--adapters", "40")
     lines = output.splitlines()
@@ -30,7 +30,7 @@ def test_serve_many_adapters():
     assert len(trained) == 15 and sum(row[-1] == "yes" for row in trained) >= 10, output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_quantised_bases(tmp_path):
     """Weights in codes are as small as they say, and the same steps over them lose about as much."""
     written = ["--json", str(tmp_path / "result.json")]
@@ -44,7 +44,7 @@ def test_quantised_bases(tmp_path):
         assert row["model_bytes"] == pytest.approx(whole - linear * (1 - row["bits"] / 32), rel=1e-3), row
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_compare_methods(tmp_path):
     """Both sides of each method start equal and are all measured."""
     written = ["--json", str(tmp_path / "result.json"), "--png", str(tmp_path / "result.png")]

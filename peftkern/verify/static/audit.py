@@ -97,7 +97,7 @@ def compile_variants(op: str, which: tuple[int, bool], positions: list[int]) -> 
     case = (launches.STANDARD if which[1] else launches.MORE)[which[0]]
     with triton.own_cache():
         items = launches.capture(case)
-        reports = [triton.report(items[position], case.arch) for position in positions]
+        reports = triton.reports([items[position] for position in positions], case.arch)
     return [Result(r.row, tuple(p for check in launches.CHECKS for p in check(r))) for r in reports]
 
 

@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import loops, sass
+from . import disassembly, loops, sass
 
 ROOT = Path(__file__).resolve().parents[3]
 # On every multiprocessor since sm_90 a block's first KiB belongs to the system, and resource usage counts it.
@@ -69,7 +69,8 @@ def unavailable() -> str | None:
     return f"{' and '.join(missing)} not found (in Triton's wheel and in the CUDA toolkit)" if missing else None
 
 
-def _run(name: str, *arguments: str | Path) -> str:
+def run(name: str, *arguments: str | Path) -> str:
+    """What a program of the toolkit prints. Raises RuntimeError if it fails."""
     done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name} {arguments[-1]}: {done.stderr.strip() or done.stdout.strip()}")
@@ -110,22 +111,17 @@ def readable(mangled: str) -> str:
     return text[:end].removeprefix("void ").strip()
 
 
-def _reading(cubin: bytes) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernels.cubin")
-        file.write_bytes(cubin)
-        described = _run("cuobjdump", "-res-usage", "-elf", file)
-        printed = _run("nvdisasm", "-ndf", "-c", file)
+def _reading(cubin: bytes, described: str, functions: list[sass.Function]) -> list[dict]:
     usage = {m[1]: [int(n) for n in m.groups()[1:]] for m in _USAGE.finditer(described)}
     bounds = {
         m[1]: functools.reduce(lambda a, b: a * int(b, 16), t.groups(), 1)
         for m in _INFO.finditer(described) if (t := _THREADS.search(m[2]))
     }  # fmt: skip
-    arch = _ARCH.search(cubin) or re.search(rb"\.target\s+(sm_\w+)", printed.encode())
-    arch = arch[1].decode() if arch else "sm_" + re.search(r"EF_CUDA_SM(\d+)", printed)[1]
+    noted = _ARCH.search(cubin)
+    arch = noted[1].decode() if noted else f"sm_{disassembly.architecture(described)}"
     toolkit = _TOOLKIT.search(cubin)
     found = []
-    for function in sass.functions(printed):
+    for function in functions:
         registers, stack, shared, local = usage[function.name]
         reserved = RESERVED if int(re.search(r"\d+", arch)[0]) >= 90 and shared >= RESERVED else 0
         found.append(dict(
@@ -137,25 +133,40 @@ def _reading(cubin: bytes) -> list[dict]:
     return found
 
 
+def _readings(cubins: list[bytes]) -> list[list[dict]]:
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{i}.cubin") for i in range(len(cubins))]
+        for file, cubin in zip(files, cubins):
+            file.write_bytes(cubin)
+        described = [run("cuobjdump", "-res-usage", "-elf", file) for file in files]
+        code = disassembly.functions(files, described, run)
+    return [_reading(*one) for one in zip(cubins, described, code)]
+
+
 @functools.cache
 def _readers() -> bytes:
     """Changes with whatever decides what is read from a cubin."""
-    own = [Path(m.__file__).read_bytes() for m in (sass, loops)] + [Path(__file__).read_bytes()]
-    return b"\0".join([*own, *(_run(name, "--version").encode() for name in ("cuobjdump", "nvdisasm"))])
+    own = [Path(m.__file__).read_bytes() for m in (sass, loops, disassembly)] + [Path(__file__).read_bytes()]
+    return b"\0".join([*own, *(run(name, "--version").encode() for name in ("cuobjdump", "nvdisasm"))])
 
 
-def read(cubin: bytes) -> list[Kernel]:
-    """The kernels of a cubin, in its order. Raises RuntimeError if the tools can't read it."""
-    kept = None
-    if root := checkout():
-        kept = root / "build/static" / (hashlib.sha256(_readers() + cubin).hexdigest()[:24] + ".json")
-    if kept and kept.is_file():
-        rows = json.loads(kept.read_text())
-    else:
-        rows = _reading(cubin)
-        if kept and os.access(root, os.W_OK):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(rows))
-            part.rename(kept)
-    return [Kernel(**{**r, "loops": tuple(loops.MainLoop(**x) for x in r["loops"])}) for r in rows]
+def _kept(root: Path | None, cubin: bytes) -> Path | None:
+    """Where a checkout keeps what was read."""
+    return root and root / "build/static" / (hashlib.sha256(_readers() + cubin).hexdigest()[:24] + ".json")
+
+
+def read(*cubins: bytes) -> list[list[Kernel]]:
+    """The kernels of each cubin, in its order. Raises RuntimeError if the tools can't read one."""
+    root = checkout()
+    files = [_kept(root, cubin) for cubin in cubins]
+    there = [file.read_text() if file and file.is_file() else None for file in files]
+    unread = [i for i, text in enumerate(there) if text is None]
+    rows = [json.loads(text) if text else [] for text in there]
+    for i, found in zip(unread, _readings([cubins[i] for i in unread])):
+        rows[i], file = found, files[i]
+        if file and os.access(root, os.W_OK):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(found))
+            part.rename(file)
+    return [[Kernel(**{**r, "loops": tuple(loops.MainLoop(**x) for x in r["loops"])}) for r in own] for own in rows]

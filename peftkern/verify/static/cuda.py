@@ -73,7 +73,8 @@ def _compiled(source: Path, arch: str) -> bytes:
 def rows(cubin: Callable[[], bytes]) -> list[Row]:
     """The kernels of a cubin, with the launches that are known."""
     launched = cuda_launches.recorded()
-    return [row(kernel, launched.get(kernel.name)) for kernel in cubins.read(cubin())]
+    (kernels,) = cubins.read(cubin())
+    return [row(kernel, launched.get(kernel.name)) for kernel in kernels]
 
 
 def row(kernel: cubins.Kernel, launch: dict[str, int] | None) -> Row:

@@ -58,6 +58,11 @@ def functions(text: str) -> list[Function]:
     return [Function(name, tuple(code), labels) for name, code, labels in found]
 
 
+def instructions(text: str) -> list[Instruction]:
+    """Those of one ``nvdisasm --binary``."""
+    return [Instruction(*found) for _, _, *found in _LINE.findall(text) if found[1]]
+
+
 def _kind(parts: list[str]) -> str | None:
     name, modifiers = parts[0], parts[1:]
     if name in ("LDG", "STG", "LDGSTS", "LD", "ST"):

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,19 +175,21 @@ class Report:
 _reports: dict[str, Report] = {}
 
 
-def report(item: launch.Launch, arch: int) -> Report:
-    """Compile (once per process; inside ``own_cache`` also once per state of the kernels) and read the result."""
-    name = key(item, arch)
-    if name not in _reports:
-        compiled = triton.compile(source(item), target=GPUTarget("cuda", arch, 32), options=item.options)
-        (kernel,) = cubins.read(compiled.asm["cubin"])
+def reports(items: Sequence[launch.Launch], arch: int) -> tuple[Report, ...]:
+    """Compile (once per process; inside ``own_cache`` also once per state of the kernels) and read the results."""
+    names = [key(item, arch) for item in items]
+    new = {name: item for name, item in zip(names, items) if name not in _reports}
+    target = GPUTarget("cuda", arch, 32)
+    made = [triton.compile(source(item), target=target, options=item.options) for item in new.values()]
+    read = cubins.read(*(compiled.asm["cubin"] for compiled in made))
+    for (name, item), compiled, (kernel,) in zip(new.items(), made, read):
         row = Row(
             name, item.name, f"sm_{arch}", VERSION, kernel.threads, kernel.registers, kernel.stack, kernel.local,
             kernel.shared, compiled.metadata.shared, kernel.mix, kernel.loops,
         )  # fmt: skip
         ptx = compiled.asm["ptx"]
         _reports[name] = Report(row, item, getattr(compiled.metadata, "tmem_size", 0), ptx, accesses(ptx))
-    return _reports[name]
+    return tuple(_reports[name] for name in names)
 
 
 def fits(r: Report) -> list[str]:

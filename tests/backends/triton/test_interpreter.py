@@ -19,7 +19,7 @@ def test_there_are_files():
     assert len(FILES) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_in_the_interpreter(file):
     env = dict(os.environ, TRITON_INTERPRET="1")

@@ -84,7 +84,7 @@ def test_data_is_the_same_every_time():
     assert torch.equal(a.adapters(4, torch.float32)[1], b.adapters(4, torch.float32)[1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_compiled_peft():
     pytest.importorskip("peft")
     case = dataclasses.replace(CASE, M=8, K=16, N=16)

@@ -129,7 +129,7 @@ def test_generation(zoo, fused):
     assert len(fused) >= 5 * 12
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 def test_compiled_layer_and_model(zoo, fused):
     model, layer = zoo.layer(lora_dropout=0.25)
     x = torch.randn(6, 24)

@@ -16,7 +16,7 @@ if reason := unavailable():
 GROUPS = {arch: pytest.mark.xdist_group(f"aot-bottleneck-sm_{arch}") for arch in (*ARCHS, 120)}
 CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
 # Of the others, compiled on one architecture: ``peftkern verify --static`` takes all, and minutes.
-CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in launches.MORE if c.arch == 90]
+CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in launches.MORE if c.arch == 90]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

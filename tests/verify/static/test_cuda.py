@@ -36,7 +36,7 @@ def bounds() -> dict:
 
 
 @together
-@pytest.mark.slow
+@pytest.mark.slow(45)
 def test_every_kernel_and_launch_is_recorded(audited, bounds):
     missing = {r.key for r in audited if r.key not in bounds} | {r.kernel for r in audited if r.dynamic is None}
     assert not missing, "peftkern verify --static --kernels cuda --record"
@@ -70,7 +70,7 @@ def test_a_setmaxnreg_that_is_ignored_is_noticed(audited, bounds):
 
 def scale(*flags: str, launch: dict[str, int] | None = LAUNCH) -> records.Row:
     """The small kernel as sm_80 gets it, built with some macros."""
-    (kernel,) = cubins.read(nvcc.build(SCALE, "sm_80", *flags).cubin)
+    ((kernel,),) = cubins.read(nvcc.build(SCALE, "sm_80", *flags).cubin)
     return cuda.row(kernel, launch)
 
 
@@ -147,7 +147,7 @@ def hopper(tmp_path: Path, *changes: tuple[str, str]) -> records.Row:
     source = tmp_path / "gemm_sm90.cu"
     source.write_text(text)
     (tmp_path / "export.h").write_text((HOPPER.parent / "export.h").read_text())
-    (kernel,) = cubins.read(nvcc.build(source, "sm_90a").cubin)
+    ((kernel,),) = cubins.read(nvcc.build(source, "sm_90a").cubin)
     return cuda.row(kernel, {"threads": 160, "shared": 40 << 10})
 
 

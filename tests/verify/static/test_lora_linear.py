@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is an optional dependency")
+triton = pytest.importorskip("triton", reason="Triton is an optional dependency")
 
-from peftkern.verify.static import records
+from triton.backends.compiler import GPUTarget
+
+from peftkern.verify.static import cubins, disassembly, records, sass
 from peftkern.verify.static.launches import lora_linear as launches
-from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
+from peftkern.verify.static.triton import ARCHS, VERSION, key, source, unavailable
 
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -32,7 +34,7 @@ def parametrize(cases, slow=()):
     """Cases of one architecture share compiled kernels, so one worker takes them all."""
     groups = {arch: pytest.mark.xdist_group(f"aot-sm_{arch}") for arch in (*ARCHS, 120)}
     marked = [pytest.param(c, marks=groups[c.arch]) for c in cases]
-    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow]) for c in slow]
+    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow(3)]) for c in slow]
     return pytest.mark.parametrize("case", marked, ids=str)
 
 
@@ -69,6 +71,23 @@ def test_registers_and_shared_memory_within_recorded_bounds(case):
         unknown += VERSION not in bounds[r.key]
     if unknown:
         pytest.skip(f"registers differ between versions of Triton, and none were recorded with {VERSION}")
+
+
+@pytest.mark.xdist_group("aot-sm_90")
+def test_kernels_printed_together_read_as_each_alone(tmp_path):
+    """Their instructions; labels are those of kernels with HGMMA, whose loops are looked at."""
+    (case,) = (c for c in launches.STANDARD if c == launches.Case(90))
+    target, items = GPUTarget("cuda", 90, 32), {item.name: item for item in launches.capture(case)}
+    files = [tmp_path / name for name in items]
+    for file, item in zip(files, items.values()):
+        file.write_bytes(triton.compile(source(item), target=target, options=item.options).asm["cubin"])
+    described = [cubins.run("cuobjdump", "-res-usage", "-elf", file) for file in files]
+    together, alone = (disassembly.functions(files, described, cubins.run, way) for way in (True, False))
+    for name, (ours,), (theirs,) in zip(items, together, alone):
+        assert ours.name == theirs.name == name
+        assert [i[:2] for i in ours.code] == [i[:2] for i in theirs.code]
+        assert sass.mix(ours) == sass.mix(theirs) and (ours == theirs) == ("HGMMA" in sass.mix(theirs)), name
+    assert {len(ours.labels) > 0 for (ours,) in together} == {True, False}
 
 
 def test_no_bound_is_stale():

@@ -24,7 +24,7 @@ every_case = pytest.mark.parametrize(
     "case",
     [
         *(pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD),
-        *(pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in MORE),
+        *(pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in MORE),
     ],
     ids=str,
 )

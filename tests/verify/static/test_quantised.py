@@ -12,7 +12,7 @@ from peftkern.backends.triton.operand import QUANTISED
 from peftkern.testing import bases
 from peftkern.verify.static import records
 from peftkern.verify.static.launches import quantised as launches
-from peftkern.verify.static.triton import ARCHS, key, report, tensors, unavailable, values
+from peftkern.verify.static.triton import ARCHS, key, reports, tensors, unavailable, values
 
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -21,7 +21,7 @@ GROUPS = {arch: pytest.mark.xdist_group(f"aot-quantised-sm_{arch}") for arch in 
 CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
 # Of the others, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes.
 MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
-CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow]) for c in MORE]
+CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in MORE]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -49,7 +49,7 @@ def test_every_kind_is_launched(name):
 def test_accesses_of_single_bytes_are_seen():
     """Where rows of W begin anywhere codes are read one by one, and nowhere else may they be."""
     case = launches.Case(90, "int8", M=4096, K=4095)
-    r = report(launches.capture(case)[0], case.arch)
+    (r,) = reports(launches.capture(case)[:1], case.arch)
     assert not [p for p in launches.widths(r) if "'w.codes'" in p]
     aligned = replace(r, item=launches.capture(replace(case, K=4096))[0])
     assert [p for p in launches.widths(aligned) if "'w.codes', bytes=1" in p]

@@ -12,7 +12,8 @@ from peftkern.kernels import launch
 from peftkern.kernels.bottleneck.bottleneck_adapter import Backward, Forward, Needs, backward, forward
 from peftkern.kernels.call import Dropout, Settings
 
-from ..triton import ARCHS, NAMES, Report, captured, fits, report
+from .. import triton
+from ..triton import ARCHS, NAMES, Report, captured, fits
 from .lora_linear import widths as _widths
 
 BOUNDS = "triton_bottleneck_adapter"
@@ -86,7 +87,7 @@ def capture(case: Case) -> list[launch.Launch]:
 @functools.cache
 def reports(case: Case) -> tuple[Report, ...]:
     """One per launch of the case, in order."""
-    return tuple(report(item, case.arch) for item in capture(case))
+    return triton.reports(capture(case), case.arch)
 
 
 def widths(r: Report) -> list[str]:

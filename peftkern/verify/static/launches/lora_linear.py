@@ -20,7 +20,8 @@ from peftkern.kernels.lora_linear import forward
 from peftkern.kernels.lora_linear_grad import backward
 from peftkern.kernels.lora_row_norm import row_norm
 
-from ..triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
+from .. import triton
+from ..triton import ARCHS, NAMES, Report, captured, fits, share, tensors
 
 BOUNDS = "triton_lora_linear"
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024), (5120, 5120))
@@ -153,7 +154,7 @@ def capture(case: Case) -> list[launch.Launch]:
 @functools.cache
 def reports(case: Case) -> tuple[Report, ...]:
     """One per launch of the case, in order."""
-    return tuple(report(item, case.arch) for item in capture(case))
+    return triton.reports(capture(case), case.arch)
 
 
 def resources(r: Report) -> list[str]:

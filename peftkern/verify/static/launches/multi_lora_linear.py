@@ -20,7 +20,8 @@ from peftkern.kernels.multi.route import route
 from peftkern.kernels.multi.tiles import COLUMNS
 from peftkern.kernels.quantised.codes import Quantised
 
-from ..triton import ARCHS, NAMES, Report, captured, fits, report, share, tensors
+from .. import triton
+from ..triton import ARCHS, NAMES, Report, captured, fits, share, tensors
 
 SYMBOLS = ("d", "p_b", "p_d", "g_b", "g_d", "beta")
 BOUNDS = "triton_multi_lora_linear"
@@ -140,7 +141,7 @@ def capture(case: Case, weight: Quantised | None = None) -> list[launch.Launch]:
 @functools.cache
 def reports(case: Case) -> tuple[Report, ...]:
     """One per launch of the case, in order."""
-    return tuple(report(item, case.arch) for item in capture(case))
+    return triton.reports(capture(case), case.arch)
 
 
 def resources(r: Report) -> list[str]:

@@ -21,7 +21,8 @@ from peftkern.kernels.lora_linear_grad import backward
 from peftkern.kernels.lora_row_norm import row_norm
 from peftkern.testing.bases import random_base
 
-from ..triton import ARCHS, Report, captured, fits, report, share, tensors, values
+from .. import triton
+from ..triton import ARCHS, Report, captured, fits, share, tensors, values
 from . import multi_lora_linear
 from .lora_linear import TILES
 
@@ -104,7 +105,7 @@ def capture(case: Case) -> list[launch.Launch]:
 @functools.cache
 def reports(case: Case) -> tuple[Report, ...]:
     """One per launch of the case, in order."""
-    return tuple(report(item, case.arch) for item in capture(case))
+    return triton.reports(capture(case), case.arch)
 
 
 def _codes(r: Report) -> float:
