@@ -81,9 +81,9 @@ struct Integers {
         const int n = static_cast<int>(smaller(W, cols - c));
         const vf raw = load_n(to + c, n);
         const vu sum = reinterpret_cast<const vu&>(raw) - off;
-        vf x = __builtin_convertvector(reinterpret_cast<const vi&>(sum), vf) * g.row_scale[i];
-        if (g.col_scale != nullptr) x *= load_n(g.col_scale + col + c, n);
-        store_n(to + c, x, n);
+        vf x = __builtin_convertvector(reinterpret_cast<const vi&>(sum), vf);
+        if (g.col_scale != nullptr) x *= load_n(g.col_scale + col + c, n);  // first: a row's may be large
+        store_n(to + c, x * g.row_scale[i], n);
       }
     }
   }

@@ -29,15 +29,19 @@ int64_t even(int64_t n, int64_t most, int64_t multiple) {
   return round_up(ceil_div(n, ceil_div(n, most)), multiple);
 }
 
+bool narrow(const BaseProduct& g) {
+  return g.D < kNarrow && g.out.dtype == DType::f32;
+}
+
 // The vendor's product of unscaled operands.
 void product(const BaseProduct& g, int64_t M, const ConstMatrix& a, const Matrix& out, KeptScratch& scratch) {
-  if (g.D >= kNarrow || out.dtype != DType::f32) {
+  if (!narrow(g)) {
     g.vendor(M, g.D, g.C, a, g.b, out);
     return;
   }
-  const Matrix narrow{scratch.take(g.D * M), DType::f32, M, 1};
-  g.vendor(g.D, M, g.C, transposed(g.b), transposed(a), narrow);
-  scale_copy({transposed(as_const(narrow)), out, M, g.D, 0, 1.0f, nullptr, nullptr,
+  const Matrix turned{scratch.take(g.D * M), DType::f32, M, 1};
+  g.vendor(g.D, M, g.C, transposed(g.b), transposed(a), turned);
+  scale_copy({transposed(as_const(turned)), out, M, g.D, 0, 1.0f, nullptr, nullptr,
               worth_threads(4 * M * g.D, g.threads)});
 }
 
@@ -60,18 +64,19 @@ BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threa
 }
 
 void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
-  if (g.scale == nullptr) {
+  // Of a narrow product the vendor sums what is not adjacent in one chain, and less accurately.
+  if (g.scale == nullptr && (g.a.col == 1 || !narrow(g))) {
     product(g, g.M, g.a, g.out, scratch);
     return;
   }
   const int64_t size = element_size(g.a.dtype);
   const int64_t rows = std::min(g.M, std::max<int64_t>(kScaledBytes / (g.C * size), 1));
-  const Matrix scaled{scratch.take(ceil_div(rows * g.C * size, 4)), g.a.dtype, g.C, 1};
+  const Matrix packed{scratch.take(ceil_div(rows * g.C * size, 4)), g.a.dtype, g.C, 1};
   for (int64_t r = 0; r < g.M; r += rows) {
     const int64_t part = std::min(rows, g.M - r);
-    scale_copy({from(g.a, r, 0), scaled, part, g.C, 0, 1.0f, nullptr, g.scale,
+    scale_copy({from(g.a, r, 0), packed, part, g.C, 0, 1.0f, nullptr, g.scale,
                 worth_threads(4 * part * g.C, g.threads)});
-    product(g, part, as_const(scaled), from(g.out, r, 0), scratch);
+    product(g, part, as_const(packed), from(g.out, r, 0), scratch);
   }
 }
 

@@ -34,7 +34,7 @@ def rounded(t: Tensor) -> tuple[Tensor, Tensor]:
 def product(t: Tensor, base: Base) -> Tensor:
     """Base(t), its sums in whole numbers."""
     (q, step), (codes, scale) = rounded(t.float()), base.tensors
-    return ((q @ codes.long().t()).float() * step * scale.float()).to(t.dtype)
+    return ((q @ codes.long().t()).float() * scale.float() * step).to(t.dtype)
 
 
 def gradient(t: Tensor, base: Base) -> Tensor:
@@ -51,6 +51,14 @@ def test_bits_of_the_definition(level, dtype, M, N, K):
     x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     assert torch.equal(forward(x, base, N, "int8"), product(x, base))
     assert torch.equal(backward(dy, base, K, "int8"), gradient(dy, base))
+
+
+def test_large_rows_do_not_overflow_on_the_way(level):
+    """Their sums of codes, by the row's step alone, would."""
+    base, x = weight(9, 130), 1e36 * torch.randn(3, 130)
+    y = forward(x, base, 9, "int8")
+    assert y.isfinite().all() and torch.equal(y, product(x, base))
+    assert (y - x @ base.dequantise(torch.float32).t()).norm() < 0.02 * y.norm()
 
 
 def test_columns_and_rows_that_are_not_adjacent(level):
