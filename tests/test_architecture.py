@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import os
 import re
 import statistics
@@ -124,12 +125,18 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(name: str) -> set[str]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(name: str) -> frozenset[str]:
     """Absolute dotted names of what a module imports anywhere, functions included; modules of ours by full name."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -138,7 +145,7 @@ def imports(name: str) -> set[str]:
             for alias in node.names:
                 full = f"{source}.{alias.name}"
                 found.add(full if full in MODULES or full == "peftkern._C" else source)
-    return found
+    return frozenset(found)
 
 
 def height(name: str) -> int:
@@ -226,7 +233,7 @@ def test_every_op_has_reference_test_and_benchmark():
 
 def test_every_module_says_what_it_is():
     for path in tracked("*.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} has no docstring"
+        assert ast.get_docstring(parsed(path)), f"{path.relative_to(ROOT)} has no docstring"
 
 
 def test_files_are_small():
@@ -264,7 +271,7 @@ def test_functions_have_few_parameters():
     found = {}
     public = PUBLIC | {f"{form.__module__}.{name}" for name, form in FUNCTIONS.items()}
     for module, path in MODULES.items():
-        for name, node in functions(ast.parse(path.read_text()), module):
+        for name, node in functions(parsed(path), module):
             kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             if not kernel and name not in public and parameters(node) > PARAMETERS:
                 found[name] = parameters(node)
@@ -278,7 +285,7 @@ def private(name: str) -> bool:
 def private_names(path: Path) -> tuple[set[str], set[str]]:
     """Private names that a file defines, and those that it imports, reads of an object or replaces (in a test)."""
     defined, used = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -50,10 +50,11 @@ def _wide(x):
     return x.double() if x.is_floating_point() else x
 
 
-def _inputs(method, model):
+def _inputs(method, model, times=1):
+    """``times``: so many times the rows, where the method does not say what its inputs are."""
     if method.inputs is not None:
         return method.inputs(model, K)
-    return [torch.randn(*shape) for shape in ((5, K), (2, 3, K), (2, 3, K), (0, K))]
+    return [torch.randn(rows * times, *shape) for rows, shape in ((5, (K,)), (2, (3, K)), (2, (3, K)), (0, (K,)))]
 
 
 def _takes(model, x):
@@ -116,7 +117,7 @@ def half_parity(on_base):
                     torch.nn.init.normal_(p)
             stock, ours = (copy.deepcopy(stock).train(method.trains) for _ in range(2))
             peftkern.accelerate(ours)
-            inputs = [x for _ in range(16) for x in _inputs(method, stock)[:2]]
+            inputs = [x for _ in range(8) for x in _inputs(method, stock, times=2)[:2]]
             if not autocast:
                 inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
             with torch.autocast("cpu", dtype, enabled=autocast):

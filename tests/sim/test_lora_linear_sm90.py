@@ -212,7 +212,7 @@ def test_input_gradient(sim, case, dtype):
     [
         Case(1, 1, 1, 1),
         Case(130, 264, 200, 16, p=0.3, multiprocessors=2),
-        Case(300, 300, 330, 32, p=0.1, multiprocessors=4),
+        Case(140, 300, 330, 32, p=0.1, multiprocessors=3),
         Case(97, 136, 1100, 5, multiprocessors=1, scales="g_b d g_d", bias=F32),
         Case(49, 20, 37, 17, p=0.5, multiprocessors=1, misaligned=True),
         Case(520, 8, 64, 8),
@@ -261,17 +261,25 @@ def test_the_low_rank_term_alone_keeps_its_bits(sim, rank, adapter):
     assert ((out.double() - expected).abs() <= error).all()
 
 
+SCHEDULED = [
+    Case(140, 520, 200, 40, scales="g_b", bias=F32, multiprocessors=4),
+    Case(140, 300, 270, 40, p=0.5, by_row=True, multiprocessors=2),
+    Case(100, 130, 400, 200, multiprocessors=1),
+    Case(140, 130, 140, 9, makes_v=True, p=0.5),
+    Case(140, 300, 140, 32, makes_v=True, multiprocessors=3),
+]
+
+
+@pytest.fixture(scope="module")
+def first_schedule(sim):
+    """What each case of SCHEDULED gives under the first schedule."""
+    return [case.run(sim, case.operands())[0] for case in SCHEDULED]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_every_schedule_gives_the_same_bits(sim, mode):
-    for case in (
-        Case(260, 520, 200, 40, scales="g_b", bias=F32, multiprocessors=4),
-        Case(200, 300, 270, 40, p=0.5, by_row=True, multiprocessors=2),
-        Case(100, 130, 400, 200, multiprocessors=1),
-        Case(300, 130, 140, 9, makes_v=True, p=0.5),
-        Case(260, 300, 140, 32, makes_v=True, multiprocessors=4),
-    ):
+def test_every_schedule_gives_the_same_bits(sim, first_schedule, mode):
+    for case, expected in zip(SCHEDULED, first_schedule):
         t = case.operands()
-        expected, _ = case.run(sim, t)
         for seed in range(3):
             got, _ = case.run(sim, t, seed=seed, mode=mode, resident=seed + 1)
             assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (case, seed)
@@ -280,7 +288,7 @@ def test_every_schedule_gives_the_same_bits(sim, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_short_tiles(sim, mode):
     """Of one stage: warps of a group may be a tile apart, and what is shared by a tile must outlast it."""
-    case = Case(140, 1100, 8, 0, scales="g_b", bias=F32, multiprocessors=1)
+    case = Case(70, 1100, 8, 0, scales="g_b", bias=F32, multiprocessors=1)
     for seed in range(6):
         case.check(sim, seed=seed, mode=mode)
 

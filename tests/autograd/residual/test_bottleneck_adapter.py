@@ -38,7 +38,7 @@ def only(t, *names):
 def test_gradcheck(activation, options):
     options = options | {"activation": activation, "training": True, "seed": 5}
     for names in (NAMES[:3], NAMES[:5], NAMES):
-        t = operands(N=5 if "residual" in names else 6)
+        t = operands(lead=(2, 2), K=4, N=3 if "residual" in names else 4, R=3)
         call = lambda *v, names=names: bottleneck_adapter(**dict(zip(names, v)), **options)  # noqa: E731
         assert torch.autograd.gradcheck(call, tuple(t[n] for n in names))
 

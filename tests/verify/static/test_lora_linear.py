@@ -42,31 +42,31 @@ every_case = parametrize(launches.STANDARD, MORE)
 
 
 @every_case
-def test_fits_without_spills(case):
-    for r in launches.reports(case):
+def test_fits_without_spills(case, reports):
+    for r in reports(launches, case):
         assert not launches.resources(r), r.key
 
 
 @every_case
-def test_memory_accesses_are_wide(case):
+def test_memory_accesses_are_wide(case, reports):
     """Each access moves 16 bytes, or where a thread's share of the block is smaller, at least that share."""
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not launches.widths(r), r.key
 
 
 @parametrize([c for c in launches.STANDARD if c.base == "fused"], [c for c in MORE if c.base == "fused"])
-def test_matrix_instructions(case):
+def test_matrix_instructions(case, reports):
     """K1 with its own product takes the widest instruction that its tile allows, with both operands copied in bulk."""
-    checked = {r.item.name for r in launches.reports(case) if launches.multiplies(r)}
+    checked = {r.item.name for r in reports(launches, case) if launches.multiplies(r)}
     assert checked == {"expand_kernel", "shrink_kernel", "adapter_grad_kernel", "row_norm_kernel"}
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not launches.instructions(r), r.key
 
 
 @every_case
-def test_registers_and_shared_memory_within_recorded_bounds(case):
+def test_registers_and_shared_memory_within_recorded_bounds(case, reports):
     bounds, unknown = records.read(launches.BOUNDS), 0
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not records.broken(r.row, bounds.get(r.key, {})), r.key
         unknown += VERSION not in bounds[r.key]
     if unknown:

@@ -35,35 +35,35 @@ def test_every_kernel_is_among_the_launches():
 
 
 @every_case
-def test_fits_without_spills(case):
-    for r in launches.reports(case):
+def test_fits_without_spills(case, reports):
+    for r in reports(launches, case):
         assert not launches.resources(r), r.key
 
 
 @every_case
-def test_no_atomics(case):
-    for r in launches.reports(case):
+def test_no_atomics(case, reports):
+    for r in reports(launches, case):
         assert not launches.atomics(r), r.key
 
 
 @every_case
-def test_memory_accesses_are_wide(case):
+def test_memory_accesses_are_wide(case, reports):
     """Each access of a block moves 16 bytes, or at least a thread's share of the block."""
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not launches.widths(r), r.key
 
 
 @every_case
-def test_products_and_copies(case):
+def test_products_and_copies(case, reports):
     """Matrix instructions in half precision; what a loop of them reads is copied ahead, asynchronously."""
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not launches.instructions(r), r.key
 
 
 @every_case
-def test_registers_and_shared_memory_within_recorded_bounds(case):
+def test_registers_and_shared_memory_within_recorded_bounds(case, reports):
     bounds, unknown = records.read(launches.BOUNDS), 0
-    for r in launches.reports(case):
+    for r in reports(launches, case):
         assert not records.broken(r.row, bounds.get(r.key, {})), r.key
         unknown += VERSION not in bounds[r.key]
     if unknown:
