@@ -201,7 +201,9 @@ def test_nothing_to_write(sim):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(code=7), dict(order=2), dict(integers=True), dict(block_bytes=18), dict(rows=2), dict(number=3)], ids=str
+    "change",
+    [dict(code=7), dict(order=2), dict(integers=True), dict(block_bytes=18), dict(rows=2), dict(number=3)],
+    ids=str,
 )
 def test_other_codes_are_not_taken(sim, change):
     """fp8, halves of W, W8A8, blocks with their scales, scales of several rows, exponents."""
@@ -237,3 +239,49 @@ def test_as_exact_as_eager(device, simulated, name, dtype):
     scales = "delta_in_scale", "rank_scale", "base_out_scale", "delta_out_scale"
     judge(name, (37, 35, 98 + odd, 5), dtype, dtype, options=scales)
     assert simulated.calls == 2 * ["cuda_lora_linear_forward"]
+
+
+def call(name: str):
+    """A forward pass over a base of that name."""
+    gen = torch.Generator().manual_seed(7)
+    x, A, B = (torch.randn(*shape, generator=gen).bfloat16() for shape in ((5, 64), (4, 64), (40, 4)))
+    return forward(x, drawn(name, 40, 64, 7), A, B, bias=torch.ones(40))
+
+
+class Subclass(torch.Tensor):
+    """No plain tensor."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tensors_that_are_not_plain(device, name):
+    """Codes may be a subclass, lie apart or begin at any byte: the bits are the same."""
+    c = call(name)
+    codes, *rest = c.base
+    expected = OPS["lora_linear_fwd"](c)[0]
+    apart = torch.cat([codes, codes], dim=-1)[..., : codes.shape[-1]]
+    shifted = torch.cat([codes.flatten()[:1], codes.flatten()])[1:].view(codes.shape)
+    for other in (codes.as_subclass(Subclass), apart, shifted):
+        assert torch.equal(OPS["lora_linear_fwd"](c._replace(base=[other, *rest]))[0], expected)
+
+
+# What does not hold 40 x 64 codes and what belongs to them; W8A8 is no kind that the kernel reads.
+MISFITS = {
+    "nf4": [lambda b: [b[0][1:], b[1]], lambda b: [b[0], b[1].half()], lambda b: [b[0], b[1][:33]], lambda b: b[:1]],
+    "nf4 nested": [lambda b: [*b[:2], b[2][1:], *b[3:]], lambda b: [*b[:3], b[3][:0], b[4]], lambda b: b[:4]],
+    "int4": [lambda b: [b[0], b[1], b[2].half()], lambda b: [b[0], b[1][:, :0], b[2]], lambda b: [b[0][:, 1:], *b[1:]]],
+    "int8": [lambda b: [b[0].view(torch.uint8), b[1]], lambda b: [b[0], b[1][1:]], lambda b: [b[0][1:], b[1]]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, i", [(name, i) for name, changes in MISFITS.items() for i in range(len(changes))])
+def test_nothing_runs_on_codes_that_do_not_fit(device, name, i):
+    """Whatever was checked before: no kernel reads beside a tensor."""
+    c = call(name)
+    with pytest.raises(RuntimeError, match="takes no call like this one"):
+        OPS["lora_linear_fwd"](c._replace(base=MISFITS[name][i](c.base)))
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "no kind"])
+def test_no_kernel_runs_on_other_kinds(device, kind):
+    with pytest.raises(RuntimeError, match="no kernel takes" if kind == "w8a8" else "takes no call like this one"):
+        OPS["lora_linear_fwd"](call("int8")._replace(kind=kind))

@@ -33,7 +33,7 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return "R is over 512, or a size is 2^31 or more"
     for kind in problem.flags & CODED:
         if problem.M > FEW_ROWS or problem.K == 0:
-            return f"a base of kind {kind} is read for up to {FEW_ROWS} rows, and not where K is 0"
+            return f"reads a base of kind {kind} for up to {FEW_ROWS} rows, K above 0"
     return None
 
 
