@@ -7,7 +7,8 @@ it is installed (peers/polylora.py); peftkern with a list of adapters, which tra
 ``sgmv`` (of a bank), ``sgmv_list`` (of a list, which every call checks anew), ``sgmv_add`` (into an output that is there) and
 names that end in ``_branch`` are the branch alone, without the frozen linear: their ``bytes_bound_fraction`` counts the adapters
 in use, x and y, and their ``ratio_to_base`` is what the branch would add to a linear layer. ``copy`` is the large copy that is
-the measure of bandwidth. On a GPU, each back end is a provider of its own besides (peers/candidates.py).
+the measure of bandwidth. On a GPU, each back end is a provider of its own besides (peers/candidates.py), and so is its base
+product over weights in codes: ``bytes_bound_fraction`` then counts the codes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern.backends.cpu import native as cpu_native
-from peftkern.bases.base import base_of
+from peftkern.bases.base import base_of, kind_of
 
 from ..core.bench import Bench, View
 from ..core.case import BASE, COPY, FP32_BASE, OWN_BASE, Case, Floor, Provider, Step
@@ -213,6 +214,28 @@ def _over_codes() -> list[Provider]:
     ]  # fmt: skip
 
 
+# Kinds of codes whose base product a GPU is timed on, forward: bytes of an element with its share of a scale.
+CODED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+
+
+def _codes_floor(kind: str, case: Case, which: str) -> Floor:
+    moved = CODED[kind] * case.K * case.N + case.dtype.itemsize * case.M * (case.K + case.N)
+    return Floor(2.0 * case.M * case.K * case.N, 0.0, moved, 0.0)
+
+
+def _forced_over_codes() -> dict[str, Provider]:
+    # Of each back end that decodes in its product.
+    def provider(kind: str, way: candidates.Candidate) -> Provider:
+        return Provider(
+            f"{OWN_BASE}_{kind}_{way.suffix}", f"own base, {kind}: {way.title}",
+            lambda case, data: _own_base(case, data.over(kind)), passes=FORWARD,
+            floor=functools.partial(_codes_floor, kind), around=functools.partial(candidates.active, way),
+            unusable=candidates.unusable(way, ("lora_linear_fwd",), kind),
+        )  # fmt: skip
+
+    return {p.name: p for p in (provider(kind, way) for kind in CODED for way in candidates.CODED)}
+
+
 def _forced() -> list[Provider]:
     return [
         dataclasses.replace(
@@ -241,6 +264,7 @@ PROVIDERS = {
         *(provider for provider, _ in OURS.values()),
         *_over_codes(),
         *_forced(),
+        *_forced_over_codes().values(),
         Provider("sgmv_list", "sgmv, list", _sgmv_list, passes=FORWARD, gated=True, floor=branch_floor),
         Provider("loop_branch", "loop", _peer(Loop, branch=True), passes=FORWARD, floor=branch_floor),
         Provider("gather_branch", "gather + einsum", _peer(Gather, branch=True), passes=FORWARD, floor=branch_floor),
@@ -279,7 +303,9 @@ def _plan_gpu(case: Case) -> list[str]:
     if case.phase == "training":
         return [COPY, *peers, "peftkern", "peftkern_bank", *(n for n in forced if not n.startswith("sgmv"))]
     branches = [*(f"{g}_branch" for g in grouped), "padded_branch", "gather_branch"]
-    return [COPY, *peers, "polylora", "gather", *OURS, *forced, *branches]
+    # The base product over codes alone depends on rows and sizes, not on the population.
+    coded = _forced_over_codes() if case.mix == "distinct" and case.base_share == 0.0 and case.ranks == "same" else ()
+    return [COPY, *peers, "polylora", "gather", *OURS, *forced, *coded, *branches]
 
 
 def _takes_grouped(case: Case) -> bool:
@@ -326,6 +352,9 @@ def check(provider: Provider, case: Case) -> str | None:
     if provider.floor is None:
         y += x @ data.weight[0].double().t()
     step = provider.build(small, data)
+    for kind in (kind for kind in CODED if provider.name.startswith(f"{OWN_BASE}_{kind}")):
+        coded = base_of(data.over(kind).weight[0])
+        y = x @ kind_of(kind).dequantise(coded.tensors, torch.float64, (small.N, small.K)).t()
     return peer_check.wrong(step, [y])
 
 

@@ -42,6 +42,8 @@ LINEAR = (
 )
 # The route of a batch is made once for all layers, and not by the CUDA kernels.
 MULTI = (Candidate("cuda", "CUDA", "cuda", only=False), Candidate("triton", "Triton", "triton"))
+# Few rows over a weight in codes.
+CODED = (Candidate("cuda", "CUDA", "cuda"), Candidate("triton", "Triton", "triton"))
 
 
 @contextlib.contextmanager
@@ -54,17 +56,17 @@ def active(candidate: Candidate) -> Iterator[None]:
         yield
 
 
-def unusable(candidate: Candidate, ops: tuple[str, ...]) -> Callable[[Case], str | None]:
-    """A function that says why the candidate cannot run a case, with NOT_HERE in front, or None."""
+def unusable(candidate: Candidate, ops: tuple[str, ...], kind: str = "dense") -> Callable[[Case], str | None]:
+    """A function that says why the candidate cannot run a case over a base of that kind, with NOT_HERE in front, or None."""
 
     def reason(case: Case) -> str | None:
-        why = _why(candidate, ops, case)
+        why = _why(candidate, ops, case, kind)
         return None if why is None else NOT_HERE + why
 
     return reason
 
 
-def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
+def _why(candidate: Candidate, ops: tuple[str, ...], case: Case, kind: str) -> str | None:
     back_end = load(candidate.backend)
     why = back_end.unavailable(current())
     if why is not None:
@@ -74,7 +76,7 @@ def _why(candidate: Candidate, ops: tuple[str, ...], case: Case) -> str | None:
         return f"back end {candidate.backend} has no kernel for {', '.join(lacking)}"
     if candidate.base == "addmm" and case.adapter_dtype != case.dtype:
         return "addmm_ takes adapters in the activation's dtype"
-    flags = frozenset({"base", "dropout"} if case.dropout else {"base"})
+    flags = frozenset({"base", kind} | ({"dropout"} if case.dropout else set())) - {"dense"}
     arch = device_arch(case.device, None)
     with active(candidate):
         for op in ops:

@@ -66,6 +66,8 @@ _OPS = {
     "backward": ("lora_linear_bwd", frozenset({"need_x", "need_A", "need_B"})),
     "scale vectors, trained": ("lora_linear_bwd", frozenset({"need_x", "d", "p_b", "need_p_b", "g_b", "need_g_b"})),
     "residual base": ("lora_linear_fwd", frozenset({"identity"})),
+    "NF4 base, forward, up to 64 rows": ("lora_linear_fwd", frozenset({"nf4"}), 64),
+    "NF4 base, more rows and backward": ("lora_linear_bwd", frozenset({"nf4", "need_x", "need_A", "need_B"})),
     "many adapters, forward": ("multi_lora_linear_fwd", frozenset({"base"})),
     "many adapters, backward": ("multi_lora_linear_bwd", frozenset({"base", "need_x", "need_weights"})),
 }
@@ -106,7 +108,7 @@ def coverage() -> list[str]:
     return table(["", *(heads[name] for name in BACKENDS)], rows)
 
 
-def _dtypes(name: str, op: str, flags: frozenset[str]) -> str:
+def _dtypes(name: str, op: str, flags: frozenset[str], rows: int = 512) -> str:
     if op.startswith("multi"):  # which dtypes only a build with CUDA can tell
         return "yes" if op in load(name).OPS else "-"
-    return ", ".join(back_ends.dtypes(name, op, flags)) or "-"
+    return ", ".join(back_ends.dtypes(name, op, flags, rows)) or "-"

@@ -141,7 +141,7 @@ def jobs(op: str, *, dtypes=("bf16", "fp16"), ranks=(16, 64, 8, 32)) -> list[Job
 def candidates(job: Job, arch: int) -> list[Candidate]:
     """What is measured, the default first. Whether a kernel runs here shows when it is tried."""
     if job.base:
-        return [Candidate("fused", "fused"), Candidate("epilogue", "epilogue")]
+        return [Candidate(name, name) for name in ("fused", "epilogue", "cuda")]
     if job.op not in OPS["lora_linear"]:
         return [Candidate("triton", "triton"), Candidate("cuda", "cuda")]
     found = [Candidate(name, name) for name in ("epilogue", "fused", "cuda")]

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "bindings/tensors.h"
 #include "peftkern/cpu.h"
 
 namespace peftkern {
@@ -26,7 +25,7 @@ struct Tensors {
   View of[kMost];
   Py_ssize_t count = 0;
 
-  bool read(PyObject* object) {
+  bool read(PyObject* object, tensors::Device where) {
     PyObject* one = object;
     PyObject** items = &one;
     count = 1;
@@ -36,7 +35,7 @@ struct Tensors {
     }
     if (count < 1 || count > kMost) return false;
     for (Py_ssize_t i = 0; i < count; ++i)
-      if (!tensors::read(items[i], of[i])) return false;
+      if (!tensors::read(items[i], of[i], where)) return false;
     return true;
   }
   // So many elements of 8 bits, adjacent.
@@ -141,11 +140,12 @@ bool read_gguf(const Tensors& t, Quantised& q, int64_t block_bytes) {
 
 }  // namespace
 
-bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quantised& q) {
+bool read_quantised(PyObject* word, PyObject* object, int64_t N, int64_t K, Quantised& q,
+                    tensors::Device where) {
   Tensors t;
   const char* name = PyUnicode_Check(word) ? PyUnicode_AsUTF8(word) : nullptr;
   if (name == nullptr) PyErr_Clear();
-  if (name == nullptr || !t.read(object)) return false;
+  if (name == nullptr || !t.read(object, where)) return false;
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
   q.N = N, q.K = q.row = K;
   q.codes = static_cast<const uint8_t*>(t.of[0].data);

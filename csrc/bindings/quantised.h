@@ -3,12 +3,14 @@
 
 #include <Python.h>
 
+#include "bindings/tensors.h"
 #include "peftkern/quantised.h"
 
 namespace peftkern {
 
 // False, without a Python error, for a kind that has no loader, or tensors that do not hold N x K codes and
-// what belongs to them.
-bool read_quantised(PyObject* word, PyObject* tensors, int64_t N, int64_t K, Quantised& out);
+// what belongs to them, on that device.
+bool read_quantised(PyObject* word, PyObject* tensors, int64_t N, int64_t K, Quantised& out,
+                    tensors::Device where = {});
 
 }  // namespace peftkern

@@ -107,6 +107,24 @@ def test_a_base_that_no_kernel_reads_is_nobodys(monkeypatch):
     assert "kind identity" in choose(problem(flags=("identity",)), now).declined["cuda"]
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4"])
+def test_the_cuda_kernels_read_codes_for_few_rows_forward(gpu, kind):
+    """What they leave is Triton's."""
+    now = gpu()._replace(candidate="cuda")
+    for M, chosen in ((1, "cuda"), (64, "cuda"), (65, "triton")):
+        found = choose(problem(M=M, flags=(kind, "bias", "dropout", "g_b")), now)
+        assert found.backend == chosen
+        assert chosen == "cuda" or found.declined["cuda"] == f"reads a base of kind {kind} for up to 64 rows, K above 0"
+    for op in ("lora_linear_bwd", "lora_row_norm", "multi_lora_linear_fwd"):
+        found = choose(problem(op, M=8, flags=(kind, "base")), now)
+        assert found.backend == "triton"
+        assert found.declined["cuda"] == f"reads a base of kind {kind} in the forward pass of lora_linear alone"
+    for other in (problem(M=8, flags=(kind, "p_b")), problem(M=8, flags=(kind,), dtype=torch.float32)):
+        assert choose(other, now).backend == "triton"
+    assert choose(problem(M=8, flags=("fp8",)), now).declined["cuda"] == "has no kernel that reads a base of kind fp8"
+    assert "no measurement" in choose(problem(M=8, flags=(kind,)), gpu()).declined["cuda"]
+
+
 @needs_cpu
 def test_the_cpu_is_told_its_base_product():
     now = Settings(tables=("nowhere",), cpu_isa="plain")

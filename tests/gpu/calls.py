@@ -15,7 +15,9 @@ from torch import Tensor
 
 import peftkern
 from peftkern import settings
+from peftkern.bases.base import Base
 from peftkern.dispatch import choose
+from peftkern.testing.bases import drawn
 
 M, N, K, R = 96, 264, 200, 16
 COUNT = 6
@@ -165,6 +167,25 @@ def _bottleneck(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> 
     return Call("bottleneck_adapter", inputs, compute, ("bottleneck_adapter_fwd", "bottleneck_adapter_bwd"))
 
 
+def _codes(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Call:
+    """Few rows over weights in codes: whole runs of 16 bytes, and not."""
+    make, few, deep = _normal(device, dtype, 7), 48, 256
+    inputs = dict(
+        x=make(few, deep), A=make(R, deep, scale=deep**-0.5, dtype=adapter_dtype),
+        B=make(N, R, scale=R**-0.5, dtype=adapter_dtype),
+    )  # fmt: skip
+    held = {kind: drawn(kind, N, deep, 7, device) for kind in ("nf4", "int8")}
+    inputs |= {f"{kind}{i}": t for kind, base in held.items() for i, t in enumerate(base.tensors)}
+
+    def compute(t):
+        with torch.inference_mode():
+            nf4, int8 = Base("nf4", (t["nf40"], t["nf41"])), Base("int8", (t["int80"][:, :K], t["int81"]))
+            whole = peftkern.lora_linear(t["x"], nf4, t["A"], t["B"], scaling=2.0)
+            return [whole, peftkern.lora_linear(t["x"][:, :K], int8, t["A"][:, :K], t["B"], scaling=2.0)]
+
+    return Call("lora_linear-codes", inputs, compute, ("lora_linear_fwd",))
+
+
 def _mask(device: str) -> Call:
     def compute(t):
         return [torch.ops.peftkern.dropout_mask(t["seed"], M, K, 0.3)]
@@ -177,13 +198,14 @@ def calls(device: str, dtype: torch.dtype = torch.bfloat16, adapter_dtype: torch
     return [
         _training(device, dtype, adapter_dtype, 0.0), _training(device, dtype, adapter_dtype, 0.25),
         _many(device, dtype, adapter_dtype), _methods(device, dtype, adapter_dtype), _branch(device, dtype, adapter_dtype),
-        _norm(device, dtype, adapter_dtype), _bottleneck(device, dtype, adapter_dtype), _mask(device),
+        _norm(device, dtype, adapter_dtype), _bottleneck(device, dtype, adapter_dtype), _codes(device, dtype, adapter_dtype),
+        _mask(device),
     ]  # fmt: skip
 
 
 NAMES = (
     "lora_linear-plain", "lora_linear-dropout", "multi_lora_linear", "multi_lora_linear-vectors", "sgmv", "lora_row_norm",
-    "bottleneck_adapter", "dropout_mask",
+    "bottleneck_adapter", "lora_linear-codes", "dropout_mask",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import peftkern
+from peftkern.backends.cuda import lora_linear as cuda_lora
 from peftkern.benchmarks.tune.plan import jobs
 from peftkern.dispatch.choose import Declined, choose
 from peftkern.problem import DTYPES
@@ -97,24 +98,34 @@ def test_model_sizes(name, dtype, sizes, adapters, dropout, record_property):
 
 
 # Of each kind one, with the most to read.
+EVERYTHING = frozenset({"x", "lora_A", "lora_B", "bias"})
 CODED = (
     "nf4 nested", "fp4", "int8", "int4", "int4 signed", "hqq4", "quanto4", "fp8 by blocks", "mxfp4", "q4_0", "q8_0",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("M", [40, 200], ids=["decoded", "panels"])
-@pytest.mark.parametrize("name", CODED)
-def test_weights_in_codes(name, M, record_property):
-    (target,) = verify.targets(["triton"], None, "lora_linear", "cuda")
+# What the CUDA kernels read of these, forward alone: whole runs of codes for few rows and more, and odd sizes.
+READ = [
+    ("cuda", name, (M, K, 264)) for name in ("nf4", *CODED) if name.split()[0] in cuda_lora.CODED
+    for M, K in ((1, 4096), (9, 320), (40, 320), (40, 322))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "backend, name, sizes", [*(("triton", name, (M, 320, 264)) for name in CODED for M in (40, 200)), *READ], ids=str
+)
+def test_weights_in_codes(backend, name, sizes, record_property):
+    (target,) = verify.targets([backend], None, "lora_linear", "cuda")
     if target.reason():
         pytest.skip(target.reason())
+    M, K, N = sizes
     problem = LoRALinearProblem(
-        seed=M, M=M, K=320, N=264, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, scaling=2.0, dropout_p=0.1,
-        options=("bias",), base=name,
+        seed=M, M=M, K=K, N=N, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, scaling=2.0, dropout_p=0.1,
+        options=("bias",), base=name, frozen=EVERYTHING if backend == "cuda" else frozenset(),
     )  # fmt: skip
     with target.active():
         results = check(problem, "cuda")
-    head = dict(backend="triton", problem=f"{name} {M}x320x264", dtype="bf16", adapters="fp32")
+    head = dict(backend=backend, problem=f"{name} {M}x{K}x{N}", dtype="bf16", adapters="fp32")
     _judge([head | dict(output=r.output, ratio=r.ratio, ok=r.ok, error=None) for r in results], record_property)
 
 
@@ -125,7 +136,10 @@ def test_the_cuda_kernels_take_what_users_train():
         pytest.skip(target.reason())
     major, minor = torch.cuda.get_device_capability()
     with target.active():
-        for job in jobs("lora_linear", ranks=(16, 64)):
+        coded = [
+            job for job in jobs("quantised", ranks=(16,)) if job.op == "lora_linear_fwd" and job.M <= cuda_lora.FEW_ROWS
+        ]
+        for job in [*jobs("lora_linear", ranks=(16, 64)), *coded]:
             choice = choose(job.problem(major * 10 + minor), current())
             assert choice.backend == "cuda", f"{job}: {choice.declined}"
 

@@ -31,7 +31,10 @@ sys.path.insert(0, str(HERE))  # lora_linear_args
 INCLUDES = [HERE / "include", ROOT / "csrc", ROOT / "csrc/include"]
 PRODUCT = [p for p in sorted(ROOT.glob("csrc/cuda/**/*.c[up]*")) if p.name != "tensor_map.cu"]
 # The extension's own bindings, as a Python module of simulated kernels.
-BINDINGS = [*sorted(ROOT.glob("csrc/bindings/cuda/*.cpp")), ROOT / "csrc/bindings/tensors.cpp"]
+BINDINGS = [
+    *sorted(ROOT.glob("csrc/bindings/cuda/*.cpp")),
+    *(ROOT / f"csrc/bindings/{n}.cpp" for n in ("quantised", "tensors")),
+]
 SOURCES = [*sorted(HERE.glob("src/**/*.cpp")), *sorted(HERE.glob("kernels/**/*.cu")), *PRODUCT, *BINDINGS]
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",

@@ -1,4 +1,4 @@
-"""The arguments of lora_linear's launchers as a C structure."""
+"""The arguments of lora_linear's launchers as C structures."""
 
 from __future__ import annotations
 
@@ -28,4 +28,16 @@ class Arguments(ctypes.Structure):
         ("scaling", ctypes.c_float), ("scales", Scales), ("bias", ctypes.c_void_p),
         ("bias_dtype", ctypes.c_int), ("dropout", Dropout),
         ("counters", ctypes.c_void_p), ("multiprocessors", ctypes.c_int), ("stream", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Quantised(ctypes.Structure):
+    """csrc/include/peftkern/quantised.h."""
+
+    _fields_ = [
+        ("code", ctypes.c_int), ("order", ctypes.c_int), ("N", ctypes.c_int64), ("K", ctypes.c_int64),
+        ("codes", ctypes.c_void_p), ("row", ctypes.c_int64), ("integers", ctypes.c_bool), ("block_bytes", ctypes.c_int64),
+        ("flat", ctypes.c_bool), *((name, ctypes.c_int64) for name in ("group", "rows", "groups")),
+        ("number", ctypes.c_int), *((name, ctypes.c_void_p) for name in ("scales", "zeros", "book", "outer")),
+        ("outer_group", ctypes.c_int64), ("offset", ctypes.c_void_p),
     ]  # fmt: skip

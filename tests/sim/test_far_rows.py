@@ -11,15 +11,16 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from lora_linear_args import Arguments, Dropout, Matrix
+from lora_linear_args import Arguments, Dropout, Matrix, Quantised
 
+from peftkern.bases.codebook import NF4
 from peftkern.ops.adapter_table import table_row
 from peftkern.ops.dropout_mask import dropout_rows_ref, threshold
 
 FAR = 2**30 + 8
 MANY = 2**27  # rows before those that exist, of 16 or more elements each
 BF16, F32 = torch.bfloat16, torch.float32
-CODES = {F32: 0, BF16: 1, torch.uint8: 0}
+CODES = {F32: 0, BF16: 1, torch.uint8: 0, torch.int8: 0}
 NO_MATRIX, NO_DROPOUT = (0, 0, 0, 1), (0, 0, 1.0)
 
 
@@ -155,6 +156,10 @@ class Kernels:
             ints(x[1], b[1], 0, *sizes, x[2], w[2], out[2], by_row, *b[2:], drop[1], multiprocessors),
             floats(1.0, drop[2]), tensors, **how,
         )  # fmt: skip
+
+    def linear_of_codes(self, x, w: Quantised, out, sizes, v: int, b, **how):
+        args = Arguments(Matrix(*x), Matrix(), False, Matrix(*out), *sizes, v, Matrix(), Matrix(*b), scaling=1.0)
+        self._sim.run("sim_lora_linear_codes", ctypes.byref(args), ctypes.byref(w), 0, **how)
 
     def sgmv(self, arch: int, out, x, sizes, adapter: int, addresses, src=None) -> None:
         """``sizes``: M, N, K, slots, max_rank; ``addresses``: of tensors, table, scaling, order, starts and u.
@@ -315,6 +320,43 @@ def test_lora_linear_of_many_rows(kernels, operands, hopper):
     )  # fmt: skip
     kept = 2 * dropout_rows_ref(seed, torch.arange(MANY, M), N, 0.5)
     close(out, x.double() @ w.double().t() + kept * (v.double() @ b.double().t()), BF16, 20)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind, row", [("int8", FAR + 8), ("int8", FAR), ("int4", 2 * FAR + 16), ("int4", 2 * FAR)])
+def test_lora_linear_of_codes(kernels, operands, kind, row, transposed):
+    """Rows of W, too; 16 bytes at a time or not."""
+    M, N, K, R = 10, 36, 96, 5
+    x, v, b = random(M, K, dtype=BF16), random(M, R), random(N, R)
+    q = torch.randint(-8, 8, (N, K))
+    scales, zeros = 0.1 + torch.rand(N), torch.zeros(N)
+    held = (q.to(torch.int8), 1) if kind == "int8" else (((q[:, ::2] & 15) | (q[:, 1::2] & 15) << 4).to(torch.uint8), 2)
+    code, order = (6, 5) if kind == "int8" else (4, 1)
+    w = Quantised(code, order, N, K, operands.far(held[0], stride=row // held[1])[0][0], row, group=K, rows=1, groups=1)
+    w.scales, w.outer_group = operands.put(scales), 1
+    w.zeros = operands.put(zeros) if kind == "int4" else None
+    to, out = operands.far(torch.zeros(M, N, dtype=BF16))
+    kernels.linear_of_codes(operands.far(x)[0], w, to, (M, N, K, R), operands.put(v), operands.far(b, transposed)[0])
+    weight = (q * scales[:, None]).double() if kind == "int8" else (q * scales[:, None]).to(BF16).double()
+    close(out, x.double() @ weight.t() + v.double() @ b.double().t(), BF16, 500)
+
+
+def test_lora_linear_of_many_codes(kernels, operands):
+    """Of nf4 there are no gaps between rows of W: it has as many as it takes, and so have scales, b and columns of out."""
+    first, count, M, K, R = MANY, 40, 3, 64, 2
+    N, there = first + count, {"first": first}
+    x, v, b = random(M, K, dtype=BF16), random(M, R), random(count, R)
+    q, scales = torch.randint(0, 16, (count, K), dtype=torch.uint8), 0.1 + torch.rand(count, 1)
+    codes = operands.far(q[:, ::2] << 4 | q[:, 1::2], stride=K // 2, **there)[0][0]
+    w = Quantised(0, 0, N, K, codes, K, flat=True, group=K, rows=1, groups=1, outer_group=1)
+    w.scales = operands.far(scales, stride=1, **there)[0][0]
+    to, out = operands.far(torch.zeros(M, count, dtype=BF16), stride=N + 8)
+    kernels.linear_of_codes(
+        operands.far(x)[0], w, (to[0] - 2 * first, *to[1:]), (M, N, K, R), operands.put(v),
+        operands.far(b, stride=R, **there)[0], last=2,
+    )  # fmt: skip
+    weight = (torch.tensor(NF4)[q.long()] * scales).to(BF16).double()
+    close(out, x.double() @ weight.t() + v.double() @ b.double().t(), BF16, 50)
 
 
 @pytest.mark.parametrize("adapter", [F32, BF16])

@@ -25,17 +25,17 @@ def found(folder: str, *suffixes: str) -> list[str]:
 def test_the_extension_has_every_source():
     listed = re.findall(r"csrc/\S+\.(?:cpp|cu)", (ROOT / "CMakeLists.txt").read_text())
     assert sorted(set(listed)) == found("csrc", ".cpp", ".cu")
-    assert len(set(listed)) == 67
+    assert len(set(listed)) == 68
 
 
 def test_the_simulator_has_every_source(compiled):
     kernels = [name for name in found("csrc/cuda", ".cpp", ".cu") if not name.endswith("tensor_map.cu")]
-    bindings = [*found("csrc/bindings/cuda", ".cpp"), "csrc/bindings/tensors.cpp"]
+    bindings = [*found("csrc/bindings/cuda", ".cpp"), "csrc/bindings/quantised.cpp", "csrc/bindings/tensors.cpp"]
     own = found("tests/sim", ".cpp", ".cu")
     assert set(names(compiled)) == {*kernels, *own, *bindings}
-    assert (len(kernels), len(own), len(bindings), len(compiled)) == (14, 29, 7, 50)
+    assert (len(kernels), len(own), len(bindings), len(compiled)) == (15, 30, 8, 53)
 
 
 def test_nvcc_gets_every_source():
-    assert len(nvcc.sources()) == 12
+    assert len(nvcc.sources()) == 13
     assert [len(native.sources(arch)) for arch in (80, 90)] == [5, 10]

@@ -8,14 +8,18 @@ namespace peftkern {
 namespace {
 
 // What both passes take, in this order; the vectors as a tuple, one for each place (peftkern/equation.py).
+// The weight of a forward pass may be a tuple, (kind, tensors), of one in codes.
 enum BranchArgs { kWeight, kA, kB, kScaling, kP, kSeed, kScales, kBranchCount };
 
+bool read_weight(PyObject* object, tensors::Device where, DType dtype, cuda::LoraPass& g) {
+  return read_sized(object, g.w, g.N, g.K, where) &&
+         (object == Py_None || (g.w.dtype == dtype && (g.w.row == 1 || g.w.col == 1)));
+}
+
+// But for the weight.
 bool read_branch(PyObject* const* a, const Here& here, DType dtype, cuda::LoraPass& g) {
   const tensors::Device where = here.device;
-  if (!read_sized(a[kWeight], g.w, g.N, g.K, where) || !read_sized(a[kA], g.a, g.R, g.K, where) ||
-      !read_sized(a[kB], g.b, g.N, g.R, where))
-    return false;
-  if (a[kWeight] != Py_None && (g.w.dtype != dtype || (g.w.row != 1 && g.w.col != 1))) return false;
+  if (!read_sized(a[kA], g.a, g.R, g.K, where) || !read_sized(a[kB], g.b, g.N, g.R, where)) return false;
   if (a[kA] == Py_None || a[kB] == Py_None || g.a.dtype != g.b.dtype || !fits(g.a.dtype, dtype)) return false;
   if (!read_numbers(a[kScaling], a[kP], g.scaling, g.dropout.threshold, g.dropout.keep_scale)) return false;
   if (g.dropout.threshold != 0 && !read_array(a[kSeed], g.dropout.seed, 1, tensors::kInt, where))
@@ -43,13 +47,24 @@ bool provide(const cuda::PassMemory& memory, Here& here, Results& held, cuda::Lo
 
 enum ForwardArgs { kFHere, kFX, kFBias, kFBranch, kFCount = kFBranch + kBranchCount };
 
-bool read_forward(PyObject* const* a, Py_ssize_t count, Here& here, cuda::LoraForward& g) {
+// `codes`: what g.codes points to, if it does.
+bool read_forward(PyObject* const* a, Py_ssize_t count, Here& here, cuda::LoraForward& g, Quantised& codes) {
   if (count != kFCount || !here.read(a[kFHere], a[kFX]) || !read_adjacent(a[kFX], g.x, g.M, g.K, here.device))
     return false;
   ConstMatrix b, bias;
-  if (!tensors::read_matrix(a[kFBranch + kB], b, g.N, g.R, here.device) || a[kFBranch + kWeight] == Py_None ||
+  PyObject* weight = a[kFBranch + kWeight];
+  if (!tensors::read_matrix(a[kFBranch + kB], b, g.N, g.R, here.device) || weight == Py_None ||
       !read_branch(a + kFBranch, here, g.x.dtype, g) || g.scales.p_b != nullptr)
     return false;
+  if (!PyTuple_CheckExact(weight)) {
+    if (!read_weight(weight, here.device, g.x.dtype, g)) return false;
+  } else {
+    if (PyTuple_GET_SIZE(weight) != 2 ||
+        !read_quantised(PyTuple_GET_ITEM(weight, 0), PyTuple_GET_ITEM(weight, 1), g.N, g.K, codes,
+                        here.device))
+      return false;
+    g.codes = &codes;
+  }
   if (!read_gapless(a[kFBias], bias, g.N, here.device) || !fits(bias.dtype, g.x.dtype)) return false;
   g.bias = bias.data, g.bias_dtype = bias.dtype;
   return true;
@@ -58,7 +73,8 @@ bool read_forward(PyObject* const* a, Py_ssize_t count, Here& here, cuda::LoraFo
 PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   Here here;
   cuda::LoraForward g{};
-  if (!read_forward(a, count, here, g)) Py_RETURN_NONE;
+  Quantised codes;
+  if (!read_forward(a, count, here, g, codes)) Py_RETURN_NONE;
   Results results(here.device), held(here.device);
   Matrix u;
   if (!make_matrix(results, true, g.M, g.N, g.x.dtype, g.y) ||
@@ -94,7 +110,8 @@ bool read_backward(PyObject* const* a, Py_ssize_t count, Here& here, cuda::LoraB
   g.need_bias = a[kBNeedBias] == Py_True;
   ConstMatrix A;
   if (!tensors::read_matrix(a[kBBranch + kA], A, g.R, g.K, here.device) ||
-      !read_branch(a + kBBranch, here, g.dy.dtype, g))
+      !read_branch(a + kBBranch, here, g.dy.dtype, g) ||
+      !read_weight(a[kBBranch + kWeight], here.device, g.dy.dtype, g))
     return false;
   if (g.need_x && (a[kBBranch + kWeight] == Py_None || g.scales.g_b != nullptr)) return false;
   if (g.need_A) {

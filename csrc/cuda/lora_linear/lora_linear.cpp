@@ -1,7 +1,7 @@
 // Forward: on sm_90 one launch makes the base product, u and the low-rank term; elsewhere, or for wide ranks,
-// one launch makes u first. Backward: one pass over dy gives du, the gradient of lora_B and the bias
-// gradient, one pass over x gives the gradient of lora_A, and the input gradient is the forward's kernel with
-// W, A and B transposed.
+// one launch makes u first, as over a weight in codes, which forward passes of few rows read. Backward: one
+// pass over dy gives du, the gradient of lora_B and the bias gradient, one pass over x gives the gradient of
+// lora_A, and the input gradient is the forward's kernel with W, A and B transposed.
 #include "cuda/lora_linear/lora_linear.h"
 
 #include <algorithm>
@@ -59,7 +59,7 @@ LoraLinearArgs whole_forward(const LoraForward& pass) {
 }
 
 bool takes_whole(const LoraForward& pass) {
-  return pass.arch == 90 && pass.scales.p_d == nullptr && pass.a.data != nullptr &&
+  return pass.arch == 90 && pass.codes == nullptr && pass.scales.p_d == nullptr && pass.a.data != nullptr &&
          lora_linear_sm90_takes(whole_forward(pass));
 }
 
@@ -137,7 +137,11 @@ PassMemory lora_forward_memory(const LoraForward& pass) {
 const char* lora_forward(const LoraForward& pass) {
   if (takes_whole(pass)) return lora_linear_sm90(whole_forward(pass));
   if (const char* error = lora_shrink(forward_shrink(pass))) return error;
-  return start_product(forward_product(pass), pass.arch);
+  const LoraLinearArgs product = forward_product(pass);
+  if (pass.codes == nullptr) return start_product(product, pass.arch);
+  if (!lora_linear_codes_takes(product, *pass.codes)) return kNotTaken;
+  // Without ranks nothing was launched: what came before may write x.
+  return lora_linear_codes(product, *pass.codes, pass.arch >= 90 && pass.R > 0);
 }
 
 PassMemory lora_backward_memory(const LoraBackward& pass) {

@@ -33,7 +33,8 @@ struct LoraForward : LoraPass {  // without p_b
   const void* bias;  // (N) or null, fp32 or of x's type
   DType bias_dtype;
   Matrix y;
-  float* u;  // (M, R)
+  float* u;                          // (M, R)
+  const Quantised* codes = nullptr;  // in place of w, if W is no dense matrix
 };
 PassMemory lora_forward_memory(const LoraForward& pass);
 const char* lora_forward(const LoraForward& pass);

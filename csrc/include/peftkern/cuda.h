@@ -6,6 +6,7 @@
 // that may be null says so.
 #pragma once
 
+#include "peftkern/quantised.h"
 #include "peftkern/types.h"
 
 namespace peftkern::cuda {
@@ -70,6 +71,12 @@ bool lora_linear_sm80_takes(const LoraLinearArgs& args);
 bool lora_linear_sm90_takes(const LoraLinearArgs& args);
 const char* lora_linear_sm80(const LoraLinearArgs& args);  // sm_80 and up: cp.async, mma
 const char* lora_linear_sm90(const LoraLinearArgs& args);  // sm_90 alone: TMA, wgmma
+
+// The same of a weight in codes in place of `w`, for few rows (of more, W is read once for every 32), without
+// dropout: codes of nf4, fp4 and int4 two to a byte, of int8 with a scale for each row. dependent: the launch
+// before, which writes v and nothing else of what is read, may still run; sm_90 and up.
+bool lora_linear_codes_takes(const LoraLinearArgs& args, const Quantised& weight);
+const char* lora_linear_codes(const LoraLinearArgs& args, const Quantised& weight, bool dependent);
 
 // One pass over in (M, C), any part of:
 //   grad[r, c] = alpha * column_scale[c] * sum_i v_scale[r] * v[i, r] * drop(in)[i, c]

@@ -16,7 +16,7 @@ from . import multi_lora_linear as cuda_multi
 from . import native
 
 NAME = "cuda"
-BASES = ("dense",)  # that its kernels read
+BASES = ("dense", *sorted(cuda_lora.CODED))  # that its kernels read
 
 
 def unavailable(now: Settings) -> str | None:
@@ -38,6 +38,8 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"the tensors are on {problem.device}"
     if problem.op == "dropout_mask":
         return None
+    for kind in problem.flags & cuda_lora.CODED if problem.op != "lora_linear_fwd" else ():
+        return f"reads a base of kind {kind} in the forward pass of lora_linear alone"
     for part in (cuda_multi, cuda_bottleneck):
         if problem.op in part.OPS:
             return part.decline(problem, now)

@@ -9,6 +9,10 @@ from ...settings import Settings
 from . import native
 from .native import rows, vectors, weight
 
+# Bases in codes that the forward pass reads, and for how many rows at most: beyond, panels of W pay.
+CODED = frozenset({"nf4", "fp4", "int8", "int4"})
+FEW_ROWS = 64
+
 _UNSUPPORTED = {
     "lora_linear_fwd": {"p_b", "save_base"},
     # A scale of the base's output meets dy on its way to dx alone.
@@ -27,7 +31,14 @@ def decline(problem: Problem, now: Settings) -> str | None:
         return f"no kernel with {', '.join(sorted(found))}"
     if problem.R > 512 or max(problem.M, problem.N, problem.K) >= 2**31:
         return "R is over 512, or a size is 2^31 or more"
+    for kind in problem.flags & CODED:
+        if problem.M > FEW_ROWS or problem.K == 0:
+            return f"reads a base of kind {kind} for up to {FEW_ROWS} rows, K above 0"
     return None
+
+
+def _base(c) -> Tensor | tuple[str, tuple[Tensor, ...]]:
+    return weight(c.base[0]) if c.kind == "dense" else (c.kind, tuple(c.base))
 
 
 def lora_linear_fwd(c) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +46,7 @@ def lora_linear_fwd(c) -> tuple[Tensor, Tensor, Tensor]:
     with native.on_device(c.x):
         y, u = native.start(
             native._C.cuda_lora_linear_forward, c.x, rows(c.x), None if c.bias is None else c.bias.contiguous(),
-            weight(c.base[0]), c.lora_A, c.lora_B, c.scaling, c.dropout_p, c.seed, vectors(c.scales),
+            _base(c), c.lora_A, c.lora_B, c.scaling, c.dropout_p, c.seed, vectors(c.scales),
         )  # fmt: skip
     return y, u, c.x.new_empty(0)
 

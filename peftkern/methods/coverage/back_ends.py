@@ -10,17 +10,17 @@ from ...problem import DTYPES, Problem
 from ...settings import Settings
 from ..entry import Entry
 
-_SIZES = {"M": 512, "N": 1024, "K": 1024, "R": 16}
+_SIZES = {"N": 1024, "K": 1024, "R": 16}
 _DEVICES = {"cpu": ("cpu", "AVX2"), "triton": ("cuda", "sm_90"), "cuda": ("cuda", "sm_90")}
 
 
-def dtypes(name: str, op: str, flags: frozenset[str]) -> list[str]:
+def dtypes(name: str, op: str, flags: frozenset[str], rows: int = 512) -> list[str]:
     """The words for dtypes of activations and adapters in which this back end has a kernel for the op. ``flags``: as those
     of a Problem. What this machine or this build lacks does not matter."""
     module, (device, arch) = load(name), _DEVICES[name]
 
     def takes(dtype: torch.dtype) -> bool:
-        problem = Problem(op, device, arch, dtype, dtype, **_SIZES, flags=flags)
+        problem = Problem(op, device, arch, dtype, dtype, rows, **_SIZES, flags=flags)
         return op in module.OPS and module.decline(problem, Settings()) is None
 
     return [word for word, dtype in DTYPES.items() if takes(dtype)]

@@ -22,6 +22,7 @@ NAMES = [
     n for n, p in multi_lora_linear.PROVIDERS.items()
     if n not in (BASE, FP32_BASE, COPY) and not n.startswith((OWN_BASE, "padded")) and p.around is contextlib.nullcontext
 ]  # fmt: skip
+BENCH = multi_lora_linear.BENCH
 DTYPES = [
     (torch.float32, torch.float32, 1e-5),
     (torch.bfloat16, torch.float32, 3e-2),
@@ -127,6 +128,24 @@ def test_own_base_product(name, dtype, tol):
     _close(y.detach(), x @ weight.T, tol)
     (dx,) = torch.autograd.grad(y, step.leaves[0], step.dy[0])
     _close(dx, data.dy[0].double() @ weight, tol)
+
+
+@pytest.mark.parametrize("way", ["cuda", "triton"])
+@pytest.mark.parametrize("kind", multi_lora_linear.CODED)
+def test_base_products_over_codes_on_a_gpu(kind, way):
+    """Planned for rows of many adapters, held to what the codes stand for, and judged by the bytes of these."""
+    name = f"{OWN_BASE}_{kind}_{way}"
+    provider = multi_lora_linear.PROVIDERS[name]
+    case = dataclasses.replace(CASE, phase="decode")
+    assert multi_lora_linear.check(provider, case) is None
+    dense = dataclasses.replace(provider, build=multi_lora_linear.PROVIDERS[OWN_BASE].build)
+    assert "computes something else" in multi_lora_linear.check(dense, case)
+    gpu = dataclasses.replace(case, device="cuda", mix="distinct", base_share=0.0)
+    assert name in multi_lora_linear.plan(gpu, "gpu")
+    assert name not in multi_lora_linear.plan(dataclasses.replace(gpu, phase="training"), "gpu")
+    large = dataclasses.replace(gpu, M=64, K=4096, N=4096, dtype=torch.bfloat16)
+    dense_bytes, bytes_ = (BENCH.floor_of(n, large, "fwd").base_bytes for n in (OWN_BASE, name))
+    assert bytes_ == pytest.approx(dense_bytes - (2 - {"nf4": 0.5625, "int8": 1}[kind]) * 2**24)
 
 
 @pytest.mark.parametrize("name", ["loop", "grouped_mm", "peftkern"])

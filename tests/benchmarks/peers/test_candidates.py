@@ -77,6 +77,17 @@ def test_a_back_end_without_the_kernel_is_a_reason(monkeypatch):
     assert "not torch.float32" in only(case) and "the tensors are on cpu" in only(CASE)
 
 
+def test_a_base_in_codes_has_reasons_of_its_own(monkeypatch):
+    from peftkern.dispatch.choose import load
+
+    monkeypatch.setattr(load("cuda"), "unavailable", lambda now: None)
+    monkeypatch.setattr(candidates, "device_arch", lambda device, index: "sm_90")
+    reason = candidates.unusable(candidates.CODED[0], ("lora_linear_fwd",), "nf4")
+    case = dataclasses.replace(CASE, device="cuda", dtype=torch.bfloat16, M=64)
+    assert reason(case) is None and "up to 64 rows" in reason(dataclasses.replace(case, M=65))
+    assert "forward" in candidates.unusable(candidates.CODED[0], lora_linear.OPS, "nf4")(case)
+
+
 def test_the_cuda_kernels_take_what_they_have_of_many_adapters(monkeypatch):
     from types import SimpleNamespace
 

@@ -68,7 +68,7 @@ def test_candidates(arch):
         exact = job.adapter_dtype == "fp32" or (job.dropout and job.op == "lora_linear_bwd")
         assert ("addmm" in labels) == (not exact and job.op in OPS["lora_linear"])
         if job.base:
-            assert labels == ["fused", "epilogue"]
+            assert labels == ["fused", "epilogue", "cuda"]
     assert candidates(USERS, arch)[0].name == "epilogue"
     assert sum(c.config is not None for c in candidates(USERS, arch)) == 2
 

@@ -30,9 +30,21 @@ def test_code_and_recorded_bounds(case, within_bounds):
 
 
 def test_few_rows_are_decoded_in_the_product_and_many_before_it():
-    names = {M: [item.name for item in launches.capture(launches.Case(90, M=M))] for M in (64, 65)}
+    def names_of(**case) -> dict[int, list[str]]:
+        return {M: [item.name for item in launches.capture(launches.Case(90, M=M, **case))] for M in (64, 65)}
+
+    names = names_of()
     assert names == {64: ["expand_kernel", "expand_kernel", "row_norm_kernel"],
                      65: ["panel_kernel", "panel_kernel", "row_norm_kernel"]}  # fmt: skip
+    assert names_of(many=True) == {64: 2 * ["expand_kernel"], 65: 2 * ["panel_kernel"]}
+
+
+def test_the_panels_of_many_adapters_are_those_of_one():
+    """So that no case of theirs is needed."""
+    for base in ("nf4 nested", "int8"):
+        one, many = ({key(item, 90) for item in launches.capture(launches.Case(90, base, M=4096, many=many))
+                      if item.name == "panel_kernel"} for many in (False, True))  # fmt: skip
+        assert one == many and one
 
 
 @pytest.mark.parametrize("name", bases.QUANTISED)

@@ -56,18 +56,17 @@ def weight(name: str, N: int, K: int):
 
 
 def standard_cases(arch: int) -> list[Case]:
-    """4 bits with scales in codes themselves, decoded where it is multiplied and by panels; 8 bits."""
-    return [Case(arch), Case(arch, M=4096), Case(arch, "int8")]
+    """4 bits with scales in codes themselves, decoded where it is multiplied, also for many adapters, and by panels; 8 bits."""
+    return [Case(arch), Case(arch, M=4096), Case(arch, "int8"), Case(arch, many=True)]
 
 
 def more_cases(arch: int) -> list[Case]:
-    """Fewest rows; many adapters; further ways to hold codes and scales; fp32 activations."""
+    """Fewest rows; many adapters over 8 bits; further ways to hold codes and scales; fp32 activations."""
     ways = ("int4 bf16", "hqq4", "fp8 by blocks", "mxfp4", "q8_0")
     return [
         Case(arch, M=16),
         Case(arch, "int8", M=16),
-        Case(arch, many=True),
-        Case(arch, "int8", M=16, many=True),
+        Case(arch, "int8", many=True),
         Case(arch, "int8", M=4096),
         *(Case(arch, base) for base in ways),
         *(Case(arch, base, M=4096) for base in ways),
