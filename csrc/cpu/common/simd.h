@@ -273,23 +273,25 @@ PEFTKERN_INLINE vf select(const uint8_t* bits, int64_t c, vf x) {
 #endif
 }
 
-// Transposes W vectors of W floats: log2(W) rounds, each interleaving rows i and i + W/2.
+// Transposes the squares of N x N words that lie side by side in N vectors: log2(N) rounds, each interleaving
+// rows i and i + N/2.
+template <int N = W>
 PEFTKERN_INLINE void transpose(vf* r) {
   vi low{}, high{};
   for (int i = 0; i < W; ++i) {
-    low[i] = (i & 1) * W + i / 2;
-    high[i] = low[i] + W / 2;
+    low[i] = (i & 1) * W + i / N * N + i % N / 2;
+    high[i] = low[i] + N / 2;
   }
 #pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    vf t[W];
+  for (int round = 1; round < N; round *= 2) {
+    vf t[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      t[2 * i] = __builtin_shuffle(r[i], r[i + W / 2], low);
-      t[2 * i + 1] = __builtin_shuffle(r[i], r[i + W / 2], high);
+    for (int i = 0; i < N / 2; ++i) {
+      t[2 * i] = __builtin_shuffle(r[i], r[i + N / 2], low);
+      t[2 * i + 1] = __builtin_shuffle(r[i], r[i + N / 2], high);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) r[i] = t[i];
+    for (int i = 0; i < N; ++i) r[i] = t[i];
   }
 }
 

@@ -13,17 +13,17 @@ static_assert(kTileLd + kExpandRows <= kExpandFloatsPerRank, "scratch is too sma
 template <class TO, class TS, class TP>
 void few_rows(const MultiExpandTask& a, const MultiUnit& u, const float* v) {
   const MultiSegment& s = *u.segment;
-  alignas(64) float sums[kFewRows * kStreamColsMost], chain[kFewRows * kStreamColsMost];
-  alignas(64) uint8_t bits[keep_bits_room(kStreamColsMost)];
-  for (int64_t c = u.c0; c < u.c1; c += kStreamCols<TP>) {
-    const int64_t cols = min64(kStreamCols<TP>, u.c1 - c);
-    stream_sums<TP>(v, u.i1 - u.i0, s, a.col0 + c, cols, sums, chain);
+  alignas(64) float sums[kStreamFloats], chain[kStreamFloats];
+  alignas(64) uint8_t bits[keep_bits_room(kStreamFloats)];
+  const int64_t rows = u.i1 - u.i0, ld = stream_cols(rows);
+  for (int64_t c = u.c0; c < u.c1; c += ld) {
+    const int64_t cols = min64(ld, u.c1 - c);
+    stream_sums<TP>(v, rows, s, a.col0 + c, cols, sums, chain);
     for (int64_t i = u.i0; i < u.i1; ++i) {
       const int64_t row = s.rows[i] - a.row0;
       const TS* src = static_cast<const TS*>(a.src.data);
       if (s.dropout.threshold != 0) keep_bits(s.dropout, row + a.row0, a.col0 + c, cols, bits);
-      finish_row<TO, TS>(sums + (i - u.i0) * kStreamColsMost, s.alpha,
-                         s.dropout.threshold != 0 ? bits : nullptr,
+      finish_row<TO, TS>(sums + (i - u.i0) * ld, s.alpha, s.dropout.threshold != 0 ? bits : nullptr,
                          src != nullptr ? src + row * a.src.row + c : nullptr,
                          from({s.base_scale, s.col_scale, s.bias}, a.col0 + c), cols,
                          static_cast<TO*>(a.out.data) + row * a.out.row + c);
@@ -80,6 +80,7 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
 template <class TO, class TS>
 void expand(const MultiExpandTask& a) {
   parallel(a.threads, [&] {
+    if (a.first != nullptr) reduce_units(*a.first);
     float* scratch = a.scratch + thread_number() * a.scratch_floats;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < a.count; ++t) expand_unit<TO, TS>(a, a.units[t], scratch);
