@@ -1,11 +1,11 @@
-// out = g_b * (x W^T) + scaling * (v * d) (g_d * b)^T + bias with W in codes, for few rows of x: W is read at
-// the memory's speed, once for 32 rows, and decoded in registers.
+// out = g_b * (x W^T) + scaling * (v * d) (g_d * b)^T + bias with W in codes, for few rows of x: W is read
+// once for 32 of them, and decoded in registers.
 //
-// A block has 32 rows of W and up to 32 of x; two of its warps share the rows of W and four the columns. A
-// lane loads 16 bytes of codes of two rows of W, two steps ahead, and they are its part of W in products that
-// give out^T: within a dot product terms may come in any order if both operands agree, so lane t of a quad
-// takes the t-th 16 bytes. x comes to shared memory by asynchronous copies, two stages in turn, laid out such
-// that what is read at once lies in different banks.
+// A block has 32 rows of W and up to 32 of x. Four warps take turns along the columns of 16 rows of W, four
+// along those of the others. A lane loads 16 bytes of codes of two rows of W, some steps ahead, and they are
+// its part of W in products that give out^T: within a dot product terms may come in any order if both
+// operands agree, so lane t of a quad takes the t-th 16 bytes. x comes to shared memory by asynchronous
+// copies, two stages in turn, laid out such that what is read at once lies in different banks.
 //
 // A sum over k runs over the steps of a warp, then over the four warps; a row's bits depend neither on M nor
 // on the other rows. v may come from the launch before, which this one need not wait for until it reads it.
@@ -31,8 +31,9 @@ constexpr int kMostTiles = 4;          // of 8 rows of x in a block
 template <class L, int Tiles>
 struct Stage {
   static constexpr int kRows = 8 * Tiles;
-  static constexpr int kStep = 4 * L::kRun;      // columns of k of a warp in a step
-  static constexpr int kSpan = kStep * kAlongK;  // and of the block
+  static constexpr int kAhead = Tiles == 1 || L::kBits == 8 ? 3 : 2;  // steps that codes are under way
+  static constexpr int kStep = 4 * L::kRun;                           // columns of k of a warp in a step
+  static constexpr int kSpan = kStep * kAlongK;                       // and of the block
   // A quad's runs of 4-bit codes are 64 bytes of x apart: behind every second one a piece is left free.
   static constexpr int kRow = L::kBits == 4 ? kSpan + kSpan / 64 * 8 + 16 : kSpan + 8;
   static constexpr int kElements = kRows * kRow;
@@ -129,9 +130,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Rows past the end are the last one once more: nothing of theirs is stored.
   const auto row_of = [](int64_t row, int64_t rows) { return row < rows ? row : rows - 1; };
   const int64_t rows[2] = {row_of(n0 + 16 * warp_n + g, args.N), row_of(n0 + 16 * warp_n + g + 8, args.N)};
-  Run<L, Whole> w[3][2];  // of this step, and of the next two
+  Run<L, Whole> w[S::kAhead + 1][2];  // of this step, and of those to come
 #pragma unroll
-  for (int ahead = 0; ahead < 2; ++ahead) {
+  for (int ahead = 0; ahead < S::kAhead; ++ahead) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) w[ahead][i].load(codes, rows[i], ahead * S::kSpan + column);
   }
@@ -149,10 +150,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     copy_commit();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) w[2][i].load(codes, rows[i], k + 2 * S::kSpan + column);
+    for (int i = 0; i < 2; ++i) w[S::kAhead][i].load(codes, rows[i], k + S::kAhead * S::kSpan + column);
     add_products<T, L, Whole, Tiles>(codes, tables, w[0], stages + span % 2 * S::kElements, g, column, sums);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) w[0][i] = w[1][i], w[1][i] = w[2][i];
+    for (int i = 0; i < 2 * S::kAhead; ++i) w[i / 2][i % 2] = w[i / 2 + 1][i % 2];
   }
   sync_threads();  // x has been read
 
