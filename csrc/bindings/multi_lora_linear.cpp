@@ -5,7 +5,7 @@
 #include "bindings/plans.h"
 #include "bindings/results.h"
 #include "bindings/tensors.h"
-#include "cpu/common/huge_pages.h"
+#include "cpu/multi/huge_pages.h"
 #include "cpu/multi/linear.h"
 
 #include <memory>
