@@ -5,6 +5,7 @@
 #include "bindings/plans.h"
 #include "bindings/results.h"
 #include "bindings/tensors.h"
+#include "cpu/multi/huge_pages.h"
 #include "cpu/multi/linear.h"
 
 #include <memory>
@@ -368,6 +369,13 @@ int64_t multi_route(uintptr_t ids, bool wide, int64_t M, uintptr_t table, int64_
 void bind_multi_lora_linear(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
   m.attr("multi_columns") = cpu::kMultiColumns;
+  m.def(
+      "ask_huge_pages",
+      [](uintptr_t address, int64_t bytes) {
+        check_block("address", address, bytes, 1);
+        cpu::ask_huge_pages(pointer<void>(address), static_cast<size_t>(bytes));
+      },
+      "address"_a, "bytes"_a);
   m.def("multi_route", &multi_route, py::call_guard<py::gil_scoped_release>(), "ids"_a, "wide"_a, "M"_a,
         "table"_a, "slots"_a, "mask"_a, "order"_a, "starts"_a);
 }

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.cpu.native import _C
+from ..dispatch.watch import nobody_watches
+
 # Elements; every range starts at a multiple, so that its rows are aligned for vectors.
 _ALIGN = 16
 # Elements of a chunk, at least: small adapters share one. A further chunk adds half of what there is, but no more than
@@ -104,6 +107,8 @@ class Chunks:
         # A chunk is one tensor for good: it belongs to no inference_mode block.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=self.dtype, device=self.device)
+        if tensor.is_cpu and _C is not None and nobody_watches():
+            _C.ask_huge_pages(tensor.data_ptr(), tensor.nbytes)
         self.tensors = [*self.tensors, tensor]
         self.allocated += size
         return Range(len(self.tensors) - 1, 0, size)

@@ -6,9 +6,12 @@ import gc
 import random
 import weakref
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
 
+from peftkern.backends.cpu.native import _C
 from peftkern.many.chunks import Chunks, Range
 
 
@@ -72,3 +75,31 @@ def test_ranges_never_overlap_and_nothing_is_lost():
     assert sum(r.size for r in ranges) == chunks.allocated
     chunks.give_back(taken)
     assert sorted(size for size, _, _ in chunks.free) == sorted(t.numel() for t in chunks.tensors)
+
+
+def _flags(address: int) -> list[str]:
+    """What Linux says of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            begin, end = (int(x, 16) for x in words[0].split("-"))
+            inside = begin <= address < end
+        elif inside and words[0] == "VmFlags:":
+            return words[1:]
+    return []
+
+
+@pytest.mark.skipif(_C is None, reason="the C++ extension is not built")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no large pages here")
+def test_a_large_chunk_asks_for_large_pages():
+    block = 2 << 20
+    chunks = chunks_of(4 * block)
+    chunk = chunks.tensors[0]
+    assert "hg" in _flags(chunk.data_ptr() + chunk.nbytes // 2)
+    plain = torch.empty(4 * block)
+    assert "hg" not in _flags(plain.data_ptr() + plain.nbytes // 2)
+    _C.ask_huge_pages(plain.data_ptr(), block // 2)  # holds no whole block
+    assert "hg" not in _flags(plain.data_ptr() + plain.nbytes // 2)
+    with pytest.raises(ValueError, match="null pointer"):
+        _C.ask_huge_pages(0, 1)

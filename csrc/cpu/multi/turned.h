@@ -27,7 +27,9 @@ PEFTKERN_INLINE vf load_lanes(const T* p, int64_t ld) {
 #elif defined(__AVX2__)
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(lane(0))), _mm_loadu_ps(lane(1)), 1);
 #else
-  return load(lane(0));
+  vf v;
+  std::memcpy(&v, lane(0), sizeof(v));
+  return v;
 #endif
 }
 
