@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import math
+import sys
 import types
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("peft", reason="HF PEFT is not installed")
 # They import both.
 from peftkern.benchmarks.tables.figure import Figure  # noqa: E402
 from peftkern.demo import experiment, main, measure, model, report, train  # noqa: E402
+from peftkern.demo.corpus import collect  # noqa: E402
 from peftkern.screen import Console  # noqa: E402
 
 save = Figure.save
@@ -186,7 +188,11 @@ def test_missing_weights_are_named(monkeypatch, capsys):
 
 
 @pytest.mark.slow(40)
-def test_whole_demo_in_fp32(tmp_path, capsys):
+def test_whole_demo_in_fp32(tmp_path, capsys, monkeypatch):
+    # The whole way, on less text than --quick takes.
+    monkeypatch.setattr(experiment, "EQUAL_STEPS", 2)
+    monkeypatch.setattr(experiment, "RELOADED_TEXTS", 8)
+    monkeypatch.setattr(sys.modules["peftkern.demo.main"], "collect", lambda *limits: collect(32, 12))
     assert main(["--quick", "--dtype", "fp32", "--steps", "3", "--png", str(tmp_path / "demo.png")]) == 0
     text = capsys.readouterr().out
     assert "saved for backward" in text and "36 layers accelerated" in text

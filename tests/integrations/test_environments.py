@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = {"adapters": 70, "quantised": 95}
+SECONDS = {"adapters": 70, "quantised": 55}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow(s)) for name, s in SECONDS.items()])

