@@ -113,6 +113,19 @@ struct Place {
       : codes(w.codes + Form::bytes(n * w.row + at.k)), group(n * at.groups + at.group), left(at.left) {}
 };
 
+// Places in COLS columns of a tile from n on, of which `cols` are there; the last stands in for the others.
+template <class Form, int COLS>
+struct Places {
+  const uint8_t* codes[COLS];
+  int64_t group[COLS], left;
+  Places(const Quantised& w, int64_t n, int64_t cols, const Along& at) : left(at.left) {
+    for (int j = 0; j < COLS; ++j) {
+      const Place<Form> one(w, n + smaller(j, cols - 1), at);
+      codes[j] = one.codes, group[j] = one.group;
+    }
+  }
+};
+
 // to[i] = W[n, k + i] in the order of pairs, for `count` terms, whole pairs.
 template <class Form, class Groups>
 void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,

@@ -4,7 +4,7 @@
 //
 // As with other products of pairs, elements of W are rounded to bf16, and numbers below its normal range
 // count as zero. A row's bits depend on the inner dimension alone.
-#include "cpu/base/few/dots_bf16.h"
+#include "cpu/base/few/code_dots.h"
 #include "cpu/base/few/strips_bf16.h"
 
 #if defined(__AVX512BF16__)
