@@ -37,8 +37,8 @@ void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kPairCols; ++j) acc[i][j] = zero();
-  for (int64_t t = 0; t < terms; at.left = w.group) {
-    const int64_t end = smaller(t + at.left, terms);
+  for (int64_t t = 0, left = at.left; t < terms; left = w.group) {
+    const int64_t end = smaller(t + left, terms);
     decltype(groups.of(0)) f[kPairCols];
     for (int j = 0; j < kPairCols; ++j) {
       f[j] = groups.of(at.group[j]++);

@@ -17,11 +17,15 @@ void base_few_bf16(const BaseArgs& g) {
     return;
   }
   with_pairs(*g.quantised, [&](const auto& form, const auto& groups) {
+    using Form = std::decay_t<decltype(form)>;
+    using Groups = std::decay_t<decltype(groups)>;
     parallel(g.threads, [&] {
-      if (g.w_in == 1)
-        pair_dot_products(g, form, groups);
-      else
-        add_pair_strips(g, form, groups);
+      if (g.w_in != 1) return add_pair_strips(g, form, groups);
+      if constexpr (Form::kEvenOdd) {
+        using Lines = LineReader<Form, Groups>;
+        if (Lines::fits(*g.quantised)) return pair_dot_products(g, Lines{form, groups});
+      }
+      pair_dot_products(g, PairReader<Form, Groups>{form, groups});
     });
   });
 }
