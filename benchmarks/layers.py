@@ -84,7 +84,11 @@ class Layer:
         return copy.deepcopy(model).double()
 
     def floor(self, case: Case, which: str) -> Floor:
-        """Of the frozen layer: what a method needs beside it is the method's own affair."""
+        """Of the layer that adapters are put on: what a method needs beside it is the method's own affair."""
+        return self.frozen_floor(case, which)
+
+    def frozen_floor(self, case: Case, which: str) -> Floor:
+        """Of the frozen layer."""
         passes, (products, elements) = 1 if which == "fwd" else 2, self.work(case)
         return Floor(2.0 * passes * products, 0.0, float(case.dtype.itemsize * passes * elements), 0.0)
 

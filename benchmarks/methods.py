@@ -51,12 +51,19 @@ def _on_layers(name: str) -> list[LayerSubject]:
 def _bench(subject: Subject) -> Bench:
     layer = subject.layer
     providers = (
-        Provider(BASE, "frozen layer", lambda case, data: _base(subject, data), passes=layer.passes),
+        Provider(
+            BASE,
+            "frozen layer",
+            lambda case, data: _base(subject, data),
+            passes=layer.passes,
+            floor=layer.frozen_floor,
+        ),
         Provider(
             FP32_BASE,
             "frozen layer, fp32",
             lambda case, data: _base(subject, data.to(torch.float32)),
             passes=layer.passes,
+            floor=layer.frozen_floor,
         ),
         Provider(LIBRARY, "library", lambda case, data: _step(_pairs(subject, case, data), 0, data), subject.missing),
         Provider(
@@ -74,7 +81,10 @@ def _bench(subject: Subject) -> Bench:
 
 def _other(name: str, subject: Subject) -> Provider:
     title = name.replace("_", ", ")
-    return Provider(name, title, lambda case, data: _step(_pairs(subject, case, data), 1, data), subject.missing)
+    return Provider(
+        name, title, lambda case, data: _step(_pairs(subject, case, data), 1, data), subject.missing,
+        floor=subject.layer.floor,
+    )  # fmt: skip
 
 
 def _check(others: dict[str, Subject], provider: Provider, case: Case) -> str | None:

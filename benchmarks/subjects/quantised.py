@@ -7,6 +7,7 @@ products are of integers in ours alone: beside it stands ours over int8 too.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from peftkern.bases.base import base_of, kind_of
 from peftkern.methods import METHODS
 
+from ..core.case import Case, Floor
 from ..layers import Layer
 from ..peers.candidates import NOT_HERE
 from ..peers.data import frozen_linear
@@ -22,6 +24,15 @@ from .subject import installed
 
 LIBRARY = "bitsandbytes"
 KINDS = {"NF4": "nf4", "NF4, nested": "nf4", "FP4": "fp4", "int8": "int8", "W8A8": "int8"}
+# Bytes of an element of W: its code, and what a group of 64 shares, fp32, or a byte and an fp32 for each 256 of these. (Rows
+# of 8 bits share one scale.)
+BYTES = {
+    "NF4": 1 / 2 + 4 / 64,
+    "NF4, nested": 1 / 2 + 1 / 64 + 4 / (64 * 256),
+    "FP4": 1 / 2 + 4 / 64,
+    "int8": 1.0,
+    "W8A8": 1.0,
+}
 # Relative errors of y and dx where what meets the weight is rounded to 8 bits (peftkern/bases/int8.py): less is another product.
 ROUNDED = (0.003, 0.011)
 ROWS, SIZES = (1, 4, 16, 512, 2048), ((4096, 4096), (2304, 2816))
@@ -76,6 +87,12 @@ class Codes(Layer):
 
     def exact(self, model: nn.Module) -> nn.Module:
         return exact(model)
+
+    def floor(self, case: Case, which: str) -> Floor:
+        """Of a layer in codes, which are what every pass has to read of W."""
+        dense, passes = super().floor(case, which), 1 if which == "fwd" else 2
+        spared = passes * case.K * case.N * (case.dtype.itemsize - BYTES[self.form])
+        return dataclasses.replace(dense, base_bytes=dense.base_bytes - spared)
 
 
 class QuantisedSubject(LayerSubject):

@@ -17,7 +17,8 @@ from .terminal import PASS_TITLES, SPREAD, spread
 
 NOTE = (
     f"{SPREAD} saved: bytes that a forward pass keeps for backward, parameters apart. {SHARES}: shares of our time that the"
-    " frozen layer's FLOPs at the peak and its bytes at copy speed explain. Layers of other kinds are compared with"
+    " layer's FLOPs at the peak and its bytes at copy speed explain, those of its codes if it is in codes. A line in from the"
+    " margin is ours over another layer, its gain the time of that over ours. Layers of other kinds are compared with"
     " frozen ones of their own; what acts in the residual stream computes no layer: it is timed alone, or in a whole model,"
     " beside the frozen one."
 )
@@ -40,6 +41,19 @@ def _lines(rows: list[dict]) -> list[tuple[tuple, dict[str, dict], dict[str, dic
         for (dropout,), pair in _groups([r for r in own if r["provider"] in PROVIDERS], "dropout").items():
             found.append(((*key, dropout), {(r["provider"], r["pass"]): r for r in pair}, bases))
     return found
+
+
+def _others(rows: list[dict], case: tuple, which: str) -> list[tuple[str, dict]]:
+    """What else of ours was timed in this case: by what it is over (``dense``)."""
+    fields, start = ("method", "M", "K", "N", "R", "dropout", "pass"), f"{OURS}_"
+    found = [r for r in rows if r["provider"].startswith(start) and tuple(r[f] for f in fields) == (*case, which)]
+    return [(f"{OURS}, {row['provider'].removeprefix(start)}", row) for row in found]
+
+
+def _gain(other: dict, ours: dict | None) -> str:
+    """The time of another of ours over that of ours."""
+    times = other["median_ms"], ours and ours["median_ms"]
+    return f"{times[0] / times[1]:.2f}x" if all(times) else "-"
 
 
 def _slow(rows: list[dict]) -> bool:
@@ -116,6 +130,12 @@ def tables(rows: list[dict]) -> list[Table]:
                     *(_timed(row, field) for row in (theirs, ours)), Cell(number(ours, "speed_up", "{:.2f}x"), "bold"),
                     *map(megabytes, saved), shares([ours] if ours else []),
                 )  # fmt: skip
+                for name, other in _others(own, (method, M, K, N, R, dropout), which):
+                    table.add(
+                        f"  {name}", f"{M}x{K}x{N}", str(R or "-"), f"{dropout:g}", OURS,
+                        number(bases.get(which), "median_ms"), "-", _timed(other, field), _gain(other, ours), "-",
+                        megabytes(other), shares([other]),
+                    )  # fmt: skip
             found.append(table)
     return found
 

@@ -20,7 +20,7 @@ PEFTKERN_INLINE __m512i to_bf16(vf first, vf second) {
 
 template <bool UPPER>
 struct Nibbles {
-  static constexpr bool kEvenOdd = true;
+  static constexpr bool kEvenOdd = true, kUpper = UPPER;
   static constexpr int kBytes = W;  // of a pair
   static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
   const Values16 table;
@@ -111,6 +111,20 @@ struct Place {
   int64_t group, left;
   Place(const Quantised& w, int64_t n, const Along& at)
       : codes(w.codes + Form::bytes(n * w.row + at.k)), group(n * at.groups + at.group), left(at.left) {}
+};
+
+// Places in COLS columns of a tile from n on, of which `cols` are there; the last stands in for the others.
+template <class Form, int COLS>
+struct Places {
+  const uint8_t* codes[COLS];
+  int64_t group[COLS];
+  const int64_t left, size;
+  Places(const Quantised& w, int64_t n, int64_t cols, const Along& at) : left(at.left), size(w.group) {
+    for (int j = 0; j < COLS; ++j) {
+      const Place<Form> one(w, n + smaller(j, cols - 1), at);
+      codes[j] = one.codes, group[j] = one.group;
+    }
+  }
 };
 
 // to[i] = W[n, k + i] in the order of pairs, for `count` terms, whole pairs.

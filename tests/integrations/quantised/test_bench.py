@@ -9,10 +9,12 @@ import re
 import pytest
 import torch
 
+from peftkern.bases.base import base_of
 from peftkern.benchmarks import bench as command
 from peftkern.benchmarks import methods
 from peftkern.benchmarks.core.presets import Choice
 from peftkern.benchmarks.subjects import layer, llama, quantised
+from peftkern.benchmarks.tables import method_times
 
 LLAMAS = [f"LoRA over {form} in Llama" for form in llama.TIMED]
 NAMES = [*(f"LoRA over {form}" for form in quantised.KINDS), *LLAMAS]
@@ -63,6 +65,18 @@ def test_nothing_else_may_err_more():
         assert all(not getattr(other, "bounds", None) for other in subject.others.values())
 
 
+@pytest.mark.parametrize("form", quantised.KINDS)
+def test_bytes_are_those_of_codes(form):
+    ((bench, choice),) = methods.benches([f"LoRA over {form}"], Choice(dtypes=["bf16"], shapes=[(1, 4096, 4096)]))
+    (case,) = bench.cases("quick", "cpu", choice)
+    codes = base_of(quantised.in_codes(torch.nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16), form))
+    W = sum(t.nbytes for t in codes.tensors)
+    for passes, which in ((1, "fwd"), (2, "fwd_bwd")):
+        ours, dense, base = (bench.floor_of(name, case, which) for name in ("peftkern", "peftkern_dense", "base"))
+        assert ours.base_bytes == pytest.approx(passes * (W + 2 * 2 * 4096), rel=0.01)
+        assert dense == base and base.base_bytes == passes * 2 * (4096**2 + 2 * 4096)
+
+
 def timed(tmp_path, *names: str) -> list[dict]:
     sizes = ["--device", "cpu", "--shape", "64,192,192", "--rank", "8", "--memory"]
     sizes += ["--seconds", "0.01", "--repeats", "2", "--limit", "1000"]
@@ -72,10 +86,14 @@ def timed(tmp_path, *names: str) -> list[dict]:
 
 def test_saved_bytes_leave_codes_and_scales_out(tmp_path):
     names = [f"LoRA over {form}" for form in quantised.KINDS]
-    rows = {(r["method"], r["provider"]): r["saved_bytes"] for r in timed(tmp_path, *names) if r["pass"] == "fwd_bwd"}
+    found = timed(tmp_path, *names)
+    rows = {(r["method"], r["provider"]): r["saved_bytes"] for r in found if r["pass"] == "fwd_bwd"}
     x, u = 64 * 192 * 4, 64 * 8 * 4
     for name in names:
         assert rows[name, "peftkern"] == rows[name, "peftkern_dense"] == x + u <= rows[name, "library"], name
+    for table in method_times.tables(found):
+        firsts = [str(row[0]).strip() for row in table.rows]
+        assert firsts.count("peftkern, dense") == len(names) and "peftkern, int8" in firsts
 
 
 def test_a_whole_model(tmp_path):

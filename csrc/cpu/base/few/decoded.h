@@ -30,30 +30,25 @@ constexpr int kPairCols = 2;
 template <int ROWS, class Form, class Groups>
 void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t cols,
                const Along& k, int64_t terms, const float* a, int64_t lda, float* out, int64_t ld) {
-  const uint8_t* p[kPairCols];
-  int64_t group[kPairCols], left = 0;
-  for (int j = 0; j < kPairCols; ++j) {  // the last stands in for those that are not there
-    const Place<Form> at(w, n + smaller(j, cols - 1), k);
-    p[j] = at.codes, group[j] = at.group, left = at.left;
-  }
+  Places<Form, kPairCols> at(w, n, cols, k);
   const int64_t ahead = Form::bytes(kPairCols * w.row);
   vf acc[ROWS][kPairCols];
 #pragma GCC unroll 5
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kPairCols; ++j) acc[i][j] = zero();
-  for (int64_t t = 0; t < terms; left = w.group) {
+  for (int64_t t = 0, left = at.left; t < terms; left = w.group) {
     const int64_t end = smaller(t + left, terms);
     decltype(groups.of(0)) f[kPairCols];
     for (int j = 0; j < kPairCols; ++j) {
-      f[j] = groups.of(group[j]++);
-      ask_for_bytes(p[j] + ahead, Form::bytes(end - t));
+      f[j] = groups.of(at.group[j]++);
+      ask_for_bytes(at.codes[j] + ahead, Form::bytes(end - t));
     }
     for (; t < end; t += kPair, a += kPair)
 #pragma GCC unroll 4
-      for (int j = 0; j < kPairCols; ++j, p[j - 1] += Form::kBytes) {
+      for (int j = 0; j < kPairCols; ++j, at.codes[j - 1] += Form::kBytes) {
         vf first, second;
-        Form::pair(form, p[j], first, second);
+        Form::pair(form, at.codes[j], first, second);
         first = apply(f[j], first), second = apply(f[j], second);
 #pragma GCC unroll 5
         for (int i = 0; i < ROWS; ++i) {

@@ -1,5 +1,5 @@
-// Few rows of bf16 times W^T, W adjacent along the inner dimension, bf16 as well or quantised: dot products
-// of pairs of terms, one pass over W.
+// Few rows of bf16 times W^T, W adjacent along the inner dimension and bf16 as well: dot products of pairs of
+// terms, one pass over W. code_dots.h has those of a quantised W.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,6 @@
 
 #include "cpu/base/few/dots.h"
 #include "cpu/base/pairs.h"
-#include "cpu/operand/in_pairs.h"
 
 #if defined(__AVX512BF16__)
 
@@ -15,34 +14,58 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 // Terms of a chain, in lanes: a row's bits depend on this alone.
 constexpr int64_t kPairChain = 1024;
-// Columns of a thread's part, whose terms of a chain are decoded at once, into L1, and the distance of their
-// rows there.
-constexpr int64_t kPairRun = 8, kPairLd = kPairChain + 32;
+// Columns of a thread's part.
+constexpr int64_t kPairRun = 8;
 // A tile in registers: 20 accumulators. More rows than one has are worth W in memory.
 constexpr int kPairTileRows = 5, kPairTileCols = 4;
 
 PEFTKERN_INLINE __m512i load_pairs(const bf16* p) {
   return _mm512_loadu_si512(p);
 }
-PEFTKERN_INLINE int64_t whole_pairs(int64_t terms) {
-  return (terms + kPair - 1) / kPair * kPair;
+PEFTKERN_INLINE int64_t whole_blocks(int64_t terms, int64_t block) {
+  return (terms + block - 1) / block * block;
 }
 
-template <int ROWS>
-PEFTKERN_INLINE void add_sums(const vf (&acc)[ROWS][kPairTileCols], int64_t cols, float* out, int64_t ld,
-                              bool first) {
-#pragma GCC unroll 5
-  for (int i = 0; i < ROWS; ++i, out += ld) {
-    const v4 sums = sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-    for (int j = 0; j < cols; ++j) out[j] = first ? sums[j] : out[j] + sums[j];
+// acc[i][j] += a_i . b_j over a pair of vectors
+template <int ROWS, int COLS>
+PEFTKERN_INLINE void add_pairs(const bf16* a, const __m512i (&b)[COLS], vf (&acc)[ROWS][COLS]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; ++i) {
+    const __m512i x = load_pairs(a + i * kPair);
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) acc[i][j] = dot_pairs(acc[i][j], x, b[j]);
   }
 }
 
-// out[i, j] (+)= a_i . w_j over `terms` terms of `cols` columns, rows of w that lie ldw apart; zeros follow a
-// up to whole pairs. Meanwhile so many rows from `next` on are asked for.
+// out[i, j] (+)= the sum of the lanes of acc[i][j], j < cols
 template <int ROWS>
-void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t terms, int64_t cols,
-               const bf16* next, int64_t asked, float* out, int64_t ld, bool first) {
+PEFTKERN_INLINE void add_sums(const vf (&acc)[ROWS][4], int64_t cols, float* out, int64_t ld, bool first) {
+  const auto there = static_cast<__mmask8>((1 << cols) - 1), before = first ? __mmask8{0} : there;
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; ++i, out += ld) {
+    const v4 sums = sum_lanes(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+    _mm_mask_storeu_ps(out, there, sums + _mm_maskz_loadu_ps(before, out));
+  }
+}
+template <int ROWS>
+PEFTKERN_INLINE void add_sums(const vf (&acc)[ROWS][2], int64_t cols, float* out, int64_t ld, bool first) {
+  const auto there = static_cast<__mmask8>((1 << cols) - 1), before = first ? __mmask8{0} : there;
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i += 2, out += 2 * ld) {
+    const bool two = i + 1 < ROWS;
+    const v4 sums = sum_lanes(acc[i][0], acc[i][1], two ? acc[(i + 1) % ROWS][0] : zero(),
+                              two ? acc[(i + 1) % ROWS][1] : zero());
+    _mm_mask_storeu_ps(out, there, sums + _mm_maskz_loadu_ps(before, out));
+    if (two)
+      _mm_mask_storeu_ps(out + ld, there, _mm_movehl_ps(sums, sums) + _mm_maskz_loadu_ps(before, out + ld));
+  }
+}
+
+// out[i, j] (+)= a_i . w_j over `terms` terms of `cols` columns, rows of w that lie ldw apart; a is packed,
+// with zeros up to whole pairs. Meanwhile so many rows from `next` on are asked for.
+template <int ROWS>
+void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t terms, int64_t cols, const bf16* next,
+               int64_t asked, float* out, int64_t ld, bool first) {
   const bf16* row[kPairTileCols];
   for (int j = 0; j < kPairTileCols; ++j)  // the last stands in for those that are not there
     row[j] = w + smaller(j, cols - 1) * ldw;
@@ -56,12 +79,7 @@ void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t t
 #pragma GCC unroll 4
     for (int j = 0; j < kPairTileCols; ++j) b[j] = read(row[j] + t);
     for (int64_t j = 0; j < asked; ++j) __builtin_prefetch(next + j * ldw + t);
-#pragma GCC unroll 5
-    for (int i = 0; i < ROWS; ++i) {
-      const __m512i x = load_pairs(a + i * lda + t);
-#pragma GCC unroll 4
-      for (int j = 0; j < kPairTileCols; ++j) acc[i][j] = dot_pairs(acc[i][j], x, b[j]);
-    }
+    add_pairs(a + ROWS * t, b, acc);
   };
   int64_t t = 0;
   for (; t + kPair <= terms; t += kPair) add(t, load_pairs);
@@ -69,132 +87,41 @@ void pair_dots(const bf16* w, int64_t ldw, const bf16* a, int64_t lda, int64_t t
   add_sums(acc, cols, out, ld, first);
 }
 
-// The same straight from codes, of columns from n on and terms from k on.
-template <int ROWS, class Form, class Groups>
-void code_dots(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
-               const bf16* a, int64_t terms, int64_t cols, float* out, int64_t ld) {
-  const uint8_t* p[kPairTileCols];
-  int64_t group[kPairTileCols], left = 0;
-  for (int j = 0; j < kPairTileCols; ++j) {  // the last stands in for those that are not there
-    const Place<Form> at(w, n + smaller(j, cols - 1), k);
-    p[j] = at.codes, group[j] = at.group, left = at.left;
-  }
-  const int64_t lda = terms, ahead = Form::bytes(kPairTileCols * w.row);
-  vf acc[ROWS][kPairTileCols];
-#pragma GCC unroll 5
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kPairTileCols; ++j) acc[i][j] = zero();
-  for (int64_t t = 0; t < terms; left = w.group) {
-    const int64_t end = smaller(t + left, terms);
-    decltype(Form::group(form, groups.of(0))) f[kPairTileCols];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPairTileCols; ++j) {
-      f[j] = Form::group(form, groups.of(group[j]++));
-      ask_for_bytes(p[j] + ahead, Form::bytes(end - t));
-    }
-    for (; t < end; t += kPair, a += kPair)
-#pragma GCC unroll 4
-      for (int j = 0; j < kPairTileCols; ++j, p[j - 1] += Form::kBytes) {
-        const __m512i b = Form::in_bf16(p[j], f[j]);
-#pragma GCC unroll 5
-        for (int i = 0; i < ROWS; ++i) acc[i][j] = dot_pairs(acc[i][j], load_pairs(a + i * lda), b);
-      }
-  }
-  add_sums(acc, cols, out, ld, k.k == 0);
-}
-
-// use(the number of rows of a tile, as a constant)
-template <class Use>
+// use(rows, as a constant), of at most MOST
+template <int MOST, class Use>
 PEFTKERN_INLINE void with_rows(int64_t rows, const Use& use) {
-  switch (rows) {
-    case 1:
-      return use(std::integral_constant<int, 1>());
-    case 2:
-      return use(std::integral_constant<int, 2>());
-    case 3:
-      return use(std::integral_constant<int, 3>());
-    case 4:
-      return use(std::integral_constant<int, 4>());
-    default:
-      return use(std::integral_constant<int, 5>());
-  }
+  if constexpr (MOST > 1)
+    if (rows < MOST) return with_rows<MOST - 1>(rows, use);
+  use(std::integral_constant<int, MOST>());
 }
 
-// use(first row, their number as a constant) for tiles of about as many rows each
-template <class Use>
+// Rows are cut into tiles of about as many each, at most `most`: the first one's of tile t.
+PEFTKERN_INLINE int64_t tile_row(int64_t rows, int64_t most, int64_t t) {
+  const int64_t tiles = (rows + most - 1) / most;
+  return rows * t / tiles;
+}
+
+// use(first row, their number as a constant) for tiles of at most MOST rows
+template <int MOST, class Use>
 PEFTKERN_INLINE void for_tiles(int64_t rows, const Use& use) {
-  const int64_t tiles = (rows + kPairTileRows - 1) / kPairTileRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t i = rows * t / tiles;
-    with_rows(rows * (t + 1) / tiles - i, [&](auto count) { use(i, count); });
+  for (int64_t t = 0, i = 0; i < rows; ++t) {
+    const int64_t next = tile_row(rows, MOST, t + 1);
+    with_rows<MOST>(next - i, [&](auto count) { use(i, count); });
+    i = next;
   }
 }
 
-// to[i] = W[n, k + i] for `count` terms, whole pairs, in the order of in_bf16.
-template <class Form, class Groups>
-void decode_bf16(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
-                 int64_t count, bf16* to) {
-  Place<Form> at(w, n, k);
-  const auto one = [&](const auto& f) __attribute__((always_inline)) {
-    _mm512_storeu_si512(to, Form::in_bf16(at.codes, f));
-    to += kPair, at.codes += Form::kBytes;
-  };
-  for (; count > 0; at.left = w.group) {
-    const int64_t some = smaller(at.left, count);
-    const auto f = Form::group(form, groups.of(at.group++));
-    int64_t i = 2 * kPair;  // two at a time: most groups are no longer
-    for (; i <= some; i += 2 * kPair) one(f), one(f);
-    if (i - kPair <= some) one(f);
-    count -= some;
-  }
-}
-
-// Columns [begin, begin + cols) of the product, at most kPairRun. `a` is packed: chain by chain, in each row
-// by row.
-template <class Form, class Groups>
-void dots_of_columns(const BaseArgs& g, const Form& form, const Groups& groups, int64_t begin, int64_t cols,
-                     const bf16* a) {
-  alignas(64) bf16 room[kPairRun * kPairLd];
-  const Quantised& w = *g.quantised;
-  const int64_t n = g.quantised_col + begin;
-  float* const out = g.out + begin;
-  for (int64_t k = 0; k < g.inner; k += kPairChain) {
-    const int64_t terms = smaller(kPairChain, g.inner - k);
-    const Along along(w, k);
-    if (g.rows <= kPairTileRows) {
-      with_rows(g.rows, [&](auto rows) {
-        for (int64_t j = 0; j < cols; j += kPairTileCols)
-          code_dots<rows.value>(form, groups, w, n + j, along, a, terms, smaller(kPairTileCols, cols - j),
-                                out + j, g.ld);
-      });
-    } else {
-      for (int64_t c = 0; c < cols; ++c) {
-        decode_bf16(form, groups, w, n + c, along, terms, room + c * kPairLd);
-        ask_for_bytes(w.codes + Form::bytes((n + c + kPairRun) * w.row + k), Form::bytes(terms));
-      }
-      for_tiles(g.rows, [&](int64_t i, auto rows) {
-        for (int64_t j = 0; j < cols; j += kPairTileCols)
-          pair_dots<rows.value>(room + j * kPairLd, kPairLd, a + i * terms, terms, terms,
-                                smaller(kPairTileCols, cols - j), nullptr, 0, out + i * g.ld + j, g.ld,
-                                k == 0);
-      });
-    }
-    a += g.rows * terms;
-  }
-}
-
-// Those of a W that is not quantised.
+// Columns [begin, begin + cols) of the product, at most kPairRun.
 inline void dots_of_columns(const BaseArgs& g, int64_t begin, int64_t cols, const bf16* a) {
   for (int64_t j = 0; j < cols; j += kPairTileCols) {
     const bf16 *w = static_cast<const bf16*>(g.w) + (begin + j) * g.w_out, *x = a;
     for (int64_t k = 0; k < g.inner; k += kPairChain) {
-      const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_pairs(terms);
+      const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_blocks(terms, kPair);
       // What comes next is asked for little by little, so that no tile has to wait for it.
       const bf16* next = w + (k + kPairChain < g.inner ? k + kPairChain : kPairTileCols * g.w_out);
-      for_tiles(g.rows, [&](int64_t i, auto rows) {
+      for_tiles<kPairTileRows>(g.rows, [&](int64_t i, auto rows) {
         const int64_t ask = kPairTileCols * i / g.rows, end = kPairTileCols * (i + rows.value) / g.rows;
-        pair_dots<rows.value>(w + k, g.w_out, x + i * lda, lda, terms, smaller(kPairTileCols, cols - j),
+        pair_dots<rows.value>(w + k, g.w_out, x + i * lda, terms, smaller(kPairTileCols, cols - j),
                               next + ask * g.w_out, end - ask, g.out + i * g.ld + begin + j, g.ld, k == 0);
       });
       x += g.rows * lda;
@@ -202,40 +129,42 @@ inline void dots_of_columns(const BaseArgs& g, int64_t begin, int64_t cols, cons
   }
 }
 
-// a in bf16, chain by chain, in each row by row, up to whole pairs; in_order(the terms of a pair). By all
-// threads of a parallel region.
+// a in bf16: chain by chain, in each tile by tile of at most `most` rows, in each vector by vector, in each
+// row by row: rows a power of two apart would share a few sets of L1. Up to whole Order::kVectors there are
+// zeros; in_order gives these their order. By all threads of a parallel region.
 template <class Order>
-void pack_pairs(const BaseArgs& g, const Order& in_order, bf16* packed) {
+void pack_pairs(const BaseArgs& g, int64_t most, const Order& in_order, bf16* packed) {
+  constexpr int64_t kBlock = Order::kVectors * kPair;
+  alignas(64) bf16 row[kPairChain];
+  __m512i block[Order::kVectors];
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < g.rows; ++i)
+  for (int64_t i = 0; i < g.rows; ++i) {
+    int64_t begin = 0, end = 0;
+    for (int64_t t = 1; end <= i; ++t) begin = end, end = tile_row(g.rows, most, t);
     for (int64_t k = 0; k < g.inner; k += kPairChain) {
-      const int64_t terms = smaller(kPairChain, g.inner - k), lda = whole_pairs(terms);
-      bf16* to = packed + k * g.rows + i * lda;
-      std::memset(to + lda - kPair, 0, kPair * sizeof(bf16));
+      const int64_t terms = smaller(kPairChain, g.inner - k), whole = whole_blocks(terms, kBlock);
+      std::memset(row + whole - kBlock, 0, kBlock * sizeof(bf16));
       pack_row(static_cast<const bf16*>(g.a) + i * g.a_row + k * g.a_col, g.a_col, terms, nullptr,
-               reinterpret_cast<uint32_t*>(to));
-      for (int64_t c = 0; c < lda; c += kPair) _mm512_storeu_si512(to + c, in_order(load_pairs(to + c)));
+               reinterpret_cast<uint32_t*>(row));
+      bf16* to = packed + k * g.rows + begin * whole + (i - begin) * kPair;
+      for (int64_t c = 0; c < whole; c += kBlock) {
+        in_order(row + c, block);
+        for (int v = 0; v < Order::kVectors; ++v, to += (end - begin) * kPair)
+          _mm512_storeu_si512(to, block[v]);
+      }
     }
+  }
 }
 
-// By all threads of a parallel region. K is whole pairs.
-template <class Form, class Groups>
-void pair_dot_products(const BaseArgs& g, const Form& form, const Groups& groups) {
-  auto* packed = reinterpret_cast<bf16*>(g.scratch);
-  vs place{};
-  for (int i = 0; i < kPair; ++i) place[i] = static_cast<uint16_t>(Form::place(i));
-  pack_pairs(
-      g, [&](__m512i terms) { return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(place), terms); },
-      packed);
-#pragma omp for schedule(guided)
-  for (int64_t col = 0; col < g.cols; col += kPairRun)
-    dots_of_columns(g, form, groups, col, smaller(kPairRun, g.cols - col), packed);
-}
+struct InPlace {
+  static constexpr int kVectors = 1;
+  void operator()(const bf16* row, __m512i* to) const { *to = load_pairs(row); }
+};
 
-// Likewise, W not quantised, any K.
+// By all threads of a parallel region.
 inline void pair_dot_products(const BaseArgs& g) {
   auto* packed = reinterpret_cast<bf16*>(g.scratch);
-  pack_pairs(g, [](__m512i terms) { return terms; }, packed);
+  pack_pairs(g, kPairTileRows, InPlace(), packed);
   // Guided: a thread's parts follow one another, so that what it asks for is what it visits.
 #pragma omp for schedule(guided)
   for (int64_t col = 0; col < g.cols; col += kPairRun)

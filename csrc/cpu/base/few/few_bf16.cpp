@@ -4,7 +4,7 @@
 //
 // As with other products of pairs, elements of W are rounded to bf16, and numbers below its normal range
 // count as zero. A row's bits depend on the inner dimension alone.
-#include "cpu/base/few/dots_bf16.h"
+#include "cpu/base/few/code_dots.h"
 #include "cpu/base/few/strips_bf16.h"
 
 #if defined(__AVX512BF16__)
@@ -17,11 +17,15 @@ void base_few_bf16(const BaseArgs& g) {
     return;
   }
   with_pairs(*g.quantised, [&](const auto& form, const auto& groups) {
+    using Form = std::decay_t<decltype(form)>;
+    using Groups = std::decay_t<decltype(groups)>;
     parallel(g.threads, [&] {
-      if (g.w_in == 1)
-        pair_dot_products(g, form, groups);
-      else
-        add_pair_strips(g, form, groups);
+      if (g.w_in != 1) return add_pair_strips(g, form, groups);
+      if constexpr (Form::kEvenOdd) {
+        using Lines = LineReader<Form, Groups>;
+        if (Lines::fits(*g.quantised)) return pair_dot_products(g, Lines{form, groups});
+      }
+      pair_dot_products(g, PairReader<Form, Groups>{form, groups});
     });
   });
 }

@@ -54,19 +54,25 @@ def test_each_element(level, name, kind, N, K):
 def test_each_element_in_bf16(level, name, N, K):
     base, W = base_and_weight(name, N + N * K % 2 * name.startswith(("hqq4", "quanto4")), K)
     x, dy = torch.eye(K, dtype=torch.bfloat16), torch.eye(len(W), dtype=torch.bfloat16)
-    for rows in (5, 50):  # straight from codes, and decoded before
+    for rows in (5, 8, 50):  # straight from codes, by four columns and by two, and decoded before
         assert torch.equal(torch.cat([forward(part, base, len(W), "few") for part in x.split(rows)]), W.t().bfloat16())
         assert torch.equal(torch.cat([backward(part, base, K, "few") for part in dy.split(rows)]), W.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int4", "int8", "mxfp4", "fp8"])
-@pytest.mark.parametrize("N, K", [(75, 2304), (301, 1024)])  # an odd last row; parts of a chain of terms
+# 4 bits in groups of 64, of more and of less: a line of codes at a time, or a pair of vectors; 8 bits.
+FEW = ("nf4", "nf4 nested", "fp4 nested", "int4 bf16", "nf4 of blocks of 32", "int4", "mxfp4", "int8", "fp8")
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "N, K", [(75, 2304), (301, 1024), (21, 1088)]
+)  # an odd last row; parts of a chain, and of a line
 def test_few_rows_of_bf16(level, name, N, K):
     base, W = base_and_weight(name, N, K)
     x, dy = torch.randn(23, K).bfloat16(), torch.randn(23, N).bfloat16()
     for way, a, size, w in ((forward, x, N, W.t()), (backward, dy, K, W)):
         whole, exact = way(a, base, size, "few"), a.double() @ w.double()
-        for rows in (1, 2, 3, 5, 6, 11):
+        for rows in (1, 2, 3, 5, 6, 7, 8, 9, 11):
             assert torch.equal(way(a[:rows], base, size, "few"), whole[:rows])
             assert torch.equal(way(a[:rows].t().contiguous().t(), base, size, "few"), whole[:rows])
         eager = (a.float() @ w.bfloat16().float()).bfloat16()
