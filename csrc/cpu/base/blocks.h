@@ -20,6 +20,24 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 template <class Element>
 using TileFunction = void (*)(int, const Element*, const Element*, float*, int64_t, bool);
 
+// step() for each step of a tile of ROWS rows, which is added to out afterwards: its lines are asked for a
+// row a step, in the last steps. All at once they are more than a core waits for at a time.
+template <int ROWS, class Step>
+PEFTKERN_INLINE void run_steps(int depth, const float* out, int64_t ld, const Step& step) {
+  const auto ask = [&out, ld]() __attribute__((always_inline)) {
+    __builtin_prefetch(out, 1);
+    __builtin_prefetch(out + kTileCols - 1, 1);
+    out += ld;
+  };
+  for (int i = depth; i < ROWS; ++i) ask();
+  int left = depth;
+  for (; left > ROWS; --left) step();
+  for (; left > 0; --left) {
+    ask();
+    step();
+  }
+}
+
 // One tile of out, of `cols` columns.
 template <class F>
 static void compute(int rows, int cols, int depth, const typename F::Element* a, const typename F::Element* b,
@@ -110,7 +128,7 @@ class Blocks {
       if (next.terms > 0) w_.ask(next.col, next.k, next.cols, next.terms, part, parts);
       const int rows = static_cast<int>(smaller(tile_rows_, end - i));
       compute<F>(rows, u.cols, depth, packed_a + i * kBaseRow, packed_b, g_.out + i * g_.ld + u.col, g_.ld,
-                 u.k == 0);
+                 u.k == 0 && !g_.add);
       if (u.k + u.terms == g_.inner) F::complete(g_, i, rows, u.col, u.cols);
     }
   }

@@ -14,14 +14,10 @@ PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
 
 template <int ROWS>
 void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
-  for (int i = 0; i < ROWS; ++i) {
-    __builtin_prefetch(out + i * ld, 1);
-    __builtin_prefetch(out + i * ld + W, 1);
-  }
   __m512 acc[ROWS][2];
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-  for (const uint32_t* end = a + depth; a < end; ++a, b += kTileCols) {
+  run_steps<ROWS>(depth, out, ld, [&]() __attribute__((always_inline)) {
     const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + W);
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
@@ -29,7 +25,8 @@ void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t l
       acc[i][0] = dot_pairs(acc[i][0], x, b0);
       acc[i][1] = dot_pairs(acc[i][1], x, b1);
     }
-  }
+    ++a, b += kTileCols;
+  });
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) {
     float* o = out + i * ld;
