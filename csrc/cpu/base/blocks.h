@@ -20,28 +20,6 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 template <class Element>
 using TileFunction = void (*)(int, const Element*, const Element*, float*, int64_t, bool);
 
-// step() for each step of a tile of ROWS rows, which is added to out afterwards. The tile's lines are asked
-// for a row a step, some hundred cycles before the end: all at once they are more than a core waits for at a
-// time.
-template <int ROWS, class Step>
-PEFTKERN_INLINE void run_steps(int depth, const float* out, int64_t ld, const Step& step) {
-  constexpr int kLead = 448 / ROWS;
-  static_assert(kLead >= ROWS, "a row a step");
-  const auto ask = [&out, ld]() __attribute__((always_inline)) {
-    __builtin_prefetch(out, 1);
-    __builtin_prefetch(out + kTileCols - 1, 1);
-    out += ld;
-  };
-  for (int i = depth; i < ROWS; ++i) ask();
-  int left = depth;
-  for (; left > kLead; --left) step();
-  for (const int end = left > ROWS ? left - ROWS : 0; left > end; --left) {
-    ask();
-    step();
-  }
-  for (; left > 0; --left) step();
-}
-
 // One tile of out, of `cols` columns.
 template <class F>
 static void compute(int rows, int cols, int depth, const typename F::Element* a, const typename F::Element* b,

@@ -15,10 +15,14 @@ static_assert(kTileCols <= kBaseTileCols, "scratch is sized for the widest level
 
 template <int ROWS>
 void tile(int depth, const float* a, const float* b, float* out, int64_t ld, bool first) {
+  for (int i = 0; i < ROWS; ++i) {
+    __builtin_prefetch(out + i * ld, 1);
+    __builtin_prefetch(out + i * ld + W, 1);
+  }
   vf acc[ROWS][2];
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) acc[i][0] = acc[i][1] = zero();
-  run_steps<ROWS>(depth, out, ld, [&]() __attribute__((always_inline)) {
+  for (const float* end = a + depth; a < end; ++a, b += kTileCols) {
     const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; ++i) {
@@ -26,8 +30,7 @@ void tile(int depth, const float* a, const float* b, float* out, int64_t ld, boo
       acc[i][0] = fma(x, b0, acc[i][0]);
       acc[i][1] = fma(x, b1, acc[i][1]);
     }
-    ++a, b += kTileCols;
-  });
+  }
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; ++i) {
     float* o = out + i * ld;

@@ -12,6 +12,28 @@ PEFTKERN_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
+// step() for each step of a tile of ROWS rows, which is added to out afterwards. The tile's lines are asked
+// for a row a step, some hundred cycles before the end: all at once they are more than a core waits for at a
+// time.
+template <int ROWS, class Step>
+PEFTKERN_INLINE void run_steps(int depth, const float* out, int64_t ld, const Step& step) {
+  constexpr int kLead = 448 / ROWS;
+  static_assert(kLead >= ROWS, "a row a step");
+  const auto ask = [&out, ld]() __attribute__((always_inline)) {
+    __builtin_prefetch(out, 1);
+    __builtin_prefetch(out + kTileCols - 1, 1);
+    out += ld;
+  };
+  for (int i = depth; i < ROWS; ++i) ask();
+  int left = depth;
+  for (; left > kLead; --left) step();
+  for (const int end = left > ROWS ? left - ROWS : 0; left > end; --left) {
+    ask();
+    step();
+  }
+  for (; left > 0; --left) step();
+}
+
 template <int ROWS>
 void tile(int depth, const uint32_t* a, const uint32_t* b, float* out, int64_t ld, bool first) {
   __m512 acc[ROWS][2];
