@@ -110,7 +110,7 @@ class Blocks {
       if (next.terms > 0) w_.ask(next.col, next.k, next.cols, next.terms, part, parts);
       const int rows = static_cast<int>(smaller(tile_rows_, end - i));
       compute<F>(rows, u.cols, depth, packed_a + i * kBaseRow, packed_b, g_.out + i * g_.ld + u.col, g_.ld,
-                 u.k == 0);
+                 u.k == 0 && !g_.add);
       if (u.k + u.terms == g_.inner) F::complete(g_, i, rows, u.col, u.cols);
     }
   }

@@ -14,11 +14,12 @@ bool by_pairs(const LoraLinear& g) {
 // rows and columns.
 class Update {
  public:
-  Update(const LoraLinear& g, const float* v, const ConstMatrix& p, int64_t C, float alpha,
+  Update(const LoraLinear& g, const ConstMatrix& v, const ConstMatrix& p, int64_t C, float alpha,
          const float* row_scale, const float* col_scale, KeptScratch& scratch)
-      : R_(g.R), v_{v, DType::f32, g.R, 1} {
+      : R_(g.R), v_(v) {
     if (by_pairs(g)) {
-      v_ = rounded(v_, g.M, g.R, g.threads, scratch), p_ = p, alpha_ = alpha;
+      p_ = p;
+      if (v.dtype == DType::f32 || alpha != 1.0f) v_ = rounded(v, g.M, g.R, alpha, g.threads, scratch);
     } else {
       panel_ = as_panel(p, g.R, C, alpha, row_scale, col_scale, g.threads, scratch);
     }
@@ -26,7 +27,6 @@ class Update {
   // Into the block from (r0, c0) on; v and p are filled in.
   void add(LoraExpandArgs args, int64_t r0, int64_t c0) const {
     if (p_.data != nullptr) {
-      args.alpha *= alpha_;
       expand_pairs(args, from(v_, r0, 0), from(p_, 0, c0));
       return;
     }
@@ -37,8 +37,7 @@ class Update {
 
  private:
   int64_t R_;
-  ConstMatrix v_, p_;  // bf16, or fp32 and absent
-  float alpha_ = 1.0f;
+  ConstMatrix v_, p_;  // (M, R) and (R, C) in bf16, or fp32 and absent
   Panel panel_{};
 };
 
@@ -47,9 +46,14 @@ struct Backward {
   const LoraLinearBackward& g;
   KeptScratch& scratch;
   const float *d, *p_d, *g_d;
-  float* du;  // (M, R)
-  float* G;   // (R, N): u^T dy
+  Matrix du;  // (M, R): bf16 for products of pairs, else fp32
+  float* G;   // (R, N): u^T dy; not for products of pairs
 };
+
+// v^T (R, M) in bf16, with adjacent columns.
+ConstMatrix across(const Backward& b, const ConstMatrix& v) {
+  return rounded(transposed(v), b.g.R, b.g.M, 1.0f, b.g.threads, b.scratch);
+}
 
 // One pass over dy: du (still without d, if d trains), u^T dy and the bias gradient.
 void reduce_dy(const Backward& b) {
@@ -59,19 +63,18 @@ void reduce_dy(const Backward& b) {
   args.alpha_dot = args.alpha_outer = 1.0f;
   args.colsum = g.dbias;
   if (by_pairs(g)) {
-    if (b.du != nullptr)
-      multiply_pairs(g.M, g.R, g.N, g.dy, g.B, g.scaling, {b.du, DType::f32, g.R, 1}, g.threads);
-    if (b.G != nullptr)
-      multiply_pairs(g.R, g.N, g.M, across(g.u, g.M, g.R, g.threads, b.scratch), g.dy, 1.0f,
-                     {b.G, DType::f32, g.N, 1}, g.threads);
+    if (b.du.data != nullptr) multiply_pairs(g.M, g.R, g.N, g.dy, g.B, g.scaling, b.du, g.threads);
+    if (g.dB.data != nullptr)
+      multiply_pairs(g.R, g.N, g.M, across(b, {g.u, DType::f32, g.R, 1}), g.dy, g.scaling, transposed(g.dB),
+                     g.threads);
     if (g.dbias != nullptr) reduce(args, g.threads);
     return;
   }
   args.v = b.G != nullptr ? g.u : nullptr, args.g = b.G;
-  if (b.du != nullptr) {
+  if (b.du.data != nullptr) {
     const Panel p = as_panel(transposed(g.B), g.R, g.N, g.scaling, g.dd != nullptr ? nullptr : b.d, b.g_d,
                              g.threads, b.scratch);
-    args.p = p.data, args.ldp = p.ld, args.out = b.du;
+    args.p = p.data, args.ldp = p.ld, args.out = static_cast<float*>(b.du.data);
   }
   reduce_both(args, g.threads);
 }
@@ -79,13 +82,13 @@ void reduce_dy(const Backward& b) {
 // Gradients of d, B, g_d and g_b. d acts on du and G here, if it has not yet.
 void finish_dy(const Backward& b) {
   const LoraLinearBackward& g = b.g;
-  const ConstMatrix du{b.du, DType::f32, g.R, 1}, G{b.G, DType::f32, g.N, 1};
+  const ConstMatrix G{b.G, DType::f32, g.N, 1};
   if (g.dd != nullptr) {
-    dot_columns(du, {g.u, DType::f32, g.R, 1}, g.M, g.R, g.dd, false, g.threads);
-    scale_in_place(b.du, g.M, g.R, nullptr, b.d);
+    dot_columns(as_const(b.du), {g.u, DType::f32, g.R, 1}, g.M, g.R, g.dd, false, g.threads);
+    scale_in_place(static_cast<float*>(b.du.data), g.M, g.R, nullptr, b.d);
   }
   // G = u^T dy, so H^T = d G.
-  if (g.dB.data != nullptr) {
+  if (g.dB.data != nullptr && b.G != nullptr) {
     scale_copy(
         {G, transposed(g.dB), g.R, g.N, 0, g.scaling, b.d, b.g_d, worth_threads(4 * g.R * g.N, g.threads)});
   }
@@ -101,17 +104,16 @@ void finish_dy(const Backward& b) {
 void grad_A(const Backward& b) {
   const LoraLinearBackward& g = b.g;
   if (g.dA.data == nullptr && g.dp_d == nullptr) return;
+  if (by_pairs(g)) {
+    sum_pairs(g.R, g.K, g.M, across(b, as_const(b.du)), g.x, g.dropout, g.kept_scale, g.dA, g.threads);
+    return;
+  }
   const bool in_place = g.dA.data != nullptr && g.dA.dtype == DType::f32 && b.p_d == nullptr;
   float* G = in_place ? static_cast<float*>(g.dA.data) : b.scratch.take(g.R * g.K);
-  if (by_pairs(g)) {
-    sum_pairs(g.R, g.K, g.M, across(b.du, g.M, g.R, g.threads, b.scratch), g.x, g.dropout, g.kept_scale,
-              {G, DType::f32, g.K, 1}, g.threads);
-  } else {
-    LoraReduceArgs args{};
-    args.in = g.x, args.M = g.M, args.C = g.K, args.R = g.R, args.dropout = g.dropout;
-    args.v = b.du, args.g = G, args.alpha_outer = g.kept_scale;
-    reduce(args, g.threads);
-  }
+  LoraReduceArgs args{};
+  args.in = g.x, args.M = g.M, args.C = g.K, args.R = g.R, args.dropout = g.dropout;
+  args.v = static_cast<const float*>(b.du.data), args.g = G, args.alpha_outer = g.kept_scale;
+  reduce(args, g.threads);
   const ConstMatrix result{G, DType::f32, g.K, 1};
   if (g.dp_d != nullptr) dot_columns(result, g.A, g.R, g.K, g.dp_d, false, g.threads);
   if (g.dA.data != nullptr && !in_place) {
@@ -126,7 +128,7 @@ void grad_x(const Backward& b) {
   if (g.dx.data == nullptr) return;
   const float* in_scale = as_floats(g.p_b, g.K, b.scratch);
   const float* out_scale = as_floats(g.g_b, g.N, b.scratch);
-  const Update update(g, b.du, g.A, g.K, 1.0f, nullptr, b.p_d, b.scratch);
+  const Update update(g, as_const(b.du), g.A, g.K, 1.0f, nullptr, b.p_d, b.scratch);
   const BaseProduct base{g.kind,    g.M,  g.K,      g.N,       g.dy,       g.weight,
                          out_scale, g.dx, g.vendor, g.threads, g.quantised};
   base_product(base, b.scratch,
@@ -161,8 +163,8 @@ void lora_linear_forward(const LoraLinearForward& g) {
   KeptScratch scratch;
   float* u = g.u != nullptr ? g.u : scratch.take(g.M * g.R);
   shrink(g, u, scratch);
-  const Update update(g, u, transposed(g.B), g.N, g.scaling, as_floats(g.d, g.R, scratch),
-                      as_floats(g.g_d, g.N, scratch), scratch);
+  const Update update(g, {u, DType::f32, g.R, 1}, transposed(g.B), g.N, g.scaling,
+                      as_floats(g.d, g.R, scratch), as_floats(g.g_d, g.N, scratch), scratch);
   const float* bias = as_floats(g.bias, g.N, scratch);
   const float* in_scale = as_floats(g.p_b, g.K, scratch);
   const float* out_scale = as_floats(g.g_b, g.N, scratch);
@@ -187,13 +189,15 @@ void lora_linear_forward(const LoraLinearForward& g) {
 void lora_linear_backward(const LoraLinearBackward& g) {
   KeptScratch scratch;
   const bool du = g.dx.data != nullptr || g.dA.data != nullptr || g.dp_d != nullptr || g.dd != nullptr;
-  const bool G = g.dB.data != nullptr || g.dg_d != nullptr;
+  const bool G = (g.dB.data != nullptr || g.dg_d != nullptr) && !by_pairs(g);
   const Backward b{g,
                    scratch,
                    as_floats(g.d, g.R, scratch),
                    as_floats(g.p_d, g.K, scratch),
                    as_floats(g.g_d, g.N, scratch),
-                   du ? scratch.take(g.M * g.R) : nullptr,
+                   !du           ? Matrix{}
+                   : by_pairs(g) ? in_pairs(g.M, g.R, scratch)
+                                 : Matrix{scratch.take(g.M * g.R), DType::f32, g.R, 1},
                    G ? scratch.take(g.R * g.N) : nullptr};
   reduce_dy(b);
   finish_dy(b);

@@ -14,31 +14,29 @@ inline void copy_rows(const ConstMatrix& m, int64_t rows, int64_t cols, float al
   scale_copy({m, out, rows, cols, 0, alpha, nullptr, nullptr, worth_threads(4 * rows * cols, threads)});
 }
 
-// m (rows, cols) rounded to bf16, with adjacent columns.
-inline ConstMatrix rounded(const ConstMatrix& m, int64_t rows, int64_t cols, int threads,
+// Room for a matrix (rows, cols) of bf16, with adjacent columns.
+inline Matrix in_pairs(int64_t rows, int64_t cols, KeptScratch& scratch) {
+  return {scratch.take((rows * cols + 1) / 2), DType::bf16, cols, 1};
+}
+
+// alpha m, m (rows, cols), rounded to bf16, with adjacent columns.
+inline ConstMatrix rounded(const ConstMatrix& m, int64_t rows, int64_t cols, float alpha, int threads,
                            KeptScratch& scratch) {
-  const Matrix out{scratch.take((rows * cols + 1) / 2), DType::bf16, cols, 1};
-  copy_rows(m, rows, cols, 1.0f, out, threads);
+  const Matrix out = in_pairs(rows, cols, scratch);
+  copy_rows(m, rows, cols, alpha, out, threads);
   return as_const(out);
 }
 
-// v^T in bf16, with adjacent columns, v (M, R) being contiguous and fp32.
-inline ConstMatrix across(const float* v, int64_t M, int64_t R, int threads, KeptScratch& scratch) {
-  return rounded({v, DType::f32, 1, R}, R, M, threads, scratch);
+inline BaseProduct pair_product(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b,
+                                int threads) {
+  return {BaseKind::bf16, M, D, C, a, b, nullptr, {}, nullptr, threads};
 }
 
-// epilogue(r0, r1, c0, c1, block) for the blocks of a (M, C) b (C, D), both bf16; no size is 0.
-template <class Epilogue>
-void pair_product(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b, int threads,
-                  const Epilogue& epilogue) {
-  KeptScratch scratch;
-  base_product({BaseKind::bf16, M, D, C, a, b, nullptr, {}, nullptr, threads}, scratch, epilogue);
-}
-
-// out (M, D), fp32, = alpha a b.
+// out (M, D) of any dtype and strides = alpha a b, a (M, C) and b (C, D) bf16; no size is 0.
 inline void multiply_pairs(int64_t M, int64_t D, int64_t C, const ConstMatrix& a, const ConstMatrix& b,
                            float alpha, const Matrix& out, int threads) {
-  pair_product(M, D, C, a, b, threads,
+  KeptScratch scratch;
+  base_product(pair_product(M, D, C, a, b, threads), scratch,
                [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
                  copy_rows(block, r1 - r0, c1 - c0, alpha, from(out, r0, c0), threads);
                });
@@ -48,7 +46,7 @@ inline void multiply_pairs(int64_t M, int64_t D, int64_t C, const ConstMatrix& a
 inline ConstMatrix dropped(const ConstMatrix& m, const Dropout& drop, int64_t r0, int64_t rows, int64_t c0,
                            int64_t cols, int threads, KeptScratch& scratch) {
   const ConstMatrix part = from(m, r0, c0);
-  const Matrix out{scratch.take((rows * cols + 1) / 2), DType::bf16, cols, 1};
+  const Matrix out = in_pairs(rows, cols, scratch);
   if (part.col != 1) copy_rows(part, rows, cols, 1.0f, out, threads);
   drop_copy({part.col != 1 ? as_const(out) : part,
              {drop.seed, drop.threshold, r0, c0},
@@ -74,7 +72,7 @@ inline void shrink_pairs(int64_t M, int64_t R, int64_t K, const ConstMatrix& x, 
   }
 }
 
-// out (R, K), fp32, = alpha v^T drop(x), v^T (R, M) being bf16.
+// out (R, K) = alpha v^T drop(x), v^T (R, M) being bf16.
 inline void sum_pairs(int64_t R, int64_t K, int64_t M, const ConstMatrix& v, const ConstMatrix& x,
                       const Dropout& drop, float alpha, const Matrix& out, int threads) {
   const int64_t most = std::max<int64_t>(kDroppedElements / M / kBaseTileCols, 1) * kBaseTileCols;
@@ -87,9 +85,23 @@ inline void sum_pairs(int64_t R, int64_t K, int64_t M, const ConstMatrix& v, con
   }
 }
 
-// lora_expand of v (M, R) and p (R, C), both bf16.
+// lora_expand of v (M, R) and p (R, C), both bf16. src may be written to if it is fp32: a block of products.
 inline void expand_pairs(const LoraExpandArgs& args, const ConstMatrix& v, const ConstMatrix& p) {
-  pair_product(args.M, args.C, args.R, v, p, args.threads,
+  KeptScratch scratch;
+  if (args.src.dtype == DType::f32 && args.base_scale == nullptr && args.dropout.threshold == 0 &&
+      args.alpha == 1.0f) {
+    // One sum, in the block itself.
+    float* block = const_cast<float*>(static_cast<const float*>(args.src.data));
+    BaseArgs sum{v.data, v.row,        v.col,  p.data, p.col,  p.row,   DType::bf16, nullptr,
+                 block,  args.src.row, args.M, args.C, args.R, nullptr, args.threads};
+    sum.scratch = scratch.take(base_gemm_scratch(args.M, args.threads)), sum.add = true;
+    base_gemm_bf16(sum);
+    LoraExpandArgs rest = args;
+    rest.R = 0;
+    lora_expand(rest);
+    return;
+  }
+  base_product(pair_product(args.M, args.C, args.R, v, p, args.threads), scratch,
                [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
                  LoraExpandArgs part = args;
                  part.out = from(args.out, r0, c0), part.src = from(args.src, r0, c0);

@@ -197,6 +197,7 @@ struct BaseArgs {
   // base_gemm_int8: of row i of a and of its column c, scales (col_scale may be null); sums of codes.
   const float *row_scale = nullptr, *col_scale = nullptr;
   const int32_t* row_sum = nullptr;
+  bool add = false;  // to out, which is overwritten otherwise; of base_gemm and base_gemm_bf16 alone
 };
 // Packed elements of a block of the inner dimension, which one chain of multiply-adds sums up: longer chains
 // lose accuracy against torch's product, and a packed tile of B is 16 KB, half an L1 cache. A packed row of a

@@ -39,7 +39,7 @@ void base_few(const BaseArgs& args) {
       return run_either<float>(args);
     case DType::bf16:
       if (args.scale == nullptr && base_gemm_bf16_usable() &&
-          (args.quantised != nullptr ? has_pairs(*args.quantised) : args.w_in == 1))
+          (args.quantised == nullptr || has_pairs(*args.quantised)))
         return base_few_bf16(args);
       return run_either<bf16>(args);
     case DType::f16:

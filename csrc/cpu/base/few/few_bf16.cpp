@@ -13,7 +13,7 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 void base_few_bf16(const BaseArgs& g) {
   if (g.quantised == nullptr) {
-    parallel(g.threads, [&] { pair_dot_products(g); });
+    parallel(g.threads, [&] { g.w_in == 1 ? pair_dot_products(g) : add_pair_strips(g); });
     return;
   }
   with_pairs(*g.quantised, [&](const auto& form, const auto& groups) {

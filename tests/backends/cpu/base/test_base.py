@@ -214,12 +214,20 @@ def test_batch_invariant_rows(level):
 
 
 def test_input_gradient_of_few_rows_has_the_bits_of_panels(level):
+    """Before they are rounded: any number of rows of a, several chains, ends of pairs of terms and of columns."""
     for dtype in DTYPES:
-        a, w = operands(11, 95, 700, dtype, False)
-        results = []
-        for kind in ("panels", "few"):
-            results.append(product(kind, a, w, False))
-        assert torch.equal(*results)
+        pairs = dtype == torch.bfloat16 and cpu_native._C.base_gemm_bf16_usable()
+        for M, K, N in ((11, 95, 700), (1, 33, 2), (45, 130, 517), (64, 3, 261), (5, 64, 1)):
+            a, w = operands(M, K, N, dtype, False)
+            for rows in (a, a.t().contiguous().t()):
+                panels = []
+                for kind in ("bf16" if pairs else "panels", "few"):
+                    base_product(
+                        rows, w, transpose=False, in_scale=None, out=torch.empty((M, K), dtype=dtype),
+                        epilogue=lambda *block, into=panels: into.append(block[-1].clone()),
+                        kind=kind_of(kind, rows, w, False, False),
+                    )  # fmt: skip
+                assert len(panels) == 2 and torch.equal(*panels)
 
 
 def test_half_precision_is_rounded_once(level):
