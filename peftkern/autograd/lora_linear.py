@@ -329,6 +329,7 @@ def lora_linear(
             grad mode is on.
         RuntimeError: a second derivative, or use under a torch.func transform; in backward, an x that was changed in place
             since and is needed as it was. The message names the layer; ``PEFTKERN_SAVE_INPUT=copy`` allows it.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
 
     ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """

@@ -273,6 +273,7 @@ def multi_lora_linear(
         ValueError, TypeError: an argument that does not fit, named in the message; on CPU an id that no adapter has.
             On a GPU the row of such an id is NaN.
         RuntimeError: a second derivative, or use under a torch.func transform; in backward as in ``lora_linear``.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
 
     ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
