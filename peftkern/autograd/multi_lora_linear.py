@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.cpu import multi_call as native
 from ..backends.cpu.call import weight_of
-from ..bases.base import Base, base_of
+from ..bases.base import Base, base_of, check_shape
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
@@ -293,6 +293,8 @@ def multi_lora_linear(
         if bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
     state = _state(adapters, x, dtype, base)
+    if base.shape is not None:
+        check_shape(base, state.out_features, x.shape[-1], "adapters and x")
     p = None if dropout_p == 0.0 else _probabilities(dropout_p, training, state.table.shape[0], x.device)
     seed = seed_tensor(seed, x.device) if p is not None else None
     # Whether base and bias fit the rest is checked by the op.
