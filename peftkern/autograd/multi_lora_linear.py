@@ -262,7 +262,7 @@ def multi_lora_linear(
             dtype (all alike, or they are taken in fp32); or an AdapterBank, whose weights get no gradient.
         adapter_ids: int32 or int64 on x's device: one per row of the flattened x, or one per leading index. -1 takes the
             base and ``bias`` alone. A list's ids are its positions, a bank's come from ``bank.ids``.
-        bias: (N), of the layer.
+        bias: (N), of the layer, in fp32 or x's dtype (any under autocast).
         dropout_p: drop probability of the branch's input, one for all adapters or one each; acts if ``training``.
         seed: as in ``lora_linear``: bits depend on (seed, flattened row, column) alone.
 
@@ -290,7 +290,7 @@ def multi_lora_linear(
     dtype = autocast or x.dtype
     if bias is not None:
         check_tensor("bias", bias)
-        if bias.dtype not in (dtype, torch.float32):
+        if autocast is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
     state = _state(adapters, x, dtype, base)
     if base.shape is not None:
