@@ -46,7 +46,7 @@ def quantize(
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64. It is not kept.
         kind: see above. Bases of other kinds are read, not made.
-        block_size: a power of two from 32 to 4096 for nf4 and fp4, a divisor of K for int4, 128 for fp8.
+        block_size: a power of two from 32 to 4096 for nf4 and fp4, an even divisor of K for int4, 128 for fp8.
         nested: quantise the scales of nf4 or fp4 as well.
         compute: "int8" for int8: the rows that meet the weight are rounded to 8 bits as well, by their largest magnitude,
             in the forward pass and in that of the gradient of x. That changes both by about 1 % (peftkern/bases/int8.py).
