@@ -184,3 +184,19 @@ def test_a_base_of_another_shape_is_refused(kind):
     with pytest.raises(ValueError, match="lora_A has shape"):
         dora_linear(x, base, A, B, torch.ones(N))
     assert lora_linear(torch.randn(3, N), base, torch.randn(4, N), torch.randn(K, 4)).shape == (3, K)
+
+
+@KINDS
+@pytest.mark.parametrize("N, K", [(8, 0), (0, 64)])
+def test_a_base_without_elements(backend, name, N, K):
+    base = drawn(name, N, K, 0)
+    x, bias = torch.ones(2, K, requires_grad=True), torch.arange(float(N))
+    A, B = torch.zeros(2, K), torch.zeros(N, 2)
+    for y in (
+        lora_linear(x, base, A, B, bias=bias),
+        multi_lora_linear(x, base, [(A, B, 1.0)], torch.zeros(2, dtype=torch.int64), bias=bias),
+    ):
+        assert torch.equal(y, bias.expand(2, N))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx, torch.zeros(2, K))
+    assert torch.equal(row_norm(base, A, B), torch.zeros(N))
