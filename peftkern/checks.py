@@ -121,9 +121,14 @@ def check_rows(name: str, value, columns: int | None = None, letter: str = "colu
 
 
 def check_number(name: str, value) -> None:
-    """A real Python number (not a bool)."""
+    """A real Python number (not a bool) that a float can hold: infinite and NaN ones are such."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if isinstance(value, int):
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is an int of {value.bit_length()} bits, which no float can hold") from None
 
 
 def check_factor(name: str, value: torch.Tensor, device: torch.device, like: str) -> None:
@@ -134,3 +139,11 @@ def check_factor(name: str, value: torch.Tensor, device: torch.device, like: str
         raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected {device} like {like}")
+
+
+def check_scaling(scaling, weight: torch.Tensor) -> None:
+    """A number, or a tensor of one element on the weight's device."""
+    if isinstance(scaling, torch.Tensor):
+        check_factor("scaling", scaling, weight.device, "weight")
+    else:
+        check_number("scaling", scaling)

@@ -61,6 +61,12 @@ bool group_of(int64_t codes, int64_t groups, int64_t& out) {
   return ceil_div(codes, out) == groups;
 }
 
+// The length of so many groups of one length. No codes may have no group.
+bool equal_groups(int64_t codes, int64_t groups, int64_t& length) {
+  length = codes == 0 ? 1 : groups < 1 ? 0 : codes / groups;
+  return length > 0 && (codes == 0 || codes % groups == 0);
+}
+
 // nf4, fp4: codes, absmax; or codes, absmax in 8 bits, their values, the absmax of those, an offset.
 bool read_flat4(const Tensors& t, Quantised& q) {
   const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
@@ -105,10 +111,8 @@ bool read_int4(const Tensors& t, Quantised& q) {
       q.K % 2 != 0 || t.of[1].dims != 2 || t.of[1].shape[0] != q.N || !t.numbers(1, q.number) ||
       !t.numbers(2, zeros) || zeros != q.number || t.of[2].elements() != t.of[1].elements())
     return false;
-  q.groups = t.of[1].shape[1];
-  if (q.groups < 1 || q.K % q.groups != 0) return false;
-  q.group = q.K / q.groups, q.zeros = t.of[2].data;
-  return true;
+  q.groups = t.of[1].shape[1], q.zeros = t.of[2].data;
+  return equal_groups(q.K, q.groups, q.group);
 }
 
 // hqq4, quanto4: codes of the two halves of W in the upper and the lower bits, or the other way round; scales
@@ -116,11 +120,11 @@ bool read_int4(const Tensors& t, Quantised& q) {
 bool read_halves(const Tensors& t, Quantised& q) {
   Number zeros;
   const int64_t codes = q.N * q.K, groups = t.count > 1 ? t.of[1].elements() : 0;
-  if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || groups < 1 || codes % groups != 0 ||
-      !t.numbers(1, q.number) || !t.numbers(2, zeros) || zeros != q.number || t.of[2].elements() != groups)
+  if (t.count != 3 || codes % 2 != 0 || !t.bytes(0, codes / 2) || !t.numbers(1, q.number) ||
+      !t.numbers(2, zeros) || zeros != q.number || t.of[2].elements() != groups)
     return false;
-  q.flat = true, q.group = codes / groups, q.zeros = t.of[2].data;
-  return true;
+  q.flat = true, q.zeros = t.of[2].data;
+  return equal_groups(codes, groups, q.group);
 }
 
 // mxfp4: codes (N, K / 32, 16), exponents (N, K / 32).

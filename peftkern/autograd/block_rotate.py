@@ -59,7 +59,7 @@ def block_rotate(x: Tensor, R: Tensor, index: Tensor | None = None) -> Tensor:
     Returns (..., K) in x's dtype, or in autocast's dtype under autocast. Gradients have their inputs' dtypes.
 
     Raises ValueError and TypeError, naming the argument that does not fit; RuntimeError for a second derivative and under a
-    torch.func transform.
+    torch.func transform, NotImplementedError for a tangent of forward-mode AD.
     """
     if not nobody_watches():
         no_transforms("block_rotate")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.cpu import call as native
 from ..backends.cpu.call import weight_of
-from ..bases.base import Base, base_of, kind_of
+from ..bases.base import Base, base_of, check_shape, kind_of
 from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
@@ -253,6 +253,8 @@ def lora_linear_with(
     scales = None if coefficients is None else tuple(coefficients if by_place else fold(coefficients, x))
     if now is None and torch._C._get_tracing_state() is not None:
         return _traced(x, base, lora_A, lora_B, bias, options, Scales(*(scales or NO_SCALES)))
+    if base.shape is not None and x.dim() and lora_B.dim():
+        check_shape(base, lora_B.shape[0], x.shape[-1], "lora_B and x")
     if type(scaling) is not float:
         if isinstance(scaling, Tensor):
             d, *others = scales or NO_SCALES
@@ -329,6 +331,7 @@ def lora_linear(
             grad mode is on.
         RuntimeError: a second derivative, or use under a torch.func transform; in backward, an x that was changed in place
             since and is needed as it was. The message names the layer; ``PEFTKERN_SAVE_INPUT=copy`` allows it.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
 
     ``torch.jit.trace`` records torch's own ops, with torch's dropout.
     """

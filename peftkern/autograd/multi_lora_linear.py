@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.cpu import multi_call as native
 from ..backends.cpu.call import weight_of
-from ..bases.base import Base, base_of
+from ..bases.base import Base, base_of, check_shape
 from ..checks import accumulate_dtype, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
@@ -262,7 +262,7 @@ def multi_lora_linear(
             dtype (all alike, or they are taken in fp32); or an AdapterBank, whose weights get no gradient.
         adapter_ids: int32 or int64 on x's device: one per row of the flattened x, or one per leading index. -1 takes the
             base and ``bias`` alone. A list's ids are its positions, a bank's come from ``bank.ids``.
-        bias: (N), of the layer.
+        bias: (N), of the layer, in fp32 or x's dtype (any under autocast).
         dropout_p: drop probability of the branch's input, one for all adapters or one each; acts if ``training``.
         seed: as in ``lora_linear``: bits depend on (seed, flattened row, column) alone.
 
@@ -273,6 +273,7 @@ def multi_lora_linear(
         ValueError, TypeError: an argument that does not fit, named in the message; on CPU an id that no adapter has.
             On a GPU the row of such an id is NaN.
         RuntimeError: a second derivative, or use under a torch.func transform; in backward as in ``lora_linear``.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
 
     ``torch.jit.trace`` records the ops themselves: the trace takes any ids, needs this package and has no gradient.
     """
@@ -289,9 +290,11 @@ def multi_lora_linear(
     dtype = autocast or x.dtype
     if bias is not None:
         check_tensor("bias", bias)
-        if bias.dtype not in (dtype, torch.float32):
+        if autocast is not None and bias.dtype not in (dtype, torch.float32):
             bias = bias.to(dtype)
     state = _state(adapters, x, dtype, base)
+    if base.shape is not None:
+        check_shape(base, state.out_features, x.shape[-1], "adapters and x")
     p = None if dropout_p == 0.0 else _probabilities(dropout_p, training, state.table.shape[0], x.device)
     seed = seed_tensor(seed, x.device) if p is not None else None
     # Whether base and bias fit the rest is checked by the op.

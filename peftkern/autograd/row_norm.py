@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bases.base import Base, base_of
+from ..bases.base import Base, base_of, check_shape
 from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
 from .shapes import autocast_dtype, cast
@@ -36,6 +36,8 @@ def row_norm(weight: Tensor | Base, lora_A: Tensor, lora_B: Tensor, scaling: flo
     base, factor = base_of(weight), isinstance(scaling, Tensor)
     check_tensor("lora_A", lora_A)
     check_tensor("lora_B", lora_B)
+    if lora_A.dim() and lora_B.dim():
+        check_shape(base, lora_B.shape[0], lora_A.shape[-1], "lora_B and lora_A")
     check_factor("scaling", scaling, lora_B.device, "lora_B") if factor else check_number("scaling", scaling)
     with torch.no_grad():
         if factor or autocast_dtype(lora_A) is not None:

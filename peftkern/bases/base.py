@@ -88,6 +88,18 @@ def base_of(weight: Tensor | Base) -> Base:
     return Base("dense", (weight,))
 
 
+def check_shape(base: Base, N: int, K: int, by: str) -> None:
+    """Raise ValueError unless (N, K) is the base's shape. ``by``: the arguments that tell N and K.
+
+    Of a kind that is not ``sized`` the tensors fit any N and K with as many elements.
+    """
+    shape = base.shape
+    if shape is not None and (shape[0] != N or shape[1] != K):
+        raise ValueError(
+            f"weight is a base of kind {base.kind} and shape {tuple(shape)}, but {by} are for (N, K) = {(N, K)}"
+        )
+
+
 def computed_in(base: Base, compute: str | None) -> Base:
     """The base whose products are computed in ``compute``: "int8", of kind int8 alone, or None, as it is.
 

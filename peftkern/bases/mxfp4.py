@@ -3,7 +3,7 @@
     W[n, 32 g + i] = e2m1[q[n, g, i]] * 2^(scales[n, g] - 127)
 
     blocks uint8 (N, K / 32, 16), contiguous: element 2 j of a block in the low nibble of byte j, 2 j + 1 in the high one
-    scales uint8 (N, K / 32), contiguous; 255 is NaN in the standard
+    scales uint8 (N, K / 32), contiguous; 255 is NaN (E8M0, OCP MX specification 1.0)
 
 The checkpoints' experts (E, N, K / 32, 16) are such a weight each.
 """
@@ -20,6 +20,8 @@ from .packed import Packed, nibbles
 # Sign, two bits of exponent, one of mantissa.
 E2M1 = tuple(sign * v for sign in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 BLOCK = 32
+# The scale of a block of NaN.
+NAN = 255
 
 
 class Mxfp4(Packed):

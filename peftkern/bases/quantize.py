@@ -14,7 +14,7 @@ from .base import Base, computed_in
 from .codebook import FP4, NF4
 from .fp8 import BLOCK
 from .mxfp4 import BLOCK as MX_BLOCK
-from .mxfp4 import E2M1
+from .mxfp4 import E2M1, NAN
 
 # Blocks of bitsandbytes: elements of a weight, and scales.
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -41,12 +41,12 @@ def quantize(
     ======  ===========================================================  ==============================================
 
     nf4, fp4 and int8 are those of bitsandbytes on a CPU. Codes are the nearest, in fp32; peftkern/bases says how each is
-    laid out and what weight it is.
+    laid out and what weight it is. An element that is not finite leaves none that is in what shares its scale.
 
     Args:
         weight: (N, K) in fp32, bf16, fp16 or fp64. It is not kept.
         kind: see above. Bases of other kinds are read, not made.
-        block_size: a power of two from 32 to 4096 for nf4 and fp4, a divisor of K for int4, 128 for fp8.
+        block_size: a power of two from 32 to 4096 for nf4 and fp4, an even divisor of K for int4, 128 for fp8.
         nested: quantise the scales of nf4 or fp4 as well.
         compute: "int8" for int8: the rows that meet the weight are rounded to 8 bits as well, by their largest magnitude,
             in the forward pass and in that of the gradient of x. That changes both by about 1 % (peftkern/bases/int8.py).
@@ -151,11 +151,13 @@ def _mxfp4(W: Tensor, block: int) -> tuple[Tensor, ...]:
     N, K = W.shape
     blocks = W.view(N, K // block, block)
     # 2^e of the largest magnitude becomes 4, the power of two in e2m1's largest binade.
-    exponent = (torch.frexp(blocks.abs().amax(dim=2)).exponent - 3).clamp(-127, 127)
+    largest = blocks.abs().amax(dim=2)
+    exponent = (torch.frexp(largest).exponent - 3).clamp(-127, 127)
     values = torch.ldexp(blocks, -exponent[..., None]).clamp(-6, 6)
     steps = torch.tensor(E2M1[:8], device=W.device)
     q = _nearest(values.abs(), steps) | (values.signbit().to(torch.uint8) << 3)
-    return q[..., ::2] | (q[..., 1::2] << 4), (exponent + 127).to(torch.uint8)
+    scales = torch.where(largest.isfinite(), exponent + 127, NAN)
+    return q[..., ::2] | (q[..., 1::2] << 4), scales.to(torch.uint8)
 
 
 class _Maker(NamedTuple):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from .. import settings
 from ..problem import Problem
 from .choose import ORDER, choose, load
-from .watch import nobody_watches
+from .watch import no_tangents, nobody_watches
 
 log = logging.getLogger("peftkern")
 
@@ -188,6 +188,7 @@ def _apply(taker: _Taker, arguments):
 
 
 def _run(op: Op, *args):
+    no_tangents(op.name.removesuffix("_fwd").removesuffix("_bwd"), args)
     return _apply(_taker(op, args), op.arguments(*args))
 
 

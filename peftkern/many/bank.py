@@ -20,6 +20,7 @@ order of the stream, and memory is used again when the device has done all that 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
@@ -207,6 +208,16 @@ class AdapterBank:
         """Names of the adapters, oldest first."""
         with self._lock:
             return list(self._adapters)
+
+    def __deepcopy__(self, memo: dict) -> AdapterBank:
+        """A bank with memory of its own, in which the same ids name the same adapters. It is not picklable."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        with self._lock, torch.inference_mode(False):
+            own = {name: v for name, v in vars(self).items() if name not in ("_lock", "_captured", "_state")}
+            vars(made).update(copy.deepcopy(own, memo))
+        made._lock, made._captured = threading.RLock(), set()
+        made._state = made._snapshot()
+        return made
 
     def __contains__(self, name: object) -> bool:
         return name in self._adapters

@@ -163,6 +163,16 @@ class LoRALinear(nn.Module):
             self.bias = base.bias.requires_grad_(train_bias)
         return self.weight.device
 
+    def reset_parameters(self) -> None:
+        """All parameters as those of a new layer, after ``to_empty`` for one: weight and bias as ``nn.Linear`` starts them.
+
+        Raises RuntimeError while merged.
+        """
+        if self.merged:
+            raise RuntimeError("reset_parameters: the layer is merged; call unmerge() first")
+        nn.Linear.reset_parameters(self)
+        self.reset_lora_parameters()
+
     def reset_lora_parameters(self) -> None:
         """lora_A Kaiming-uniform (a = sqrt 5), lora_B zero, magnitudes the weight's: the layer equals its base.
 
@@ -353,6 +363,10 @@ class LoRALinearOnCodes(LoRALinear):
     def bias(self) -> Tensor | None:
         """The layer's."""
         return self.base_layer.bias
+
+    def reset_parameters(self) -> None:
+        """The adapter's parameters as those of a new layer; the base in codes stays as it is."""
+        self.reset_lora_parameters()
 
     def _reset_magnitude(self) -> None:
         if self.use_dora:

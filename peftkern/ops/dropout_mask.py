@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..dispatch.registry import Size, define
 from ..problem import Problem, device_arch
 
@@ -71,6 +72,7 @@ def check_p(p: float, name: str = "dropout_p") -> None:
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(p).__name__}")
     if not 0.0 <= p < 1.0:
+        check_number(name, p)
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 

@@ -48,6 +48,20 @@ def test_gradcheck(base, p):
     assert torch.autograd.gradcheck(call, (x, bias, *(m for a in adapters for m in a[:2])))
 
 
+@pytest.mark.parametrize("x, bias", [("float32", "float64"), ("bfloat16", "float16"), ("float32", "bfloat16")])
+def test_a_bias_is_not_rounded_in_silence(x, bias):
+    x, bias = torch.randn(10, K, dtype=getattr(torch, x)), torch.randn(N, dtype=getattr(torch, bias))
+    W, adapters = torch.randn(N, K).to(x), listed(torch.float32)
+    for call in (
+        lambda: multi_lora_linear(x, W, adapters, IDS.flatten(), bias=bias),
+        lambda: lora_linear(x, W, *adapters[0][:2], bias=bias),
+    ):
+        with pytest.raises(TypeError, match="bias has dtype"):
+            call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call().dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_training_each_adapter_alone(dtype):
     adapters, W = listed(torch.float32), torch.randn(N, K).to(dtype)

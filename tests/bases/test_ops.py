@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from peftkern import AdapterBank, lora_linear, multi_lora_linear, quantize
+from peftkern import Adapter, AdapterBank, dora_linear, lora_linear, multi_lora_linear, quantize
 from peftkern.autograd.row_norm import row_norm
 from peftkern.bases.base import kind_of
 from peftkern.testing.accuracy import check
@@ -162,3 +163,40 @@ def test_made_without_a_library():
         x, _, A, B, _ = layer("nf4")
         approximate = kind_of(kind).dequantise(base.tensors, torch.float32, (10, 96))
         torch.testing.assert_close(lora_linear(x, base, A, B), x @ approximate.t() + x @ A.t() @ B.t())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4", "hqq4", "quanto4", "q4_0", "q8_0"])
+def test_a_base_of_another_shape_is_refused(kind):
+    """One with as many elements: the tensors of some kinds fit any shape."""
+    K, N = 64, 128
+    base, A, B = drawn(kind, K, N, 0)._replace(shape=(K, N)), torch.randn(4, K), torch.randn(N, 4)
+    x, none = torch.randn(3, K), Adapter()
+    calls = {
+        "lora_B and x": lambda: lora_linear(x, base, A, B),
+        "adapters and x": lambda: multi_lora_linear(x, base, [(A, B, 1.0)], torch.zeros(3, dtype=torch.int64)),
+        "lora_B and lora_A": lambda: row_norm(base, A, B),
+    }
+    for by, call in calls.items():
+        with pytest.raises(ValueError, match=re.escape(f"shape (64, 128), but {by} are for (N, K) = (128, 64)")):
+            call()
+    with pytest.raises(ValueError, match=re.escape("shape (64, 128)")):
+        multi_lora_linear(x, base, [none], torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="lora_A has shape"):
+        dora_linear(x, base, A, B, torch.ones(N))
+    assert lora_linear(torch.randn(3, N), base, torch.randn(4, N), torch.randn(K, 4)).shape == (3, K)
+
+
+@KINDS
+@pytest.mark.parametrize("N, K", [(8, 0), (0, 64)])
+def test_a_base_without_elements(backend, name, N, K):
+    base = drawn(name, N, K, 0)
+    x, bias = torch.ones(2, K, requires_grad=True), torch.arange(float(N))
+    A, B = torch.zeros(2, K), torch.zeros(N, 2)
+    for y in (
+        lora_linear(x, base, A, B, bias=bias),
+        multi_lora_linear(x, base, [(A, B, 1.0)], torch.zeros(2, dtype=torch.int64), bias=bias),
+    ):
+        assert torch.equal(y, bias.expand(2, N))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(dx, torch.zeros(2, K))
+    assert torch.equal(row_norm(base, A, B), torch.zeros(N))

@@ -91,3 +91,17 @@ def test_compute():
     for kind, compute, says in (("nf4", "int8", "this one is nf4"), ("int8", "int4", "compute is 'int4'")):
         with pytest.raises(ValueError, match=says):
             quantize(W, kind, compute=compute)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_not_finite_stays_so(name, bad):
+    W = torch.randn(130, 512)
+    W[1, 70] = bad
+    base = made(name, W)
+    assert not back(base)[1, 70].isfinite()
+    A, B = torch.zeros(2, 512), torch.zeros(130, 2)
+    for rows in (1, 40):
+        assert not peftkern.lora_linear(torch.ones(rows, 512), base, A, B)[:, 1].isfinite().any()
+    if "nested" not in name:  # whose scales share one offset
+        assert back(base)[128:].isfinite().all()

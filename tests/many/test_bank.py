@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import random
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern import AdapterBank, multi_lora_linear, sgmv
+from peftkern import Adapter, AdapterBank, multi_lora_linear, sgmv
 from peftkern.many import bank as bank_module
 
 SECONDS = float(os.environ.get("PEFTKERN_RACE_SECONDS", "3"))
@@ -64,6 +65,36 @@ def test_names_ids_and_errors():
     for kw in (dict(max_adapters=0), dict(max_rank=0), dict(max_rank=1.5), dict(dtype=torch.int8)):
         with pytest.raises((ValueError, TypeError), match=next(iter(kw))):
             AdapterBank(K, N, **(dict(max_adapters=2, max_rank=2) | kw))
+
+
+def test_a_deep_copy_is_a_bank_of_its_own():
+    bank, listed = bank_of(3, 1)
+    bank.add("vectors", *adapter(2, 7), bias=torch.ones(N), base_in_scale=torch.full((K,), 2.0))
+    shared = listed[0][0]
+    bank.add("shared", shared, listed[0][1], 3.0)
+    bank.remove("a1")
+    W, x, names = torch.randn(N, K), torch.randn(4, K), ["a0", "vectors", "shared", None]
+    ids = bank.ids(names)
+    held = bank.snapshot()  # a call that runs
+    twin = copy.deepcopy(bank)
+    expected = multi_lora_linear(x, W, bank, ids)
+    assert twin.names == bank.names and torch.equal(twin.ids(names), ids)
+    assert torch.equal(multi_lora_linear(x, W, twin, ids), expected)
+    twin.replace("a0", *adapter(8, 1), 2.0)
+    twin.remove("vectors")
+    twin.add("other", *adapter(4, 2), bias=torch.zeros(N))
+    assert torch.equal(multi_lora_linear(x, W, bank, ids), expected) and "other" not in bank
+    bank.replace("shared", *adapter(1, 5))
+    ours = multi_lora_linear(x, W, twin, twin.ids(["a0", "other", "shared", None]))
+    A, B = listed[0][:2]
+    want = [(*adapter(8, 1), 2.0), Adapter(*adapter(4, 2), bias=torch.zeros(N)), (A, B, 3.0)]
+    torch.testing.assert_close(ours, multi_lora_linear(x, W, want, torch.tensor([0, 1, 2, -1])))
+    with pytest.raises(ValueError, match="id"):
+        multi_lora_linear(x, W, twin, ids)
+    assert held.table.data_ptr() != twin.snapshot().table.data_ptr()
+    states = bank.snapshot(), twin.snapshot()
+    storages = [{t.data_ptr() for t in (*state.weights, *state.vectors)} for state in states]
+    assert len(storages[0]) == len(storages[1]) == 2 and not storages[0] & storages[1]
 
 
 def test_a_full_bank_says_so_and_has_room_again():

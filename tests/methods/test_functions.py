@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 import peftkern
@@ -259,6 +260,24 @@ def test_other_dtypes(name, dtype):
     assert error <= max(1.5 * allowed, 4 * expected.norm().item() * torch.finfo(dtype).eps)
     y.sum().backward()
     assert all(t.grad.dtype == dtype for t in (x, b, *tensors) if t.requires_grad)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_no_tangent_is_dropped(name):
+    # Forward-mode AD raises, or is torch's own all the way.
+    equation, x, W, b, tensors = case_of(name)
+    given = [t.detach() for t in (x, W, b, *tensors)]
+    for i, t in enumerate(given):
+        if not t.is_floating_point() or (name == "DoRA" and i != 0):  # whose norm is a constant
+            continue
+        with forward_ad.dual_level():
+            x, W, b, *tensors = (forward_ad.make_dual(v, torch.ones_like(v)) if v is t else v for v in given)
+            try:
+                y = function_of(name)(x, W, *tensors, bias=b)
+            except NotImplementedError:
+                continue
+            got, want = (forward_ad.unpack_dual(v).tangent for v in (y, equation(x, W, b, *tensors)))
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", DROPS)

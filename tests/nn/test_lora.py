@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftkern import LoRALinear, lora_linear
+from peftkern import LoRALinear, lora_linear, quantize
 
 
 def trained(*args, **options):
@@ -102,3 +102,29 @@ def test_copy_pickle_and_train():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"use_dora": True, "dtype": torch.bfloat16}], ids=str)
+def test_reset_parameters_makes_a_new_layer(options):
+    torch.manual_seed(4)
+    new = LoRALinear(10, 6, r=3, **options)
+    layer = LoRALinear(10, 6, r=3, device="meta", **options).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 9.0)
+    torch.manual_seed(4)
+    layer.reset_parameters()
+    for (name, ours), theirs in zip(layer.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.requires_grad == theirs.requires_grad, name
+    layer.eval().merge()
+    with pytest.raises(RuntimeError, match="reset_parameters: the layer is merged"):
+        layer.reset_parameters()
+
+
+def test_reset_parameters_leaves_codes():
+    layer = LoRALinear.from_linear(quantize(torch.randn(6, 64), "nf4"), use_dora=True)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    nn.init.ones_(layer.lora_B), nn.init.zeros_(layer.lora_magnitude)
+    layer.reset_parameters()
+    after = layer.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before if k != "lora_A")
+    assert not torch.equal(after["lora_A"], before["lora_A"])

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from peftkern import LoRALinear, lora_linear
+from peftkern import (
+    AdapterBank,
+    BottleneckAdapter,
+    LoRALinear,
+    bottleneck_adapter,
+    fourierft_linear,
+    loha_linear,
+    lora_linear,
+    multi_lora_linear,
+    shira_linear,
+    waveft_linear,
+)  # fmt: skip
+from peftkern.autograd.row_norm import row_norm
 from peftkern.equation import Needs
 from peftkern.testing.arguments import backward, forward
 
@@ -56,6 +68,8 @@ CASES = {
     "scaling has two elements": (dict(scaling=torch.ones(2)), ValueError, "scaling"),
     "scaling is an integer tensor": (dict(scaling=torch.tensor(2)), TypeError, "scaling"),
     "scaling is elsewhere": (dict(scaling=torch.ones(1, device="meta")), ValueError, "scaling is on meta"),
+    "scaling is beyond floats": (dict(scaling=10**400), ValueError, "scaling"),
+    "dropout_p is beyond floats": (dict(dropout_p=10**5000), ValueError, "dropout_p"),
     "dropout_p is 1": (dict(dropout_p=1.0, training=True), ValueError, "dropout_p"),
     "dropout_p is 1, not training": (dict(dropout_p=1.0), ValueError, "dropout_p"),
     "dropout_p is negative": (dict(dropout_p=-0.1, training=True), ValueError, "dropout_p"),
@@ -156,3 +170,27 @@ def test_layer(options, error, words):
         LoRALinear(4, 5, **options)
     with pytest.raises(TypeError, match="linear"):
         LoRALinear.from_linear(torch.nn.ReLU())
+
+
+BEYOND = {
+    "multi_lora_linear": lambda x, W, A, B, s: multi_lora_linear(x, W, [(A, B, s)], torch.zeros(M, dtype=torch.int64)),
+    "AdapterBank": lambda x, W, A, B, s: AdapterBank(K, N, max_adapters=1, max_rank=R).add("a", A, B, s),
+    "bottleneck_adapter": lambda x, W, A, B, s: bottleneck_adapter(x, A, A.t(), scaling=s),
+    "BottleneckAdapter": lambda x, W, A, B, s: BottleneckAdapter(K, R, scaling=s),
+    "row_norm": lambda x, W, A, B, s: row_norm(W, A, B, s),
+    "loha_linear": lambda x, W, A, B, s: loha_linear(x, W, B, A, B, A, scaling=s),
+    "shira_linear": lambda x, W, A, B, s: shira_linear(x, W, *_listed(), scaling=s),
+    "fourierft_linear": lambda x, W, A, B, s: fourierft_linear(x, W, *_listed(), scaling=s),
+    "waveft_linear": lambda x, W, A, B, s: waveft_linear(x, W, *_listed(), scaling=s),
+}
+
+
+def _listed():
+    return torch.randn(3), torch.tensor([[0, 1, 2], [3, 4, 5]])
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_number_beyond_floats_is_named(name):
+    for bad, error in ((10**400, ValueError), ("2", (TypeError, ValueError))):
+        with pytest.raises(error, match="scaling"):
+            BEYOND[name](*good().values(), bad)

@@ -212,6 +212,7 @@ def bottleneck_adapter(
         ValueError, TypeError: an argument that does not fit, named in the message.
         RuntimeError: a second derivative, or use under a torch.func transform; in backward, an h that was changed in place
             since and is needed as it was.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
     """
     now = current() if nobody_watches() else None
     if now is None:

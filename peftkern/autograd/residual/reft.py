@@ -267,6 +267,7 @@ def reft(
     Raises:
         ValueError, TypeError: an argument that does not fit, named in the message (positions beyond T: on the CPU alone).
         RuntimeError: a second derivative, or use under a torch.func transform.
+        NotImplementedError: an argument with a tangent of forward-mode AD.
     """
     if not nobody_watches():
         no_transforms("reft")

@@ -113,7 +113,10 @@ def features(layer: nn.Module) -> tuple[int, int]:
 
 
 class Replacement:
-    """What takes the place of a module's method on the instance. A copy or a pickle of the module is plain again."""
+    """What takes the place of a module's method on the instance.
+
+    A copy or a pickle of the module is plain again: it runs the base model, also where ``outside`` is "error".
+    """
 
     method = "forward"
 
@@ -318,6 +321,7 @@ class AttachedLinear(Attached):
             # Within a graph no state says so when the op runs.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), cast_base(kind, tensors, dtype)
+            bias = bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
         _, N = features(self.module)
         return torch.ops.peftkern.attached_linear(x, list(tensors), kind, bias, N, self.number, self.owner.graph_batch)
 

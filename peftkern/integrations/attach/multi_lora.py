@@ -74,7 +74,8 @@ def attach_adapters(
         dtype: in which the adapters are kept: the layer's, or fp32 (default: the layer's if the adapters given are
             stored in it, else fp32; fp32 where the layer's weight is in codes).
         outside: what a call outside of ``use`` does: "base" runs the base model, "error" raises RuntimeError, so that no
-            request of a server is answered without its adapter by accident.
+            request of a server is answered without its adapter by accident. A deep copy or pickle of the model has nothing
+            attached: it is the base model, without an error.
 
     Raises:
         ValueError: a checkpoint that does not fit the model (missing or corrupt file, other shapes, unknown keys,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.weight.hadamard import hadamard
-from ...checks import check_parts
+from ...checks import check_parts, check_scaling
 from .. import tuner
 from ..exact import refuse_half
 from ..linear import Branch, Linear, run
@@ -70,6 +70,7 @@ def loha_linear(
         weight, bias, hada_w1_a=(hada_w1_a, "N R"), hada_w1_b=(hada_w1_b, "R K"), hada_w2_a=(hada_w2_a, "N S"),
         hada_w2_b=(hada_w2_b, "S K"),
     )  # fmt: skip
+    check_scaling(scaling, weight)
     return run(_with(Linear(weight, bias), (hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b), scaling), x)
 
 

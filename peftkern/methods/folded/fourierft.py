@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_parts
+from ...checks import check_parts, check_scaling
 from .. import tuner
 from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
@@ -48,6 +48,7 @@ def fourierft_linear(
     Returns (..., N). Raises as ``lora_linear`` does. Saved for backward: x and the folded weight, in fp32.
     """
     check_parts(weight, bias, spectrum=(spectrum, "n"), indices=(indices, "2 n", tuple(weight.shape)))
+    check_scaling(scaling, weight)
     return run(_with(Linear(weight, bias), spectrum, indices, scaling), x)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd.shapes import cast
-from ...checks import check_parts
+from ...checks import check_parts, check_scaling
 from .. import tuner
 from ..exact import made_of, places
 from ..linear import Linear, run
@@ -46,6 +46,7 @@ def shira_linear(
     check_parts(
         weight, bias, shira_weight=(shira_weight, "n"), shira_indices=(shira_indices, "2 n", tuple(weight.shape))
     )
+    check_scaling(scaling, weight)
     return run(_with(Linear(weight, bias), shira_weight, shira_indices, scaling), x)
 
 

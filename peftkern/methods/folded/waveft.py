@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...checks import check_parts
+from ...checks import check_parts, check_scaling
 from .. import tuner
 from ..exact import made_of, places, refuse_half, wide
 from ..linear import Linear, run
@@ -79,6 +79,7 @@ def waveft_linear(
     )  # fmt: skip
     if filters is not None and (filters.shape[1] % 2 or not filters.numel()):
         raise ValueError(f"filters have shape {tuple(filters.shape)}, expected (2, L) with an even L")
+    check_scaling(scaling, weight)
     entries = _entries(indices, None if filters is None else wide(filters), tuple(weight.shape))
     return run(_with(Linear(weight, bias), spectrum, entries, scaling), x)
 

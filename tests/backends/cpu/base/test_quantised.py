@@ -97,6 +97,20 @@ def test_all_codes_of_8_bits(level):
             assert torch.equal(got, W)
 
 
+@pytest.mark.parametrize(
+    "kind, dtype", [("panels", torch.float32), ("few", torch.float32), ("few", torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 5, 50])
+def test_a_scale_of_mxfp4_that_is_not_a_number(level, kind, dtype, rows):
+    blocks, scales = random_base("mxfp4", 40, 512, torch.Generator().manual_seed(0)).tensors
+    scales[7, 3] = 255
+    base = Base("mxfp4", (blocks, scales))
+    y = forward(torch.ones(rows, 512, dtype=dtype), base, 40, kind)
+    assert y.isnan().all(0).nonzero().flatten().tolist() == [7] and y.isnan().sum() == rows
+    dx = backward(torch.ones(rows, 40, dtype=dtype), base, 512, kind)
+    assert dx.isnan().all(0).nonzero().flatten().tolist() == [*range(96, 128)] and dx.isnan().sum() == 32 * rows
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_accuracy_of_random_problems(level, monkeypatch, name, kind):

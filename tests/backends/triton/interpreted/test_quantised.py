@@ -45,6 +45,14 @@ def test_panels_are_the_definition(name, shape, monkeypatch):
     assert torch.equal(times(torch.eye(K, dtype=F16), weight, 0), W.half().t())
 
 
+def test_a_scale_of_mxfp4_that_is_not_a_number():
+    blocks, scales = random_base("mxfp4", 40, 96, torch.Generator().manual_seed(0)).tensors
+    scales[7, 1] = 255
+    weight = weight_of("mxfp4", (blocks, scales), 40, 96)
+    assert times(torch.ones(3, 96), weight, 0).isnan().all(0).nonzero().flatten().tolist() == [7]
+    assert times(torch.ones(3, 40), weight.t(), 0).isnan().all(0).nonzero().flatten().tolist() == [*range(32, 64)]
+
+
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("M", [5, 70], ids=["decoded", "panels"])
 def test_forward_and_gradients(name, M):
