@@ -11,12 +11,13 @@
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 // A tile in registers: four columns, or of more rows two. Terms of a chain of the most rows are half of L1.
-constexpr int kCodeTileRows = 8;
+constexpr int kCodeTileRows = 8, kCodeWideRows = 5;
 template <int ROWS>
-constexpr int kCodeTileCols = ROWS > 5 ? 2 : 4;
+constexpr int kCodeTileCols = ROWS > kCodeWideRows ? 2 : 4;
 
-// Columns of a thread's part, all of whose terms of a chain meet the rows of a tile while those are in L1;
-// and between what is multiplied and what is asked for.
+// Columns of a thread's part. The rows of a wide tile are quick to read again: its columns are read to their
+// ends, as memory has them. Of more rows many columns meet a chain's terms while those are in L1. And the
+// most columns between what is multiplied and what is asked for.
 constexpr int64_t kCodeRun = 32, kCodesEarly = 8;
 // Of more rows a chain of kPairRun columns is decoded into L1, their rows so far apart.
 constexpr int64_t kDecodedLd = kPairChain + kPair;
@@ -67,7 +68,8 @@ void dots_of_columns(const BaseArgs& g, const Reader& reader, int64_t begin, int
     // From the last columns of a chain to the first ones of the next, or of the next run.
     const int64_t turn = k + kPairChain < g.inner ? kPairChain - cols * w.row : -k;
     const auto ahead = [&](int64_t j) {
-      return Reader::Codes::bytes(kCodesEarly * w.row + (j + kCodesEarly < cols ? 0 : turn));
+      const int64_t early = smaller(kCodesEarly, cols);
+      return Reader::Codes::bytes(early * w.row + (j + early < cols ? 0 : turn));
     };
     if (g.rows <= kCodeTileRows) {
       with_rows<kCodeTileRows>(g.rows, [&](auto rows) {
@@ -97,8 +99,11 @@ void pair_dot_products(const BaseArgs& g, const Reader& reader) {
   auto* packed = reinterpret_cast<bf16*>(g.scratch);
   const bool direct = g.rows <= kCodeTileRows;
   pack_pairs(g, direct ? kCodeTileRows : kPairTileRows, reader, packed);
-  // Short runs where long ones would leave threads without.
-  const int64_t run = direct && g.cols >= 4 * kCodeRun * g.threads ? kCodeRun : kPairRun;
+  int64_t run = kPairRun;
+  if (g.rows <= kCodeWideRows)
+    run = kCodeTileCols<kCodeWideRows>;
+  else if (direct && g.cols >= 4 * kCodeRun * g.threads)  // or threads would be left without
+    run = kCodeRun;
 #pragma omp for schedule(guided)
   for (int64_t col = 0; col < g.cols; col += run)
     dots_of_columns(g, reader, col, smaller(run, g.cols - col), packed);
