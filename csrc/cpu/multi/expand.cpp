@@ -80,7 +80,6 @@ void expand_unit(const MultiExpandTask& a, const MultiUnit& u, float* scratch) {
 template <class TO, class TS>
 void expand(const MultiExpandTask& a) {
   parallel(a.threads, [&] {
-    if (a.first != nullptr) reduce_units(*a.first);
     float* scratch = a.scratch + thread_number() * a.scratch_floats;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < a.count; ++t) expand_unit<TO, TS>(a, a.units[t], scratch);

@@ -8,9 +8,6 @@
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
 
-// A task by the threads of a region (reduce.cpp).
-void reduce_units(const MultiReduceTask& a);
-
 // What comes after ranks [r, r + take) of columns [c, c + cols) of a walk over ranks [r0, r1), all columns.
 template <class T>
 PEFTKERN_INLINE const T* next_piece(const MultiSegment& s, int64_t r0, int64_t r1, int64_t r, int64_t take,

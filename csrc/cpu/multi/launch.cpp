@@ -62,19 +62,6 @@ class Reduction {
   }
 
   void run() {
-    cut();
-    flush();
-  }
-
-  // The task of dots alone, for others to run.
-  const MultiReduceTask* dots_task() {
-    cut();
-    take_units();
-    return &task_;
-  }
-
- private:
-  void cut() {
     std::fill_n(args_.colsum, args_.colsum != nullptr ? args_.C : 0, 0.0f);
     for (const MultiSegment& s : segments_) {
       const bool outer = s.grad.data != nullptr || s.col_grad != nullptr, fused = s.R * Cpad_ <= kFusedFloats;
@@ -85,8 +72,10 @@ class Reduction {
       if (args_.dot != nullptr) dots(s);
       if (outer || adds(s)) columns(s, outer);
     }
+    flush();
   }
 
+ private:
   // Whether its rows are part of the column sums.
   bool adds(const MultiSegment& s) const { return args_.colsum != nullptr && !s.own_bias; }
 
@@ -162,17 +151,13 @@ class Reduction {
     return (colsums_ += count) - count;
   }
 
-  void take_units() {
-    task_.units = units_.data(), task_.count = static_cast<int64_t>(units_.size());
-    task_.finish = finish_.data(), task_.finish_count = static_cast<int64_t>(finish_.size());
-  }
-
   void flush() {
     if (!units_.empty()) {
       KeptScratch scratch;
       task_.sums = scratch.take(sums_ + colsums_ * Cpad_), task_.colsums = task_.sums + sums_;
       task_.colsum_count = colsums_;
-      take_units();
+      task_.units = units_.data(), task_.count = static_cast<int64_t>(units_.size());
+      task_.finish = finish_.data(), task_.finish_count = static_cast<int64_t>(finish_.size());
       multi_reduce_run(task_);
     }
     units_.clear(), finish_.clear();
@@ -211,10 +196,7 @@ void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
     segments.push_back(s);
     row_units += divide_up(s.count, kExpandRows);
   }
-  if (segments.empty()) {
-    if (args.first != nullptr) multi_reduce(batch, *args.first);
-    return;
-  }
+  if (segments.empty()) return;
   const int64_t tiles = divide_up(args.cols, kMultiTileCols);
   const int64_t ways = std::clamp<int64_t>(divide_up(8 * args.threads, row_units), 1, tiles);
   const int64_t step = divide_up(tiles, ways) * kMultiTileCols;
@@ -237,9 +219,6 @@ void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args) {
   task.threads = args.threads;
   KeptScratch scratch;
   task.scratch = scratch.take(task.scratch_floats * args.threads);
-  if (args.first == nullptr) return multi_expand_run(task);
-  Reduction first(batch, *args.first);
-  task.first = first.dots_task();
   multi_expand_run(task);
 }
 

@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <stdexcept>
-#include <utility>
 
 #include "cpu/bottleneck/task.h"
 #include "cpu/lora/steps.h"
@@ -14,8 +13,6 @@ constexpr int64_t kA = static_cast<int64_t>(Side::A), kB = static_cast<int64_t>(
 
 // Bytes of a scaled copy of rows for the base product.
 constexpr int64_t kScaledBytes = int64_t{16} << 20;
-// At most so many rows are reduced and expanded by one start of the threads.
-constexpr int64_t kTogetherRows = 64;
 
 // The vector that scales what goes into the base product.
 MultiVector in_scale(Side side) {
@@ -79,9 +76,7 @@ struct Onto {
   Side side;
   ConstMatrix a;
   Matrix out;
-  const float* v;  // u or du
-  // Null, or what makes v, to be run before it is read.
-  const MultiReduceArgs* first;
+  const float* v;     // u or du
   const float* bias;  // forward
   Matrix h;           // forward: the product, if wanted
   // Backward: what makes the gradients of p_b.
@@ -106,7 +101,6 @@ void onto_base(const MultiBatch& batch, const MultiLinear& g, const Onto& to) {
   const bool forward = to.side == Side::B, keep = to.h.data != nullptr;
   const int64_t M = batch.M, C = forward ? adapters.K : adapters.N, D = forward ? adapters.N : adapters.K;
   const Matrix& product = keep ? to.h : to.out;
-  const MultiReduceArgs* first = to.first;
   const auto epilogue = [&](int64_t r0, int64_t r1, int64_t c0, int64_t c1, const ConstMatrix& block) {
     const int64_t rows = r1 - r0, cols = c1 - c0;
     const int64_t work = rows * cols * std::max<int64_t>(adapters.max_rank, 1);
@@ -116,15 +110,10 @@ void onto_base(const MultiBatch& batch, const MultiLinear& g, const Onto& to) {
           {block, saved, rows, cols, 0, 1.0f, nullptr, nullptr, worth_threads(4 * rows * cols, g.threads)});
     if (to.vector_grads != nullptr && block.data != nullptr)
       add_dp_b(batch, to, r0, r1, c0, c1, block, g.threads);
-    const int threads = worth_threads(work, g.threads);
-    if (first != nullptr && first->threads != threads) multi_reduce(batch, *std::exchange(first, nullptr));
     multi_expand(batch, {to.side, from(to.out, r0, c0), block, r0, rows, c0, cols, to.v, adapters.max_rank,
-                         to.bias, threads, std::exchange(first, nullptr)});
+                         to.bias, worth_threads(work, g.threads)});
   };
-  if (M == 0 || D == 0) {
-    if (first != nullptr) multi_reduce(batch, *first);
-    return;
-  }
+  if (M == 0 || D == 0) return;
   if (!g.base) {
     epilogue(0, M, 0, D, ConstMatrix{});
   } else if (g.kind == BaseKind::given && !batch.has(in_scale(to.side))) {
@@ -194,15 +183,12 @@ void sums_of_dy(const MultiBatch& batch, const MultiLinearBackward& g) {
 bool curved(const MultiGroup& group) {
   return group.R > 0 && (group.activation != 0 || group.vector[kRankBias] != nullptr);
 }
-bool any_curved(const MultiBatch& batch) {
-  return std::any_of(batch.groups.begin(), batch.groups.end(), curved);
-}
 
 // z = f(u + b), which is u itself where no adapter has f or b; else `into`, which may be u, or scratch if it
 // is null.
 const float* activated(const MultiBatch& batch, const float* u, float* into, int threads,
                        KeptScratch& scratch) {
-  if (!any_curved(batch)) return u;
+  if (std::none_of(batch.groups.begin(), batch.groups.end(), curved)) return u;
   const int64_t ld = batch.adapters.max_rank;
   float* z = into != nullptr ? into : scratch.take(batch.M * ld);
   if (z != u) std::copy_n(u, batch.M * ld, z);
@@ -252,12 +238,9 @@ void multi_linear_forward(const MultiBatch& batch, const MultiLinearForward& g) 
   MultiReduceArgs shrink{};
   shrink.side = Side::A, shrink.in = g.x, shrink.C = adapters.K;
   shrink.dot = u, shrink.ld = adapters.max_rank, shrink.threads = reduce_threads(batch, g, adapters.K);
-  const float* bias = as_floats(g.bias, adapters.N, scratch);
-  // With many rows x is read for u while it is still near; with few, each start of the threads counts.
-  const bool together = batch.M <= kTogetherRows && !any_curved(batch);
-  if (!together) multi_reduce(batch, shrink);
+  multi_reduce(batch, shrink);
   const float* z = activated(batch, u, g.u == nullptr ? u : nullptr, g.threads, scratch);
-  onto_base(batch, g, {Side::B, g.x, g.y, z, together ? &shrink : nullptr, bias, g.h, {}, nullptr});
+  onto_base(batch, g, {Side::B, g.x, g.y, z, as_floats(g.bias, adapters.N, scratch), g.h, {}, nullptr});
 }
 
 void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g) {
@@ -293,8 +276,7 @@ void multi_linear_backward(const MultiBatch& batch, const MultiLinearBackward& g
   over_x.ld = adapters.max_rank, over_x.threads = reduce_threads(batch, g, adapters.K);
   if (dA) multi_reduce(batch, over_x);
   if (g.dx.data != nullptr)
-    onto_base(batch, g,
-              {Side::A, g.dy, g.dx, du, nullptr, nullptr, {}, g.x, dp_b ? &g.vector_grads : nullptr});
+    onto_base(batch, g, {Side::A, g.dy, g.dx, du, nullptr, {}, g.x, dp_b ? &g.vector_grads : nullptr});
 }
 
 }  // namespace peftkern::cpu

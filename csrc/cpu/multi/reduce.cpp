@@ -234,20 +234,18 @@ void add_colsums(const MultiReduceTask& a) {
 
 }  // namespace
 
-void reduce_units(const MultiReduceTask& a) {
-  float* scratch = a.scratch + thread_number() * a.scratch_floats;
-#pragma omp for schedule(dynamic)
-  for (int64_t t = 0; t < a.count; ++t) reduce_unit(a, a.units[t], scratch);
-#pragma omp for schedule(dynamic)
-  for (int64_t t = 0; t < a.finish_count; ++t) finish_unit(a, a.finish[t], scratch);
-  if (a.colsum != nullptr) {
-#pragma omp single nowait
-    add_colsums(a);
-  }
-}
-
 void multi_reduce_run(const MultiReduceTask& a) {
-  parallel(a.threads, [&] { reduce_units(a); });
+  parallel(a.threads, [&] {
+    float* scratch = a.scratch + thread_number() * a.scratch_floats;
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < a.count; ++t) reduce_unit(a, a.units[t], scratch);
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < a.finish_count; ++t) finish_unit(a, a.finish[t], scratch);
+    if (a.colsum != nullptr) {
+#pragma omp single nowait
+      add_colsums(a);
+    }
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -63,8 +63,7 @@ struct MultiReduceTask {
 };
 
 struct MultiExpandTask {
-  const MultiReduceTask* first;  // null, or run before it by the same threads
-  const MultiUnit* units;        // columns relative to the block
+  const MultiUnit* units;  // columns relative to the block
   int64_t count;
   Matrix out;
   ConstMatrix src;

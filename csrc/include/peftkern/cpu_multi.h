@@ -129,8 +129,6 @@ struct MultiExpandArgs {
   int64_t ld;
   const float* bias;
   int threads;
-  // Null, or what is reduced before by the same threads, to dots alone: one start of the threads for both.
-  const MultiReduceArgs* first = nullptr;
 };
 void multi_expand(const MultiBatch& batch, const MultiExpandArgs& args);
 
