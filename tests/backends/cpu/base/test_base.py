@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_calls import base_product
+from kernel_calls import base_product, forward
 from torch import Tensor
 
 from peftkern.backends.cpu import native as cpu_native
+from peftkern.bases.base import Base
 from peftkern.dispatch.cpu_base import Cpu, choose_kind, this_cpu
 from peftkern.dispatch.cpu_table import Product
 from peftkern.settings import Settings
@@ -103,7 +104,12 @@ def test_product_is_accurate(kind, dtype, transpose, level):
 def test_narrow_products_of_the_vendor_are_as_accurate_at_any_strides(N, layout, level):
     """The vendor's sums over what is not adjacent have twice the error of the others, and more."""
     a, w = operands(45, N, 1023, torch.float32, False, layout)[0], torch.randn(N, 1023)
-    assert torch.equal(product("vendor", a, w, True), product("vendor", a.contiguous(), w, True))
+    exact = a.double() @ w.double().t()
+    error = [
+        (forward(x, Base("dense", (w,)), N, "vendor").double() - exact).square().mean().sqrt()
+        for x in (a, a.contiguous())
+    ]
+    assert error[0] <= 1.25 * error[1]
 
 
 @pytest.mark.parametrize("layout", ("columns", "gaps", "row stride"))
