@@ -261,7 +261,8 @@ def multi_lora_linear(
         adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` or an Adapter each, ranks of any mix, matrices in fp32 or x's
             dtype (all alike, or they are taken in fp32); or an AdapterBank, whose weights get no gradient.
         adapter_ids: int32 or int64 on x's device: one per row of the flattened x, or one per leading index. -1 takes the
-            base and ``bias`` alone. A list's ids are its positions, a bank's come from ``bank.ids``.
+            base and ``bias`` alone. A list's ids are its positions, a bank's come from ``bank.ids``. On a GPU what writes
+            them past torch (another library, ``.data``) is not seen: give it another tensor.
         bias: (N), of the layer, in fp32 or x's dtype (any under autocast).
         dropout_p: drop probability of the branch's input, one for all adapters or one each; acts if ``training``.
         seed: as in ``lora_linear``: bits depend on (seed, flattened row, column) alone.
