@@ -89,12 +89,12 @@ def base_of(weight: Tensor | Base) -> Base:
 
 
 def check_shape(base: Base, N: int, K: int, by: str) -> None:
-    """Raise ValueError unless (N, K) is the base's shape. ``by``: the arguments that tell N and K.
+    """Raise ValueError if the base has as many elements as (N, K) but another shape. ``by``: the arguments that tell N and K.
 
-    Of a kind that is not ``sized`` the tensors fit any N and K with as many elements.
+    The tensors of a kind that is not ``sized`` fit both. Of other numbers the ops say which tensor does not fit.
     """
     shape = base.shape
-    if shape is not None and (shape[0] != N or shape[1] != K):
+    if shape is not None and (shape[0] != N or shape[1] != K) and shape[0] * shape[1] == N * K:
         raise ValueError(
             f"weight is a base of kind {base.kind} and shape {tuple(shape)}, but {by} are for (N, K) = {(N, K)}"
         )

@@ -179,7 +179,7 @@ def test_a_base_of_another_shape_is_refused(kind):
     for by, call in calls.items():
         with pytest.raises(ValueError, match=re.escape(f"shape (64, 128), but {by} are for (N, K) = (128, 64)")):
             call()
-    with pytest.raises(ValueError, match=re.escape("shape (64, 128)")):
+    with pytest.raises(ValueError, match=r"(codes|weight) .*shape"):
         multi_lora_linear(x, base, [none], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="lora_A has shape"):
         dora_linear(x, base, A, B, torch.ones(N))
