@@ -8,7 +8,7 @@ q + 8 of element j in the low nibble and of element j + 16 in the high one. A bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ BLOCK = 32
 
 
 class Gguf(Packed):
-    """Blocks of 32 along K. ``size``: bytes of one."""
+    """Blocks of 32 along K. ``size``: bytes of one. ``codes``: q of the bytes behind d: (blocks, size - 2) uint8 -> (blocks, 32)
+    int8."""
 
     sized = False
     parts = ({"raw": (torch.uint8,)},)
     size: int
+    codes: Callable[[Tensor], Tensor]
 
     def check(self, tensors: Sequence[Tensor], like: Tensor, K: int | None, N: int | None) -> tuple[int, int]:
         """(N, K), of which K must be known."""
@@ -33,10 +35,6 @@ class Gguf(Packed):
             raise ValueError(f"a base of kind {self.name} has in_features that 32 divides, got K = {K}")
         self.bytes("raw", raw, N * K // BLOCK * self.size, f"{self.size} N K / 32 for N = {N} and K = {K}")
         return N, K
-
-    def codes(self, data: Tensor) -> Tensor:
-        """q of the bytes behind d: (blocks, size - 2) uint8 -> (blocks, 32) int8."""
-        raise NotImplementedError
 
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
         """W (N, K) in ``dtype``, computed in fp32."""

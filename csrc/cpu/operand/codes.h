@@ -3,26 +3,8 @@
 
 #include "cpu/common/simd.h"
 #include "peftkern/code_values.h"
-#include "peftkern/quantised.h"
 
 namespace peftkern::cpu::PEFTKERN_LEVEL {
-
-PEFTKERN_INLINE const float* values_of(Quantised::Code code) {
-  switch (code) {
-    case Quantised::Code::fp4:
-      return kFp4;
-    case Quantised::Code::e2m1:
-      return kE2m1;
-    case Quantised::Code::uint4:
-      return kUint4;
-    case Quantised::Code::int4:
-      return kInt4;
-    case Quantised::Code::minus8:
-      return kMinus8;
-    default:
-      return kNf4;
-  }
-}
 
 // The values of W codes in the lower 4 bits of each lane; what lies above them does not count.
 struct Values16 {

@@ -222,22 +222,6 @@ const char* start(const LoraLinearArgs& args, const Codes& codes, bool dependent
                                   : start<T, Codebook4>(args, codes, dependent);
 }
 
-// Null for codes that are no index of 16 values.
-const float* values_of(Quantised::Code code) {
-  switch (code) {
-    case Quantised::Code::nf4:
-      return kNf4;
-    case Quantised::Code::fp4:
-      return kFp4;
-    case Quantised::Code::uint4:
-      return kUint4;
-    case Quantised::Code::int4:
-      return kInt4;
-    default:
-      return nullptr;
-  }
-}
-
 int log2_of(int64_t power) {
   int log = 0;
   while (int64_t{1} << log < power) ++log;
@@ -258,10 +242,8 @@ bool takes_scales(const Quantised& w) {
 
 bool lora_linear_codes_takes(const LoraLinearArgs& args, const Quantised& w) {
   using Order = Quantised::Order;
-  const bool known =
-      w.order == Order::bytes
-          ? w.code == Quantised::Code::int8
-          : (w.order == Order::upper_first || w.order == Order::lower_first) && values_of(w.code) != nullptr;
+  const bool known = w.order == Order::bytes ? w.code == Quantised::Code::int8
+                                             : w.order == Order::upper_first || w.order == Order::lower_first;
   return known && !w.integers && w.block_bytes == 0 && w.number != Quantised::Number::e8m0 &&
          takes_scales(w) && args.x.col == 1 && args.out.col == 1 && args.K > 0 &&
          args.K < 0x7fffffff - 4096 && args.dropout.seed == nullptr &&
@@ -272,7 +254,7 @@ const char* lora_linear_codes(const LoraLinearArgs& args, const Quantised& w, bo
   if (args.M == 0 || args.N == 0) return nullptr;
   if (!lora_linear_codes_takes(args, w)) return "cudaErrorInvalidValue";
   Codes codes{w, {}, w.flat ? log2_of(w.group) : 0, log2_of(w.outer_group)};
-  if (const float* values = values_of(w.code)) std::memcpy(codes.values, values, sizeof codes.values);
+  std::memcpy(codes.values, values_of(w.code), sizeof codes.values);
   return args.x.dtype == DType::bf16 ? start<bf16>(args, codes, dependent)
                                      : start<f16>(args, codes, dependent);
 }

@@ -1,6 +1,8 @@
 // What codes of 4 bits stand for, on every device.
 #pragma once
 
+#include "peftkern/quantised.h"
+
 namespace peftkern {
 
 // The values of codes of 4 bits. NF4: quantiles of the normal distribution (QLoRA, arXiv 2305.14314); FP4:
@@ -44,5 +46,24 @@ constexpr float kUint4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 
 // Two's complement.
 constexpr float kInt4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 constexpr float kMinus8[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+// Of codes of 8 bits, which are no index of values, any. Static: of several levels' copies a linker would
+// keep one.
+static inline const float* values_of(Quantised::Code code) {
+  switch (code) {
+    case Quantised::Code::fp4:
+      return kFp4;
+    case Quantised::Code::e2m1:
+      return kE2m1;
+    case Quantised::Code::uint4:
+      return kUint4;
+    case Quantised::Code::int4:
+      return kInt4;
+    case Quantised::Code::minus8:
+      return kMinus8;
+    default:
+      return kNf4;
+  }
+}
 
 }  // namespace peftkern

@@ -261,9 +261,8 @@ def test_compiles_whole():
 
     names = t.named()
     want = torch.autograd.grad(step(t.x, t.ids), list(names.values()), t.dy)
-    compiled = torch.compile(
-        step, fullgraph=True, backend="aot_eager"
-    )  # test_multi_lora_linear.py compiles by inductor
+    # By inductor test_multi_lora_linear.py compiles.
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(t.x, t.ids), list(names.values()), t.dy)
     torch.testing.assert_close(got, want)
 

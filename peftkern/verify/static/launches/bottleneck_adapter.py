@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from peftkern.kernels import launch
 from peftkern.kernels.bottleneck.bottleneck_adapter import Backward, Forward, Needs, backward, forward
 from peftkern.kernels.call import Dropout, Settings
 
-from .. import triton
 from ..triton import ARCHS, NAMES, Report, captured, fits
 from .lora_linear import widths as _widths
 
@@ -82,12 +80,6 @@ def capture(case: Case) -> list[launch.Launch]:
         needs = Needs(True, True, True, True, True, full, full)
         backward(Backward(dy, h, t, down, up, *beside, not full, needs), Settings(case.arch))
     return taken
-
-
-@functools.cache
-def reports(case: Case) -> tuple[Report, ...]:
-    """One per launch of the case, in order."""
-    return triton.reports(capture(case), case.arch)
 
 
 def widths(r: Report) -> list[str]:

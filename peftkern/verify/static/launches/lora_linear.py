@@ -6,7 +6,6 @@ The launches are those of whole ops on meta tensors of real shapes, for a list o
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from peftkern.kernels.lora_linear import forward
 from peftkern.kernels.lora_linear_grad import backward
 from peftkern.kernels.lora_row_norm import row_norm
 
-from .. import triton
 from ..triton import ARCHS, NAMES, Report, captured, fits, share, tensors
 
 BOUNDS = "triton_lora_linear"
@@ -149,12 +147,6 @@ def capture(case: Case) -> list[launch.Launch]:
         block_rotate(x, empty(K // 32, 32, 32, dtype=case.adapter_dtype), None, settings)
         block_rotate_grad(x, x, 32, None, settings)
     return taken
-
-
-@functools.cache
-def reports(case: Case) -> tuple[Report, ...]:
-    """One per launch of the case, in order."""
-    return triton.reports(capture(case), case.arch)
 
 
 def resources(r: Report) -> list[str]:

@@ -6,7 +6,6 @@ touches it, one for whole vectors and one for anything; the first must be there.
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from peftkern.kernels.multi.route import route
 from peftkern.kernels.multi.tiles import COLUMNS
 from peftkern.kernels.quantised.codes import Quantised
 
-from .. import triton
 from ..triton import ARCHS, NAMES, Report, captured, fits, share, tensors
 
 SYMBOLS = ("d", "p_b", "p_d", "g_b", "g_d", "beta")
@@ -136,12 +134,6 @@ def capture(case: Case, weight: Quantised | None = None) -> list[launch.Launch]:
         if not case.drop:
             multi_lora_linear.add(rows, dy, x)
     return taken
-
-
-@functools.cache
-def reports(case: Case) -> tuple[Report, ...]:
-    """One per launch of the case, in order."""
-    return triton.reports(capture(case), case.arch)
 
 
 def resources(r: Report) -> list[str]:

@@ -5,7 +5,6 @@ As lora_linear.py, whose tables know the kernels and their other arguments. Kind
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from peftkern.kernels.lora_linear_grad import backward
 from peftkern.kernels.lora_row_norm import row_norm
 from peftkern.testing.bases import random_base
 
-from .. import triton
 from ..triton import ARCHS, Report, captured, fits, share, tensors, values
 from . import multi_lora_linear
 from .lora_linear import TILES
@@ -99,12 +97,6 @@ def capture(case: Case) -> list[launch.Launch]:
         backward(Backward(dy, x, u, None, w, A, B, 2.0, drop, needs=Needs(True, True, True)), settings)
         row_norm(w, A, B, 2.0, settings)
     return [item for item in taken if "w.codes" in tensors(item)]
-
-
-@functools.cache
-def reports(case: Case) -> tuple[Report, ...]:
-    """One per launch of the case, in order."""
-    return triton.reports(capture(case), case.arch)
 
 
 def _codes(r: Report) -> float:

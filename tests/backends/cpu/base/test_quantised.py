@@ -63,10 +63,9 @@ def test_each_element_in_bf16(level, name, N, K):
 FEW = ("nf4", "nf4 nested", "fp4 nested", "int4 bf16", "nf4 of blocks of 32", "int4", "mxfp4", "int8", "fp8")
 
 
+# An odd last row; parts of a chain, and of a line.
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize(
-    "N, K", [(75, 2304), (301, 1024), (21, 1088)]
-)  # an odd last row; parts of a chain, and of a line
+@pytest.mark.parametrize("N, K", [(75, 2304), (301, 1024), (21, 1088)])
 def test_few_rows_of_bf16(level, name, N, K):
     base, W = base_and_weight(name, N, K)
     x, dy = torch.randn(23, K).bfloat16(), torch.randn(23, N).bfloat16()
