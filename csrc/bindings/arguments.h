@@ -148,12 +148,9 @@ struct Base {
     if (kind == kNone || !read_kind(word, M, dtype, weighted ? &weight : nullptr, scaled, out))
       return kind == kNone;
     const bool integers = kind == kQuantised && quantised.integers;
-    if (integers == (out == cpu::BaseKind::int8) && (kind != kQuantised || out != cpu::BaseKind::vendor))
-      return true;
+    if (integers == (out == cpu::BaseKind::int8)) return true;
     PyErr_SetString(PyExc_ValueError, integers ? "a product with rounded rows is one of integers"
-                                      : out == cpu::BaseKind::int8
-                                          ? "a product of integers needs rows that may be rounded"
-                                          : "the vendor has no product of codes");
+                                               : "a product of integers needs rows that may be rounded");
     return false;
   }
   // What a choice may depend on.
@@ -183,11 +180,16 @@ bool run(const Pass& pass) {
 }
 
 // The vendor's product for a pass; where torch's libraries do not export one, Python fills `out` with
-// (a * scale) weight^T if transpose, else (a * scale) weight, in advance. False with a Python error.
+// (a * scale) weight^T if transpose, else (a * scale) weight, in advance, and codes are multiplied by ours.
+// False with a Python error.
 inline bool prepare_product(cpu::BaseKind& kind, cpu::Product& vendor, PyObject* a, PyObject* weight,
-                            bool transpose, PyObject* scale, PyObject* out) {
+                            bool coded, bool transpose, PyObject* scale, PyObject* out) {
   vendor = tensors::product();
   if (kind != cpu::BaseKind::vendor || vendor != nullptr) return true;
+  if (coded) {
+    kind = cpu::BaseKind::panels;
+    return true;
+  }
   kind = cpu::BaseKind::given;
   return tensors::multiply_in_python(a, weight, transpose, scale, out);
 }

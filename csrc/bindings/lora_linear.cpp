@@ -130,8 +130,8 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
     return nothing();
   g.u = static_cast<float*>(u.data);
   PyObject* product = results.at(call.want_h ? 2 : 0);
-  if (!prepare_product(g.kind, g.vendor, a[call.kX], a[call.kWeight], true, scale_of(a[call.kScales], true),
-                       product))
+  if (!prepare_product(g.kind, g.vendor, a[call.kX], a[call.kWeight], g.quantised != nullptr, true,
+                       scale_of(a[call.kScales], true), product))
     return nullptr;
   if (!run([&] { cpu::lora_linear_forward(g); })) return nullptr;
   return call.want_u || call.want_h ? results.tuple() : results.take(0);
@@ -244,8 +244,9 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
       !make_floats(results, call.need(kNeedBaseOut), g.N, g.dg_b) ||
       !make_floats(results, call.need(kNeedDeltaOut), g.N, g.dg_d))
     return nothing();
-  if (call.need_dx() && !prepare_product(g.kind, g.vendor, a[call.kDy], a[call.kWeight], false,
-                                         scale_of(a[call.kScales], false), results.at(0)))
+  if (call.need_dx() &&
+      !prepare_product(g.kind, g.vendor, a[call.kDy], a[call.kWeight], g.quantised != nullptr, false,
+                       scale_of(a[call.kScales], false), results.at(0)))
     return nullptr;
   if (!run([&] { cpu::lora_linear_backward(g); })) return nullptr;
   if (!call.need(kNeedX)) results.drop(0);

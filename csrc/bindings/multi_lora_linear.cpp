@@ -169,7 +169,9 @@ PyObject* forward(PyObject*, PyObject* const* a, Py_ssize_t count) {
       !make_matrix(results, call.want_h, call.M, adapters.N, call.in.dtype, g.h))
     return nothing();
   PyObject* product = results.at(call.want_h ? 2 : 0);
-  if (!prepare_product(g.kind, g.vendor, a[call.kX], a[call.kWeight], true, Py_None, product)) return nullptr;
+  if (!prepare_product(g.kind, g.vendor, a[call.kX], a[call.kWeight], g.quantised != nullptr, true, Py_None,
+                       product))
+    return nullptr;
   g.x = call.in, g.bias = call.bias, g.u = static_cast<float*>(u.data);
   if (!run([&] { multi_linear_forward(call.rows.batch(call.M), g); })) return nullptr;
   return call.want_u || call.want_h ? results.tuple() : results.take(0);
@@ -285,8 +287,8 @@ PyObject* backward(PyObject*, PyObject* const* a, Py_ssize_t count) {
   results.add(
       make_gradients(given->vectors, a[call.kNeedVectors], adapters.vectors, DType::f32, g.vector_grads));
   if (PyErr_Occurred() != nullptr) return nullptr;
-  if (call.need_dx &&
-      !prepare_product(g.kind, g.vendor, a[call.kDy], a[call.kWeight], false, Py_None, results.at(0)))
+  if (call.need_dx && !prepare_product(g.kind, g.vendor, a[call.kDy], a[call.kWeight], g.quantised != nullptr,
+                                       false, Py_None, results.at(0)))
     return nullptr;
   g.dy = call.in, g.x = call.x, g.u = call.u, g.h = call.h;
   if (!run([&] { multi_linear_backward(call.rows.batch(call.M), g); })) return nullptr;

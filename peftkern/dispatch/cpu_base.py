@@ -1,6 +1,7 @@
 """Who computes the base product on CPU: a pure function of sizes, dtype, CPU and settings.
 
-- ``vendor``: torch's own matrix product, written in the output's dtype.
+- ``vendor``: torch's own matrix product, written in the output's dtype. Of a quantised W it is given a part at a time,
+  decoded into the output's dtype; only with many rows, and only where a table says that it is fastest.
 - ``panels``: ours (csrc/cpu/base/gemm.cpp). Half precision is widened while packing, the product is fp32, and the
   epilogue rounds once. A row's bits depend on (C, dtype) alone, so this is also the batch-invariant product.
 - ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It
@@ -104,22 +105,24 @@ def choose_kind(p: Product, on: Cpu, now: Settings) -> tuple[str, str]:
     pairs, tiles = (half and kernel in on.features for kernel in ("bf16_kernel", "amx_kernel"))
     panels = "bf16" if pairs else "panels"
     few = p.unit_stride and p.M <= on.few and p.M * (p.C + _ALIGN) <= _FEW_SCRATCH
-    able = {"vendor": not p.coded, "few": few, "panels": not pairs, "bf16": pairs, "amx": tiles}
+    able = {"vendor": True, "few": few, "panels": not pairs, "bf16": pairs, "amx": tiles}
     if now.cpu_kind != "auto":
         return now.cpu_kind if able[now.cpu_kind] else "panels", f"cpu_kind={now.cpu_kind} is set"
     if now.batch_invariant:
         return panels, "PEFTKERN_BATCH_INVARIANT=1: bits of a row must not depend on the batch"
-    if p.coded:
-        fewer = few and p.M < on.least.get(panel_rows(pairs, p.forward), 0)
-        return "few" if fewer else panels, "W is quantised, which is ours alone"
+    if p.coded and few and p.M < on.least.get(panel_rows(pairs, p.forward), 0):
+        return "few", "W is quantised, and read once for few rows"
     if now.cpu_base == "vendor":
         return "vendor", "PEFTKERN_CPU_BASE=vendor"
     auto = now.cpu_base == "auto"
+    able["few"] &= not p.coded
     if auto and on.table is not None:
         near = tables.nearest(on.table, p)
         for kind in near.order if near else ():
             if able[kind]:
                 return kind, f"fastest of {on.table.name} at {near}"
+    if p.coded:
+        return panels, "W is quantised, and decoded where it is multiplied"
     unknown = "no row of a table is near" if on.table else "this CPU has no table"
     if p.dtype == torch.float32 and auto:
         return "vendor", f"fp32, and {unknown}"

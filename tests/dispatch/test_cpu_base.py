@@ -21,6 +21,7 @@ from peftkern.settings import TABLES, Settings, current, using
 FP32, BF16 = torch.float32, torch.bfloat16
 MILAN = cpu_table.CpuModel("AuthenticAMD", 25, 1)
 MKL = cpu_table.Level("avx2", "AVX2", True)
+NOW = Settings()
 
 
 def content(*rows, models=(1, 1), level=MKL, vendor="AuthenticAMD", family=25):
@@ -246,24 +247,23 @@ def test_packaged_tables():
         assert found.name == file.name and found.rows
 
 
-def test_quantised_weights_are_never_the_vendors():
+def test_quantised_weights_are_the_vendors_only_where_a_table_says_so():
     few, many = panel_rows(False, True), 40
     on = Cpu("avx2", frozenset({"x86"}), None, 64, {few: many})
 
-    def kind(M: int, **changes) -> str:
-        return choose_kind(Product(torch.float32, True, M, 300, 200, coded=True, **changes), on, Settings())[0]
+    def kind(M: int, on: Cpu = on, now: Settings = NOW, dtype: torch.dtype = torch.float32, **changes) -> str:
+        return choose_kind(Product(dtype, True, M, 300, 200, coded=True, **changes), on, now)[0]
 
     assert [kind(M) for M in (1, many - 1, many, 64, 5000)] == ["few", "few", "panels", "panels", "panels"]
-    assert (
-        choose_kind(Product(torch.float32, True, 8, 300, 200, coded=True), on, Settings(cpu_base="vendor"))[0]
-        != "vendor"
-    )
-    assert (
-        choose_kind(Product(torch.float32, True, 8, 300, 200, coded=True), on, Settings(cpu_kind="vendor"))[0]
-        == "panels"
-    )
-    bf16 = Product(torch.bfloat16, True, 5000, 300, 200, coded=True)
-    assert (
-        choose_kind(bf16, on._replace(isa="avx512", features=frozenset({"x86", "bf16_kernel"})), Settings())[0]
-        == "bf16"
-    )
+    # Half precision as well: a vendor's fast instructions alone say nothing of codes.
+    pairs = on._replace(isa="avx512", features=frozenset({"x86", "bf16_kernel", "avx512_bf16"}))
+    assert kind(5000, pairs, dtype=torch.bfloat16) == "bf16"
+    measured = content(row([8, 60, 5000], [9, 9, 1], [5, 1, 9], [1, 0.5, None], D=300, C=200))
+    told = on._replace(table=cpu_table.Table(measured, "x.json"))
+    assert [kind(M, told) for M in (8, 60, 5000)] == ["few", "panels", "vendor"]
+    assert kind(5000, told, Settings(batch_invariant=True)) == "panels"
+    assert kind(5000, told, Settings(cpu_base="panels")) == "panels"
+    for asked in (Settings(cpu_base="vendor"), Settings(cpu_kind="vendor")):
+        assert kind(5000, on, asked) == "vendor"
+    assert kind(8, on, Settings(cpu_base="vendor")) == "few"
+    assert kind(5000, told, integers=True) == "int8"

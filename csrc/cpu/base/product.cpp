@@ -15,6 +15,8 @@ constexpr int64_t kRowBytes = 1024, kPairRowBytes = 2048;
 constexpr int64_t kAlign = 32;  // columns; a multiple of every level's tile, and of what the branch needs
 // Bytes of a scaled copy of a for the vendor's product, and of codes.
 constexpr int64_t kScaledBytes = int64_t{16} << 20;
+// Bytes of a quantised W that are decoded at a time for the vendor's product: they are multiplied in a cache.
+constexpr int64_t kDecodedBytes = int64_t{8} << 20;
 // Narrower fp32 products are computed transposed by the vendor: MKL sums them in chains up to six times less
 // accurate than those of the transpose.
 constexpr int64_t kNarrow = 16;
@@ -30,20 +32,45 @@ int64_t even(int64_t n, int64_t most, int64_t multiple) {
   return round_up(ceil_div(n, ceil_div(n, most)), multiple);
 }
 
-bool narrow(const BaseProduct& g) {
-  return g.D < kNarrow && g.out.dtype == DType::f32;
+bool narrow(int64_t D, DType dtype) {
+  return D < kNarrow && dtype == DType::f32;
 }
 
-// The vendor's product of unscaled operands.
-void product(const BaseProduct& g, int64_t M, const ConstMatrix& a, const Matrix& out, KeptScratch& scratch) {
-  if (!narrow(g)) {
-    g.vendor(M, g.D, g.C, a, g.b, out);
+// The vendor's product of unscaled operands, of D columns of b.
+void multiply(const BaseProduct& g, int64_t M, int64_t D, const ConstMatrix& a, const ConstMatrix& b,
+              const Matrix& out, KeptScratch& scratch) {
+  if (!narrow(D, out.dtype)) {
+    g.vendor(M, D, g.C, a, b, out);
     return;
   }
-  const Matrix turned{scratch.take(g.D * M), DType::f32, M, 1};
-  g.vendor(g.D, M, g.C, transposed(g.b), transposed(a), turned);
-  scale_copy({transposed(as_const(turned)), out, M, g.D, 0, 1.0f, nullptr, nullptr,
-              worth_threads(4 * M * g.D, g.threads)});
+  const Matrix turned{scratch.take(D * M), DType::f32, M, 1};
+  g.vendor(D, M, g.C, transposed(b), transposed(a), turned);
+  scale_copy({transposed(as_const(turned)), out, M, D, 0, 1.0f, nullptr, nullptr,
+              worth_threads(4 * M * D, g.threads)});
+}
+
+// Columns of a quantised b that are decoded at a time.
+int64_t decoded_cols(const BaseProduct& g) {
+  const int64_t column = g.C * element_size(g.out.dtype);
+  return std::min(g.D, even(g.D, std::max(kDecodedBytes / column, kAlign), kAlign));
+}
+
+// The same of all of b, which may be quantised: `decoded` has room for decoded_cols of it.
+void product(const BaseProduct& g, int64_t M, const ConstMatrix& a, const Matrix& out, float* decoded,
+             KeptScratch& scratch) {
+  if (g.quantised == nullptr) {
+    multiply(g, M, g.D, a, g.b, out, scratch);
+    return;
+  }
+  const bool turned = g.b.row == 1;  // b is W^T, whose columns are W's rows
+  const int64_t most = decoded_cols(g);
+  for (int64_t c0 = 0; c0 < g.D; c0 += most) {
+    const int64_t cols = std::min(most, g.D - c0);
+    const Matrix w{decoded, g.out.dtype, turned ? g.C : cols, 1};
+    decode_part({g.quantised, turned ? c0 : 0, turned ? 0 : c0, turned ? cols : g.C, turned ? g.C : cols, w,
+                 worth_threads(4 * g.C * cols, g.threads)});
+    multiply(g, M, cols, a, turned ? transposed(as_const(w)) : as_const(w), from(out, 0, c0), scratch);
+  }
 }
 
 }  // namespace
@@ -66,18 +93,20 @@ BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threa
 
 void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
   // Of a narrow product the vendor sums what is not adjacent in one chain, and less accurately.
-  if (g.scale == nullptr && (g.a.col == 1 || !narrow(g))) {
-    product(g, g.M, g.a, g.out, scratch);
+  const int64_t size = element_size(g.a.dtype);
+  float* decoded = nullptr;
+  if (g.quantised != nullptr) decoded = scratch.take(ceil_div(decoded_cols(g) * g.C * size, 4));
+  if (g.scale == nullptr && (g.a.col == 1 || !narrow(g.D, g.out.dtype))) {
+    product(g, g.M, g.a, g.out, decoded, scratch);
     return;
   }
-  const int64_t size = element_size(g.a.dtype);
   const int64_t rows = std::min(g.M, std::max<int64_t>(kScaledBytes / (g.C * size), 1));
   const Matrix packed{scratch.take(ceil_div(rows * g.C * size, 4)), g.a.dtype, g.C, 1};
   for (int64_t r = 0; r < g.M; r += rows) {
     const int64_t part = std::min(rows, g.M - r);
     scale_copy({from(g.a, r, 0), packed, part, g.C, 0, 1.0f, nullptr, g.scale,
                 worth_threads(4 * part * g.C, g.threads)});
-    product(g, part, as_const(packed), from(g.out, r, 0), scratch);
+    product(g, part, as_const(packed), from(g.out, r, 0), decoded, scratch);
   }
 }
 

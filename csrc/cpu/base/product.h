@@ -11,7 +11,7 @@ namespace peftkern::cpu {
 
 // Who computes it: see peftkern/dispatch/cpu_base.py, which chooses.
 enum class BaseKind : int {
-  vendor,    // the caller's matrix product, in the output's dtype
+  vendor,    // the caller's matrix product, in the output's dtype; of codes after decoding them, part by part
   panels,    // base_gemm, fp32 panels of the result
   bf16,      // base_gemm_bf16, likewise
   amx,       // base_gemm_amx, likewise
@@ -40,7 +40,7 @@ struct BaseProduct {
   Matrix out;          // contents ignored, unless given; written by vendor and given alone
   Product vendor;
   int threads;  // the most it may use
-  // In the place of b's memory; its strides say whether B is W^T (1 down a column) or W. Not for the vendor.
+  // In the place of b's memory; its strides say whether B is W^T (1 down a column) or W.
   const Quantised* quantised = nullptr;
 };
 

@@ -125,6 +125,7 @@ PEFTKERN_DISPATCH(base_gemm_amx_stated, BaseArgs)
 PEFTKERN_DISPATCH(base_few, BaseArgs)
 PEFTKERN_DISPATCH(fma_peak, PeakArgs)
 PEFTKERN_DISPATCH(round_rows, RoundRowsArgs)
+PEFTKERN_DISPATCH(decode_part, DecodePartArgs)
 PEFTKERN_DISPATCH_LOCAL(base_gemm_int8_run, BaseArgs)
 
 namespace peftkern::cpu {

@@ -1,8 +1,10 @@
 #include "cpu/operand/decode.h"
 
+#include "cpu/common/thread.h"
 #include "cpu/operand/codes.h"
 #include "cpu/operand/groups.h"
 #include "cpu/operand/tile.h"
+#include "peftkern/cpu.h"
 
 // Of a lambda: called for each group, and mostly of a few vectors.
 #define PEFTKERN_INLINED __attribute__((always_inline))
@@ -132,6 +134,49 @@ void decode(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) 
       if (w.code == Code::int8) return decode_wholes<Code::int8>(w, span, to);
       if (w.code == Code::e4m3) return decode_wholes<Code::e4m3>(w, span, to);
       return decode_wholes<Code::e5m2>(w, span, to);
+  }
+}
+
+namespace {
+
+// Elements that are decoded at a time, where they are rounded.
+constexpr int64_t kDecodedRun = 512;
+
+void decode_row(const Quantised& w, int64_t n, int64_t k, int64_t count, float* to) {
+  decode(w, n, k, count, to);
+}
+
+template <class T>
+void decode_row(const Quantised& w, int64_t n, int64_t k, int64_t count, T* to) {
+  alignas(64) float run[kDecodedRun];
+  for (int64_t c = 0; c < count; c += kDecodedRun) {
+    const int64_t some = smaller(kDecodedRun, count - c);
+    decode(w, n, k + c, some, run);
+    int64_t i = 0;
+    for (; i + W <= some; i += W) store(to + c + i, load(run + i));
+    if (i < some) store_n(to + c + i, load(run + i), static_cast<int>(some - i));
+  }
+}
+
+template <class T>
+void decode_rows(const DecodePartArgs& g) {
+  parallel(g.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < g.rows; ++i)
+      decode_row(*g.weight, g.n + i, g.k, g.cols, static_cast<T*>(g.out.data) + i * g.out.row);
+  });
+}
+
+}  // namespace
+
+void decode_part(const DecodePartArgs& g) {
+  switch (g.out.dtype) {
+    case DType::f32:
+      return decode_rows<float>(g);
+    case DType::bf16:
+      return decode_rows<bf16>(g);
+    case DType::f16:
+      return decode_rows<f16>(g);
   }
 }
 

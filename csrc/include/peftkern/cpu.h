@@ -243,6 +243,14 @@ struct RoundRowsArgs {
   int threads;
 };
 void round_rows(const RoundRowsArgs& args);
+// out[i, j] = W[n + i, k + j], rows x cols, rounded to out's dtype; out's columns are adjacent.
+struct DecodePartArgs {
+  const Quantised* weight;
+  int64_t n, k, rows, cols;
+  Matrix out;
+  int threads;
+};
+void decode_part(const DecodePartArgs& args);
 // rows <= kBaseFewRows, and w_in or w_out is 1. Scratch: rows * (inner + 32) floats.
 void base_few(const BaseArgs& args);
 // What base_few takes of bf16 without a scale, where base_gemm_bf16_usable: times a W with w_in == 1, or a
