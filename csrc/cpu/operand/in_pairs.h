@@ -18,13 +18,15 @@ PEFTKERN_INLINE __m512i to_bf16(vf first, vf second) {
 }
 #endif
 
+// Neighbours in a byte.
 template <bool UPPER>
 struct Nibbles {
-  static constexpr bool kEvenOdd = true, kUpper = UPPER;
+  static constexpr bool kFourBits = true, kHalves = false, kUpper = UPPER;
   static constexpr int kBytes = W;  // of a pair
   static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
   const Values16 table;
   explicit Nibbles(const Quantised& w) : table(values_of(w.code)) {}
+  const Nibbles& in_row(const Quantised&, int64_t) const { return *this; }
   PEFTKERN_INLINE void pair(const Nibbles& form, const uint8_t* p, vf& even, vf& odd) {
     const vu q = widen_bytes(p);
     even = Values16::look_up(form.table, UPPER ? q >> 4 : q);
@@ -50,12 +52,50 @@ struct Nibbles {
 #endif
 };
 
+// Codes of 4 bits of the two halves of W in a byte: a row has one of the two of each byte, in order.
+struct Halves {
+  static constexpr bool kFourBits = true, kHalves = true;
+  static constexpr int kBytes = kPair;
+  static constexpr int64_t bytes(int64_t codes) { return codes; }
+  const Values16 table;
+  const int shift;
+  explicit Halves(const Quantised& w)
+      : table(values_of(w.code)), shift(w.order == Quantised::Order::halves_upper ? 4 : 0) {}
+  // For row n; for all others of its half, too. A form is of the first half's rows at first.
+  Halves in_row(const Quantised& w, int64_t n) const { return {table, n < w.N / 2 ? shift : 4 - shift}; }
+  PEFTKERN_INLINE void pair(const Halves& form, const uint8_t* p, vf& first, vf& second) {
+    first = Values16::look_up(form.table, widen_bytes(p) >> form.shift);
+    second = Values16::look_up(form.table, widen_bytes(p + W) >> form.shift);
+  }
+
+#if defined(__AVX512BF16__)
+  struct Group {
+    __m512i table, shift;
+  };
+  template <class F>
+  PEFTKERN_INLINE Group group(const Halves& form, const F& f) {
+    const vf values = apply(f, form.table.all);
+    return {to_bf16(values, values), _mm512_set1_epi16(static_cast<int16_t>(form.shift))};
+  }
+  // kPair codes in their order.
+  PEFTKERN_INLINE __m512i in_bf16(const uint8_t* p, const Group& g) {
+    const __m512i q = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, g.shift), g.table);
+  }
+  static constexpr int place(int element) { return element; }
+#endif
+
+ private:
+  Halves(const Values16& values, int bits) : table(values), shift(bits) {}
+};
+
 template <Quantised::Code CODE>
 struct Bytes {
-  static constexpr bool kEvenOdd = false;
+  static constexpr bool kFourBits = false, kHalves = false;
   static constexpr int kBytes = kPair;
   static constexpr int64_t bytes(int64_t codes) { return codes; }
   explicit Bytes(const Quantised&) {}
+  const Bytes& in_row(const Quantised&, int64_t) const { return *this; }
   PEFTKERN_INLINE void pair(const Bytes&, const uint8_t* p, vf& first, vf& second) {
     first = values8<CODE>(p), second = values8<CODE>(p + W);
   }
@@ -74,13 +114,21 @@ struct Bytes {
 #endif
 };
 
+// Which two codes of 4 bits are in a byte.
+PEFTKERN_INLINE bool in_neighbours(const Quantised& w) {
+  return w.order == Quantised::Order::upper_first || w.order == Quantised::Order::lower_first;
+}
+PEFTKERN_INLINE bool in_halves(const Quantised& w) {
+  return w.order == Quantised::Order::halves_upper || w.order == Quantised::Order::halves_lower;
+}
+
 // Whether rows and groups of W are whole pairs, of codes that have such a form.
 PEFTKERN_INLINE bool has_pairs(const Quantised& w) {
-  using Order = Quantised::Order;
-  const bool four = w.order == Order::upper_first || w.order == Order::lower_first;
-  const bool eight = w.order == Order::bytes && w.block_bytes == 0 && w.code != Quantised::Code::e5m2;
-  return (four || eight) && w.group % kPair == 0 && w.K % w.group == 0 && (!four || w.row % 2 == 0) &&
-         w.rows == 1;
+  const bool four = in_neighbours(w), halves = in_halves(w) && w.N % 2 == 0;
+  const bool eight =
+      w.order == Quantised::Order::bytes && w.block_bytes == 0 && w.code != Quantised::Code::e5m2;
+  return (four || halves || eight) && w.group % kPair == 0 && w.K % w.group == 0 &&
+         (!four || w.row % 2 == 0) && w.rows == 1;
 }
 
 // use(form, groups) of a W that has pairs.
@@ -92,6 +140,7 @@ PEFTKERN_INLINE void with_pairs(const Quantised& w, const Use& use) {
     return use(Nibbles<true>(w), Floats(w));
   }
   if (w.order == Quantised::Order::lower_first) return use(Nibbles<false>(w), Numbers(w));
+  if (in_halves(w)) return use(Halves(w), Numbers(w));
   if (w.code == Code::int8) return use(Bytes<Code::int8>(w), Numbers(w));
   use(Bytes<Code::e4m3>(w), Numbers(w));
 }
@@ -104,13 +153,25 @@ struct Along {
       : k(term), groups(w.K / w.group), group(term / w.group), left(w.group - term % w.group) {}
 };
 
+// How many of `cols` rows of W from n on are of its first half, if halves share bytes; else all.
+PEFTKERN_INLINE int64_t of_first_half(const Quantised& w, int64_t n, int64_t cols) {
+  return in_halves(w) ? smaller(n < w.N / 2 ? w.N / 2 - n : 0, cols) : cols;
+}
+
+// The codes of W[n, k] and of what follows it in its row.
+template <class Form>
+PEFTKERN_INLINE const uint8_t* codes_at(const Quantised& w, int64_t n, int64_t k) {
+  if (Form::kHalves && n >= w.N / 2) n -= w.N / 2;
+  return w.codes + Form::bytes(n * w.row + k);
+}
+
 // A place in W, and the scale that holds from there on.
 template <class Form>
 struct Place {
   const uint8_t* codes;
   int64_t group, left;
   Place(const Quantised& w, int64_t n, const Along& at)
-      : codes(w.codes + Form::bytes(n * w.row + at.k)), group(n * at.groups + at.group), left(at.left) {}
+      : codes(codes_at<Form>(w, n, at.k)), group(n * at.groups + at.group), left(at.left) {}
 };
 
 // Places in COLS columns of a tile from n on, of which `cols` are there; the last stands in for the others.
@@ -132,12 +193,13 @@ template <class Form, class Groups>
 void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, int64_t n, const Along& k,
                   int64_t count, float* to) {
   Place<Form> at(w, n, k);
+  const auto& of_row = form.in_row(w, n);
   for (; count > 0; at.left = w.group) {
     const int64_t some = smaller(at.left, count);
     const auto f = groups.of(at.group++);
     for (const float* end = to + some; to < end; to += kPair, at.codes += Form::kBytes) {
       vf first, second;
-      Form::pair(form, at.codes, first, second);
+      Form::pair(of_row, at.codes, first, second);
       store(to, apply(f, first)), store(to + W, apply(f, second));
     }
     count -= some;

@@ -56,7 +56,7 @@ void decode_columns(const Reader& reader, const Quantised& w, int64_t n, const A
 }
 
 // Columns [begin, begin + cols) of the product, at most kCodeRun, or of more than kCodeTileRows rows
-// kPairRun.
+// kPairRun; of rows of W in one half of it, if halves share bytes.
 template <class Reader>
 void dots_of_columns(const BaseArgs& g, const Reader& reader, int64_t begin, int64_t cols, const bf16* a) {
   alignas(64) bf16 room[kPairRun * kDecodedLd];
@@ -104,9 +104,11 @@ void pair_dot_products(const BaseArgs& g, const Reader& reader) {
     run = kCodeTileCols<kCodeWideRows>;
   else if (direct && g.cols >= 4 * kCodeRun * g.threads)  // or threads would be left without
     run = kCodeRun;
-#pragma omp for schedule(guided)
-  for (int64_t col = 0; col < g.cols; col += run)
-    dots_of_columns(g, reader, col, smaller(run, g.cols - col), packed);
+  const Quantised& w = *g.quantised;
+  for_runs(g.cols, of_first_half(w, g.quantised_col, g.cols), run, [&](int64_t col, int64_t cols) {
+    const Reader of_rows{reader.form.in_row(w, g.quantised_col + col), reader.groups};
+    dots_of_columns(g, of_rows, col, cols, packed);
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL
