@@ -18,6 +18,26 @@ PEFTKERN_INLINE __m512i to_bf16(vf first, vf second) {
 }
 #endif
 
+// What the codes of a group stand for: found among 16 numbers that were scaled before, if they fit registers.
+template <class F>
+struct GroupValues {
+  Values16 table;
+  GroupValues() = default;
+#if defined(__AVX512F__)
+  GroupValues(const Values16& t, const F& f) : table(t) { table.all = apply(f, t.all); }
+  PEFTKERN_INLINE vf look_up(const GroupValues& g, vu q) { return Values16::look_up(g.table, q); }
+#elif defined(__AVX2__)
+  GroupValues(const Values16& t, const F& f) : table(t) {
+    table.low = apply(f, t.low), table.high = apply(f, t.high);
+  }
+  PEFTKERN_INLINE vf look_up(const GroupValues& g, vu q) { return Values16::look_up(g.table, q); }
+#else
+  F f;
+  GroupValues(const Values16& t, const F& one) : table(t), f(one) {}
+  PEFTKERN_INLINE vf look_up(const GroupValues& g, vu q) { return apply(g.f, Values16::look_up(g.table, q)); }
+#endif
+};
+
 // Neighbours in a byte.
 template <bool UPPER>
 struct Nibbles {
@@ -27,10 +47,16 @@ struct Nibbles {
   const Values16 table;
   explicit Nibbles(const Quantised& w) : table(values_of(w.code)) {}
   const Nibbles& in_row(const Quantised&, int64_t) const { return *this; }
-  PEFTKERN_INLINE void pair(const Nibbles& form, const uint8_t* p, vf& even, vf& odd) {
+  // W[n, k + i], kPair of them, of a group with f.
+  template <class F>
+  PEFTKERN_INLINE GroupValues<F> in_fp32(const Nibbles& form, const F& f) {
+    return {form.table, f};
+  }
+  template <class F>
+  PEFTKERN_INLINE void pair(const Nibbles&, const GroupValues<F>& g, const uint8_t* p, vf& even, vf& odd) {
     const vu q = widen_bytes(p);
-    even = Values16::look_up(form.table, UPPER ? q >> 4 : q);
-    odd = Values16::look_up(form.table, UPPER ? q : q >> 4);
+    even = GroupValues<F>::look_up(g, UPPER ? q >> 4 : q);
+    odd = GroupValues<F>::look_up(g, UPPER ? q : q >> 4);
   }
 
 #if defined(__AVX512BF16__)
@@ -63,9 +89,15 @@ struct Halves {
       : table(values_of(w.code)), shift(w.order == Quantised::Order::halves_upper ? 4 : 0) {}
   // For row n; for all others of its half, too. A form is of the first half's rows at first.
   Halves in_row(const Quantised& w, int64_t n) const { return {table, n < w.N / 2 ? shift : 4 - shift}; }
-  PEFTKERN_INLINE void pair(const Halves& form, const uint8_t* p, vf& first, vf& second) {
-    first = Values16::look_up(form.table, widen_bytes(p) >> form.shift);
-    second = Values16::look_up(form.table, widen_bytes(p + W) >> form.shift);
+  template <class F>
+  PEFTKERN_INLINE GroupValues<F> in_fp32(const Halves& form, const F& f) {
+    return {form.table, f};
+  }
+  template <class F>
+  PEFTKERN_INLINE void pair(const Halves& form, const GroupValues<F>& g, const uint8_t* p, vf& first,
+                            vf& second) {
+    first = GroupValues<F>::look_up(g, widen_bytes(p) >> form.shift);
+    second = GroupValues<F>::look_up(g, widen_bytes(p + W) >> form.shift);
   }
 
 #if defined(__AVX512BF16__)
@@ -96,8 +128,13 @@ struct Bytes {
   static constexpr int64_t bytes(int64_t codes) { return codes; }
   explicit Bytes(const Quantised&) {}
   const Bytes& in_row(const Quantised&, int64_t) const { return *this; }
-  PEFTKERN_INLINE void pair(const Bytes&, const uint8_t* p, vf& first, vf& second) {
-    first = values8<CODE>(p), second = values8<CODE>(p + W);
+  template <class F>
+  PEFTKERN_INLINE F in_fp32(const Bytes&, const F& f) {
+    return f;
+  }
+  template <class F>
+  PEFTKERN_INLINE void pair(const Bytes&, const F& f, const uint8_t* p, vf& first, vf& second) {
+    first = apply(f, values8<CODE>(p)), second = apply(f, values8<CODE>(p + W));
   }
 
 #if defined(__AVX512BF16__)
@@ -196,11 +233,11 @@ void decode_pairs(const Form& form, const Groups& groups, const Quantised& w, in
   const auto& of_row = form.in_row(w, n);
   for (; count > 0; at.left = w.group) {
     const int64_t some = smaller(at.left, count);
-    const auto f = groups.of(at.group++);
+    const auto f = Form::in_fp32(of_row, groups.of(at.group++));
     for (const float* end = to + some; to < end; to += kPair, at.codes += Form::kBytes) {
       vf first, second;
-      Form::pair(of_row, at.codes, first, second);
-      store(to, apply(f, first)), store(to + W, apply(f, second));
+      Form::pair(of_row, f, at.codes, first, second);
+      store(to, first), store(to + W, second);
     }
     count -= some;
   }

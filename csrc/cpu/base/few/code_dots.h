@@ -68,6 +68,7 @@ void dots_of_columns(const BaseArgs& g, const Reader& reader, int64_t begin, int
     // From the last columns of a chain to the first ones of the next, or of the next run.
     const int64_t turn = k + kPairChain < g.inner ? kPairChain - cols * w.row : -k;
     const auto ahead = [&](int64_t j) {
+      if (Reader::Codes::kHalves) return Reader::Codes::bytes(cols * w.row);  // the next run
       const int64_t early = smaller(kCodesEarly, cols);
       return Reader::Codes::bytes(early * w.row + (j + early < cols ? 0 : turn));
     };
@@ -102,7 +103,7 @@ void pair_dot_products(const BaseArgs& g, const Reader& reader) {
   int64_t run = kPairRun;
   if (g.rows <= kCodeWideRows)
     run = kCodeTileCols<kCodeWideRows>;
-  else if (direct && g.cols >= 4 * kCodeRun * g.threads)  // or threads would be left without
+  else if (direct && !Reader::Codes::kHalves && g.cols >= 4 * kCodeRun * g.threads)  // enough for all
     run = kCodeRun;
   const Quantised& w = *g.quantised;
   for_runs(g.cols, of_first_half(w, g.quantised_col, g.cols), run, [&](int64_t col, int64_t cols) {

@@ -40,17 +40,16 @@ void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64
     for (int j = 0; j < kPairCols; ++j) acc[i][j] = zero();
   for (int64_t t = 0, left = at.left; t < terms; left = w.group) {
     const int64_t end = smaller(t + left, terms);
-    decltype(groups.of(0)) f[kPairCols];
+    decltype(Form::in_fp32(form, groups.of(0))) f[kPairCols];
     for (int j = 0; j < kPairCols; ++j) {
-      f[j] = groups.of(at.group[j]++);
+      f[j] = Form::in_fp32(of_rows, groups.of(at.group[j]++));
       ask_for_bytes(at.codes[j] + ahead, Form::bytes(end - t));
     }
     for (; t < end; t += kPair, a += kPair)
 #pragma GCC unroll 4
       for (int j = 0; j < kPairCols; ++j, at.codes[j - 1] += Form::kBytes) {
         vf first, second;
-        Form::pair(of_rows, at.codes[j], first, second);
-        first = apply(f[j], first), second = apply(f[j], second);
+        Form::pair(of_rows, f[j], at.codes[j], first, second);
 #pragma GCC unroll 5
         for (int i = 0; i < ROWS; ++i) {
           acc[i][j] = fma(load(a + i * lda), first, acc[i][j]);

@@ -141,27 +141,28 @@ struct LineReader<Halves, Groups> {
   PEFTKERN_INLINE void read(const LineReader& r, const Places<Halves, COLS>& at, int64_t terms, int64_t ahead,
                             const Add& add) {
     const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(r.form.shift));
+    // The rows of either half ask for the codes of every second column: both halves read them all.
+    const uint8_t* asked[COLS];
+    for (int j = 0; j < COLS; j += 2) asked[j] = at.codes[r.form.shift == 0 ? j : j + 1] + ahead;
     const __m512i odd_shift = _mm512_add_epi16(shift, _mm512_set1_epi16(8));
-    for (int64_t byte = 0, group = 0, left = at.left; byte < terms;) {
+    for (int64_t byte = 0, group = 0, left = at.left; byte < terms; left = at.size, ++group) {
       __m512i table[COLS], b[COLS];
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; ++j) {
-        table[j] = Halves::group(r.form, r.groups.of(at.group[j] + group)).table;
-        __builtin_prefetch(at.codes[j] + byte + ahead);
-      }
-      left -= kLine;
-      if (left == 0) left = at.size, ++group;
-#pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        asm("" : "+r"(byte));  // read twice, as above
+      for (int j = 0; j < COLS; ++j) table[j] = Halves::group(r.form, r.groups.of(at.group[j] + group)).table;
+      for (const int64_t end = smaller(byte + left, terms); byte < end; byte += kLine) {
 #pragma GCC unroll 4
-        for (int j = 0; j < COLS; ++j) {
-          const __m512i q = _mm512_loadu_si512(at.codes[j] + byte);
-          b[j] = _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, odd ? odd_shift : shift), table[j]);
+        for (int j = 0; j < COLS; j += 2) __builtin_prefetch(asked[j] + byte);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          asm("" : "+r"(byte));  // read twice, as above
+#pragma GCC unroll 4
+          for (int j = 0; j < COLS; ++j) {
+            const __m512i q = _mm512_loadu_si512(at.codes[j] + byte);
+            b[j] = _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, odd ? odd_shift : shift), table[j]);
+          }
+          add(b);
         }
-        add(b);
       }
-      byte += kLine;
     }
   }
 };
