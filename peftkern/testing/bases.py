@@ -75,6 +75,7 @@ QUANTISED: dict[str, tuple[Callable[[int, int, torch.Generator], Base], int]] = 
     "hqq4": (lambda N, K, g: _grouped("hqq4", N, K, g, 64, torch.float32), 2),
     "hqq4 fp16": (lambda N, K, g: _grouped("hqq4", N, K, g, 32, torch.float16), 2),
     "quanto4": (lambda N, K, g: _grouped("quanto4", N, K, g, 32, torch.float32), 2),
+    "quanto4 fp16": (lambda N, K, g: _grouped("quanto4", N, K, g, 128, torch.float16), 2),
     "fp8": (lambda N, K, g: _fp8(N, K, g, torch.float8_e4m3fn, "tensor"), 1),
     "fp8 e5m2 by rows": (lambda N, K, g: _fp8(N, K, g, torch.float8_e5m2, "row"), 1),
     "fp8 by blocks": (lambda N, K, g: _fp8(N, K, g, torch.float8_e4m3fn, "block"), 1),

@@ -10,12 +10,14 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 struct Values16 {
 #if defined(__AVX512F__)
   vf all;
+  Values16() = default;
   explicit Values16(const float* v) : all(load(v)) {}
   PEFTKERN_INLINE vf look_up(const Values16& t, vu q) {
     return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(q), t.all);
   }
 #elif defined(__AVX2__)
   vf low, high;
+  Values16() = default;
   explicit Values16(const float* v) : low(load(v)), high(load(v + 8)) {}
   PEFTKERN_INLINE vf look_up(const Values16& t, vu q) {
     const auto i = reinterpret_cast<__m256i>(q);
@@ -24,6 +26,7 @@ struct Values16 {
   }
 #else
   const float* v;
+  Values16() = default;
   explicit Values16(const float* values) : v(values) {}
   PEFTKERN_INLINE vf look_up(const Values16& t, vu q) {
     vf x{};

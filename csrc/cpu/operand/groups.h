@@ -28,7 +28,11 @@ PEFTKERN_INLINE float number(Quantised::Number type, const void* data, int64_t i
     case Number::bf16:
       return widen_scalar(static_cast<const bf16*>(data)[i]);
     case Number::f16:
+#if defined(__AVX2__)
+      return _cvtsh_ss(static_cast<const f16*>(data)[i].bits);
+#else
       return widen_scalar(static_cast<const f16*>(data)[i]);
+#endif
     case Number::e8m0: {
       // 2^(e - 127); all bits set is NaN, and 2^-127 is below the normal numbers.
       const uint32_t e = static_cast<const uint8_t*>(data)[i];
@@ -50,6 +54,16 @@ struct Floats {
   const float* scales;
   explicit Floats(const Quantised& w) : scales(static_cast<const float*>(w.scales)) {}
   Scale of(int64_t g) const { return {scales[g]}; }
+};
+// The same with zeros.
+struct Shifted {
+  static bool fit(const Quantised& w) {
+    return w.number == Quantised::Number::f32 && w.zeros != nullptr && w.block_bytes == 0;
+  }
+  const float *scales, *zeros;
+  explicit Shifted(const Quantised& w)
+      : scales(static_cast<const float*>(w.scales)), zeros(static_cast<const float*>(w.zeros)) {}
+  Affine of(int64_t g) const { return {scales[g], zeros[g]}; }
 };
 struct Nested {
   const Quantised& w;

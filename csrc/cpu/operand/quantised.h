@@ -12,9 +12,11 @@ namespace peftkern::cpu::PEFTKERN_LEVEL {
 
 // Asks for the codes of W[n, k], ..., W[n, k + count - 1].
 PEFTKERN_INLINE void ask_for_codes(const Quantised& w, int64_t n, int64_t k, int64_t count) {
-  const bool bytes = w.order == Quantised::Order::bytes;
-  const int64_t at = n * w.row + k;
+  const bool halves = in_halves(w), bytes = halves || w.order == Quantised::Order::bytes;
+  const int64_t half = w.N * w.row / 2;
+  int64_t at = n * w.row + k;
   if (w.block_bytes != 0) return;
+  if (halves && at >= half) at -= half;
   ask_for_bytes(w.codes + (bytes ? at : at / 2), bytes ? count : count / 2 + 1);
 }
 
@@ -27,7 +29,7 @@ class Decoded {
         begin_(g.quantised_col),
         across_(g.w_out == 1),
         pairs_(!across_ && has_pairs(w_)),
-        even_odd_(pairs_ && w_.order != Quantised::Order::bytes) {}
+        even_odd_(pairs_ && in_neighbours(w_)) {}
 
   // As Dense has them.
   template <class Element>

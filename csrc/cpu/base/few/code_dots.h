@@ -56,7 +56,7 @@ void decode_columns(const Reader& reader, const Quantised& w, int64_t n, const A
 }
 
 // Columns [begin, begin + cols) of the product, at most kCodeRun, or of more than kCodeTileRows rows
-// kPairRun.
+// kPairRun; of rows of W in one half of it, if halves share bytes.
 template <class Reader>
 void dots_of_columns(const BaseArgs& g, const Reader& reader, int64_t begin, int64_t cols, const bf16* a) {
   alignas(64) bf16 room[kPairRun * kDecodedLd];
@@ -68,6 +68,7 @@ void dots_of_columns(const BaseArgs& g, const Reader& reader, int64_t begin, int
     // From the last columns of a chain to the first ones of the next, or of the next run.
     const int64_t turn = k + kPairChain < g.inner ? kPairChain - cols * w.row : -k;
     const auto ahead = [&](int64_t j) {
+      if (Reader::Codes::kHalves) return Reader::Codes::bytes(cols * w.row);  // the next run
       const int64_t early = smaller(kCodesEarly, cols);
       return Reader::Codes::bytes(early * w.row + (j + early < cols ? 0 : turn));
     };
@@ -102,11 +103,13 @@ void pair_dot_products(const BaseArgs& g, const Reader& reader) {
   int64_t run = kPairRun;
   if (g.rows <= kCodeWideRows)
     run = kCodeTileCols<kCodeWideRows>;
-  else if (direct && g.cols >= 4 * kCodeRun * g.threads)  // or threads would be left without
+  else if (direct && !Reader::Codes::kHalves && g.cols >= 4 * kCodeRun * g.threads)  // enough for all
     run = kCodeRun;
-#pragma omp for schedule(guided)
-  for (int64_t col = 0; col < g.cols; col += run)
-    dots_of_columns(g, reader, col, smaller(run, g.cols - col), packed);
+  const Quantised& w = *g.quantised;
+  for_runs(g.cols, of_first_half(w, g.quantised_col, g.cols), run, [&](int64_t col, int64_t cols) {
+    const Reader of_rows{reader.form.in_row(w, g.quantised_col + col), reader.groups};
+    dots_of_columns(g, of_rows, col, cols, packed);
+  });
 }
 
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL

@@ -31,6 +31,7 @@ template <int ROWS, class Form, class Groups>
 void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64_t n, int64_t cols,
                const Along& k, int64_t terms, const float* a, int64_t lda, float* out, int64_t ld) {
   Places<Form, kPairCols> at(w, n, cols, k);
+  const auto& of_rows = form.in_row(w, n);
   const int64_t ahead = Form::bytes(kPairCols * w.row);
   vf acc[ROWS][kPairCols];
 #pragma GCC unroll 5
@@ -39,17 +40,16 @@ void pair_dots(const Form& form, const Groups& groups, const Quantised& w, int64
     for (int j = 0; j < kPairCols; ++j) acc[i][j] = zero();
   for (int64_t t = 0, left = at.left; t < terms; left = w.group) {
     const int64_t end = smaller(t + left, terms);
-    decltype(groups.of(0)) f[kPairCols];
+    decltype(Form::in_fp32(form, groups.of(0))) f[kPairCols];
     for (int j = 0; j < kPairCols; ++j) {
-      f[j] = groups.of(at.group[j]++);
+      f[j] = Form::in_fp32(of_rows, groups.of(at.group[j]++));
       ask_for_bytes(at.codes[j] + ahead, Form::bytes(end - t));
     }
     for (; t < end; t += kPair, a += kPair)
 #pragma GCC unroll 4
       for (int j = 0; j < kPairCols; ++j, at.codes[j - 1] += Form::kBytes) {
         vf first, second;
-        Form::pair(form, at.codes[j], first, second);
-        first = apply(f[j], first), second = apply(f[j], second);
+        Form::pair(of_rows, f[j], at.codes[j], first, second);
 #pragma GCC unroll 5
         for (int i = 0; i < ROWS; ++i) {
           acc[i][j] = fma(load(a + i * lda), first, acc[i][j]);
@@ -86,7 +86,7 @@ void pair_dots(int64_t rows, const Form& form, const Groups& groups, const Quant
 // More rows than these are worth W in memory.
 constexpr int64_t kPairRows = 5;
 
-// Columns [begin, end) of the product.
+// Columns [begin, end) of the product; of rows of W in one half of it, if halves share bytes.
 template <class T>
 void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int64_t end, float* room) {
   constexpr int64_t kLd = kDecodedTerms + kDecodedPad;
@@ -130,9 +130,9 @@ void dots_of_columns(const BaseArgs& g, const Decoded<T>& of, int64_t begin, int
 template <class T>
 void dot_products(const BaseArgs& g, const Decoded<T>& w) {
   alignas(64) float room[kDotCols * (kDecodedTerms + kDecodedPad)];
-#pragma omp for schedule(guided)
-  for (int64_t col = 0; col < g.cols; col += kDotCols)
-    dots_of_columns(g, w, col, smaller(g.cols, col + kDotCols), room);
+  const int64_t half = w.pairs() ? of_first_half(w.weight(), w.begin(), g.cols) : g.cols;
+  for_runs(g.cols, half, kDotCols,
+           [&](int64_t col, int64_t cols) { dots_of_columns(g, w, col, col + cols, room); });
 }
 
 // Backward, likewise.

@@ -129,6 +129,20 @@ template <class B, int COLS>
 using DotFunction = void (*)(const float*, int64_t, typename B::Cursor, int64_t, int64_t, int64_t,
                              const Rest<B, COLS>*, float*, int64_t, bool);
 
+// visit(first, number) for runs of at most `run` columns, the first `half` of which have runs of their own. A
+// run of those and one of the others in the same place follow one another: they may have codes in the same
+// bytes. By all threads of a parallel region. Guided: a thread's runs follow one another, so that what it
+// asks for is what it visits.
+template <class Visit>
+void for_runs(int64_t cols, int64_t half, int64_t run, const Visit& visit) {
+  const int64_t other = cols - half, longer = half > other ? half : other;
+#pragma omp for schedule(guided)
+  for (int64_t col = 0; col < longer; col += run) {
+    if (col < half) visit(col, smaller(run, half - col));
+    if (col < other) visit(half + col, smaller(run, other - col));
+  }
+}
+
 // Any n, and any number of rows, spread evenly over tiles of at most kDotRows: 6 are 3 + 3.
 template <class B, int COLS>
 void dot_rows(int64_t rows, const float* a, int64_t lda, typename B::Cursor w, int64_t ldw, int64_t n,

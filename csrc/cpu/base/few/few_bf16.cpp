@@ -21,7 +21,7 @@ void base_few_bf16(const BaseArgs& g) {
     using Groups = std::decay_t<decltype(groups)>;
     parallel(g.threads, [&] {
       if (g.w_in != 1) return add_pair_strips(g, form, groups);
-      if constexpr (Form::kEvenOdd) {
+      if constexpr (Form::kFourBits) {
         using Lines = LineReader<Form, Groups>;
         if (Lines::fits(*g.quantised)) return pair_dot_products(g, Lines{form, groups});
       }

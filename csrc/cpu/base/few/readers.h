@@ -117,6 +117,56 @@ struct LineReader {
   }
 };
 
+// Of two halves of W: a cache line is half as many codes of a row, of one group.
+template <class Groups>
+struct LineReader<Halves, Groups> {
+  using Codes = Halves;
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kLine = 64;
+  static bool fits(const Quantised& w) { return w.group % kLine == 0; }
+  Halves form;
+  Groups groups;
+
+  // Element e of vectors 0 and 1 is the code of byte 2 e and 2 e + 1.
+  void operator()(const bf16* row, __m512i* to) const {
+    const __m512i first = _mm512_loadu_si512(row), second = _mm512_loadu_si512(row + kPair);
+    vs even{};
+    for (int e = 0; e < kPair; ++e) even[e] = static_cast<uint16_t>(2 * e);
+    const auto order = reinterpret_cast<__m512i>(even);
+    to[0] = _mm512_permutex2var_epi16(first, order, second);
+    to[1] = _mm512_permutex2var_epi16(_mm512_srli_epi32(first, 16), order, _mm512_srli_epi32(second, 16));
+  }
+
+  template <int COLS, class Add>
+  PEFTKERN_INLINE void read(const LineReader& r, const Places<Halves, COLS>& at, int64_t terms, int64_t ahead,
+                            const Add& add) {
+    const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>(r.form.shift));
+    // The rows of either half ask for the codes of every second column: both halves read them all.
+    const uint8_t* asked[COLS];
+    for (int j = 0; j < COLS; j += 2) asked[j] = at.codes[r.form.shift == 0 ? j : j + 1] + ahead;
+    const __m512i odd_shift = _mm512_add_epi16(shift, _mm512_set1_epi16(8));
+    for (int64_t byte = 0, group = 0, left = at.left; byte < terms; left = at.size, ++group) {
+      __m512i table[COLS], b[COLS];
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; ++j) table[j] = Halves::group(r.form, r.groups.of(at.group[j] + group)).table;
+      for (const int64_t end = smaller(byte + left, terms); byte < end; byte += kLine) {
+#pragma GCC unroll 4
+        for (int j = 0; j < COLS; j += 2) __builtin_prefetch(asked[j] + byte);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          asm("" : "+r"(byte));  // read twice, as above
+#pragma GCC unroll 4
+          for (int j = 0; j < COLS; ++j) {
+            const __m512i q = _mm512_loadu_si512(at.codes[j] + byte);
+            b[j] = _mm512_permutexvar_epi16(_mm512_srlv_epi16(q, odd ? odd_shift : shift), table[j]);
+          }
+          add(b);
+        }
+      }
+    }
+  }
+};
+
 }  // namespace peftkern::cpu::PEFTKERN_LEVEL
 
 #endif

@@ -22,10 +22,13 @@ constexpr int64_t kStripAhead = 16384;
 template <class Form, class Groups>
 void decode_two(const Form& form, const Groups& groups, const Quantised& w, int64_t n, bool both,
                 const Along& k, int64_t count, uint32_t* to) {
-  Place<Form> one(w, n, k), two(w, both ? n + 1 : n, k);
+  const int64_t m = both ? n + 1 : n;
+  Place<Form> one(w, n, k), two(w, m, k);
+  const auto &form_one = form.in_row(w, n), &form_two = form.in_row(w, m);
   for (int64_t left = one.left; count > 0; left = w.group) {
     const int64_t some = smaller(left, count);
-    const auto f = Form::group(form, groups.of(one.group++)), h = Form::group(form, groups.of(two.group++));
+    const auto f = Form::group(form_one, groups.of(one.group++));
+    const auto h = Form::group(form_two, groups.of(two.group++));
     for (const uint32_t* end = to + some; to < end; to += kPair) {
       const __m512i x = Form::in_bf16(one.codes, f);
       const __m512i y = both ? Form::in_bf16(two.codes, h) : _mm512_setzero_si512();
@@ -141,8 +144,7 @@ void add_pair_strips(const BaseArgs& g, const Form& form, const Groups& groups) 
         for (int64_t p = 0; p < pairs; ++p) {
           const int64_t row = n + 2 * p;
           for (int64_t s = 0; s < 2; ++s)
-            ask_for_bytes(w.codes + Form::bytes(smaller(row + s + ahead, w.N - 1) * w.row + along.k),
-                          Form::bytes(cols));
+            ask_for_bytes(codes_at<Form>(w, smaller(row + s + ahead, w.N - 1), along.k), Form::bytes(cols));
           decode_two(form, groups, w, row, row + 1 < end, along, cols, room + p * kStripLd);
         }
         if (pairs == 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkern import lora_linear, multi_lora_linear, settings
 from peftkern.autograd.row_norm import row_norm
-from peftkern.backends.cpu import call
+from peftkern.backends.cpu import call, native
 from peftkern.bases.base import Base, kind_of
 from peftkern.testing.accuracy import check
 from peftkern.testing.bases import QUANTISED, random_base
@@ -35,9 +35,15 @@ def fitting(name: str, K: int) -> int:
     return -(-K // of) * of
 
 
+def even(name: str, N: int) -> int:
+    """N rounded up to what makes two halves of whole rows of kinds that share bytes between such."""
+    return N + N % 2 * name.startswith(("hqq4", "quanto4"))
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("kind", ["panels", "few", "vendor"])
-@pytest.mark.parametrize("N, K", [(37, 61), (37, 128), (37, 1), (1, 64)])  # groups that straddle rows, and whole ones
+# Groups that straddle rows, and whole ones.
+@pytest.mark.parametrize("N, K", [(37, 61), (37, 128), (38, 128), (37, 1), (1, 64)])
 def test_each_element(level, name, kind, N, K):
     # The rows of an identity pick columns of W: every sum has one term, so bits are those of the definition.
     K = fitting(name, K)
@@ -52,7 +58,7 @@ def test_each_element(level, name, kind, N, K):
 @pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("N, K", [(37, 64), (9, 1152)])  # K is whole groups: few rows are read in pairs of terms
 def test_each_element_in_bf16(level, name, N, K):
-    base, W = base_and_weight(name, N + N * K % 2 * name.startswith(("hqq4", "quanto4")), K)
+    base, W = base_and_weight(name, even(name, N), K)
     x, dy = torch.eye(K, dtype=torch.bfloat16), torch.eye(len(W), dtype=torch.bfloat16)
     for rows in (5, 8, 50):  # straight from codes, by four columns and by two, and decoded before
         assert torch.equal(torch.cat([forward(part, base, len(W), "few") for part in x.split(rows)]), W.t().bfloat16())
@@ -60,13 +66,17 @@ def test_each_element_in_bf16(level, name, N, K):
 
 
 # 4 bits in groups of 64, of more and of less: a line of codes at a time, or a pair of vectors; 8 bits.
-FEW = ("nf4", "nf4 nested", "fp4 nested", "int4 bf16", "nf4 of blocks of 32", "int4", "mxfp4", "int8", "fp8")
+FEW = (
+    *("nf4", "nf4 nested", "fp4 nested", "int4 bf16", "nf4 of blocks of 32", "int4", "mxfp4", "int8", "fp8"),
+    *("hqq4", "hqq4 fp16", "quanto4", "quanto4 fp16"),
+)
 
 
 # An odd last row; parts of a chain, and of a line.
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("N, K", [(75, 2304), (301, 1024), (21, 1088)])
 def test_few_rows_of_bf16(level, name, N, K):
+    N = even(name, N)
     base, W = base_and_weight(name, N, K)
     x, dy = torch.randn(23, K).bfloat16(), torch.randn(23, N).bfloat16()
     for way, a, size, w in ((forward, x, N, W.t()), (backward, dy, K, W)):
@@ -76,6 +86,21 @@ def test_few_rows_of_bf16(level, name, N, K):
             assert torch.equal(way(a[:rows].t().contiguous().t(), base, size, "few"), whole[:rows])
         eager = (a.float() @ w.bfloat16().float()).bfloat16()
         assert (whole - exact).norm() <= 1.1 * (eager - exact).norm()
+
+
+# Blocks of the product are of a part of W's columns: of one half alone, and of parts of both.
+@pytest.mark.parametrize("name", ["hqq4", "quanto4 fp16", "quanto4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_halves(level, name, dtype):
+    N, K = 32832, 64
+    base, W = base_and_weight(name, N, K)
+    x = torch.randn(native.FEW_ROWS, K, dtype=dtype)
+    assert native.blocks("few", len(x), N, K, torch.get_num_threads()).cols < N // 2
+    y = forward(x, base, N, "few")
+    eager, exact = x.float() @ W.to(dtype).float().t(), x.double() @ W.double().t()
+    assert (y - exact).norm() <= 1.1 * (eager.to(dtype) - exact).norm()
+    for rows in (1, 5, 8):
+        torch.testing.assert_close(forward(x[:rows], base, N, "few"), y[:rows], rtol=0, atol=0)
 
 
 def test_all_codes_of_8_bits(level):
@@ -125,17 +150,22 @@ def test_accuracy_of_random_problems(level, monkeypatch, name, kind):
 
 
 @pytest.mark.parametrize(
-    "name, K", [("nf4 nested", 2300), ("nf4", 2304), ("int4", 2304), ("int8", 2304), ("fp8", 1280)]
+    "name, K",
+    [
+        *(("nf4 nested", 2300), ("nf4", 2304), ("int4", 2304), ("int8", 2304), ("fp8", 1280)),
+        *(("hqq4", 2304), ("quanto4", 2304)),
+    ],
 )
 @pytest.mark.parametrize("kind", ["panels", "few"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_rows_bits_do_not_depend_on_the_batch(level, name, K, kind, threads):
-    base, W = base_and_weight(name, 75, K)
-    x, dy = torch.randn(9, K), torch.randn(9, 75)
+    N = even(name, 75)
+    base, W = base_and_weight(name, N, K)
+    x, dy = torch.randn(9, K), torch.randn(9, N)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for way, a, size in ((forward, x, 75), (backward, dy, K)):
+        for way, a, size in ((forward, x, N), (backward, dy, K)):
             whole = way(a, base, size, kind)
             for rows in (1, 3, 5):
                 assert torch.equal(way(a[:rows], base, size, kind), whole[:rows])
