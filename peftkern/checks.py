@@ -131,6 +131,14 @@ def check_number(name: str, value) -> None:
             raise ValueError(f"{name} is an int of {value.bit_length()} bits, which no float can hold") from None
 
 
+def check_whole(name: str, value, least: int, most: int | None = None) -> None:
+    """An int (not a bool) from ``least`` on, up to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name} is {value}, expected {f'at least {least}' if most is None else f'{least} to {most}'}")
+
+
 def check_factor(name: str, value: torch.Tensor, device: torch.device, like: str) -> None:
     """A floating point tensor of one element, on the device of the argument called ``like``."""
     if not value.is_floating_point():

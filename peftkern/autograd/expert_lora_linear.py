@@ -21,7 +21,9 @@ from .lora_linear import Options, lora_linear_with
 
 
 def _counts(counts: Sequence[int] | Tensor, E: int, M: int) -> list[int]:
-    rows = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    if not isinstance(counts, (Sequence, Tensor)):
+        raise TypeError(f"counts must be a sequence of ints or a tensor, got {type(counts).__name__}")
+    rows = counts.flatten().tolist() if isinstance(counts, Tensor) else list(counts)
     if len(rows) != E or any(type(n) is not int or n < 0 for n in rows) or sum(rows) > M:
         raise ValueError(f"counts is {rows}, expected {E} numbers of rows, of {M} together at most")
     return rows

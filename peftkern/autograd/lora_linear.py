@@ -7,6 +7,7 @@ seed. Dropout bits are drawn again from the seed in backward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ..backends.cpu import call as native
 from ..backends.cpu.call import weight_of
-from ..bases.base import Base, base_of, check_shape, kind_of
-from ..checks import accumulate_dtype, check_factor, check_number, check_tensor
+from ..bases.base import QUANTISED, Base, base_of, check_shape, kind_of
+from ..checks import accumulate_dtype, check_beside, check_factor, check_number, check_tensor
 from ..dispatch.registry import caller
 from ..dispatch.watch import nobody_watches
 from ..equation import NO_SCALES, PLACES, Needs, Scales, fold, names
@@ -184,6 +185,38 @@ def _scaled(d: Tensor | None, scaling: Tensor, R: int, x: Tensor) -> Tensor:
     return folded.expand(R) if d is None else folded * d.to(dtype)
 
 
+# Codes that are read in another dtype: TorchScript has no such op, so a trace gets W itself.
+_WHOLE_IN_TRACES = frozenset(("int4", "mxfp4", "q4_0", "q8_0"))
+
+
+@contextlib.contextmanager
+def _untraced():
+    # While a trace is recorded sizes are tensors, which cannot be checked.
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def _traced_weight(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, **vectors: tuple) -> Tensor | None:
+    # W, once all fits: torch's own ops would broadcast.
+    kind = kind_of(base.kind)
+    with _untraced():
+        shape = N, K = lora_B.shape[0], lora_A.shape[-1]
+        if base.shape is not None:
+            check_shape(base, N, K, "lora_B and lora_A")
+        if base.kind in QUANTISED:
+            kind.check(base.tensors, x, K, N)
+        if base.tensors:
+            like = base.tensors[0] if base.kind == "dense" else base._replace(shape=shape)
+            check_beside(like, None, {"lora_A": (lora_A, "R K"), "lora_B": (lora_B, "N R"), **vectors})
+        if base.kind in _WHOLE_IN_TRACES:
+            return kind.dequantise(base.tensors, x.dtype, shape)
+    return kind.dequantise(base.tensors, x.dtype, shape)
+
+
 def _traced(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, options: Options, s: Scales):
     # In torch's own ops: what torch.jit.trace records runs, and trains, where this package is not installed.
     def times(t, scale):
@@ -192,7 +225,8 @@ def _traced(x: Tensor, base: Base, lora_A: Tensor, lora_B: Tensor, bias: Tensor 
     if base.kind == "w8a8":
         raise ValueError("a base of kind w8a8 cannot be traced: the gradient of rounding is not that of torch's ops")
     linear = torch.nn.functional.linear
-    W = kind_of(base.kind).dequantise(base.tensors, x.dtype, (lora_B.shape[0], lora_A.shape[1]))
+    vectors = {names(at.symbol): (v, at.axis) for at, v in zip(PLACES, s) if v is not None}
+    W = _traced_weight(x, base, lora_A, lora_B, **vectors, **({} if bias is None else {"bias": (bias, "N")}))
     into = times(x, s.p_b)
     h = times(into if W is None else linear(into, W), s.g_b)
     p = options.dropout_p

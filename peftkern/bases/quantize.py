@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..checks import check_tensor, check_whole
 from .base import Base, computed_in
 from .codebook import FP4, NF4
 from .fp8 import BLOCK
@@ -59,6 +59,8 @@ def quantize(
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
     if kind not in _MAKERS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(_MAKERS)}")
+    if block_size is not None:
+        check_whole("block_size", block_size, 1)
     maker = _MAKERS[kind]
     size = maker.block if block_size is None else block_size
     if not maker.fits(weight.shape[1], size):

@@ -14,6 +14,8 @@ from ..equation import COEFFICIENTS, fold, place
 from ..ops.adapter_table import BESIDE, BETA, RANK_BIAS
 
 _AXES = {c.name: place(c.symbol).axis for c in COEFFICIENTS} | {"bias": "N", "rank_bias": "R"}
+# The argument that gives each vector, by the vector's symbol.
+ARGUMENTS = {c.symbol: c.name for c in COEFFICIENTS} | {BETA: "bias", RANK_BIAS: "rank_bias"}
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -70,6 +72,11 @@ class Adapter:
         ).items():
             object.__setattr__(self, name, value)
 
+    def __reduce__(self) -> tuple:
+        # The view of a dictionary has no pickle.
+        rest = {"bias": self.bias, "rank_bias": self.rank_bias, "activation": self.activation, **self.coefficients}
+        return _made, (type(self), self.lora_A, self.lora_B, self.scaling, rest)
+
     def beside(self) -> list[str]:
         """The names of what acts on the base."""
         acting = [c.name for c in COEFFICIENTS if c.name in self.coefficients and c.symbol in BESIDE]
@@ -94,3 +101,7 @@ def vectors_of(
             check_fits(where + name, value, (sizes[axis],), f"({axis},)", device, FLOATING)
     found = fold(adapter.coefficients, like)._asdict() | {BETA: adapter.bias, RANK_BIAS: adapter.rank_bias}
     return {symbol: v.to(accumulate_dtype(like.dtype)) for symbol, v in found.items() if v is not None}
+
+
+def _made(cls: type, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, rest: dict) -> Adapter:
+    return cls(lora_A, lora_B, scaling, **rest)

@@ -20,15 +20,12 @@ order of the stream, and memory is used again when the device has done all that 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +33,10 @@ from torch import Tensor
 from ..activations import CODES
 from ..checks import FLOATING, check_number, check_tensor
 from ..ops.adapter_table import AXES, COLUMNS, FREE, PHI, table_row
-from .adapter import Adapter, vectors_of
+from .adapter import ARGUMENTS, Adapter, vectors_of
 from .chunks import Chunks, Range
 from .rows import Rows
+from .stored import Matrices, Stored
 from .table import AdapterTable
 
 # Ids are below it: int32.
@@ -54,34 +52,6 @@ def _padded(n: int) -> int:
 def _token(number: int) -> int:
     # 128 bits of each id, so that the exclusive or of those in a bank tells which they are, in whatever order they came.
     return int.from_bytes(hashlib.blake2b(number.to_bytes(4, "little"), digest_size=16, key=_SECRET).digest(), "little")
-
-
-@dataclass(slots=True, eq=False)
-class _Matrices:
-    """A and B^T in memory of the bank, copied from tensors that ``key`` describes, and how many adapters they serve."""
-
-    key: Hashable
-    rank: int
-    memory: Range
-    users: int = 1
-
-
-class _Adapter(NamedTuple):
-    number: int
-    matrices: _Matrices | None
-    vectors: Range | None
-    offsets: dict[str, int]  # by symbol, in the chunk
-    beside: str | None  # see AdapterTable
-    activation: int  # its code
-
-    @property
-    def symbols(self) -> set[str]:
-        """What acts in it."""
-        return {*self.offsets, *[PHI] * (self.activation > 0)}
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.matrices is None else self.matrices.rank
 
 
 class AdapterBank:
@@ -135,8 +105,8 @@ class AdapterBank:
         self._generations = IDS // self._slots
         self._generation = [0] * max_adapters
         self._unused = list(range(max_adapters - 1, -1, -1))
-        self._adapters: dict[str, _Adapter] = {}
-        self.pairs: dict[Hashable, _Matrices] = {}  # by what they were copied from
+        self._adapters: dict[str, Stored] = {}
+        self.pairs: dict[Hashable, Matrices] = {}  # by what they were copied from
         self._ranks: Counter[int] = Counter()
         self._symbols: Counter[str] = Counter()  # of vectors
         self._captured: set[str] = set()  # what acted in the states that CUDA graphs have captured
@@ -209,14 +179,26 @@ class AdapterBank:
         with self._lock:
             return list(self._adapters)
 
+    def __reduce__(self) -> tuple:
+        """A pickle or copy: the adapters, as tensors of their own, and their ids. What is made of it has memory of its own."""
+        sizes = self.in_features, self.out_features, self.max_adapters, self.max_rank
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            adapters = self._adapters
+            copies = {id(m): [t.clone() for t in self._halves(m)] for m in (a.matrices for a in adapters.values()) if m}
+            given = [
+                (name, *copies.get(id(a.matrices), (None, None)), self._rows.scaling[a.number % self._slots].item(),
+                 a.how, self._vectors_of(a))
+                for name, a in adapters.items()
+            ]  # fmt: skip
+            # Slots are taken from the end: those of the adapters, in their order, before those that are free now.
+            unused = [*self._unused, *(a.number % self._slots for a in reversed(adapters.values()))]
+            like = self._rows.scaling.new_empty(0, dtype=self.dtype)
+            return _made, (type(self), sizes, like, list(self._generation), unused, given)
+
     def __deepcopy__(self, memo: dict) -> AdapterBank:
-        """A bank with memory of its own, in which the same ids name the same adapters. It is not picklable."""
-        made = memo[id(self)] = type(self).__new__(type(self))
-        with self._lock, torch.inference_mode(False):
-            own = {name: v for name, v in vars(self).items() if name not in ("_lock", "_captured", "_state")}
-            vars(made).update(copy.deepcopy(own, memo))
-        made._lock, made._captured = threading.RLock(), set()
-        made._state = made._snapshot()
+        """A bank with memory of its own, in which the same ids name the same adapters."""
+        make, args = self.__reduce__()
+        made = memo[id(self)] = make(*args)
         return made
 
     def __contains__(self, name: object) -> bool:
@@ -244,7 +226,7 @@ class AdapterBank:
             self._captured.add(state.acting)
         return state
 
-    def _find(self, name: str) -> _Adapter:
+    def _find(self, name: str) -> Stored:
         try:
             return self._adapters[name]
         except KeyError:
@@ -293,7 +275,7 @@ class AdapterBank:
                 room, offsets = self._copy_vectors(vectors)
             with self._lock:
                 beside = next((f"adapter {name!r} {what}" for what in adapter.beside()), None)
-                stored = _Adapter(number(), matrices, room, offsets, beside, activation)
+                stored = Stored(number(), matrices, room, offsets, beside, activation)
                 matrices = room = None  # the bank's from here on
                 self._change(name, stored, float(adapter.scaling))
         finally:
@@ -302,7 +284,7 @@ class AdapterBank:
                     self._retire(matrices, room, weakref.ref(self._state.table))
         return stored.number
 
-    def _held(self, A: Tensor | None, B: Tensor | None) -> _Matrices | None:
+    def _held(self, A: Tensor | None, B: Tensor | None) -> Matrices | None:
         """These matrices in memory of the bank, shared or copied, with one user more."""
         if A is None:
             return None
@@ -317,7 +299,7 @@ class AdapterBank:
             with self._lock:
                 self._retire(known, None, weakref.ref(self._state.table))
         with self._lock:
-            made = _Matrices(key, A.shape[0], self._chunks.take(A.shape[0] * self._width))
+            made = Matrices(key, A.shape[0], self._chunks.take(A.shape[0] * self._width))
         try:
             self._copy(A, B, made)
         except BaseException:
@@ -328,7 +310,7 @@ class AdapterBank:
             self.pairs[key] = made
         return made
 
-    def _retire(self, matrices: _Matrices | None, vectors: Range | None, seen: weakref.ref) -> None:
+    def _retire(self, matrices: Matrices | None, vectors: Range | None, seen: weakref.ref) -> None:
         """One user of the matrices less, and nobody any more of the vectors. ``seen``: the last state that may show them."""
         freed = []
         if matrices is not None:
@@ -341,7 +323,7 @@ class AdapterBank:
         self._chunks.retire(freed, seen)
         self._vectors.retire([] if vectors is None else [vectors], seen)
 
-    def _halves(self, stored: _Matrices, padded: bool = False) -> list[Tensor]:
+    def _halves(self, stored: Matrices, padded: bool = False) -> list[Tensor]:
         """A and B^T where they are stored, with the columns of their padding or without."""
         # data: a write here is no change to calls that wait for their backward, which read other ranges.
         chunk, at, found = self._chunks.tensors[stored.memory.chunk].data, stored.memory.offset, []
@@ -351,12 +333,20 @@ class AdapterBank:
             found.append(rows if padded else rows[:, :width])
         return found
 
-    def _copy(self, A: Tensor, B: Tensor, into: _Matrices) -> None:
+    def _copy(self, A: Tensor, B: Tensor, into: Matrices) -> None:
         with torch.inference_mode(False):
             for source, rows in zip((A.detach(), B.detach().t()), self._halves(into, padded=True), strict=True):
                 width = source.shape[1]
                 rows[:, width:] = 0.0
                 rows[:, :width].copy_(source)
+
+    def _vectors_of(self, adapter: Stored) -> dict[str, Tensor]:
+        """Copies of an adapter's vectors by the name of their argument."""
+        sizes, found = self._sizes(adapter.rank), {}
+        for symbol, at in adapter.offsets.items():
+            chunk = self._vectors.tensors[adapter.vectors.chunk].data
+            found[ARGUMENTS[symbol]] = chunk[at : at + sizes[symbol]].clone()
+        return found
 
     def _copy_vectors(self, vectors: dict[str, Tensor]) -> tuple[Range, dict[str, int]]:
         """Where they lie in memory of the bank: all of them, and by symbol in its chunk."""
@@ -370,7 +360,7 @@ class AdapterBank:
                 at += _padded(vector.numel())
         return room, offsets
 
-    def _change(self, name: str, adapter: _Adapter | None, scaling: float = 0.0) -> None:
+    def _change(self, name: str, adapter: Stored | None, scaling: float = 0.0) -> None:
         """Put ``adapter`` (None: nothing) in the place of what goes by that name, if anything does."""
         old = self._adapters.get(name)
         slot = (adapter or old).number % self._slots
@@ -393,7 +383,7 @@ class AdapterBank:
 
         self._advance(write, old)
 
-    def _row(self, adapter: _Adapter) -> list[int]:
+    def _row(self, adapter: Stored) -> list[int]:
         vectors = {symbol: (adapter.vectors.chunk, at) for symbol, at in adapter.offsets.items()}
         if adapter.matrices is None:
             return table_row(adapter.number, 0, 0, 0, 0, 0, 0, 0, 0, 1, **vectors)
@@ -402,7 +392,7 @@ class AdapterBank:
         matrices = adapter.number, rank, chunk, at, columns_A, chunk, at + rank * columns_A, 1, columns_B, 1
         return table_row(*matrices, activation=adapter.activation, **vectors)
 
-    def _advance(self, write: Callable[[], None], old: _Adapter | None = None) -> None:
+    def _advance(self, write: Callable[[], None], old: Stored | None = None) -> None:
         """The next state: what ``write`` makes of this one, which no longer shows ``old``."""
         seen = weakref.ref(self._state.table)
         self._state = None
@@ -428,3 +418,15 @@ class AdapterBank:
             self.out_features, (self.max_adapters, self._present), True, self._vectors.tensors if acting else (), acting,
             beside=next((a.beside for a in self._adapters.values() if a.beside), None) if acting else None,
         )  # fmt: skip
+
+
+def _made(
+    cls: type, sizes: tuple, like: Tensor, generation: list[int], unused: list[int], adapters: list
+) -> AdapterBank:
+    """The bank of a pickle, in the dtype and on the device of ``like``, which ``torch.load`` may have moved."""
+    K, N, most, rank = sizes
+    bank = cls(K, N, max_adapters=most, max_rank=rank, dtype=like.dtype, device=like.device)
+    bank._generation, bank._unused = generation, unused
+    for name, A, B, scaling, activation, vectors in adapters:
+        bank.add(name, A, None if B is None else B.t(), scaling, activation=activation, **vectors)
+    return bank

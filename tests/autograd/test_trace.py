@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from peftkern import LoRALinear, lora_linear, multi_lora_linear, sgmv
+from peftkern import LoRALinear, dora_linear, lora_linear, multi_lora_linear, quantize, sgmv
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
-def traced(function, *args, **options):
-    """The trace, saved and loaded again. Constants that were frozen into it are errors."""
+def traced(function, *args, warn="error", **options):
+    """The trace, saved and loaded again. Constants that were frozen into it are errors, unless ``warn`` says otherwise."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.simplefilter(warn, torch.jit.TracerWarning)
         trace = torch.jit.trace(function, args, **options)
     file = io.BytesIO()
     torch.jit.save(trace, file)
@@ -132,3 +132,38 @@ def test_a_mixed_batch_takes_the_ids_it_is_given(base):
     for other in ([1, 0, 0, -1], [-1, -1, -1, -1]):
         other = torch.tensor(other)
         assert torch.equal(trace(x, other), made(x, other))
+
+
+KINDS = ["nf4", "nf4 nested", "fp4", "int8", "int4", "fp8", "mxfp4"]
+
+
+def _codes(kind, N=32, K=64):
+    return quantize(torch.randn(N, K), kind.split()[0], nested="nested" in kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_codes(kind):
+    base, A, B = _codes(kind), torch.randn(4, 64), torch.randn(32, 4)
+    x = torch.randn(5, 64)
+    for call in (lambda x: lora_linear(x, base, A, B), LoRALinear.from_linear(base, r=4)):
+        trace = traced(call, torch.randn(3, 64), warn="ignore")  # codes and their table are constants
+        torch.testing.assert_close(trace(x), call(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("N, K", [(64, 32), (16, 64), (64, 64)])
+def test_a_base_in_codes_of_another_shape_is_refused(kind, N, K):
+    base, A, B = _codes(kind), torch.randn(4, K), torch.randn(N, 4)
+    for call in (lambda x: lora_linear(x, base, A, B), lambda x: dora_linear(x, base, A, B, torch.ones(N))):
+        with pytest.raises(ValueError, match=r"of kind|expected|lora_A"):
+            torch.jit.trace(call, torch.randn(3, K))
+
+
+@pytest.mark.parametrize("name, shape", [("lora_B", (1, 4)), ("lora_A", (1, 10)), ("bias", (1,)), ("base_out_scale", (1,)),
+                                         ("rank_scale", (1,)), ("delta_in_scale", (1,))])  # fmt: skip
+def test_nothing_is_broadcast(name, shape):
+    given = {"weight": torch.randn(6, 10), "lora_A": torch.randn(4, 10), "lora_B": torch.randn(6, 4)}
+    given[name] = torch.randn(shape)
+    for run in (lambda f, x: f(x), torch.jit.trace):
+        with pytest.raises(ValueError, match="lora_A|lora_B" if name.startswith("lora") else name):
+            run(lambda x: lora_linear(x, **given), torch.randn(3, 10))

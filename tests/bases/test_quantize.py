@@ -68,6 +68,8 @@ REFUSED = {
     "rows": (lambda: quantize(torch.randn(4, 64), "int8", block_size=64), ValueError, "int8 has no block_size 64"),
     "groups": (lambda: quantize(torch.randn(4, 96), "int4"), ValueError, "int4 has no block_size 64 .*an even divisor"),
     "mxfp4": (lambda: quantize(torch.randn(4, 40), "mxfp4"), ValueError, "mxfp4 has no block_size 32 .*divides in_features"),
+    "a float": (lambda: quantize(torch.randn(4, 64), "nf4", block_size=64.0), TypeError, "block_size must be an int, got float"),
+    "a word": (lambda: quantize(torch.randn(4, 64), "int4", block_size="64"), TypeError, "block_size must be an int, got str"),
     "nested": (lambda: quantize(torch.randn(4, 64), "int8", nested=True), ValueError, "nested is for the scales of nf4 and fp4"),
 }  # fmt: skip
 

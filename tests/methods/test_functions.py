@@ -354,6 +354,25 @@ def test_numbers_out_of_range(name):
                 function_of(name)(x, W, *(wrong if each is t else each for each in tensors), bias=b)
 
 
+# Numbers that are no tensors: what is refused, by type and by size.
+NUMBERS = {
+    "OFT": ("terms", (2.5, "5", True), (0, -1, 10**9)),
+    "VB-LoRA": ("top_k", (2.0, "2", True, None), (0, -1, 7)),
+    "RoAd": ("group_size", (2.0, "2", True, None), (0, -2, 3, 10**9)),
+    "DEFT": ("method", (), ("rel", None, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_make_no_sense(name):
+    _, x, W, b, tensors = case_of(name, torch.float32)
+    option, kinds, sizes = NUMBERS[name]
+    for error, values in ((TypeError, kinds), (ValueError, sizes)):
+        for value in values:
+            with pytest.raises(error, match=f"^{option} "):
+                function_of(name)(x, W, *tensors, bias=b, **{option: value})
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_second_derivatives_raise(name):
     _, x, W, b, tensors = case_of(name)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from os import PathLike
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -122,6 +123,13 @@ class MultiLoRA:
         self._serial, self._pool = count(), Pool()
         # One change at a time; what use() looks at is changed under the second lock, and only for a moment.
         self._changing, self._lock = threading.RLock(), threading.RLock()
+
+    def __reduce__(self) -> NoReturn:
+        """TypeError: it belongs to hooks of this very model, which neither a copy nor a pickle has."""
+        raise TypeError(
+            "a MultiLoRA belongs to the model that it is attached to, and has no copy or pickle: copy the model, which is "
+            "plain again, and call attach_adapters on that"
+        )
 
     def add(self, name: str, folder: str | PathLike) -> None:
         """Attach one more checkpoint, at any time. All of it or, after an error, nothing.

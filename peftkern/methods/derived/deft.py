@@ -67,6 +67,8 @@ def deft_linear(
     Returns (..., N). Raises as ``lora_linear`` does.
     """
     check_parts(weight, bias, deft_P=(deft_P, "N R"), **({} if deft_R is None else {"deft_R": (deft_R, "R K")}))
+    if method not in ("qr", "relu"):
+        raise ValueError(f"method is {method!r}, expected 'qr' or 'relu'")
     return run(with_deft(Linear(weight, bias), deft_P, deft_R, method, 1.0, acting(dropout_p, training), seed), x)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.base import Base
+from ...checks import check_whole
 from ...ops.dropout_mask import acting
 from .. import tuner
 from ..linear import Branch, Linear, frozen_weight, run
@@ -45,7 +46,7 @@ def vblora_linear(
 
     Args:
         x: (..., K). weight: (N, K). vblora_logits_A: (R, K / V, H). vblora_logits_B: (N / V, R, H).
-            vblora_vector_bank: (H, V). bias, dropout_p, training, seed: as in ``lora_linear``.
+            vblora_vector_bank: (H, V). top_k: 1 to H. bias, dropout_p, training, seed: as in ``lora_linear``.
 
     Returns (..., N). Raises as ``lora_linear`` does.
     """
@@ -53,6 +54,7 @@ def vblora_linear(
         weight, bias, vblora_vector_bank=(vblora_vector_bank, "H V"), vblora_logits_A=(vblora_logits_A, "R K/V H"),
         vblora_logits_B=(vblora_logits_B, "N/V R H"),
     )  # fmt: skip
+    check_whole("top_k", top_k, 1, len(vblora_vector_bank))
     tensors = vblora_logits_A, vblora_logits_B, vblora_vector_bank
     return run(Linear(weight, bias).add(_branch(tensors, top_k, acting(dropout_p, training), seed)), x)
 

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from ...autograd.neumann import neumann, skew
 from ...bases.base import Base
-from ...checks import accumulate_dtype
+from ...checks import accumulate_dtype, check_whole
 from .. import tuner
 from ..linear import Linear, Rotation, frozen_weight, run
 from ..look import Look, NotCovered
 from ..registry import Held, Method, loaded, register
+
+# Of a series that converges more would change no bit, and coefficients are a number each.
+_MOST_TERMS = 1000
 
 
 def cayley(Q: Tensor) -> Tensor:
@@ -48,11 +51,13 @@ def oft_linear(
 
     Args:
         x: (..., K). weight: (N, K). oft_R: (G, b (b - 1) / 2), G = K / b, or 1 to share the matrix; in fp32 or x's dtype.
-        bias: (N). terms: of the series, or None for the exact transform.
+        bias: (N). terms: of the series, 1 to 1000, or None for the exact transform.
 
     Returns (..., N). Raises as ``lora_linear`` and ``block_rotate`` do. x is saved for backward if oft_R trains.
     """
     weight = frozen_weight(weight, bias, oft_R=(oft_R, "G elements"))
+    if terms is not None:
+        check_whole("terms", terms, 1, _MOST_TERMS)
     elements = oft_R.shape[-1]
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     blocks, rest = divmod(weight.shape[1], size)

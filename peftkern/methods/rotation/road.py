@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ...bases.base import Base
+from ...checks import check_whole
 from .. import tuner
 from ..linear import Linear, Turn, frozen_weight, run
 from ..look import Look, NotCovered
@@ -35,6 +36,7 @@ def road_linear(
     Returns (..., N). Raises as ``lora_linear`` does. The layer's output without the adapter is saved for backward.
     """
     weight = frozen_weight(weight, bias)
+    check_whole("group_size", group_size, 2)
     return run(Linear(weight, bias, turns=(Turn(road_theta, road_alpha, group_size),)), x)
 
 

@@ -1,6 +1,7 @@
 """Models and checkpoints in other states: renamed layers, accelerate's hooks, replaced or whole modules, fast paths."""
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -179,6 +180,9 @@ def test_accelerates_hooks(zoo, tmp_path, hooks):
     assert _hooks(plain) == before and torch.equal(logits(plain, inputs), base)
     if hooks != "offloaded":  # a copy of an offloaded model has no weights: accelerate's hooks stay with the first
         assert torch.equal(logits(copy.deepcopy(plain), inputs), base)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="call attach_adapters"):
+            attempt(multi)
     multi.detach()
     assert _hooks(plain) == before and torch.equal(logits(plain, inputs), base)
     assert not any("Attached" in str(vars(m).get("_old_forward")) for m in plain.modules())
