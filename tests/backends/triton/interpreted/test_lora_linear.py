@@ -95,7 +95,7 @@ def test_every_kind_of_fused_launch(name, options):
     aligned, ragged = dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)
     with using(triton_fixed=configs.fixed(base="fused", gemm=config)):
         for size in (aligned, ragged) if config.tma else (ragged,):
-            for dtype in (torch.float16, torch.float32):
+            for dtype in (torch.float16,) if name == "wide" else (torch.float16, torch.float32):
                 # The product is that of y and dx, which scales of the base change; adapters' gradients come elsewhere.
                 assert_accurate(everything(options=options, dtype=dtype, frozen=BRANCH, **size))
 
