@@ -47,7 +47,7 @@ def run(out: Path, *arguments: str, python: str = sys.executable) -> tuple[int, 
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(60)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: run the script itself")
 def test_dry_run(tmp_path):
     pytest.importorskip("peftkern._C", reason="the dry run takes the extension that is there")

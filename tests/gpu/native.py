@@ -44,7 +44,8 @@ def launchers(source: Path) -> list[str]:
 
 
 def build(folder: Path, arch: int) -> Path:
-    """The library for one architecture; made again only if a source has changed. RuntimeError if nvcc fails."""
+    """The library for one architecture, and beside it (``.log``) what the assembler said; made again only if a source has
+    changed. RuntimeError if nvcc fails or warns."""
     files = sources(arch)
     texts = [p.read_bytes() for p in (*files, *sorted((ROOT / "csrc/cuda").glob("**/*.h")))]
     name = f"instructions-sm{arch}-{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
@@ -54,27 +55,28 @@ def build(folder: Path, arch: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = "90a" if arch == 90 else str(arch)
     flags = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-gencode", f"arch=compute_{target},code=sm_{target}"]
-    flags += [f"-I{include}" for include in INCLUDES]
+    flags += ["-Werror", "all-warnings", "-Xptxas", "-v", *(f"-I{include}" for include in INCLUDES)]
 
-    def compile_one(source: Path) -> Path:
+    def compile_one(source: Path) -> tuple[Path, str]:
         out = folder / f"{name}-{source.stem}.o"
-        _run(nvcc(), *flags, "-c", source, "-o", out)
-        return out
+        return out, _run(nvcc(), *flags, "-c", source, "-o", out)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile_one, files))
+        objects, said = zip(*pool.map(compile_one, files))
     part = library.with_suffix(f".{os.getpid()}.part")
     _run(nvcc(), "-shared", "-cudart", "static", *objects, "-o", part)
+    library.with_suffix(".log").write_text("".join(said))
     part.rename(library)
     for out in objects:
         out.unlink()
     return library
 
 
-def _run(*command) -> None:
+def _run(*command) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+    return done.stderr
 
 
 class DeviceRunner:

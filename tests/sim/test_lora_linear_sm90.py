@@ -222,7 +222,7 @@ def test_input_gradient(sim, case, dtype):
 def test_v_is_made_as_well(sim, case, dtype):
     for same in (False, True):
         case = replace(case, makes_v=True, dtype=dtype, adapter=dtype if same else F32, seed=case.M + same)
-        case.check(sim, seed=case.M + same, at_end=not same, launches=2)
+        case.check(sim, seed=case.M + same, at_end=not same, launches=1 + same)
 
 
 SCALED = Case(131, 273, 136, 24, multiprocessors=2)
@@ -280,7 +280,7 @@ def first_schedule(sim):
 def test_every_schedule_gives_the_same_bits(sim, first_schedule, mode):
     for case, expected in zip(SCHEDULED, first_schedule):
         t = case.operands()
-        for seed in range(3):
+        for seed in range(2):
             got, _ = case.run(sim, t, seed=seed, mode=mode, resident=seed + 1)
             assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (case, seed)
 

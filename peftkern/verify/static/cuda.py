@@ -70,11 +70,11 @@ def _compiled(source: Path, arch: str) -> bytes:
     return nvcc.build(source, arch).cubin
 
 
-def rows(cubin: Callable[[], bytes]) -> list[Row]:
-    """The kernels of a cubin, with the launches that are known."""
+def rows(*made: Callable[[], bytes]) -> list[Row]:
+    """The kernels of cubins, which are read together (``disassembly.py``), with the launches that are known."""
     launched = cuda_launches.recorded()
-    (kernels,) = cubins.read(cubin())
-    return [row(kernel, launched.get(kernel.name)) for kernel in kernels]
+    found = cubins.read(*(cubin() for cubin in made))
+    return [row(kernel, launched.get(kernel.name)) for kernels in found for kernel in kernels]
 
 
 def row(kernel: cubins.Kernel, launch: dict[str, int] | None) -> Row:

@@ -13,14 +13,14 @@ pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("test_*.py"))
-PROCESSES = 3
+PROCESSES = 2
 
 
 def test_there_are_files():
     assert len(FILES) >= 3
 
 
-@pytest.mark.slow(45)
+@pytest.mark.slow(75)
 @pytest.mark.parametrize("files", [FILES[i::PROCESSES] for i in range(PROCESSES)], ids=lambda files: files[0].stem)
 def test_in_the_interpreter(files):
     env = dict(os.environ, TRITON_INTERPRET="1")

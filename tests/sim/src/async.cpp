@@ -9,8 +9,8 @@
 namespace sim {
 namespace {
 
-bool passed(Block* block, uint32_t address, unsigned parity) {
-  return block->transactions.at(address).phase != (parity & 1);
+bool passed(const TransactionBarrier& barrier, unsigned parity) {
+  return barrier.phase != (parity & 1);
 }
 
 void maybe_flip(TransactionBarrier& barrier) {
@@ -75,7 +75,9 @@ void barrier_init(uint32_t address, int count) {
   TransactionBarrier barrier;
   barrier.count = barrier.pending = count;
   barrier.maker = self;
-  self->block->transactions[address] = barrier;
+  TransactionBarrier& held = self->block->transactions[address];
+  barrier.waiting = held.waiting;
+  held = barrier;
 }
 
 void barrier_init_fence() {
@@ -98,7 +100,7 @@ TransactionBarrier& barrier_from_outside(Block* block, uint32_t address, const c
 }
 
 void barrier_invalidate(uint32_t address) {
-  find(self->block, address, "mbarrier.inval");
+  if (find(self->block, address, "mbarrier.inval").waiting != 0) fail("mbarrier.inval: threads wait for it");
   self->block->transactions.erase(address);
 }
 
@@ -122,16 +124,17 @@ void barrier_complete(Block* block, uint32_t address, int64_t bytes) {
 
 void barrier_wait(uint32_t address, unsigned parity, bool cluster) {
   Block* block = self->block;
-  find(block, address, "mbarrier.try_wait");
-  spin(parity & 1 ? "mbarrier (parity 1)" : "mbarrier (parity 0)",
-       [=] { return passed(block, address, parity); });
+  TransactionBarrier* barrier = &find(block, address, "mbarrier.try_wait");
+  ++barrier->waiting;
+  spin(parity & 1 ? "mbarrier (parity 1)" : "mbarrier (parity 0)", [=] { return passed(*barrier, parity); });
+  --barrier->waiting;
   check_scope(block, address, cluster, "mbarrier.try_wait");
 }
 
 bool barrier_test(uint32_t address, unsigned parity, bool cluster) {
   maybe_yield();
   check_scope(self->block, address, cluster, "mbarrier.test_wait");
-  return passed(self->block, address, parity);
+  return passed(find(self->block, address, "mbarrier.test_wait"), parity);
 }
 
 unsigned char* async_view(Block* block) {

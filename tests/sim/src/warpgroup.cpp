@@ -13,10 +13,12 @@ namespace {
 // rows of 128 bytes. "rows" is the dimension that is not contiguous in memory.
 struct Operand {
   Block* block;
+  const unsigned char* view;
   uint32_t start, leading, stride;
   bool columns;  // the outer dimension (M or N) is contiguous, not K
 
-  Operand(Block* block, uint64_t descriptor, bool columns) : block(block), columns(columns) {
+  Operand(Block* block, uint64_t descriptor, bool columns)
+      : block(block), view(async_view(block)), columns(columns) {
     start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
     leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
     stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
@@ -31,7 +33,7 @@ struct Operand {
     address ^= (address >> 7 & 7) << 4;
     uint16_t bits;
     const unsigned char* from = shared_pointer(block, address, 2, 2, "wgmma operand");
-    std::memcpy(&bits, async_view(block) + (from - block->shared), 2);
+    std::memcpy(&bits, view + (from - block->shared), 2);
     return bits;
   }
 };

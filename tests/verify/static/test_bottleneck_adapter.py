@@ -13,15 +13,13 @@ from peftkern.verify.static.triton import ARCHS, key, unavailable
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-GROUPS = {arch: pytest.mark.xdist_group(f"aot-bottleneck-sm_{arch}") for arch in (*ARCHS, 120)}
-CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
-# Of the others, compiled on one architecture: ``peftkern verify --static`` takes all, and minutes.
-CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in launches.MORE if c.arch == 90]
 
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_code_and_recorded_bounds(case, within_bounds):
-    within_bounds(launches, case)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[pytest.mark.xdist_group(f"aot-bottleneck-sm_{a}"), pytest.mark.slow(25)]) for a in ARCHS],
+)
+def test_code_and_recorded_bounds(arch, within_bounds):
+    within_bounds(launches, ARCHS, arch)
 
 
 def test_many_rows_are_one_kernel_and_few_are_three():

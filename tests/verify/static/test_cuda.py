@@ -25,7 +25,7 @@ def audited() -> list[records.Row]:
     origin = cuda.origin()
     if isinstance(origin, str):
         pytest.skip(origin)
-    return [row for cubin in origin.cubins for row in cuda.rows(cubin)]
+    return cuda.rows(*origin.cubins)
 
 
 @pytest.fixture

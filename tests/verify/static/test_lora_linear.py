@@ -25,48 +25,40 @@ if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 
-# Of these, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes. sm_120 has no others.
-MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
-MORE += [c for c in launches.MORE if c.arch == 120]
+# sm_120 has the registers of sm_90, less shared memory and neither wgmma nor tensor memory.
+EVERY = (*ARCHS, 120)
+# An architecture's kernels are compiled by one worker, at once.
+every_arch = pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[pytest.mark.xdist_group(f"aot-sm_{a}"), pytest.mark.slow(8)]) for a in EVERY]
+)
 
 
-def parametrize(cases, slow=()):
-    """Cases of one architecture share compiled kernels, so one worker takes them all."""
-    groups = {arch: pytest.mark.xdist_group(f"aot-sm_{arch}") for arch in (*ARCHS, 120)}
-    marked = [pytest.param(c, marks=groups[c.arch]) for c in cases]
-    marked += [pytest.param(c, marks=[groups[c.arch], pytest.mark.slow(3)]) for c in slow]
-    return pytest.mark.parametrize("case", marked, ids=str)
+@every_arch
+def test_fits_without_spills(arch, reports):
+    found = {r.key: launches.resources(r) for r in reports(launches, EVERY, arch)}
+    assert found and not any(found.values()), {k: p for k, p in found.items() if p}
 
 
-every_case = parametrize(launches.STANDARD, MORE)
-
-
-@every_case
-def test_fits_without_spills(case, reports):
-    for r in reports(launches, case):
-        assert not launches.resources(r), r.key
-
-
-@every_case
-def test_memory_accesses_are_wide(case, reports):
+@every_arch
+def test_memory_accesses_are_wide(arch, reports):
     """Each access moves 16 bytes, or where a thread's share of the block is smaller, at least that share."""
-    for r in reports(launches, case):
-        assert not launches.widths(r), r.key
+    found = {r.key: launches.widths(r) for r in reports(launches, EVERY, arch)}
+    assert found and not any(found.values()), {k: p for k, p in found.items() if p}
 
 
-@parametrize([c for c in launches.STANDARD if c.base == "fused"], [c for c in MORE if c.base == "fused"])
-def test_matrix_instructions(case, reports):
+@every_arch
+def test_matrix_instructions(arch, reports):
     """K1 with its own product takes the widest instruction that its tile allows, with both operands copied in bulk."""
-    checked = {r.item.name for r in reports(launches, case) if launches.multiplies(r)}
-    assert checked == {"expand_kernel", "shrink_kernel", "adapter_grad_kernel", "row_norm_kernel"}
-    for r in reports(launches, case):
+    found = [r for r in reports(launches, EVERY, arch) if launches.multiplies(r)]
+    assert {r.item.name for r in found} == {"expand_kernel", "shrink_kernel", "adapter_grad_kernel", "row_norm_kernel"}
+    for r in found:
         assert not launches.instructions(r), r.key
 
 
-@every_case
-def test_registers_and_shared_memory_within_recorded_bounds(case, reports):
+@every_arch
+def test_registers_and_shared_memory_within_recorded_bounds(arch, reports):
     bounds, unknown = records.read(launches.BOUNDS), 0
-    for r in reports(launches, case):
+    for r in reports(launches, EVERY, arch):
         assert not records.broken(r.row, bounds.get(r.key, {})), r.key
         unknown += VERSION not in bounds[r.key]
     if unknown:
@@ -74,10 +66,10 @@ def test_registers_and_shared_memory_within_recorded_bounds(case, reports):
 
 
 @pytest.mark.xdist_group("aot-sm_90")
-def test_kernels_printed_together_read_as_each_alone(tmp_path):
+@pytest.mark.slow(1)
+def test_kernels_printed_together_read_as_each_alone(tmp_path, reports):
     """Their instructions; labels are those of kernels with HGMMA, whose loops are looked at."""
-    (case,) = (c for c in launches.STANDARD if c == launches.Case(90))
-    target, items = GPUTarget("cuda", 90, 32), {item.name: item for item in launches.capture(case)}
+    target, items = GPUTarget("cuda", 90, 32), {r.item.name: r.item for r in reports(launches, EVERY, 90)}
     files = [tmp_path / name for name in items]
     for file, item in zip(files, items.values()):
         file.write_bytes(triton.compile(source(item), target=target, options=item.options).asm["cubin"])

@@ -16,17 +16,10 @@ from peftkern.verify.static.triton import ARCHS, VERSION, key, unavailable
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-GROUPS = {arch: pytest.mark.xdist_group(f"aot-sm_{arch}") for arch in (*ARCHS, 120)}
-# Of these, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes. sm_120 has no others.
-MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
-MORE += [c for c in launches.MORE if c.arch == 120]
-every_case = pytest.mark.parametrize(
-    "case",
-    [
-        *(pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD),
-        *(pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in MORE),
-    ],
-    ids=str,
+# sm_120 has the registers of sm_90, less shared memory and neither wgmma nor tensor memory.
+EVERY = (*ARCHS, 120)
+every_arch = pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[pytest.mark.xdist_group(f"aot-multi-sm_{a}"), pytest.mark.slow(8)]) for a in EVERY]
 )
 
 
@@ -34,36 +27,37 @@ def test_every_kernel_is_among_the_launches():
     assert {item.name for case in launches.STANDARD for item in launches.capture(case)} == launches.TILES.keys()
 
 
-@every_case
-def test_fits_without_spills(case, reports):
-    for r in reports(launches, case):
+@every_arch
+def test_fits_without_spills(arch, reports):
+    assert reports(launches, EVERY, arch)
+    for r in reports(launches, EVERY, arch):
         assert not launches.resources(r), r.key
 
 
-@every_case
-def test_no_atomics(case, reports):
-    for r in reports(launches, case):
+@every_arch
+def test_no_atomics(arch, reports):
+    for r in reports(launches, EVERY, arch):
         assert not launches.atomics(r), r.key
 
 
-@every_case
-def test_memory_accesses_are_wide(case, reports):
+@every_arch
+def test_memory_accesses_are_wide(arch, reports):
     """Each access of a block moves 16 bytes, or at least a thread's share of the block."""
-    for r in reports(launches, case):
+    for r in reports(launches, EVERY, arch):
         assert not launches.widths(r), r.key
 
 
-@every_case
-def test_products_and_copies(case, reports):
+@every_arch
+def test_products_and_copies(arch, reports):
     """Matrix instructions in half precision; what a loop of them reads is copied ahead, asynchronously."""
-    for r in reports(launches, case):
+    for r in reports(launches, EVERY, arch):
         assert not launches.instructions(r), r.key
 
 
-@every_case
-def test_registers_and_shared_memory_within_recorded_bounds(case, reports):
+@every_arch
+def test_registers_and_shared_memory_within_recorded_bounds(arch, reports):
     bounds, unknown = records.read(launches.BOUNDS), 0
-    for r in reports(launches, case):
+    for r in reports(launches, EVERY, arch):
         assert not records.broken(r.row, bounds.get(r.key, {})), r.key
         unknown += VERSION not in bounds[r.key]
     if unknown:

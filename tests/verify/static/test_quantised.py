@@ -17,16 +17,13 @@ from peftkern.verify.static.triton import ARCHS, key, reports, tensors, unavaila
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-GROUPS = {arch: pytest.mark.xdist_group(f"aot-quantised-sm_{arch}") for arch in (*ARCHS, 120)}
-CASES = [pytest.param(c, marks=GROUPS[c.arch]) for c in launches.STANDARD]
-# Of the others, each on one architecture, in turn: ``peftkern verify --static`` takes all, and minutes.
-MORE = [cases[i % len(ARCHS)] for i, cases in enumerate(zip(*map(launches.more_cases, ARCHS)))]
-CASES += [pytest.param(c, marks=[GROUPS[c.arch], pytest.mark.slow(3)]) for c in MORE]
 
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_code_and_recorded_bounds(case, within_bounds):
-    within_bounds(launches, case)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[pytest.mark.xdist_group(f"aot-quantised-sm_{a}"), pytest.mark.slow(25)]) for a in ARCHS],
+)
+def test_code_and_recorded_bounds(arch, within_bounds):
+    within_bounds(launches, ARCHS, arch)
 
 
 def test_few_rows_are_decoded_in_the_product_and_many_before_it():

@@ -26,10 +26,11 @@ def assert_accurate(problem):
 @pytest.mark.parametrize("base", configs.BASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_problems(base, dtype):
-    # "overlap" has the kernels of "epilogue", in another order.
+    # Other problems for each owner and dtype. "overlap" has the kernels of "epilogue", in another order.
+    first = 3000 + 10 * (len(DTYPES) * configs.BASES.index(base) + DTYPES.index(dtype))
     with using(triton_fixed=configs.fixed(base=base)):
-        for seed in range(4 if base == "overlap" else 8):
-            assert_accurate(random_problem(3000 + seed, dtype, max_M=150, max_KN=300, max_R=150))
+        for seed in range(first, first + (3 if base == "overlap" else 5)):
+            assert_accurate(random_problem(seed, dtype, max_M=150, max_KN=300, max_R=150))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +95,7 @@ def test_every_kind_of_fused_launch(name, options):
     aligned, ragged = dict(M=M, K=K, N=N, layout="contiguous"), dict(M=M, K=K + 3, N=N - 5)
     with using(triton_fixed=configs.fixed(base="fused", gemm=config)):
         for size in (aligned, ragged) if config.tma else (ragged,):
-            for dtype in (torch.float16, torch.float32):
+            for dtype in (torch.float16,) if name == "wide" else (torch.float16, torch.float32):
                 # The product is that of y and dx, which scales of the base change; adapters' gradients come elsewhere.
                 assert_accurate(everything(options=options, dtype=dtype, frozen=BRANCH, **size))
 
@@ -119,7 +120,8 @@ def test_every_kind_of_adapter_gradient(config, ranges):
     ranges, rows = ranges
     rows = max(rows, config.block_m)
     with using(triton_fixed=configs.fixed(adapter_grad=config, grad_ranges=(configs.cdiv(75, rows), rows))):
-        for rank in (11, 35):
+        # One tile of ranks, or two and three; how rows are shared out is nothing to them.
+        for rank in (11, 35) if ranges == 2 else (35,):
             assert_accurate(everything(R=rank, K=config.block_c + 13, N=config.block_c + 18, frozen=frozenset({"x"})))
 
 

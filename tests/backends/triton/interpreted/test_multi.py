@@ -37,10 +37,10 @@ def test_columns_of_the_table_are_those_of_the_op():
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-def test_random_problems(base, dtype):
+@pytest.mark.parametrize("turn, dtype", [(0, torch.float32), (1, torch.float16), (2, torch.bfloat16)], ids=str)
+def test_random_problems(base, turn, dtype):
     with using(triton_fixed=configs.fixed(multi_base=base)):
-        for seed in range(5):
+        for seed in (turn, turn + 1, turn + 2):
             number, limits = 100 * BASES.index(base) + seed, dict(max_M=60, max_KN=150, max_R=70, bottlenecks=False)
             problem = random_multi_problem(number, dtype, **limits)
             bad = [row for row in check(problem) if not row.ok]
