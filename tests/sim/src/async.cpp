@@ -75,9 +75,7 @@ void barrier_init(uint32_t address, int count) {
   TransactionBarrier barrier;
   barrier.count = barrier.pending = count;
   barrier.maker = self;
-  TransactionBarrier& held = self->block->transactions[address];
-  barrier.waiting = held.waiting;
-  held = barrier;
+  self->block->transactions[address] = barrier;
 }
 
 void barrier_init_fence() {
@@ -97,11 +95,6 @@ TransactionBarrier& barrier_from_outside(Block* block, uint32_t address, const c
   if (remote && at->second.known != Known::kCluster)
     fail("%s: no cluster barrier behind mbarrier_init_fence", what);
   return at->second;
-}
-
-void barrier_invalidate(uint32_t address) {
-  if (find(self->block, address, "mbarrier.inval").waiting != 0) fail("mbarrier.inval: threads wait for it");
-  self->block->transactions.erase(address);
 }
 
 void barrier_arrive(uint32_t address, int64_t bytes) {
@@ -124,10 +117,9 @@ void barrier_complete(Block* block, uint32_t address, int64_t bytes) {
 
 void barrier_wait(uint32_t address, unsigned parity, bool cluster) {
   Block* block = self->block;
-  TransactionBarrier* barrier = &find(block, address, "mbarrier.try_wait");
-  ++barrier->waiting;
+  // It stays where it is: no instruction here takes a barrier back.
+  const TransactionBarrier* barrier = &find(block, address, "mbarrier.try_wait");
   spin(parity & 1 ? "mbarrier (parity 1)" : "mbarrier (parity 0)", [=] { return passed(*barrier, parity); });
-  --barrier->waiting;
   check_scope(block, address, cluster, "mbarrier.try_wait");
 }
 

@@ -16,7 +16,6 @@ void barrier_init(uint32_t address, int count);
 // The barriers that this thread has initialised: the TMA unit may use them, and once the thread has arrived
 // at the cluster's barrier, other blocks.
 void barrier_init_fence();
-void barrier_invalidate(uint32_t address);
 // One arrival, which also announces bytes.
 void barrier_arrive(uint32_t address, int64_t bytes);
 // At the barrier of another block, some time later.

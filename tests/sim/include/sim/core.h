@@ -101,7 +101,6 @@ struct TransactionBarrier {
   bool cluster = false;  // threads of other blocks arrive here
   int64_t bytes = 0;
   unsigned phase = 0;
-  unsigned waiting = 0;  // threads
 };
 
 struct Cluster {
