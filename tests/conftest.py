@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import os
 import random
@@ -61,6 +62,17 @@ def pytest_collection_modifyitems(config, items):
         if config.getoption("loadgroup", False) and name != item.nodeid and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(name))
     items[:] = itertools.chain.from_iterable(sorted(units.values(), key=_weight, reverse=True))
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays to the end: no collection of garbage during the tests walks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """The interpreter takes it all down at exit as usual."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

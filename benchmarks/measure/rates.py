@@ -15,7 +15,7 @@ from .timing import copy_bandwidth
 
 # Steps of a few vectors each: some milliseconds, so that starting threads is not felt. For so many seconds: a system may take
 # a while to give each thread a core of its own.
-_STEPS, _SECONDS = 1 << 20, 0.5
+_STEPS, SECONDS = 1 << 20, 0.5
 # Instructions that multiply a dtype faster than those which are timed here.
 _FASTER = {torch.bfloat16: {"amx_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
 
@@ -37,7 +37,7 @@ def fma_peaks(dtypes: Iterable[torch.dtype], threads: int) -> dict[str, float]:
 
 
 def _rate(pairs: bool, threads: int) -> float:
-    best, end = 0.0, time.perf_counter() + _SECONDS
+    best, end = 0.0, time.perf_counter() + SECONDS
     while (start := time.perf_counter()) < end:
         flops = native._C.fma_peak(pairs, _STEPS, threads)
         best = max(best, flops / (time.perf_counter() - start))

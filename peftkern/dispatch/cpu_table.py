@@ -13,6 +13,7 @@ Nothing is measured at run time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -117,14 +118,20 @@ class Near(NamedTuple):
         return f"D={self.D} C={self.C} M={self.M}"
 
 
+@functools.lru_cache(256)
+def _row(table: Table, dtype: torch.dtype, forward: bool, D: int, C: int) -> Row | None:
+    # A report asks for thousands of M of one layer.
+    close = [r for r in table.rows.get((dtype, forward), ()) if max(_off(D, r.D), _off(C, r.C)) <= NEAR]
+    return min(close, key=lambda r: (_off(D, r.D) * _off(C, r.C), r.D, r.C), default=None)
+
+
 def nearest(table: Table, p: Product) -> Near | None:
     """What speaks for a product; None where nothing near was measured, or there is nothing to compute."""
     if 0 in (p.M, p.D, p.C):
         return None
-    close = [r for r in table.rows.get((p.dtype, p.forward), ()) if max(_off(p.D, r.D), _off(p.C, r.C)) <= NEAR]
-    if not close:
+    row = _row(table, p.dtype, p.forward, p.D, p.C)
+    if row is None:
         return None
-    row = min(close, key=lambda r: (_off(p.D, r.D) * _off(p.C, r.C), r.D, r.C))
     i = min(range(len(row.M)), key=lambda i: (_off(p.M, row.M[i]), row.M[i]))
     if p.M > row.M[-1] or _off(p.M, row.M[i]) <= NEAR:
         return Near(row.D, row.C, row.M[i], row.order[i])

@@ -217,11 +217,12 @@ def _constant(key: tuple, dtype: torch.dtype, device: torch.device, values: Call
     if torch.compiler.is_compiling():
         return make()
     key = (*key, dtype, device)
-    if key not in _constants:
-        if len(_constants) >= 1024:
+    made = _constants.get(key)
+    if made is None:
+        if len(_constants) >= 1024:  # another thread may do this between any two lines here
             _constants.clear()
-        _constants[key] = make()
-    return _constants[key]
+        made = _constants[key] = make()
+    return made
 
 
 def probabilities(each: tuple[float, ...], repeats: int, device: torch.device) -> Tensor:
