@@ -199,3 +199,24 @@ def test_a_list_may_change_while_others_read_it():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class _Emptied(dict):
+    """Between any two lines another thread may have cleared it."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.clear()
+
+
+def test_constants_that_another_thread_clears(monkeypatch):
+    x = torch.randn(2, K)
+    monkeypatch.setattr("peftkern.many.table._constants", _Emptied())
+    for _ in range(2):
+        made = table_of([Adapter(A, B, s) for A, B, s in pairs()], x, x.dtype)
+        assert made.scaling.tolist() == [0.5, 1.5, 2.5]
