@@ -44,8 +44,8 @@ def launchers(source: Path) -> list[str]:
 
 
 def build(folder: Path, arch: int) -> Path:
-    """The library for one architecture, and beside it (``.log``) what the assembler said; made again only if a source has
-    changed. RuntimeError if nvcc fails or warns."""
+    """The library for one architecture, and beside it (``.log``) what nvcc and the assembler said; made again only if a
+    source has changed. RuntimeError if nvcc fails."""
     files = sources(arch)
     texts = [p.read_bytes() for p in (*files, *sorted((ROOT / "csrc/cuda").glob("**/*.h")))]
     name = f"instructions-sm{arch}-{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
@@ -55,7 +55,7 @@ def build(folder: Path, arch: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = "90a" if arch == 90 else str(arch)
     flags = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC", "-gencode", f"arch=compute_{target},code=sm_{target}"]
-    flags += ["-Werror", "all-warnings", "-Xptxas", "-v", *(f"-I{include}" for include in INCLUDES)]
+    flags += ["-Xptxas", "-v", *(f"-I{include}" for include in INCLUDES)]
 
     def compile_one(source: Path) -> tuple[Path, str]:
         out = folder / f"{name}-{source.stem}.o"
