@@ -55,7 +55,7 @@ int64_t decoded_cols(const BaseProduct& g) {
   return std::min(g.D, even(g.D, std::max(kDecodedBytes / column, kAlign), kAlign));
 }
 
-// The same of all of b, which may be quantised: `decoded` has room for decoded_cols of it.
+// The same of all of b, which may be quantised: `decoded` has room for decoded_cols of its columns.
 void product(const BaseProduct& g, int64_t M, const ConstMatrix& a, const Matrix& out, float* decoded,
              KeptScratch& scratch) {
   if (g.quantised == nullptr) {
@@ -92,10 +92,10 @@ BaseBlocks base_blocks(BaseKind kind, int64_t M, int64_t D, int64_t C, int threa
 }
 
 void vendor_product(const BaseProduct& g, KeptScratch& scratch) {
-  // Of a narrow product the vendor sums what is not adjacent in one chain, and less accurately.
   const int64_t size = element_size(g.a.dtype);
   float* decoded = nullptr;
   if (g.quantised != nullptr) decoded = scratch.take(ceil_div(decoded_cols(g) * g.C * size, 4));
+  // Of a narrow product the vendor sums what is not adjacent in one chain, and less accurately.
   if (g.scale == nullptr && (g.a.col == 1 || !narrow(g.D, g.out.dtype))) {
     product(g, g.M, g.a, g.out, decoded, scratch);
     return;
