@@ -86,7 +86,8 @@ def _in_codes(problem, seed: int):
     # With a base, and a K that its kind has.
     from peftkern.testing.bases import QUANTISED
 
-    base, (_, step) = list(QUANTISED.items())[seed % len(QUANTISED)]
+    # Those of a dtype are SPECIAL_EVERY seeds apart, which may be a multiple of what divides the number of kinds.
+    base, (_, step) = list(QUANTISED.items())[(seed + seed // SPECIAL_EVERY) % len(QUANTISED)]
     branch = {"branch": False} if hasattr(problem, "branch") else {}
     return dataclasses.replace(problem, base=base, K=-(-problem.K // step) * step, **branch)
 

@@ -50,7 +50,7 @@ def build(folder: Path, arch: int) -> Path:
     texts = [p.read_bytes() for p in (*files, *sorted((ROOT / "csrc/cuda").glob("**/*.h")))]
     name = f"instructions-sm{arch}-{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
     library = folder / f"{name}.so"
-    if library.is_file():
+    if library.is_file() and library.with_suffix(".log").is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     target = "90a" if arch == 90 else str(arch)

@@ -117,7 +117,7 @@ def half_parity(on_base):
                     torch.nn.init.normal_(p)
             stock, ours = (copy.deepcopy(stock).train(method.trains) for _ in range(2))
             peftkern.accelerate(ours)
-            inputs = [x for _ in range(4) for x in _inputs(method, stock, times=4)[:2]]
+            inputs = [x for _ in range(8) for x in _inputs(method, stock, times=2)[:2]]
             if not autocast:
                 inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
             with torch.autocast("cpu", dtype, enabled=autocast):
