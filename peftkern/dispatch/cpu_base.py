@@ -1,7 +1,7 @@
 """Who computes the base product on CPU: a pure function of sizes, dtype, CPU and settings.
 
 - ``vendor``: torch's own matrix product, written in the output's dtype. Of a quantised W it is given a part at a time,
-  decoded into the output's dtype; only with many rows, and only where a table says that it is fastest.
+  decoded into the output's dtype; never with few rows, and only where a table says that it is fastest or a setting asks.
 - ``panels``: ours (csrc/cpu/base/gemm.cpp). Half precision is widened while packing, the product is fp32, and the
   epilogue rounds once. A row's bits depend on (C, dtype) alone, so this is also the batch-invariant product.
 - ``bf16``: ours for bf16 on CPUs with AVX512-BF16 (csrc/cpu/base/gemm_bf16.cpp), fp32 panels of the result as well. It

@@ -11,27 +11,13 @@ import time
 
 import pytest
 import torch
+from banks import K, N, adapter, bank_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import Adapter, AdapterBank, multi_lora_linear, sgmv
 from peftkern.many import bank as bank_module
 
 SECONDS = float(os.environ.get("PEFTKERN_RACE_SECONDS", "3"))
-
-K, N = 20, 13
-
-
-def adapter(rank: int, seed: int, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, K, generator=g).to(dtype), torch.randn(N, rank, generator=g).to(dtype)
-
-
-def bank_of(*ranks: int, max_adapters: int = 4, **kw):
-    bank = AdapterBank(K, N, max_adapters=max_adapters, max_rank=8, **kw)
-    listed = [(*adapter(r, i), 0.5 + i) for i, r in enumerate(ranks)]
-    for i, entry in enumerate(listed):
-        bank.add(f"a{i}", *entry)
-    return bank, listed
 
 
 def test_a_bank_gives_what_its_list_gives():
